@@ -1,0 +1,174 @@
+"""Circuit: a frozen set of edges; set algebra, dangling edges, and reading and writing files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune.files import write_text
+from edgeprune.graph import CircuitGraph, Edge
+
+
+class CircuitError(ValueError):
+    """A circuit file which cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The kept edges of a graph."""
+
+    graph: CircuitGraph
+    edge_set: frozenset[Edge]
+
+    @classmethod
+    def from_edges(cls, graph: CircuitGraph, edges: Iterable[Edge]) -> Circuit:
+        """A circuit from (writer, reader) names.
+
+        Raises:
+            ValueError: an edge which the graph does not have.
+        """
+        edges = [(writer, reader) for writer, reader in edges]
+        for edge in edges:
+            graph.edge_index(edge)
+        return cls(graph, frozenset(edges))
+
+    @classmethod
+    def from_mask(cls, graph: CircuitGraph, kept: Sequence[bool]) -> Circuit:
+        """A circuit from one boolean an edge, in the graph's order."""
+        if len(kept) != graph.num_edges:
+            raise ValueError(f"got {len(kept)} booleans for {graph.num_edges} edges")
+        return cls(graph, frozenset(edge for edge, k in zip(graph.edges(), kept, strict=True) if k))
+
+    @classmethod
+    def random(cls, graph: CircuitGraph, num_edges: int, seed: int) -> Circuit:
+        """A circuit of `num_edges` edges drawn at random, for comparison."""
+        return cls(graph, frozenset(random.Random(seed).sample(list(graph.edges()), num_edges)))
+
+    @property
+    def edges(self) -> list[Edge]:
+        """In the graph's order."""
+        return sorted(self.edge_set, key=self.graph.edge_index)
+
+    def mask(self) -> list[bool]:
+        """One boolean an edge, in the graph's order; the inverse of `from_mask`."""
+        return [edge in self.edge_set for edge in self.graph.edges()]
+
+    def __len__(self) -> int:
+        return len(self.edge_set)
+
+    @property
+    def sparsity(self) -> float:
+        """1 - kept / all, a fraction."""
+        return 1 - len(self) / self.graph.num_edges
+
+    @property
+    def nodes(self) -> list[str]:
+        """Writers that take part: they write to an edge, or a reader of theirs is fed."""
+        used = {writer for writer, _ in self.edge_set}
+        for _, reader in self.edge_set:
+            used.update(self.graph.nodes_fed_by(reader))
+        return [writer for writer in self.graph.writers if writer in used]
+
+    def without_dangling(self) -> Circuit:
+        """Only the edges on some path from the input to the final read.
+
+        An edge dangles when nothing clean can reach its writer or its reader reaches nothing: the
+        writer has no incoming edge (embeddings need none) or the reader's node has no path to
+        `resid_post`. Under interchange ablation dropping edges that reach nothing changes no
+        output; a writer without incoming edges carries its corrupted value, whatever its edges say.
+        """
+        kept = self._forward_reachable(self.edge_set)
+        return Circuit(self.graph, frozenset(self._backward_reachable(kept)))
+
+    def _forward_reachable(self, edges: Iterable[Edge]) -> list[Edge]:
+        graph = self.graph
+        order = {name: index for index, name in enumerate(graph.writers)}
+        alive = set(graph.embedding_writers)
+        by_writer = defaultdict(list)
+        for writer, reader in edges:
+            by_writer[writer].append((writer, reader))
+        if not graph.embedding_writers:  # embeddings always flow, into every node
+            alive = set(graph.writers)
+        kept = []
+        for writer in sorted(by_writer, key=order.__getitem__):
+            if writer not in alive:
+                continue
+            for edge in by_writer[writer]:
+                alive.update(graph.nodes_fed_by(edge[1]))
+                kept.append(edge)
+        return kept
+
+    def _backward_reachable(self, edges: Iterable[Edge]) -> list[Edge]:
+        graph = self.graph
+        order = {name: index for index, name in enumerate(graph.writers)}
+        by_writer = defaultdict(list)
+        for writer, reader in edges:
+            by_writer[writer].append(reader)
+        useful: set[str] = set()
+        kept = []
+        for writer in sorted(by_writer, key=order.__getitem__, reverse=True):
+            for reader in by_writer[writer]:
+                if reader == "resid_post" or useful.intersection(graph.nodes_fed_by(reader)):
+                    useful.add(writer)
+                    kept.append((writer, reader))
+        return kept
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return Circuit(self.graph, self.edge_set & self._same_graph(other).edge_set)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return Circuit(self.graph, self.edge_set | self._same_graph(other).edge_set)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return Circuit(self.graph, self.edge_set - self._same_graph(other).edge_set)
+
+    def _same_graph(self, other: Circuit) -> Circuit:
+        if other.graph != self.graph:
+            raise ValueError(f"circuits of different graphs: {self.graph} and {other.graph}")
+        return other
+
+    def save(self, path: Path | str) -> None:
+        """Write `edges.json`, the published format: a list of [writer, reader] pairs."""
+        lines = ",\n".join(json.dumps(list(edge)) for edge in self.edges)
+        write_text(Path(path), f"[\n{lines}\n]\n")
+
+    @classmethod
+    def load(cls, path: Path | str, graph: CircuitGraph) -> Circuit:
+        """Read `edges.json`.
+
+        Raises:
+            CircuitError: no such file, not a list of pairs of names, or an edge which the graph
+                does not have.
+        """
+        return cls.from_edges_checked(graph, load_edges(path), str(path))
+
+    @classmethod
+    def from_edges_checked(cls, graph: CircuitGraph, edges: list[Edge], where: str) -> Circuit:
+        try:
+            return cls.from_edges(graph, edges)
+        except ValueError as error:
+            raise CircuitError(f"{where} is no circuit of this model: {error}") from None
+
+
+def load_edges(path: Path | str) -> list[Edge]:
+    """The pairs of names in an `edges.json`, unchecked against any graph.
+
+    Raises:
+        CircuitError: no such file, or not a list of pairs of names.
+    """
+    path = Path(path)
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CircuitError(f"{path} is not JSON: {error}") from None
+    if not isinstance(pairs, list) or not all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs
+    ):
+        raise CircuitError(f"{path} is not a list of [writer, reader] pairs of names")
+    return [(writer, reader) for writer, reader in pairs]

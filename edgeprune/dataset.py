@@ -1,0 +1,395 @@
+"""Clean/corrupted prompts: JSONL -> pairs -> batches of token ids.
+
+A line of the file is `{"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 =
+<predict>5</predict>", "split": "train"}`, with `distractor` (a string or a list) and `answers` (a
+list) where there are any. Batches are padded on the right: under causal attention the padding
+cannot reach the tokens before it, so no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "validation", "test")
+OPEN, CLOSE = "<predict>", "</predict>"
+
+
+class DataError(ValueError):
+    """A prompt, a line or a file which cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example as token ids.
+
+    Attributes:
+        clean_ids: the model's input on the clean prompt: the prompt and all but the last token of
+            the prediction.
+        corrupted_ids: as many tokens from the corrupted prompt.
+        target_ids: the tokens to predict; the last `len(target_ids)` positions predict them.
+        answer_ids, distractor_ids: the right and the wrong tokens at position `contrast`; empty
+            without distractors.
+        contrast: which predicted token tells answer and distractor apart.
+        text: the clean line, for people.
+    """
+
+    clean_ids: tuple[int, ...]
+    corrupted_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    distractor_ids: tuple[int, ...]
+    contrast: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded token ids and where to look in them.
+
+    Attributes:
+        clean_ids, corrupted_ids: [batch, pos], padded on the right.
+        lengths: [batch], tokens without padding.
+        rows, cols: [predicted], batch and position indices of the tokens that predict.
+        target_ids: [predicted], what they have to predict.
+        contrasts: [batch], index into `predicted` of the token that tells answer and distractor
+            apart.
+        pairs: the examples, in order.
+    """
+
+    clean_ids: Tensor
+    corrupted_ids: Tensor
+    lengths: Tensor
+    rows: Tensor
+    cols: Tensor
+    target_ids: Tensor
+    contrasts: Tensor
+    pairs: tuple[Pair, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+# --------------------------------------------------------------------------------------- encoding
+
+
+def encode_pair(tokenizer: Any, record: dict) -> Pair:
+    """Tokenise one line of a data file.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        record: `clean`, `corrupted`, and optionally `distractor`, `answers`.
+
+    Raises:
+        DataError: a field is missing or malformed, the clean and corrupted prompts differ in
+            length, or a distractor equals the answer.
+    """
+    clean_prompt, prediction = _split_text(record, "clean")
+    corrupted_prompt, corrupted_prediction = _split_text(record, "corrupted")
+    prompt, target = _tokenize(tokenizer, clean_prompt, prediction)
+    other_prompt, other_target = _tokenize(tokenizer, corrupted_prompt, corrupted_prediction)
+    if len(prompt) != len(other_prompt):
+        raise DataError(
+            f"clean and corrupted prompts have unequal lengths: {len(prompt)} and "
+            f"{len(other_prompt)} tokens; every token of the one stands in for that of the other, "
+            "so choose words with equally many tokens"
+        )
+    if len(target) > 1 and len(other_target) != len(target):
+        raise DataError(
+            f"clean and corrupted predictions have unequal lengths: {len(target)} and "
+            f"{len(other_target)} tokens; choose predictions with equally many tokens"
+        )
+    answers = [target] + [
+        _tokenize(tokenizer, clean_prompt, text)[1]
+        for text in _strings(record, "answers")
+        if text.strip() != prediction.strip()
+    ]
+    distractors = [
+        _tokenize(tokenizer, clean_prompt, text)[1] for text in _strings(record, "distractor")
+    ]
+    contrast, answer_ids, distractor_ids = _contrast(target, answers, distractors)
+    return Pair(
+        clean_ids=tuple(prompt + target[:-1]),
+        corrupted_ids=tuple(other_prompt + other_target[: len(target) - 1]),
+        target_ids=tuple(target),
+        answer_ids=answer_ids,
+        distractor_ids=distractor_ids,
+        contrast=contrast,
+        text=record["clean"],
+    )
+
+
+def _split_text(record: dict, field: str) -> tuple[str, str]:
+    """'1 + 2 = <predict>3</predict>' -> ('1 + 2 =', ' 3')."""
+    text = record.get(field)
+    if not isinstance(text, str):
+        got = "nothing" if text is None else type(text).__name__
+        raise DataError(f"field {field!r} is {got}, expected a string")
+    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
+        raise DataError(
+            f"field {field!r} needs exactly one {OPEN}...{CLOSE} around the text to predict, "
+            f"got {_shorten(text)}"
+        )
+    prompt, rest = text.split(OPEN)
+    prediction, tail = rest.split(CLOSE)
+    if not prediction.strip():
+        raise DataError(f"field {field!r} has nothing between {OPEN} and {CLOSE}")
+    if not prompt.strip():
+        raise DataError(f"field {field!r} has no prompt before {OPEN}")
+    if tail.strip():
+        raise DataError(f"field {field!r} goes on after {CLOSE}: {_shorten(tail)}; remove that")
+    bare = prompt.rstrip()
+    return bare, prompt[len(bare) :] + prediction
+
+
+def _strings(record: dict, field: str) -> list[str]:
+    value = record.get(field)
+    if value is None:
+        return []
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
+    return values
+
+
+def _tokenize(tokenizer: Any, prompt: str, prediction: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the prediction which follows it.
+
+    The whole text is tokenised at once, as the model would see it, and cut where the prediction
+    begins. Where one token would straddle that place ("17" + "45" read as "1745") the two parts are
+    tokenised apart.
+    """
+    full = tokenizer(prompt + prediction, return_offsets_mapping=True)
+    offsets = full["offset_mapping"]
+    cut = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(prompt))), None)
+    if cut is not None and offsets[cut][0] >= len(prompt):
+        end = next(
+            (i for i in range(cut, len(offsets)) if offsets[i][0] == offsets[i][1]), len(offsets)
+        )  # a closing special token spans no text
+        return full["input_ids"][:cut], full["input_ids"][cut:end]
+    apart = tokenizer(prompt, return_offsets_mapping=True)
+    prompt_ids = apart["input_ids"]
+    while prompt_ids and apart["offset_mapping"][len(prompt_ids) - 1] == (0, 0):
+        prompt_ids = prompt_ids[:-1]
+    return prompt_ids, tokenizer(prediction, add_special_tokens=False)["input_ids"]
+
+
+def _contrast(
+    target: list[int], answers: list[list[int]], distractors: list[list[int]]
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Where and by which tokens the answers differ from the distractors."""
+    if not distractors:
+        return 0, (), ()
+    for position in range(len(target)):
+        prefix = target[:position]
+
+        def tokens(options: list[list[int]], prefix=prefix, position=position) -> set[int]:
+            return {
+                option[position]
+                for option in options
+                if len(option) > position and option[:position] == prefix
+            }
+
+        right, wrong = tokens(answers), tokens(distractors)
+        if wrong and not right & wrong:
+            return position, tuple(sorted(right)), tuple(sorted(wrong))
+    raise DataError(
+        "answers and distractors begin with the same tokens; choose distractors that differ from "
+        "every answer"
+    )
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@dataclass(frozen=True)
+class PairDataset(Sequence):
+    """Pairs of one split, with how many lines were left out and why."""
+
+    pairs: tuple[Pair, ...]
+    name: str
+    skipped: tuple[str, ...] = ()
+    """One message for each line that did not fit the tokenizer."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+
+def read_records(path: Path | str) -> list[dict]:
+    """The objects of a JSONL file.
+
+    Raises:
+        DataError: no such file, a line that is no JSON object (with its number), or no line at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no data file {path}; give the path of a JSONL file")
+    records = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                record = _parse_line(line, f"{path}, line {number}")
+                record["_where"] = f"{path}, line {number}"
+                records.append(record)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    if not records:
+        raise DataError(f"{path} holds no lines; expected one JSON object a line")
+    return records
+
+
+def _parse_line(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: got a {type(record).__name__}, expected an object with 'clean' and "
+            "'corrupted'"
+        )
+    return record
+
+
+def load_dataset(
+    path: Path | str, tokenizer: Any, split: str, max_length: int | None = None
+) -> PairDataset:
+    """Read one split of a JSONL file. A file without splits serves every purpose.
+
+    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped and
+    counted; malformed lines are errors.
+
+    Args:
+        path: the file.
+        tokenizer: a fast Hugging Face tokenizer.
+        split: `train`, `validation` or `test`.
+        max_length: skip pairs with more tokens than this.
+
+    Raises:
+        DataError: as `read_records`; an unknown split; a malformed line, with its number; no line
+            left.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
+    records = read_records(path)
+    for record in records:
+        if record.get("split", split) not in SPLITS:
+            raise DataError(
+                f"{record['_where']}: unknown split {record['split']!r}; "
+                f"expected {', '.join(SPLITS)}, or no split at all"
+            )
+    chosen = [r for r in records if r.get("split", split) == split]
+    if not chosen:
+        found = ", ".join(sorted({r["split"] for r in records}))
+        raise DataError(f"{path} has no line of split {split!r}; it has {found}")
+    pairs, skipped = encode_records(chosen, tokenizer, max_length)
+    return PairDataset(tuple(pairs), f"{Path(path).name} [{split}]", tuple(skipped))
+
+
+def encode_records(
+    records: Sequence[dict], tokenizer: Any, max_length: int | None = None
+) -> tuple[list[Pair], list[str]]:
+    """Tokenise records; returns the pairs and a message for each that does not fit.
+
+    Raises:
+        DataError: a malformed record, or not one that fits.
+    """
+    pairs, skipped = [], []
+    for number, record in enumerate(records, 1):
+        where = record.get("_where", f"example {number}")
+        try:
+            pair = encode_pair(tokenizer, record)
+        except DataError as error:
+            if "unequal lengths" not in str(error):
+                raise DataError(f"{where}: {error}") from None
+            skipped.append(f"{where}: {error}")
+            continue
+        if max_length is not None and len(pair.clean_ids) > max_length:
+            skipped.append(
+                f"{where}: {len(pair.clean_ids)} tokens are more than the {max_length} allowed"
+            )
+            continue
+        pairs.append(pair)
+    if not pairs:
+        raise DataError(f"none of the {len(records)} examples can be used. {skipped[0]}")
+    return pairs, skipped
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def collate(pairs: Sequence[Pair]) -> Batch:
+    """Pad pairs to the longest and index their predicted tokens."""
+    lengths = torch.tensor([len(pair.clean_ids) for pair in pairs])
+    width = int(lengths.max())
+    clean = torch.zeros(len(pairs), width, dtype=torch.long)  # padding is never looked at
+    corrupted = torch.zeros_like(clean)
+    rows, cols, targets, contrasts = [], [], [], []
+    for row, pair in enumerate(pairs):
+        length = len(pair.clean_ids)
+        clean[row, :length] = torch.tensor(pair.clean_ids)
+        corrupted[row, :length] = torch.tensor(pair.corrupted_ids)
+        contrasts.append(len(rows) + pair.contrast)
+        count = len(pair.target_ids)
+        rows += [row] * count
+        cols += range(length - count, length)
+        targets += pair.target_ids
+    return Batch(
+        clean_ids=clean,
+        corrupted_ids=corrupted,
+        lengths=lengths,
+        rows=torch.tensor(rows),
+        cols=torch.tensor(cols),
+        target_ids=torch.tensor(targets),
+        contrasts=torch.tensor(contrasts),
+        pairs=tuple(pairs),
+    )
+
+
+def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
+    """All examples once, those of like length together (least padding), for evaluation."""
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i].clean_ids))
+    for start in range(0, len(order), batch_size):
+        yield collate([dataset[i] for i in order[start : start + batch_size]])
+
+
+def training_batch(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> Batch:
+    """The batch of an optimisation step: a function of (seed, step) alone, so runs can resume.
+
+    Each epoch is its own permutation of the data; what is left of it after the last whole batch is
+    dropped, as the published trainer's loader does not (its last batch is short), so that every
+    step weighs the same. A data set smaller than a batch is one batch.
+    """
+    size = min(batch_size, len(dataset))
+    epoch, index = divmod(step, len(dataset) // size)
+    order = _epoch_order(len(dataset), seed, epoch)
+    return collate([dataset[i] for i in order[index * size : (index + 1) * size]])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(length))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

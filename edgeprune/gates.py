@@ -1,0 +1,86 @@
+"""Hard-concrete gates (Louizos, Welling and Kingma 2018, arXiv:1712.01312), as pure functions.
+
+A gate is a number in [0, 1]; 1 carries the clean value, 0 the corrupted one. Its distribution is
+set by one number, log alpha: a sigmoid of log alpha plus logistic noise, stretched a little beyond
+[0, 1] and clamped, so that exact zeros and ones have positive probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BETA = 2 / 3
+"""Temperature."""
+GAMMA, ZETA = -0.1, 1.1
+"""Stretch limits."""
+EPSILON = 1e-6
+"""Probabilities and noise stay this far from 0 and 1."""
+DETERMINISTIC_SCALE = 0.8
+"""Steepness of deterministic gates, as published."""
+SEARCH_TOLERANCE = 1e-5
+"""Width at which the binary search for a threshold stops, as published."""
+
+
+def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """clamp(sigmoid((log u - log(1 - u) + log alpha) / beta) * (zeta - gamma) + gamma, 0, 1).
+
+    Args:
+        log_alpha: any shape.
+        uniform: noise of the same shape, in [EPSILON, 1 - EPSILON].
+    """
+    logistic = torch.log(uniform) - torch.log1p(-uniform)
+    concrete = torch.sigmoid((logistic + log_alpha) / BETA)
+    return torch.clamp(concrete * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def probability_open(log_alpha: Tensor) -> Tensor:
+    """The probability that a sampled gate is not zero."""
+    x = (0 - GAMMA) / (ZETA - GAMMA)
+    below = torch.sigmoid(BETA * math.log(x / (1 - x)) - log_alpha)
+    return 1 - torch.clamp(below, EPSILON, 1 - EPSILON)
+
+
+def deterministic(log_alpha: Tensor, groups: Sequence[slice]) -> Tensor:
+    """Noise-free gates: sigmoid(0.8 log alpha / beta), the smallest of each group set to zero.
+
+    A group loses as many gates as it is expected to have zeros: its size less the sum of the
+    probabilities of being open, rounded. Among equals the later ones are set to zero.
+
+    Args:
+        log_alpha: [gate].
+        groups: which gates are rounded together.
+    """
+    gates = torch.sigmoid(DETERMINISTIC_SCALE * log_alpha / BETA)
+    for group in groups:
+        values = log_alpha[group]
+        num_zeros = round(len(values) - probability_open(values).sum().item())
+        closed = torch.argsort(values, descending=True, stable=True)[len(values) - num_zeros :]
+        gates[group.start + closed] = 0
+    return gates
+
+
+def sparsity(gates: Tensor) -> Tensor:
+    """1 - mean gate."""
+    return 1 - gates.mean()
+
+
+def search_threshold(gates: Tensor) -> float:
+    """The threshold above which as large a share of gates lies as their mean (binary search).
+
+    Turning gates into binary ones at this threshold keeps their sparsity, up to the step that ties
+    and single gates make.
+    """
+    wanted = sparsity(gates).item()
+    low, high = 0.0, 1.0
+    threshold = 0.5
+    while high - low > SEARCH_TOLERANCE:
+        threshold = (low + high) / 2
+        if (gates <= threshold).float().mean().item() > wanted:
+            high = threshold
+        else:
+            low = threshold
+    return threshold

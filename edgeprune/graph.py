@@ -1,0 +1,222 @@
+"""The computational graph: writers, readers, and which edges exist.
+
+All index arithmetic of the project is in this file. Writers are ordered by when they write, so the
+writers that a reader can see are always a prefix of that order. Edges are numbered reader by
+reader, each reader's writers in order; one flat vector of length `num_edges` therefore splits,
+without copying, into one dense [reader, writer] block per site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+Edge = tuple[str, str]
+"""(writer, reader), by name."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A point of the forward pass where readers see the same writers.
+
+    `a{l}` holds a layer's query readers, then its key readers, then its value readers; `m{l}` and
+    `resid_post` hold one reader each.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    num_writers: int
+    """The first `num_writers` writers exist here."""
+    offset: int
+    """Index of the first edge of this site."""
+    groups: tuple[int, ...]
+    """Number of readers of each group (q, k, v; or one), in order; gates are rounded per group."""
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.readers) * self.num_writers
+
+    @property
+    def edges(self) -> slice:
+        """The site's place in a flat vector of edges."""
+        return slice(self.offset, self.offset + self.num_edges)
+
+
+@dataclass(frozen=True)
+class CircuitGraph:
+    """Nodes and edges of a transformer whose residual stream is split into one outbox per node.
+
+    Args:
+        num_layers: blocks.
+        num_heads: attention (query) heads a block.
+        num_kv_heads: key/value heads a block; equal to `num_heads` without grouped-query attention.
+        embedding_writers: names of the embedding writers, in order; empty when the embeddings
+            always flow.
+
+    Raises:
+        ValueError: `num_heads` is no multiple of `num_kv_heads`.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embedding_writers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads: "
+                "the first must be a multiple of the second"
+            )
+
+    @property
+    def heads_per_kv_head(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @cached_property
+    def writers(self) -> tuple[str, ...]:
+        """Names in write order: embeddings, then layer by layer the heads and the MLP."""
+        names = list(self.embedding_writers)
+        for layer in range(self.num_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.num_heads)]
+            names.append(f"m{layer}")
+        return tuple(names)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites in forward order: a0, m0, a1, m1, ..., resid_post."""
+        sites = []
+        offset = 0
+        attention_groups = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+
+        def add(name: str, readers: tuple[str, ...], num_writers: int, groups: tuple[int, ...]):
+            nonlocal offset
+            sites.append(Site(name, readers, num_writers, offset, groups))
+            offset += sites[-1].num_edges
+
+        seen = len(self.embedding_writers)
+        for layer in range(self.num_layers):
+            heads = tuple(
+                f"a{layer}.h{head}.{kind}"
+                for kind, count in zip("qkv", attention_groups, strict=True)
+                for head in range(count)
+            )
+            add(f"a{layer}", heads, seen, attention_groups)
+            add(f"m{layer}", (f"m{layer}",), seen + self.num_heads, (1,))
+            seen += self.num_heads + 1
+        add("resid_post", ("resid_post",), seen, (1,))
+        return tuple(sites)
+
+    @cached_property
+    def readers(self) -> tuple[str, ...]:
+        return tuple(reader for site in self.sites for reader in site.readers)
+
+    @property
+    def num_writers(self) -> int:
+        return len(self.writers)
+
+    @property
+    def num_edges(self) -> int:
+        last = self.sites[-1]
+        return last.offset + last.num_edges
+
+    @cached_property
+    def _reader_place(self) -> dict[str, tuple[int, int]]:
+        """reader -> (index of its first edge, number of its writers)."""
+        return {
+            reader: (site.offset + row * site.num_writers, site.num_writers)
+            for site in self.sites
+            for row, reader in enumerate(site.readers)
+        }
+
+    @cached_property
+    def _writer_index(self) -> dict[str, int]:
+        return {writer: index for index, writer in enumerate(self.writers)}
+
+    def edge_index(self, edge: Edge) -> int:
+        """The number of an edge given by name.
+
+        Raises:
+            ValueError: unknown writer or reader, or the writer does not come before the reader.
+        """
+        writer, reader = edge
+        column = self._writer_index.get(writer)
+        place = self._reader_place.get(reader)
+        if column is None:
+            raise ValueError(f"unknown writer {writer!r}; this graph has {_sample(self.writers)}")
+        if place is None:
+            raise ValueError(f"unknown reader {reader!r}; this graph has {_sample(self.readers)}")
+        offset, num_writers = place
+        if column >= num_writers:
+            raise ValueError(f"no edge {writer} -> {reader}: {writer} writes after {reader} reads")
+        return offset + column
+
+    def edge_name(self, index: int) -> Edge:
+        """(writer, reader) of an edge number; the inverse of `edge_index`."""
+        if not 0 <= index < self.num_edges:
+            raise ValueError(f"edge {index} out of range: the graph has {self.num_edges} edges")
+        site = next(s for s in self.sites if index < s.edges.stop)
+        row, column = divmod(index - site.offset, site.num_writers)
+        return self.writers[column], site.readers[row]
+
+    def edges(self) -> Iterator[Edge]:
+        """Every edge, in order of its number."""
+        for site in self.sites:
+            for reader in site.readers:
+                for writer in self.writers[: site.num_writers]:
+                    yield writer, reader
+
+    def edge_writers(self) -> list[int]:
+        """The writer's index of every edge, in order of the edge's number."""
+        return [
+            column
+            for site in self.sites
+            for _ in site.readers
+            for column in range(site.num_writers)
+        ]
+
+    def gate_groups(self) -> list[slice]:
+        """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""
+        slices = []
+        for site in self.sites:
+            start = site.offset
+            for num_readers in site.groups:
+                stop = start + num_readers * site.num_writers
+                if stop > start:
+                    slices.append(slice(start, stop))
+                start = stop
+        return slices
+
+    def node_groups(self) -> list[slice]:
+        """Writers rounded together for deterministic node gates: embeddings; per layer heads, MLP."""
+        counts = [len(self.embedding_writers)] + [self.num_heads, 1] * self.num_layers
+        slices = []
+        start = 0
+        for count in counts:
+            if count:
+                slices.append(slice(start, start + count))
+            start += count
+        return slices
+
+    def nodes_fed_by(self, reader: str) -> list[str]:
+        """The writers whose output depends on this reader (several heads under GQA).
+
+        `resid_post` feeds none.
+        """
+        if reader == "resid_post":
+            return []
+        if reader.startswith("m"):
+            return [reader]
+        layer_name, head_name, kind = reader.split(".")
+        head = int(head_name[1:])
+        if kind == "q":
+            return [f"{layer_name}.h{head}"]
+        group = self.heads_per_kv_head
+        return [f"{layer_name}.h{h}" for h in range(head * group, (head + 1) * group)]
+
+
+def _sample(names: tuple[str, ...]) -> str:
+    if len(names) <= 8:
+        return ", ".join(names)
+    return ", ".join(names[:3]) + ", ..., " + ", ".join(names[-3:])

@@ -1,0 +1,139 @@
+"""CircuitMasks: the log alphas of a graph's edges (and nodes), and the gates they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import gates as hard_concrete
+from edgeprune.circuit import Circuit
+from edgeprune.graph import CircuitGraph
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Gates of one forward pass.
+
+    Attributes:
+        edge: [edge] in [0, 1], in the graph's order.
+        node: [writer] in [0, 1], or None without node gates.
+    """
+
+    edge: Tensor
+    node: Tensor | None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Gates above are kept; `node` is None without node gates."""
+
+    edge: float
+    node: float | None
+
+
+class CircuitMasks(nn.Module):
+    """One log alpha an edge and, if asked, one a writer.
+
+    Args:
+        graph: names and counts the gates.
+        node_gates: whether writers have gates of their own.
+        init_mean, init_std: log alphas start at N(init_mean, init_std).
+        seed: of the start and of every step's noise.
+    """
+
+    def __init__(
+        self,
+        graph: CircuitGraph,
+        *,
+        node_gates: bool = False,
+        init_mean: float = 10.0,
+        init_std: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.seed = seed
+        noise = torch.Generator().manual_seed(seed)
+
+        def start(count: int) -> nn.Parameter:
+            return nn.Parameter(init_mean + init_std * torch.randn(count, generator=noise))
+
+        self.edge_log_alpha = start(graph.num_edges)
+        self.node_log_alpha = start(graph.num_writers) if node_gates else None
+        self.register_buffer(
+            "edge_writers", torch.tensor(graph.edge_writers(), dtype=torch.long), persistent=False
+        )
+
+    def sample(self, step: int) -> Gates:
+        """Training gates of one step: the same on every rank and on every repetition.
+
+        The noise comes from a CPU generator seeded by (seed, step), so it does not depend on the
+        device, on the number of processes or on what ran before.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        low, high = hard_concrete.EPSILON, 1 - hard_concrete.EPSILON
+
+        def draw(log_alpha: Tensor) -> Tensor:
+            uniform = torch.rand(log_alpha.shape, generator=generator) * (high - low) + low
+            return hard_concrete.sample(log_alpha, uniform.to(log_alpha.device))
+
+        edge = draw(self.edge_log_alpha)
+        node = None if self.node_log_alpha is None else draw(self.node_log_alpha)
+        return Gates(edge, node)
+
+    @torch.no_grad()
+    def deterministic(self) -> Gates:
+        """Noise-free gates for evaluation (see `gates.deterministic`)."""
+        edge = hard_concrete.deterministic(self.edge_log_alpha, self.graph.gate_groups())
+        node = None
+        if self.node_log_alpha is not None:
+            node = hard_concrete.deterministic(self.node_log_alpha, self.graph.node_groups())
+        return Gates(edge, node)
+
+    def thresholds(self) -> Thresholds:
+        """By binary search: binary gates as sparse as the deterministic ones."""
+        gates = self.deterministic()
+        node = None if gates.node is None else hard_concrete.search_threshold(gates.node)
+        return Thresholds(hard_concrete.search_threshold(gates.edge), node)
+
+    @torch.no_grad()
+    def circuit_above(self, thresholds: Thresholds) -> Circuit:
+        """The edges whose gate and, with node gates, whose writer's gate are above the thresholds."""
+        gates = self.deterministic()
+        kept = gates.edge > thresholds.edge
+        if gates.node is not None:
+            kept &= (gates.node > thresholds.node)[self.edge_writers]
+        return Circuit.from_mask(self.graph, kept.tolist())
+
+    @torch.no_grad()
+    def circuit_of_size(self, num_edges: int) -> Circuit:
+        """The circuit of exactly `num_edges` edges with the largest log alphas.
+
+        Edges of writers whose node gate is closed come last. Ties go to the earlier edge.
+
+        Raises:
+            ValueError: `num_edges` is negative or more than the graph has.
+        """
+        if not 0 <= num_edges <= self.graph.num_edges:
+            raise ValueError(
+                f"num_edges={num_edges} is out of range: the graph has {self.graph.num_edges} edges"
+            )
+        order = torch.argsort(self.edge_log_alpha, descending=True, stable=True)
+        if self.node_log_alpha is not None:
+            writer_kept = self.deterministic().node > self.thresholds().node
+            writer_kept = writer_kept[self.edge_writers][order]
+            order = torch.cat([order[writer_kept], order[~writer_kept]])
+        kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
+        kept[order[:num_edges].cpu()] = True
+        return Circuit.from_mask(self.graph, kept.tolist())
+
+
+def combined_gates(gates: Gates, edge_writers: Tensor) -> Tensor:
+    """[edge], edge gate times the gate of its writer.
+
+    A gated writer carries n x + (1 - n) c in place of x; what an edge then carries differs from the
+    corrupted value c by g n (x - c), so the two gates multiply.
+    """
+    return gates.edge if gates.node is None else gates.edge * gates.node[edge_writers]

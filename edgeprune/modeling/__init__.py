@@ -1,0 +1,14 @@
+"""Language models that can be run as circuits."""
+
+from edgeprune.modeling.load import ModelError, load_model, verify_parity, wrap_model
+from edgeprune.modeling.model import Activations, CircuitModel, MeanActivations
+
+__all__ = [
+    "Activations",
+    "CircuitModel",
+    "MeanActivations",
+    "ModelError",
+    "load_model",
+    "verify_parity",
+    "wrap_model",
+]

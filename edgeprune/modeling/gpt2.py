@@ -1,0 +1,105 @@
+"""GPT-2: where its parts are, and how a block runs on a separate input for each reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+
+from edgeprune.graph import CircuitGraph
+
+
+def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
+    return CircuitGraph(
+        num_layers=config.n_layer,
+        num_heads=config.n_head,
+        num_kv_heads=config.n_head,
+        embedding_writers=GPT2.embedding_writers if embedding_writers else (),
+    )
+
+
+class GPT2Block:
+    """Runs the parts of a loaded `GPT2Block` head by head."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.attention_norm = layer.ln_1
+        self.attention_output = layer.attn.c_proj
+        self.mlp_norm = layer.ln_2
+        self.mlp = layer.mlp
+        self.attention = layer.attn
+        self.num_heads = layer.attn.num_heads
+        self.d_head = layer.attn.head_dim
+
+    def attend(self, x: Tensor, mask: Any) -> Tensor:
+        """Queries, keys and values from an input of their own each.
+
+        Args:
+            x: [3 * head, batch, pos, d_model]; all heads' q, then k, then v.
+            mask: of the attention function.
+
+        Returns:
+            The heads' values, [batch, pos, head * d_head].
+        """
+        num_readers, batch, pos, d_model = x.shape
+        project = self.attention.c_attn
+        weight = project.weight.view(d_model, num_readers, self.d_head).transpose(0, 1)
+        bias = project.bias.view(num_readers, 1, self.d_head)
+        normed = self.attention_norm(x).view(num_readers, batch * pos, d_model)
+        qkv = torch.baddbmm(bias, normed, weight)  # [3 * head, batch * pos, d_head]
+        qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.attention.config._attn_implementation, eager_attention_forward
+        )
+        scaling = self.attention.scaling
+        values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
+        return values.reshape(batch, pos, self.num_heads * self.d_head)
+
+    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
+        """Outboxes of the heads, less the corrupted ones.
+
+        The bias of the output projection, divided equally over the heads, cancels in a difference.
+
+        Args:
+            values, corrupted: [batch, pos, head * d_head]; None for zero outboxes.
+
+        Returns:
+            [head, batch, pos, d_model].
+        """
+        batch, pos, _ = values.shape
+        difference = values if corrupted is None else values - corrupted
+        by_head = difference.view(batch * pos, self.num_heads, self.d_head).transpose(0, 1)
+        weight = self.attention_output.weight.view(self.num_heads, self.d_head, -1)
+        if corrupted is None:
+            share = (self.attention_output.bias / self.num_heads).expand(self.num_heads, 1, -1)
+            outboxes = torch.baddbmm(share, by_head, weight)
+        else:
+            outboxes = torch.bmm(by_head, weight)
+        return outboxes.view(self.num_heads, batch, pos, -1)
+
+
+class GPT2:
+    """A loaded GPT-2 with its parts named."""
+
+    embedding_writers = ("tok_embeds", "pos_embeds")
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        self.body = model.transformer
+        self.blocks = [GPT2Block(layer) for layer in self.body.h]
+        self.final_norm = self.body.ln_f
+        self.logits = model.lm_head
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[batch, pos] -> [2, batch, pos, d_model]: token and position embeddings."""
+        tokens = self.body.wte(ids)
+        positions = self.body.wpe(torch.arange(ids.shape[1], device=ids.device))
+        return torch.stack([tokens, positions.expand_as(tokens)])
+
+    def attention_mask(self, embeddings: Tensor) -> Any:
+        return create_causal_mask(
+            self.body.config, embeddings, attention_mask=None, past_key_values=None
+        )

@@ -1,0 +1,300 @@
+"""CircuitModel: a frozen language model which can be run as a circuit.
+
+Hugging Face loads the model and runs it whole; the pass through separate outboxes is ours. What an
+architecture has to tell for that is in `gpt2.py` (and its siblings); what is common is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.dataset import Batch, Pair, iterate_batches
+from edgeprune.graph import CircuitGraph
+from edgeprune.outbox import Outboxes, Workspace
+
+
+class Block(Protocol):
+    """One transformer block, run on a separate input for each reader."""
+
+    attention_norm: nn.Module
+    attention_output: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+
+    def attend(self, x: Tensor, mask: Any) -> Tensor:
+        """[reader, batch, pos, d_model] -> the heads' values [batch, pos, head * d_head]."""
+        ...
+
+    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, batch, pos, d]."""
+        ...
+
+
+class Architecture(Protocol):
+    """A loaded Hugging Face model with its parts named."""
+
+    embedding_writers: tuple[str, ...]
+    blocks: Sequence[Block]
+    body: nn.Module
+    final_norm: nn.Module
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
+        ...
+
+    def attention_mask(self, embeddings: Tensor) -> Any:
+        """What the attention function needs as its mask, for [batch, pos, d_model]."""
+        ...
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed final states [..., d_model] -> [..., vocabulary]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the whole model computes on some prompts: where closed edges take their values from.
+
+    Attributes:
+        embeddings: [embedding writer, batch, pos, d_model].
+        head_values: a layer each, [batch, pos, head * d_head], before the output projection.
+        mlp_outputs: a layer each, [batch, pos, d_model].
+        residuals: a site each, [batch, pos, d_model], the stream that is read there.
+    """
+
+    embeddings: Tensor
+    head_values: tuple[Tensor, ...]
+    mlp_outputs: tuple[Tensor, ...]
+    residuals: tuple[Tensor, ...]
+
+
+class CircuitModel:
+    """A frozen model whose edges have gates.
+
+    Args:
+        architecture: the loaded model with its parts named.
+        graph: its nodes and edges.
+        tokenizer: its tokenizer, or None.
+        name: for people.
+    """
+
+    def __init__(
+        self, architecture: Architecture, graph: CircuitGraph, tokenizer: Any, name: str
+    ) -> None:
+        self.architecture = architecture
+        self.graph = graph
+        self.tokenizer = tokenizer
+        self.name = name
+        self._workspace = Workspace()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.architecture.body.parameters()).device
+
+    # ---------------------------------------------------------------------------- the whole model
+
+    @torch.no_grad()
+    def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:
+        """Run the untouched model.
+
+        Args:
+            ids: [batch, pos].
+            keep: the examples whose activations are wanted.
+
+        Returns:
+            The states after the final norm, [batch, pos, d_model], and the activations of `keep`.
+        """
+        arch = self.architecture
+        head_values: list[Tensor] = []
+        mlp_outputs: list[Tensor] = []
+        residuals: list[Tensor] = []
+
+        def keep_input(store: list[Tensor]):
+            return lambda module, inputs: store.append(inputs[0][keep].clone())
+
+        with ExitStack() as stack:
+            for block in arch.blocks:
+                for module, store in (
+                    (block.attention_norm, residuals),
+                    (block.attention_output, head_values),
+                    (block.mlp_norm, residuals),
+                ):
+                    stack.enter_context(_hook(module.register_forward_pre_hook(keep_input(store))))
+                handle = block.mlp.register_forward_hook(
+                    lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
+                )
+                stack.enter_context(_hook(handle))
+            handle = arch.final_norm.register_forward_pre_hook(keep_input(residuals))
+            stack.enter_context(_hook(handle))
+            inputs_embeds = arch.body.get_input_embeddings()(ids)
+            states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        return states, Activations(
+            arch.embed(ids[keep]), tuple(head_values), tuple(mlp_outputs), tuple(residuals)
+        )
+
+    def run_pair(self, batch: Batch) -> tuple[Tensor, Activations]:
+        """Clean and corrupted prompts through the untouched model, in one batch.
+
+        Returns:
+            The reference: logits on the clean prompts, [predicted, vocabulary]; and the activations
+            on the corrupted prompts.
+        """
+        num_examples = len(batch.clean_ids)
+        ids = torch.cat([batch.clean_ids, batch.corrupted_ids])
+        states, corrupted = self.run_full(ids, slice(num_examples, None))
+        return self.architecture.logits(states[batch.rows, batch.cols]), corrupted
+
+    @torch.no_grad()
+    def corrupted_logits(self, batch: Batch, corrupted: Activations) -> Tensor:
+        """[predicted, vocabulary], what is left when every edge is closed."""
+        arch = self.architecture
+        return arch.logits(arch.final_norm(corrupted.residuals[-1][batch.rows, batch.cols]))
+
+    # -------------------------------------------------------------------------------- the circuit
+
+    def run_circuit(self, batch: Batch, gates: Tensor, corrupted: Activations | None) -> Tensor:
+        """Run the model with a gate on every edge.
+
+        Args:
+            batch: the prompts; the clean ones are run.
+            gates: [edge] in [0, 1], in the graph's order; 1 = clean.
+            corrupted: what closed edges carry: activations on the corrupted prompts, mean
+                activations (see `mean_activations`), or None for zeros.
+
+        Returns:
+            Logits, [predicted, vocabulary]. They depend differentiably on the gates; call backward
+            before the next `run_circuit`.
+        """
+        arch, graph = self.architecture, self.graph
+        if gates.shape != (graph.num_edges,):
+            raise ValueError(f"gates are {list(gates.shape)}, expected [{graph.num_edges}]")
+        site_gates = _split_by_site(gates, graph)
+        embeddings = arch.embed(batch.clean_ids)
+        stream = embeddings[0]
+        boxes = Outboxes(self._workspace, graph.num_writers, stream)
+        embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
+        always_on = None
+        if graph.embedding_writers:
+            boxes.write(embedding_delta)
+        else:
+            always_on = embedding_delta.sum(0)
+
+        def base(site: int) -> Tensor:
+            stream_there = torch.zeros_like(stream) if corrupted is None else None
+            if corrupted is not None:
+                stream_there = corrupted.residuals[site]
+            return stream_there if always_on is None else stream_there + always_on
+
+        mask = arch.attention_mask(stream)
+        for layer, block in enumerate(arch.blocks):
+            x = boxes.read(site_gates[2 * layer], base(2 * layer))
+            values = block.attend(x, mask)
+            closed = None if corrupted is None else corrupted.head_values[layer]
+            boxes.write(block.head_delta(values, closed))
+            x = boxes.read(site_gates[2 * layer + 1], base(2 * layer + 1))[0]
+            output = block.mlp(block.mlp_norm(x))
+            if corrupted is not None:
+                output = output - corrupted.mlp_outputs[layer]
+            boxes.write(output[None])
+        at = (batch.rows, batch.cols)
+        x = boxes.read_at(site_gates[-1], base(-1)[at], *at)[0]
+        return arch.logits(arch.final_norm(x))
+
+    @torch.no_grad()
+    def mean_activations(
+        self, pairs: Sequence[Pair], batch_size: int, *, per_position: bool
+    ) -> MeanActivations:
+        """Mean activations on the clean prompts of a reference set, for mean ablation.
+
+        Args:
+            pairs: the reference set.
+            per_position: one mean a position, or one over all positions.
+        """
+        totals: Activations | None = None
+        counts = None
+        width = max(len(pair.clean_ids) for pair in pairs)
+        for batch in iterate_batches(pairs, batch_size):
+            batch = batch.to(self.device)
+            _, activations = self.run_full(batch.clean_ids, slice(None))
+            length = batch.clean_ids.shape[1]
+            real = torch.arange(length, device=self.device) < batch.lengths[:, None]
+            count = torch.zeros(width, device=self.device)
+            count[:length] = real.sum(0)
+
+            def total(x: Tensor, real=real, length=length) -> Tensor:
+                """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d]."""
+                summed = (x.double() * real[..., None]).sum(-3, keepdim=True)
+                return nn.functional.pad(summed, (0, 0, 0, width - length))
+
+            batch_totals = _map(total, activations)
+            totals = batch_totals if totals is None else _map(torch.add, totals, batch_totals)
+            counts = count if counts is None else counts + count
+        if not per_position:
+            totals = _map(lambda x: x.sum(-2, keepdim=True), totals)
+            counts = counts.sum(0, keepdim=True)
+        dtype = next(self.architecture.body.parameters()).dtype
+        means = _map(lambda x: (x / counts.clamp(min=1)[:, None]).to(dtype), totals)
+        return MeanActivations(means, per_position)
+
+
+@dataclass(frozen=True)
+class MeanActivations:
+    """Mean activations with a batch axis of 1, and a position axis of 1 if over all positions."""
+
+    means: Activations
+    per_position: bool
+
+    def for_batch(self, batch: Batch) -> Activations:
+        """The means, spread over a batch.
+
+        Raises:
+            ValueError: the batch has positions which the reference set had not.
+        """
+        num_examples, length = batch.clean_ids.shape
+        known = self.means.residuals[0].shape[-2]
+        if self.per_position and length > known:
+            raise ValueError(
+                f"a prompt has {length} tokens, but the reference set of the per-position mean "
+                f"ablation only {known}; use a longer reference set, or per_position=false"
+            )
+
+        def spread(x: Tensor) -> Tensor:
+            x = x[..., :length, :] if self.per_position else x
+            return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
+
+        return _map(spread, self.means)
+
+
+def _map(function, first: Activations, *others: Activations) -> Activations:
+    """Apply a function to every tensor of one or more activations."""
+
+    def each(name: str):
+        items = [getattr(activations, name) for activations in (first, *others)]
+        if isinstance(items[0], Tensor):
+            return function(*items)
+        return tuple(function(*tensors) for tensors in zip(*items, strict=True))
+
+    return Activations(*(each(name) for name in vars(first)))
+
+
+def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:
+    """A flat [edge] -> one [reader, writer] view a site."""
+    parts = gates.split([site.num_edges for site in graph.sites])
+    return [
+        part.view(len(site.readers), site.num_writers)
+        for part, site in zip(parts, graph.sites, strict=True)
+    ]
+
+
+@contextmanager
+def _hook(handle: Any):
+    try:
+        yield
+    finally:
+        handle.remove()
