@@ -1,0 +1,27 @@
+"""edgeprune: find the circuit with which a language model does a task, by pruning its edges."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Circuit": "circuit",
+    "CircuitGraph": "graph",
+    "Evaluation": "analysis.evaluate",
+    "draw_circuit": "drawing",
+    "evaluate": "analysis.evaluate",
+    "export_circuit": "analysis.export",
+    "load_dataset": "dataset",
+    "load_model": "modeling",
+    "prune": "api",
+}
+"""Public name -> module. They are imported when first used, so that `import edgeprune` is instant."""
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
+    return getattr(import_module(f"edgeprune.{_HOME[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -172,3 +173,26 @@ def load_edges(path: Path | str) -> list[Edge]:
     ):
         raise CircuitError(f"{path} is not a list of [writer, reader] pairs of names")
     return [(writer, reader) for writer, reader in pairs]
+
+
+def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
+    """The smallest graph without grouped-query attention that has these edges.
+
+    For drawing an `edges.json` of which nothing else is known.
+
+    Raises:
+        CircuitError: a name that is none of a node.
+    """
+    layer, head = 0, 0
+    embeddings = set()
+    for name in {name for edge in edges for name in edge}:
+        found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.[qkv])?|m(\d+)", name)
+        if found:
+            layer = max(layer, int(found[1] or found[3]))
+            head = max(head, int(found[2] or 0))
+        elif name in ("embeds", "tok_embeds", "pos_embeds"):
+            embeddings.add(name)
+        elif name != "resid_post":
+            raise CircuitError(f"{where}: {name!r} is not the name of a node")
+    order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
+    return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())

@@ -99,8 +99,11 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     """
     clean_prompt, prediction = _split_text(record, "clean")
     corrupted_prompt, corrupted_prediction = _split_text(record, "corrupted")
-    prompt, target = _tokenize(tokenizer, clean_prompt, prediction)
-    other_prompt, other_target = _tokenize(tokenizer, corrupted_prompt, corrupted_prediction)
+    answers = [a for a in _strings(record, "answers") if a.strip() != prediction.strip()]
+    distractors = _strings(record, "distractor")
+    prompt, options = _tokenize(tokenizer, clean_prompt, [prediction, *answers, *distractors])
+    target = options[0]
+    other_prompt, (other_target,) = _tokenize(tokenizer, corrupted_prompt, [corrupted_prediction])
     if len(prompt) != len(other_prompt):
         raise DataError(
             f"clean and corrupted prompts have unequal lengths: {len(prompt)} and "
@@ -112,15 +115,8 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
             f"clean and corrupted predictions have unequal lengths: {len(target)} and "
             f"{len(other_target)} tokens; choose predictions with equally many tokens"
         )
-    answers = [target] + [
-        _tokenize(tokenizer, clean_prompt, text)[1]
-        for text in _strings(record, "answers")
-        if text.strip() != prediction.strip()
-    ]
-    distractors = [
-        _tokenize(tokenizer, clean_prompt, text)[1] for text in _strings(record, "distractor")
-    ]
-    contrast, answer_ids, distractor_ids = _contrast(target, answers, distractors)
+    split = 1 + len(answers)
+    contrast, answer_ids, distractor_ids = _contrast(target, options[:split], options[split:])
     return Pair(
         clean_ids=tuple(prompt + target[:-1]),
         corrupted_ids=tuple(other_prompt + other_target[: len(target) - 1]),
@@ -165,26 +161,40 @@ def _strings(record: dict, field: str) -> list[str]:
     return values
 
 
-def _tokenize(tokenizer: Any, prompt: str, prediction: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the prediction which follows it.
+def _tokenize(
+    tokenizer: Any, prompt: str, predictions: list[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt, and of each prediction as it follows the prompt.
 
     The whole text is tokenised at once, as the model would see it, and cut where the prediction
-    begins. Where one token would straddle that place ("17" + "45" read as "1745") the two parts are
-    tokenised apart.
+    begins. Where that would cut a token in two ("17" + "45" read as "1745"), or where predictions
+    disagree on the prompt's tokens, prompt and predictions are tokenised apart.
     """
-    full = tokenizer(prompt + prediction, return_offsets_mapping=True)
-    offsets = full["offset_mapping"]
-    cut = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(prompt))), None)
-    if cut is not None and offsets[cut][0] >= len(prompt):
-        end = next(
-            (i for i in range(cut, len(offsets)) if offsets[i][0] == offsets[i][1]), len(offsets)
-        )  # a closing special token spans no text
-        return full["input_ids"][:cut], full["input_ids"][cut:end]
-    apart = tokenizer(prompt, return_offsets_mapping=True)
-    prompt_ids = apart["input_ids"]
-    while prompt_ids and apart["offset_mapping"][len(prompt_ids) - 1] == (0, 0):
-        prompt_ids = prompt_ids[:-1]
-    return prompt_ids, tokenizer(prediction, add_special_tokens=False)["input_ids"]
+    whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
+    cuts = [
+        _cut(ids, offsets, len(prompt))
+        for ids, offsets in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+    ]
+    if all(cut is not None and cut[0] == cuts[0][0] for cut in cuts):
+        return cuts[0][0], [prediction for _, prediction in cuts]
+    alone = tokenizer([prompt], return_offsets_mapping=True)
+    ids, offsets = alone["input_ids"][0], alone["offset_mapping"][0]
+    while ids and offsets[len(ids) - 1] == (0, 0):  # a closing special token spans no text
+        ids = ids[:-1]
+    return ids, tokenizer(predictions, add_special_tokens=False)["input_ids"]
+
+
+def _cut(
+    ids: list[int], offsets: list[tuple[int, int]], place: int
+) -> tuple[list[int], list[int]] | None:
+    """The tokens before and from a character of the text; None if a token spans both."""
+    first = next((i for i, (start, end) in enumerate(offsets) if end > max(start, place)), None)
+    if first is None or offsets[first][0] < place:
+        return None
+    last = len(ids)
+    while offsets[last - 1][0] == offsets[last - 1][1]:  # closing special tokens span no text
+        last -= 1
+    return ids[:first], ids[first:last]
 
 
 def _contrast(

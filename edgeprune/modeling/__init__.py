@@ -1,6 +1,6 @@
 """Language models that can be run as circuits."""
 
-from edgeprune.modeling.load import ModelError, load_model, verify_parity, wrap_model
+from edgeprune.modeling.load import ModelError, load_model, load_tokenizer, verify_parity, wrap_model
 from edgeprune.modeling.model import Activations, CircuitModel, MeanActivations
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "MeanActivations",
     "ModelError",
     "load_model",
+    "load_tokenizer",
     "verify_parity",
     "wrap_model",
 ]

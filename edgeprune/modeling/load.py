@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from edgeprune.dataset import Batch, Pair, collate
 from edgeprune.modeling import gpt2
 from edgeprune.modeling.model import CircuitModel
+from edgeprune.paths import EMBEDDED_MODEL
 
 FAMILIES = {"gpt2": (gpt2.GPT2, gpt2.build_graph)}
 """model_type -> (architecture, graph builder). What is not here is refused by name."""
@@ -36,7 +39,8 @@ def load_model(
     """Load a model of a supported family and check that it runs exactly as a circuit.
 
     Args:
-        name_or_path: a hub name or a folder with safetensors weights.
+        name_or_path: a hub name, a folder with safetensors weights, or `embedded` for the small
+            GPT-2 that comes with the project.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...
@@ -48,7 +52,7 @@ def load_model(
         ModelError: not found, no safetensors weights, a family which is not supported, or one that
             fails the parity check.
     """
-    name = str(name_or_path)
+    name = str(EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -58,6 +62,8 @@ def load_model(
             f"model type {config.model_type!r} of {name} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -68,15 +74,27 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         ).to(device)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_cannot_load(name, error)) from None
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    circuit_model = wrap_model(model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers)
+    verify_parity(circuit_model)
+    return circuit_model
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer alone; arguments and errors as `load_model`."""
+    name = str(EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path)
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_cannot_load(name, error)) from None
     if not tokenizer.is_fast:
-        raise ModelError(f"{name} has no fast tokenizer (tokenizer.json), which is needed to tell "
-                         "which tokens a prediction covers")  # fmt: skip
-    circuit_model = wrap_model(model, tokenizer, name=name, embedding_writers=embedding_writers)
-    verify_parity(circuit_model)
-    return circuit_model
+        raise ModelError(
+            f"{name} has no fast tokenizer (tokenizer.json), which is needed to tell which tokens "
+            "a prediction covers"
+        )
+    return tokenizer
 
 
 def wrap_model(

@@ -6,6 +6,7 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,20 @@ class CircuitModel:
     def device(self) -> torch.device:
         return next(self.architecture.body.parameters()).device
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens a prompt may have."""
+        return self.architecture.body.config.max_position_embeddings
+
+    def fingerprint(self) -> str:
+        """SHA-256 over a sample of every weight: tells whether a model is still the same."""
+        digest = hashlib.sha256()
+        for name, weight in self.architecture.body.named_parameters():
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
+            digest.update(f"{name} {list(weight.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
+
     # ---------------------------------------------------------------------------- the whole model
 
     @torch.no_grad()
@@ -149,12 +164,6 @@ class CircuitModel:
         ids = torch.cat([batch.clean_ids, batch.corrupted_ids])
         states, corrupted = self.run_full(ids, slice(num_examples, None))
         return self.architecture.logits(states[batch.rows, batch.cols]), corrupted
-
-    @torch.no_grad()
-    def corrupted_logits(self, batch: Batch, corrupted: Activations) -> Tensor:
-        """[predicted, vocabulary], what is left when every edge is closed."""
-        arch = self.architecture
-        return arch.logits(arch.final_norm(corrupted.residuals[-1][batch.rows, batch.cols]))
 
     # -------------------------------------------------------------------------------- the circuit
 

@@ -1,0 +1,166 @@
+"""The command line: `edgeprune <command> [settings]`.
+
+Settings are Hydra overrides (`trainer.steps=500`). Nothing heavy is imported before a command runs,
+so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+from edgeprune.config import COMMANDS, ConfigError, did_you_mean
+from edgeprune.help import command_help, overview, setting_names
+from edgeprune.paths import CONF
+
+POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit"}
+"""Commands whose first bare argument is a path, and the setting it fills."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"edgeprune {version('edgeprune')}")
+        sys.exit(0)
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        hint = did_you_mean(command, COMMANDS) or f"; choose {', '.join(COMMANDS)}"
+        _fail(f"unknown command {command!r}{hint}", 2)
+    if "-h" in rest or "--help" in rest:
+        print(command_help(command))
+        sys.exit(0)
+    try:
+        _run(command, _name_path(command, rest))
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("EDGEPRUNE_TRACEBACK"):
+            raise
+        _report(command, rest, error)
+
+
+def _name_path(command: str, arguments: list[str]) -> list[str]:
+    """`export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`."""
+    name = POSITIONAL.get(command)
+    bare = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
+    if name is None:
+        if bare:
+            _fail(f"unexpected argument {bare[0]!r}; settings are written name=value", 2)
+        return arguments
+    given = any(a.startswith(f"{name}=") for a in arguments)
+    if arguments and not given and not bare and os.path.exists(arguments[0]):
+        bare = arguments[:1]  # a path with a = in it
+    if len(bare) + given != 1:
+        _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
+    if given:
+        return arguments
+    rest = list(arguments)
+    rest.remove(bare[0])
+    return [f"{name}={_quote(bare[0])}", *rest]
+
+
+def _quote(text: str) -> str:
+    """A string in Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _run(command: str, overrides: list[str]) -> None:
+    """Compose the settings with Hydra and run the command (several times under --multirun)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+
+    for name, schema in COMMANDS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+    failures: list[Exception] = []
+
+    @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
+    def job(settings: DictConfig) -> None:
+        from edgeprune import commands
+
+        try:
+            config: Any = OmegaConf.to_object(settings)
+            getattr(commands, command)(config)
+        except Exception as error:  # Hydra would print a traceback of its own
+            failures.append(error)
+
+    sys.argv = [f"edgeprune {command}", *overrides]
+    job()
+    if failures:
+        raise failures[0]
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+def _report(command: str, arguments: list[str], error: Exception) -> None:
+    """Say what went wrong in one message, and exit."""
+    name = type(error).__name__
+    if getattr(error, "exit_code", None) is not None:
+        _fail(str(error), error.exit_code)
+    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        _fail(_explain_hydra(command, arguments, error), 2)
+    if isinstance(error, ConfigError):
+        _fail(str(error), 2)
+    if isinstance(error, (ValueError, RuntimeError)) and _ours(error):
+        _fail(str(error), 1)
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        _fail(f"{what}{error.strerror or error}", 1)
+    _fail(
+        f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1
+    )
+
+
+def _ours(error: Exception) -> bool:
+    """Errors meant for people: our own classes, and ValueErrors that our code raises."""
+    if type(error).__module__.startswith("edgeprune."):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    where = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return isinstance(error, ValueError) and where.startswith("edgeprune.")
+
+
+def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one line, with the nearest right setting."""
+    text = str(error)
+    cause = error.__cause__
+    known = setting_names(command)
+    for argument in arguments:
+        key = argument.split("=")[0].lstrip("+~")
+        if key and "=" in argument and key not in known and not key.startswith("hydra"):
+            return (
+                f"unknown setting {key!r}{did_you_mean(key, known)} "
+                f"(all settings: edgeprune {command} --help)"
+            )
+    missing = re.search(r"Could not find '([\w/]+)'", text)
+    if missing:
+        group, _, choice = missing.group(1).rpartition("/")
+        choices = sorted(
+            str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
+        )
+        return f"no {group or 'config'} {choice!r}; choose {', '.join(choices)}"
+    lines = [line.strip() for line in (str(cause) if cause else text).splitlines() if line.strip()]
+    wanted = [line for line in lines if not line.startswith("object_type")]
+    return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"edgeprune: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What a closed edge carries: the corrupted prompt's value, nothing, or a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgeprune.config import AblationConfig, AblationKind
+from edgeprune.dataset import Batch, Pair
+from edgeprune.modeling import Activations, CircuitModel
+
+
+class Ablation:
+    """Gives the values of closed edges for each batch.
+
+    Args:
+        model: whose activations are averaged for mean ablation.
+        config: which ablation.
+        reference_set: the prompts whose clean activations are averaged for mean ablation.
+        batch_size: pairs a forward pass, for that.
+    """
+
+    def __init__(
+        self,
+        model: CircuitModel,
+        config: AblationConfig,
+        reference_set: Sequence[Pair],
+        batch_size: int = 64,
+    ) -> None:
+        self.kind = config.kind
+        self.means = None
+        if config.kind is AblationKind.mean:
+            self.means = model.mean_activations(
+                reference_set, batch_size, per_position=config.per_position
+            )
+
+    def values(self, batch: Batch, corrupted: Activations) -> Activations | None:
+        """Values of closed edges; None stands for zeros.
+
+        Args:
+            batch: the prompts.
+            corrupted: activations on their corrupted prompts.
+        """
+        if self.kind is AblationKind.interchange:
+            return corrupted
+        return None if self.means is None else self.means.for_batch(batch)

@@ -1,0 +1,1 @@
+"""What is done with learned gates: circuits, and how good they are."""

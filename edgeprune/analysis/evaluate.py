@@ -1,0 +1,172 @@
+"""Evaluate a circuit beside the full model and the fully corrupted one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.ablation import Ablation
+from edgeprune.circuit import Circuit
+from edgeprune.config import AblationConfig
+from edgeprune.dataset import Pair, iterate_batches
+from edgeprune.metrics import ExampleScores, score
+from edgeprune.modeling import CircuitModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the examples of a data set; NaN where the data has no distractors.
+
+    Attributes:
+        kl: faithfulness, KL from the full model, nats per predicted token.
+        exact_match: share of examples with the full model's most likely tokens.
+        accuracy: share of examples whose most likely tokens are right.
+        two_way_accuracy: share of examples where the answers are likelier than the distractors.
+        logit_difference: log-sum-exp of the answers' logits less that of the distractors'.
+        logit_difference_ratio: that over the full model's.
+        probability_difference: the answers' probability less the distractors'.
+    """
+
+    kl: float
+    exact_match: float
+    accuracy: float
+    two_way_accuracy: float
+    logit_difference: float
+    logit_difference_ratio: float
+    probability_difference: float
+
+
+@dataclass(frozen=True)
+class WorstExample:
+    """The example on which the circuit is least faithful."""
+
+    text: str
+    kl: float
+    full_prediction: str
+    circuit_prediction: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A circuit's scores and what to compare them with.
+
+    Attributes:
+        circuit: the circuit.
+        full: the untouched model.
+        corrupted: every edge closed.
+        random: the mean over random circuits of the same size, or None.
+        worst: the circuit's least faithful example.
+        num_examples, num_edges, sparsity: of what was measured.
+    """
+
+    circuit: Scores
+    full: Scores
+    corrupted: Scores
+    random: Scores | None
+    worst: WorstExample
+    num_examples: int
+    num_edges: int
+    sparsity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN becomes None."""
+        return _without_nan(asdict(self))
+
+
+@torch.no_grad()
+def evaluate(
+    model: CircuitModel,
+    circuit: Circuit,
+    pairs: Sequence[Pair],
+    *,
+    ablation: Ablation | None = None,
+    batch_size: int = 64,
+    random_circuits: int = 0,
+) -> Evaluation:
+    """Measure how much of the model's behaviour a circuit keeps.
+
+    Args:
+        model: the model the circuit was found in.
+        circuit: its kept edges; all others are ablated.
+        pairs: the prompts.
+        ablation: what ablated edges carry; None: their values on the corrupted prompts.
+        batch_size: pairs a forward pass.
+        random_circuits: so many random circuits of equal size are measured too.
+    """
+    ablation = ablation or Ablation(model, AblationConfig(), pairs)
+    randoms = [
+        Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
+    ]
+    masks = [circuit.mask(), [False] * model.graph.num_edges, *randoms]
+    gates = [torch.tensor(mask, dtype=torch.float32, device=model.device) for mask in masks]
+    scores: list[list[ExampleScores]] = [[] for _ in range(1 + len(gates))]
+    texts: list[str] = []
+    for batch in iterate_batches(pairs, batch_size):
+        batch = batch.to(model.device)
+        reference, corrupted = model.run_pair(batch)
+        closed = ablation.values(batch, corrupted)
+        scores[0].append(score(batch, reference, reference))
+        for one, kept in zip(scores[1:], gates, strict=True):
+            one.append(score(batch, reference, model.run_circuit(batch, kept, closed)))
+        texts += [pair.text for pair in batch.pairs]
+    full, of_circuit, *others = [_concatenate(one) for one in scores]
+    full_difference = full.logit_difference.mean().item()
+    summaries = [_summarise(one, full_difference) for one in (full, of_circuit, *others)]
+    worst = int(of_circuit.kl.argmax())
+    return Evaluation(
+        circuit=summaries[1],
+        full=summaries[0],
+        corrupted=summaries[2],
+        random=_mean_scores(summaries[3:]) if randoms else None,
+        worst=WorstExample(
+            text=texts[worst],
+            kl=of_circuit.kl[worst].item(),
+            full_prediction=_decode(model, full.predicted[worst]),
+            circuit_prediction=_decode(model, of_circuit.predicted[worst]),
+        ),
+        num_examples=len(texts),
+        num_edges=len(circuit),
+        sparsity=circuit.sparsity,
+    )
+
+
+def _concatenate(scores: list[ExampleScores]) -> ExampleScores:
+    return ExampleScores(
+        *(torch.cat([getattr(s, f.name).cpu() for s in scores]) for f in fields(ExampleScores))
+    )
+
+
+def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
+    difference = scores.logit_difference
+    two_way = (difference > 0).double()
+    two_way[difference.isnan()] = math.nan
+    return Scores(
+        kl=scores.kl.double().mean().item(),
+        exact_match=scores.exact_match.double().mean().item(),
+        accuracy=scores.correct.double().mean().item(),
+        two_way_accuracy=two_way.nanmean().item(),
+        logit_difference=difference.nanmean().item(),
+        logit_difference_ratio=difference.nanmean().item() / full_difference,
+        probability_difference=scores.probability_difference.nanmean().item(),
+    )
+
+
+def _mean_scores(scores: list[Scores]) -> Scores:
+    return Scores(
+        *(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Scores))
+    )
+
+
+def _decode(model: CircuitModel, token: Tensor) -> str:
+    return "" if model.tokenizer is None else model.tokenizer.decode([int(token)])
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

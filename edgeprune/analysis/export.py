@@ -1,0 +1,64 @@
+"""From learned masks to a circuit of the size asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.circuit import Circuit
+from edgeprune.config import check_size
+from edgeprune.masks import CircuitMasks, Thresholds
+
+
+@dataclass(frozen=True)
+class Export:
+    """A circuit and how it was chosen.
+
+    Attributes:
+        circuit: the kept edges, dangling ones among them.
+        thresholds: of the binary search; None when the size was asked for.
+    """
+
+    circuit: Circuit
+    thresholds: Thresholds | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for circuit.json."""
+        connected = self.circuit.without_dangling()
+        return {
+            "chosen_by": "size" if self.thresholds is None else "threshold",
+            "edge_threshold": None if self.thresholds is None else self.thresholds.edge,
+            "node_threshold": None if self.thresholds is None else self.thresholds.node,
+            "all_edges": self.circuit.graph.num_edges,
+            "num_edges": len(self.circuit),
+            "sparsity": self.circuit.sparsity,
+            "without_dangling": {
+                "num_edges": len(connected),
+                "sparsity": connected.sparsity,
+                "num_nodes": len(connected.nodes),
+            },
+        }
+
+
+def export_circuit(
+    masks: CircuitMasks, *, sparsity: float | None = None, num_edges: int | None = None
+) -> Export:
+    """Choose the edges to keep.
+
+    Args:
+        masks: learned.
+        sparsity: keep exactly this fraction less of the edges, to the nearest whole edge.
+        num_edges: or keep exactly so many. Neither: binary search for the threshold at which the
+            binary gates are as sparse as the deterministic ones.
+
+    Raises:
+        ConfigError: both are given, or one is out of range.
+        ValueError: more edges than the graph has.
+    """
+    check_size(sparsity, num_edges)
+    if sparsity is not None:
+        num_edges = round((1 - sparsity) * masks.graph.num_edges)
+    if num_edges is not None:
+        return Export(masks.circuit_of_size(num_edges), None)
+    thresholds = masks.thresholds()
+    return Export(masks.circuit_above(thresholds), thresholds)

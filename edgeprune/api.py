@@ -1,0 +1,90 @@
+"""Pruning from Python, without files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.ablation import Ablation
+from edgeprune.analysis.export import export_circuit
+from edgeprune.circuit import Circuit
+from edgeprune.config import (
+    AblationConfig,
+    AblationKind,
+    ConfigError,
+    PruneConfig,
+    check_prune,
+    target_sparsity,
+    trainer_settings,
+)
+from edgeprune.dataset import Pair
+from edgeprune.masks import CircuitMasks
+from edgeprune.modeling import CircuitModel
+from edgeprune.training.progress import training_progress
+from edgeprune.training.trainer import StepMetrics, Trainer
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning found.
+
+    Attributes:
+        circuit: of the size asked for.
+        masks: the learned log alphas; `export_circuit` makes circuits of other sizes of them.
+        history: one entry a step.
+    """
+
+    circuit: Circuit
+    masks: CircuitMasks
+    history: list[StepMetrics]
+
+
+def prune(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    *,
+    sparsity: float | None = None,
+    num_edges: int | None = None,
+    seed: int = 0,
+    ablation: str = "interchange",
+    progress: bool = True,
+    **settings: Any,
+) -> Pruned:
+    """Find the circuit with which a model does a task.
+
+    Args:
+        model: from `load_model`.
+        pairs: training prompts, from `load_dataset`.
+        sparsity: the circuit keeps exactly this fraction less of the edges.
+        num_edges: or exactly so many.
+        seed: of the start, the noise and the order of the data.
+        ablation: what closed edges carry: `interchange`, `zero` or `mean` (over `pairs`).
+        progress: whether to show a progress bar.
+        settings: fields of `TrainerConfig`, such as `steps` and `batch_size`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        TrainingError: the loss became NaN.
+    """
+    config = trainer_settings(settings)
+    whole = PruneConfig(trainer=config, sparsity=sparsity, num_edges=num_edges, seed=seed)
+    check_prune(whole)
+    if ablation not in AblationKind.__members__:
+        kinds = ', '.join(AblationKind.__members__)
+        raise ConfigError(f"unknown ablation {ablation!r}; choose {kinds}")
+    trainer = Trainer(
+        model,
+        pairs,
+        config,
+        target_sparsity=target_sparsity(whole, model.graph.num_edges),
+        seed=seed,
+        ablation=Ablation(model, AblationConfig(AblationKind[ablation]), pairs),
+    )
+    history = []
+    with training_progress(config.steps, enabled=progress) as show:
+        for _ in range(config.steps):
+            history.append(trainer.train_step())
+            show(history[-1])
+    export = export_circuit(trainer.masks, sparsity=sparsity, num_edges=num_edges)
+    return Pruned(export.circuit, trainer.masks, history)

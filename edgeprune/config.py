@@ -1,0 +1,355 @@
+"""Every setting, as dataclasses. Hydra fills them, `__main__` converts them once; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting which cannot be used; the message says what was got and what was expected."""
+
+
+class AblationKind(Enum):
+    interchange = "interchange"
+    zero = "zero"
+    mean = "mean"
+
+
+class Warmup(Enum):
+    linear = "linear"
+    logarithmic = "logarithmic"
+
+
+class Resume(Enum):
+    never = "never"
+    auto = "auto"
+
+
+class TrackerKind(Enum):
+    none = "none"
+    wandb = "wandb"
+
+
+class Split(Enum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@dataclass
+class ModelConfig:
+    """Which language model, and how it is loaded."""
+
+    name: str = ""
+    """For people and for the run directory."""
+    path: str = ""
+    """Hub name; a folder with config.json, tokenizer.json and safetensors; or `embedded`."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    attention: str = "sdpa"
+    """Attention implementation of the transformers library: sdpa or eager."""
+    embedding_writers: bool = True
+    """Whether the embeddings are writers with edges; without, they always flow."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+
+@dataclass
+class TaskConfig:
+    """Where the clean/corrupted prompts come from."""
+
+    name: str = ""
+    """One of the tasks that `edgeprune prepare` writes, or any name for a file of your own."""
+    path: str | None = None
+    """JSONL of prompts; null: the task's own are generated."""
+    train: int = 200
+    """Training prompts to generate."""
+    validation: int = 200
+    """Validation prompts to generate."""
+    test: int = 1000
+    """Test prompts to generate."""
+    max_length: int | None = None
+    """Leave out prompts of more tokens than this."""
+    seed: int = 0
+    """Of the generated prompts; apart from the run's seed, so that runs share their data."""
+
+
+@dataclass
+class AblationConfig:
+    """What a closed edge carries."""
+
+    kind: AblationKind = AblationKind.interchange
+    """interchange: the value on the corrupted prompt; zero: nothing; mean: a mean over prompts."""
+    per_position: bool = False
+    """For mean: one mean a position, or one over all positions."""
+
+
+@dataclass
+class TrainerConfig:
+    """How the gates are learned."""
+
+    steps: int = 3000
+    """Optimisation steps."""
+    batch_size: int = 32
+    """Pairs a step."""
+    learning_rate: float = 0.8
+    """Of log alpha."""
+    multiplier_learning_rate: float = 0.8
+    """Of the multipliers, which are maximised."""
+    lr_warmup_steps: int = 200
+    """Both learning rates rise linearly over these steps, then fall linearly to 0."""
+    start_sparsity: float = 0.0
+    """Target at step 0."""
+    target_sparsity: float | None = None
+    """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
+    sparsity_warmup_steps: int = 2500
+    """Steps over which the target rises."""
+    warmup: Warmup = Warmup.linear
+    """Shape of that rise: linear, or logarithmic in 1 - target."""
+    node_gates: bool = False
+    """Whether writers have gates too."""
+    start_node_sparsity: float = 0.0
+    """Target of the node gates at step 0."""
+    target_node_sparsity: float = 0.7
+    """Target of the node gates after the warm-up."""
+    init_mean: float = 10.0
+    """Mean of log alpha at the start."""
+    init_std: float = 0.01
+    """Standard deviation of log alpha at the start."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: TrackerKind = TrackerKind.none
+    """none, or wandb (offline without an API key)."""
+    project: str = "edgeprune"
+    """wandb project."""
+
+
+@dataclass
+class PruneConfig:
+    """Learn the gates of a model's edges on a task."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sparsity: float | None = None
+    """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
+    num_edges: int | None = None
+    """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
+    seed: int = 0
+    """Of the start, the noise and the order of the data."""
+    run_dir: str = ""
+    """Everything of the run is written here."""
+    resume: Resume = Resume.never
+    """auto: go on from the last checkpoint in run_dir, if there is one."""
+    overwrite: bool = False
+    """Throw away what an earlier run left in run_dir."""
+
+
+@dataclass
+class ExportConfig:
+    """Make a circuit of a run's checkpoint and write edges.json."""
+
+    run: str = ""
+    """Run directory."""
+    checkpoint: int | None = None
+    """Step of the checkpoint; null: the last."""
+    sparsity: float | None = None
+    """Exactly this fraction less of the edges."""
+    num_edges: int | None = None
+    """Exactly so many edges. Neither: threshold by binary search."""
+    output: str | None = None
+    """File to write; null: edges.json in the run directory."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a circuit beside the full model and the fully corrupted one."""
+
+    circuit: str = ""
+    """Run directory, or an edges.json."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    task: TaskConfig | None = None
+    """null: the run's."""
+    ablation: AblationConfig | None = None
+    """null: the run's, or interchange."""
+    split: Split = Split.test
+    """Which prompts."""
+    batch_size: int = 64
+    """Pairs a forward pass."""
+    random_circuits: int = 0
+    """Measure so many random circuits of equal size too."""
+    output: str | None = None
+    """JSON to write; null: evaluation-<split>.json beside the circuit."""
+
+
+@dataclass
+class DrawConfig:
+    """Draw a circuit by Graphviz."""
+
+    circuit: str = ""
+    """Run directory, or an edges.json."""
+    checkpoint: int | None = None
+    """Step of the run's checkpoint to draw; null: the exported circuit, or else the last."""
+    sparsity: float | None = None
+    """Draw the circuit with exactly this fraction less of the edges."""
+    num_edges: int | None = None
+    """Draw the circuit with exactly so many edges."""
+    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """Files to write."""
+    output: str | None = None
+    """Path without suffix; null: circuit beside edges.json."""
+    dangling: bool = False
+    """Draw dangling edges too."""
+    title: str | None = None
+    """null: the run's model and task."""
+
+
+@dataclass
+class PrepareConfig:
+    """Write a task's prompts as JSONL."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Its tokenizer decides which prompts fit."""
+    output: str = ""
+    """File to write."""
+
+
+COMMANDS = {
+    "prune": PruneConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "draw": DrawConfig,
+    "prepare": PrepareConfig,
+}
+"""Each command's settings; its first docstring line is its help."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, as written to config.yaml."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def check_size(sparsity: float | None, num_edges: int | None) -> None:
+    """A circuit's size is asked for in one way, and is possible.
+
+    Raises:
+        ConfigError: both given, or out of range.
+    """
+    if sparsity is not None and num_edges is not None:
+        raise ConfigError(f"got sparsity={sparsity} and num_edges={num_edges}; give only one")
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ConfigError(
+            f"sparsity={sparsity} is out of range: it is the fraction of edges left out, 0 to 1 "
+            "(to push harder than 1, set trainer.target_sparsity)"
+        )
+    if num_edges is not None and num_edges < 0:
+        raise ConfigError(f"num_edges={num_edges} is negative")
+
+
+def check_prune(config: PruneConfig) -> None:
+    """Raises ConfigError where a setting is out of range or two contradict each other."""
+    check_size(config.sparsity, config.num_edges)
+    trainer = config.trainer
+    for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+        if getattr(trainer, name) < 1:
+            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
+    for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
+        if not 0 <= getattr(trainer, name) <= trainer.steps:
+            raise ConfigError(
+                f"trainer.{name}={getattr(trainer, name)} must lie between 0 and "
+                f"trainer.steps={trainer.steps}"
+            )
+    for name in ("learning_rate", "multiplier_learning_rate"):
+        if not getattr(trainer, name) > 0:
+            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
+    if trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
+        raise ConfigError(
+            "nothing says how sparse the circuit shall be: give sparsity=, num_edges= or "
+            "trainer.target_sparsity="
+        )
+    if trainer.warmup is Warmup.logarithmic:
+        targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
+        if trainer.node_gates:
+            targets += [trainer.start_node_sparsity, trainer.target_node_sparsity]
+        if max(targets) >= 1:
+            raise ConfigError(
+                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets must be "
+                f"below 1, got {max(targets)}; use trainer.warmup=linear"
+            )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError for a model without a path or of an unknown dtype."""
+    if not model.path:
+        raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
+    dtypes = ("float32", "bfloat16", "float16")
+    if model.dtype not in dtypes:
+        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(dtypes)}")
+
+
+def target_sparsity(config: PruneConfig, all_edges: int) -> float:
+    """What the multipliers drive the edges' sparsity to: as set, or what was asked for.
+
+    Raises:
+        ConfigError: more edges are asked for than the graph has.
+    """
+    if config.num_edges is not None and config.num_edges > all_edges:
+        raise ConfigError(
+            f"num_edges={config.num_edges} is more than the {all_edges} edges of this model"
+        )
+    if config.trainer.target_sparsity is not None:
+        return config.trainer.target_sparsity
+    if config.sparsity is not None:
+        return config.sparsity
+    return 1 - config.num_edges / all_edges
+
+
+def trainer_settings(settings: dict[str, Any]) -> TrainerConfig:
+    """A TrainerConfig from keyword arguments.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest right one.
+    """
+    known = [f.name for f in dataclasses.fields(TrainerConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+    return TrainerConfig(**settings)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' with the nearest known name, or nothing."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # "steps" for "trainer.steps"
+        near = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,126 @@
+"""The help texts, made of the settings' own docstrings and of what lies in conf/."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from enum import Enum
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from edgeprune import config as settings
+from edgeprune.config import COMMANDS
+from edgeprune.paths import CONF
+
+GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker")
+
+EXAMPLES = {
+    "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
+              "task=custom task.path=my.jsonl model=custom model.path=gpt2 sparsity=0.95",
+              "experiment=ioi seed=0,1,2 --multirun"),
+    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json"),
+    "evaluate": ("RUN", "RUN split=validation random_circuits=5",
+                 "edges.json model=embedded task=ioi"),
+    "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json"),
+    "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
+                "task=greater_than output=gt.jsonl model=custom model.path=gpt2"),
+}  # fmt: skip
+
+
+def overview() -> str:
+    """The help of `edgeprune --help`."""
+    lines = [
+        "usage: edgeprune <command> [name=value ...]",
+        "",
+        "Finds the circuit with which a language model does a task, by pruning its edges.",
+        "",
+    ]
+    for name, config in COMMANDS.items():
+        lines.append(f"  {name:<10}{config.__doc__}")
+    lines += [
+        "",
+        "Begin with:  edgeprune prune experiment=ioi run_dir=runs/ioi",
+        "             edgeprune evaluate runs/ioi",
+        "             edgeprune draw runs/ioi",
+        "",
+        "`edgeprune <command> --help` lists a command's settings.",
+        "Exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: str) -> str:
+    """The help of one command: settings with their defaults and meanings, choices, examples."""
+    config = COMMANDS[command]
+    path = " PATH" if EXAMPLES[command][0] in ("RUN",) else ""
+    lines = [f"usage: edgeprune {command}{path} [name=value ...]", "", str(config.__doc__), ""]
+    lines += ["Settings:"]
+    lines += [f"  {name}\n      {text}" for name, text in _described(config, "")]
+    groups = [g for g in GROUPS if (g in setting_names(command)) and (CONF / g).is_dir()]
+    if groups:
+        lines += ["", "Choices:"]
+        lines += [f"  {group}={'|'.join(_choices(group))}" for group in groups]
+    lines += ["", "Examples:"]
+    lines += [f"  edgeprune {command} {example}" for example in EXAMPLES[command]]
+    return "\n".join(lines)
+
+
+@cache
+def setting_names(command: str) -> tuple[str, ...]:
+    """Every name that a command's overrides may set, config groups among them."""
+    config = COMMANDS[command]
+    names = [name.split(" ")[0].split("=")[0] for name, _ in _described(config, "")]
+    groups = [f.name for f in dataclasses.fields(config) if f.name in GROUPS]
+    if command == "prune":
+        groups.append("experiment")
+    return (*names, *groups)
+
+
+def _choices(group: str) -> list[str]:
+    folder = CONF / group
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+
+
+def _described(config: type, prefix: str) -> list[tuple[str, str]]:
+    """('trainer.steps=3000', 'Optimisation steps.') for every setting, nested ones included."""
+    rows = []
+    hints = get_type_hints(config, vars(settings))
+    docs = _field_docs(config)
+    for field in dataclasses.fields(config):
+        nested = _dataclass_of(hints[field.name])
+        if nested is not None:
+            rows += _described(nested, f"{prefix}{field.name}.")
+        else:
+            rows.append((f"{prefix}{field.name}={_default(field)}", docs.get(field.name, "")))
+    return rows
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    return next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        value = field.default_factory()
+        return "[" + ",".join(value) + "]"
+    if isinstance(value, Enum):
+        return value.name
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(
+        value, (int, float)
+    ) or isinstance(value, bool) else str(value)
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The string literal that follows each field in the source."""
+    body = ast.parse(inspect.getsource(config)).body[0].body
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = following.value.value
+    return docs

@@ -1,0 +1,1 @@
+"""Learning the gates: objective, trainer, checkpoints."""

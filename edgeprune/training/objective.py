@@ -1,0 +1,52 @@
+"""The loss: faithfulness plus a sparsity constraint, and their schedules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.config import TrainerConfig, Warmup
+from edgeprune.dataset import Batch
+from edgeprune.metrics import kl_per_token, mean_by_example
+
+
+def faithfulness(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || circuit), mean over an example's predicted tokens and over examples, nats."""
+    return mean_by_example(kl_per_token(reference, logits), batch).mean()
+
+
+class SparsityConstraint(nn.Module):
+    """multiplier_1 (s - t) + multiplier_2 (s - t)^2, with multipliers that are maximised.
+
+    A Lagrangian relaxation of s = t (Bhaskar et al. 2024, arXiv:2406.16778); both multipliers start
+    at 0 and multiplier_1 may turn negative.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiplier_1 = nn.Parameter(torch.zeros(()))
+        self.multiplier_2 = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        excess = sparsity - target
+        return self.multiplier_1 * excess + self.multiplier_2 * excess**2
+
+
+def scheduled_target(
+    step: int, start: float, target: float, warmup_steps: int, shape: Warmup
+) -> float:
+    """The target sparsity of a step: from `start` to `target` over `warmup_steps`.
+
+    Logarithmic: 1 - t falls by the same factor each step.
+    """
+    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    if shape is Warmup.linear:
+        return start + (target - start) * progress
+    return 1 - (1 - start) * ((1 - target) / (1 - start)) ** progress
+
+
+def learning_rate_factor(step: int, config: TrainerConfig) -> float:
+    """Linear warm-up to 1, then linear decay to 0 at the end; step counts from 0."""
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    return (config.steps - step) / max(1, config.steps - config.lr_warmup_steps)

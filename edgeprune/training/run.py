@@ -1,0 +1,305 @@
+"""A run directory: what a run leaves behind, and how it goes on after an interruption.
+
+    config.yaml      the resolved settings
+    run.json         graph, data and model fingerprints, versions
+    data.jsonl       the prompts, where they were generated
+    metrics.jsonl    one line every few steps
+    checkpoints/     masks and optimiser state
+    edges.json       the circuit; circuit.json says how it was chosen
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
+from edgeprune.files import write_text
+from edgeprune.graph import CircuitGraph
+from edgeprune.masks import CircuitMasks
+from edgeprune.modeling import CircuitModel
+from edgeprune.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+from edgeprune.training.trainer import StepMetrics, Trainer, TrainingError
+
+CONFIG = "config.yaml"
+MANIFEST = "run.json"
+METRICS = "metrics.jsonl"
+DATA = "data.jsonl"
+EDGES = "edges.json"
+REPORT = "circuit.json"
+
+FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "model.device", "model.name",
+                  "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+"""Settings that do not change what is computed, so a run may be resumed with others."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; a checkpoint was saved."""
+
+    def __init__(self, signal_number: int, step: int, run_dir: Path) -> None:
+        name = signal.Signals(signal_number).name
+        super().__init__(
+            f"stopped by {name} after step {step}; the checkpoint is saved in {run_dir}. "
+            "Go on with the same command and resume=auto"
+        )
+        self.exit_code = 128 + signal_number
+
+
+# ----------------------------------------------------------------------------------- preparation
+
+
+def has_run(run_dir: Path) -> bool:
+    """Whether a run got as far as loading its model and data there."""
+    return (run_dir / MANIFEST).exists()
+
+
+def claim(run_dir: Path, config: PruneConfig) -> None:
+    """Make the run directory ready for this config, before anything slow is done.
+
+    Raises:
+        ConfigError: it holds another run, or one that is not to be resumed.
+    """
+    if has_run(run_dir) and not config.overwrite:
+        if config.resume is Resume.never:
+            raise ConfigError(
+                f"{run_dir} already holds a run; go on with resume=auto, start anew with "
+                "overwrite=true, or choose another run_dir="
+            )
+        _check_same(run_dir, to_dict(config))
+        return
+    if (run_dir / CONFIG).exists():  # an earlier run, or one that failed before it began
+        for name in (MANIFEST, METRICS, DATA, EDGES, REPORT, "checkpoints"):
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run, as plain values.
+
+    Raises:
+        ConfigError: not a run directory.
+    """
+    path = run_dir / CONFIG
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(
+            f"{run_dir} is no run directory: it has no {CONFIG}; give the run_dir of a "
+            "`edgeprune prune`"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
+    old, new = _flatten(read_config(run_dir)), _flatten(config)
+    changed = [
+        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run_dir} holds a run of another config, which cannot be resumed with this one "
+            f"({'; '.join(changed)}). Use its settings, another run_dir=, or overwrite=true"
+        )
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
+    """Write run.json, or on resuming check that data and model are still the same.
+
+    Raises:
+        ConfigError: the data file or the model's weights have changed.
+    """
+    manifest = {
+        "graph": asdict(model.graph),
+        "data": {"path": str(data_path), "sha256": _file_digest(data_path)},
+        "model": {"name": model.name, "sha256": model.fingerprint()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        },
+    }
+    path = run_dir / MANIFEST
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("data", "model"):
+            if old[key]["sha256"] != manifest[key]["sha256"]:
+                raise ConfigError(
+                    f"cannot resume {run_dir}: the {key} has changed since the run began "
+                    f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
+                    "with overwrite=true"
+                )
+    else:
+        write_text(path, json.dumps(manifest, indent=1) + "\n")
+
+
+def read_graph(run_dir: Path) -> CircuitGraph:
+    """The graph of a run, without loading its model.
+
+    Raises:
+        ConfigError: not a run directory, or one whose training has not begun.
+    """
+    read_config(run_dir)
+    try:
+        graph = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["graph"]
+        return CircuitGraph(**{**graph, "embedding_writers": tuple(graph["embedding_writers"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_masks(run_dir: Path, step: int | None = None) -> tuple[CircuitMasks, int]:
+    """The masks of a run's checkpoint, the last intact one by default, and its step.
+
+    Raises:
+        ConfigError: not a run directory.
+        CheckpointError: no such checkpoint, or a damaged one.
+    """
+    graph = read_graph(run_dir)
+    if step is not None:
+        checkpoint, damaged = load_checkpoint(run_dir, step), []
+    else:
+        checkpoint, damaged = load_latest(run_dir)
+    if checkpoint is None:
+        reason = "; ".join(damaged) or "none has been written yet"
+        raise CheckpointError(f"{run_dir} has no usable checkpoint: {reason}")
+    masks = CircuitMasks(graph, node_gates="node_log_alpha" in checkpoint.masks)
+    try:
+        masks.load_state_dict(checkpoint.masks)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit the run's graph: {error}"
+        ) from None
+    return masks, checkpoint.step
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def train(
+    trainer: Trainer,
+    run_dir: Path,
+    on_step: Callable[[StepMetrics], None],
+    say: Callable[[str], None],
+) -> None:
+    """Train to the end, from the last intact checkpoint if there is one.
+
+    Args:
+        trainer: at step 0.
+        run_dir: where metrics and checkpoints go.
+        on_step: called after each step.
+        say: called with what a person should know.
+
+    Raises:
+        Interrupted: by SIGINT or SIGTERM, after saving a checkpoint.
+        TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
+        CheckpointError: a checkpoint cannot be saved.
+    """
+    checkpoint, damaged = load_latest(run_dir)
+    for message in damaged:
+        say(f"{message}; passing over it")
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        say(f"resuming from step {trainer.step} of {trainer.config.steps}")
+    _truncate_metrics(run_dir / METRICS, trainer.step)
+    config = trainer.config
+    with _stop_signals() as stopped_by, (run_dir / METRICS).open("a", encoding="utf-8") as metrics:
+        saved = trainer.step if checkpoint is not None else None
+        while trainer.step < config.steps:
+            try:
+                done = trainer.train_step()
+            except TrainingError:
+                _save(trainer, run_dir, saved)
+                raise
+            if done.step % config.log_every == 0 or done.step == config.steps:
+                metrics.write(json.dumps(asdict(done)) + "\n")
+                metrics.flush()
+            on_step(done)
+            last = done.step == config.steps
+            if done.step % config.checkpoint_every == 0 or last or stopped_by:
+                saved = _save(trainer, run_dir, saved)
+            if stopped_by and not last:
+                raise Interrupted(stopped_by[0], trainer.step, run_dir)
+
+
+def _save(trainer: Trainer, run_dir: Path, saved: int | None) -> int:
+    if trainer.step != saved and trainer.step > 0:
+        save_checkpoint(run_dir, trainer.checkpoint())
+    return trainer.step
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines up to a step; later ones will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break  # the line a crash cut short
+    write_text(path, "".join(kept))
+
+
+@contextmanager
+def _stop_signals():
+    """Collect SIGINT and SIGTERM for the loop to act on; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

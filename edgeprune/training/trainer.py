@@ -1,0 +1,202 @@
+"""The trainer: one optimisation step after another. It touches no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import gates as hard_concrete
+from edgeprune.ablation import Ablation
+from edgeprune.config import TrainerConfig
+from edgeprune.dataset import Pair, training_batch
+from edgeprune.masks import CircuitMasks, combined_gates
+from edgeprune.modeling import CircuitModel
+from edgeprune.training.checkpoint import Checkpoint, CheckpointError
+from edgeprune.training.objective import (
+    SparsityConstraint,
+    faithfulness,
+    learning_rate_factor,
+    scheduled_target,
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimisation step, measured on its own batch and its own sample of the gates.
+
+    Attributes:
+        step: steps done, this one included.
+        loss: what was minimised.
+        kl: nats per predicted token.
+        sparsity, target: 1 - mean edge gate, and what it is driven to.
+        node_sparsity, node_target: the same for nodes; None without node gates.
+        multiplier_1, multiplier_2: of the edge constraint.
+        learning_rate: of log alpha.
+    """
+
+    step: int
+    loss: float
+    kl: float
+    sparsity: float
+    target: float
+    node_sparsity: float | None
+    node_target: float | None
+    multiplier_1: float
+    multiplier_2: float
+    learning_rate: float
+
+
+class Trainer:
+    """Learns a circuit's masks.
+
+    Args:
+        model: the frozen model.
+        pairs: training prompts.
+        config: how.
+        target_sparsity: of the edges, after the warm-up.
+        seed: of the start, the noise and the order of the data.
+        ablation: what closed edges carry.
+    """
+
+    def __init__(
+        self,
+        model: CircuitModel,
+        pairs: Sequence[Pair],
+        config: TrainerConfig,
+        *,
+        target_sparsity: float,
+        seed: int,
+        ablation: Ablation,
+    ) -> None:
+        self.model = model
+        self.pairs = pairs
+        self.config = config
+        self.target_sparsity = target_sparsity
+        self.seed = seed
+        self.ablation = ablation
+        self.step = 0
+        self.masks = CircuitMasks(
+            model.graph,
+            node_gates=config.node_gates,
+            init_mean=config.init_mean,
+            init_std=config.init_std,
+            seed=seed,
+        ).to(model.device)
+        constraints = {"edge": SparsityConstraint()}
+        if config.node_gates:
+            constraints["node"] = SparsityConstraint()
+        self.constraints = nn.ModuleDict(constraints).to(model.device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.masks.parameters())},
+                {"params": list(self.constraints.parameters()), "maximize": True},
+            ],
+            lr=config.learning_rate,
+            weight_decay=0.0,
+        )
+
+    def train_step(self) -> StepMetrics:
+        """Do one optimisation step.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing was changed.
+        """
+        config = self.config
+        batch = training_batch(self.pairs, config.batch_size, self.seed, self.step)
+        batch = batch.to(self.model.device)
+        reference, corrupted = self.model.run_pair(batch)
+        closed = self.ablation.values(batch, corrupted)
+        gates = self.masks.sample(self.step)
+        mixed = combined_gates(gates, self.masks.edge_writers)
+        kl = faithfulness(batch, reference, self.model.run_circuit(batch, mixed, closed))
+        sparsity = hard_concrete.sparsity(gates.edge)
+        target = self._target(config.start_sparsity, self.target_sparsity)
+        loss = kl + self.constraints["edge"](sparsity, target)
+        node_sparsity = node_target = None
+        if gates.node is not None:
+            node_sparsity = hard_concrete.sparsity(gates.node)
+            node_target = self._target(config.start_node_sparsity, config.target_node_sparsity)
+            loss = loss + self.constraints["node"](node_sparsity, node_target)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
+                f"that begins with {batch.pairs[0].text!r}; the state before this step is kept. "
+                "Lower trainer.learning_rate, or use model.dtype=float32"
+            )
+        learning_rate = self._set_learning_rates()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        edge = self.constraints["edge"]
+        return StepMetrics(
+            step=self.step,
+            loss=loss.item(),
+            kl=kl.item(),
+            sparsity=sparsity.item(),
+            target=target,
+            node_sparsity=None if node_sparsity is None else node_sparsity.item(),
+            node_target=node_target,
+            multiplier_1=edge.multiplier_1.item(),
+            multiplier_2=edge.multiplier_2.item(),
+            learning_rate=learning_rate,
+        )
+
+    def _target(self, start: float, target: float) -> float:
+        config = self.config
+        return scheduled_target(
+            self.step, start, target, config.sparsity_warmup_steps, config.warmup
+        )
+
+    def _set_learning_rates(self) -> float:
+        config = self.config
+        factor = learning_rate_factor(self.step, config)
+        of_masks, of_multipliers = self.optimizer.param_groups
+        of_masks["lr"] = config.learning_rate * factor
+        of_multipliers["lr"] = config.multiplier_learning_rate * factor
+        return of_masks["lr"]
+
+    # ---------------------------------------------------------------------------------- the state
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        """In the optimiser's order."""
+        return dict(self.masks.named_parameters()) | dict(self.constraints.named_parameters())
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next step depends on."""
+        optimizer: dict[str, Tensor] = dict(self.constraints.state_dict())
+        for name, parameter in self._named_parameters().items():
+            for key, value in self.optimizer.state[parameter].items():
+                optimizer[f"{name}/{key}"] = value
+        return Checkpoint(self.step, dict(self.masks.state_dict()), optimizer)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, to the same bits as without the interruption.
+
+        Raises:
+            CheckpointError: it belongs to another graph or another kind of run.
+        """
+        try:
+            self.masks.load_state_dict(checkpoint.masks)
+            state = checkpoint.optimizer
+            self.constraints.load_state_dict({k: v for k, v in state.items() if "/" not in k})
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {checkpoint.step} is not of this model: {error}"
+            ) from None
+        for name, parameter in self._named_parameters().items():
+            prefix = f"{name}/"
+            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if found:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in found.items()
+                }
+        self.step = checkpoint.step

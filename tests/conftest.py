@@ -1,0 +1,77 @@
+"""What several test files need: small models and prompts without a tokenizer."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from edgeprune.dataset import Pair
+from edgeprune.modeling import CircuitModel, wrap_model
+
+torch.set_num_threads(2)
+
+
+def random_gpt2(seed: int = 0, **settings) -> GPT2LMHeadModel:
+    """A small GPT-2 with random weights, biases and norms."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        **{
+            "vocab_size": 50, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4,
+            "bos_token_id": 0, "eos_token_id": 0, **settings,
+        }
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():  # also biases and norms, which start at 0 and 1
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def random_pairs(
+    count: int, length: int = 8, vocab: int = 50, seed: int = 0, predicted: int = 1
+) -> list[Pair]:
+    """Prompts of random tokens, the clean and the corrupted one unrelated."""
+    rng = random.Random(seed)
+
+    def ids(number: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocab) for _ in range(number))
+
+    pairs = []
+    for _ in range(count):
+        target = ids(predicted)
+        wrong = rng.choice([token for token in range(vocab) if token != target[0]])
+        pairs.append(Pair(ids(length), ids(length), target, target[:1], (wrong,), 0, "text"))
+    return pairs
+
+
+@pytest.fixture
+def model() -> CircuitModel:
+    return wrap_model(random_gpt2())
+
+
+def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """`edgeprune ...` in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess, code: int, *wanted: str) -> None:
+    """One clear error on standard error, the exit code, and no traceback."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("edgeprune: "), result.stderr
+    for text in wanted:
+        assert text in last, last
+
+
+GOLDEN = Path(__file__).parent / "golden"

@@ -1,0 +1,187 @@
+"""The fast engine against the naive one and against Hugging Face."""
+
+import pytest
+import torch
+from conftest import random_gpt2, random_pairs
+from naive import all_open, run_gpt2
+
+from edgeprune.ablation import Ablation
+from edgeprune.config import AblationConfig, AblationKind
+from edgeprune.dataset import collate
+from edgeprune.masks import CircuitMasks, Gates, combined_gates
+from edgeprune.metrics import kl_per_token
+from edgeprune.modeling import ModelError, load, verify_parity, wrap_model
+
+
+def random_gates(graph, seed=0, node=True) -> Gates:
+    """Gates in [0, 1], many of them exactly 0 or 1."""
+    noise = torch.Generator().manual_seed(seed)
+    edge = (torch.rand(graph.num_edges, generator=noise) * 2 - 0.5).clamp(0, 1)
+    nodes = (torch.rand(graph.num_writers, generator=noise) * 2 - 0.2).clamp(0, 1)
+    return Gates(edge.requires_grad_(), nodes.requires_grad_() if node else None)
+
+
+def mixed_lengths() -> list:
+    return random_pairs(2, 9) + random_pairs(2, 5, seed=1, predicted=3) + random_pairs(1, 7, seed=2)
+
+
+@pytest.mark.parametrize("embedding_writers", [True, False])
+@pytest.mark.parametrize("ablation", ["interchange", "zero"])
+@pytest.mark.parametrize("node", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_layer": 1, "n_head": 2}, {"scale_attn_by_inverse_layer_idx": True}], ids=str
+)
+def test_logits_and_gradients_equal_the_naive_engine(embedding_writers, ablation, node, settings):
+    hf_model = random_gpt2(**settings)
+    model = wrap_model(hf_model, embedding_writers=embedding_writers)
+    graph = model.graph
+    batch = collate(mixed_lengths())
+    gates = random_gates(graph, node=node)
+    inputs = [g for g in (gates.edge, gates.node) if g is not None]
+
+    with torch.no_grad():
+        naive_reference, _ = run_gpt2(hf_model, batch.clean_ids, all_open(graph), graph, None)
+        _, outboxes = run_gpt2(hf_model, batch.corrupted_ids, all_open(graph), graph, None)
+    closed = outboxes if ablation == "interchange" else None
+    naive, _ = run_gpt2(hf_model, batch.clean_ids, gates, graph, closed)
+    naive = naive[batch.rows, batch.cols]
+    loss = kl_per_token(naive_reference[batch.rows, batch.cols], naive).mean()
+    wanted = torch.autograd.grad(loss, inputs)
+
+    reference, corrupted = model.run_pair(batch)
+    writers = CircuitMasks(graph).edge_writers
+    mixed = combined_gates(gates, writers)
+    logits = model.run_circuit(batch, mixed, corrupted if ablation == "interchange" else None)
+    got = torch.autograd.grad(kl_per_token(reference, logits).mean(), inputs)
+
+    torch.testing.assert_close(logits, naive, atol=1e-5, rtol=1e-4)
+    assert max(g.abs().max() for g in wanted) > 1e-3  # the comparison is not one of zeros
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_open_gates_are_the_model_and_closed_gates_the_corrupted_prompt(attention):
+    hf_model = random_gpt2()
+    hf_model.set_attn_implementation(attention)
+    model = wrap_model(hf_model)
+    batch = collate(mixed_lengths())
+    _, corrupted = model.run_pair(batch)
+    at = (batch.rows, batch.cols)
+    for gate, ids in ((1.0, batch.clean_ids), (0.0, batch.corrupted_ids)):
+        gates = torch.full((model.graph.num_edges,), gate)
+        with torch.no_grad():
+            wanted = hf_model(ids).logits[at]
+            got = model.run_circuit(batch, gates, corrupted)
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(model):
+    pairs = mixed_lengths()
+    gates = random_gates(model.graph, node=False).edge.detach()
+
+    def run(some: list) -> torch.Tensor:
+        batch = collate(some)
+        _, corrupted = model.run_pair(batch)
+        with torch.no_grad():
+            return model.run_circuit(batch, gates, corrupted)
+
+    torch.testing.assert_close(run(pairs), torch.cat([run([pair]) for pair in pairs]))
+
+
+def test_a_smaller_batch_after_a_larger_one_reuses_the_buffers(model):
+    """Stale values of the larger pass must not leak into the smaller one's gradients."""
+    gates = random_gates(model.graph, node=False).edge
+    small = collate(random_pairs(1, 5))
+
+    def gradient() -> torch.Tensor:
+        reference, corrupted = model.run_pair(small)
+        loss = kl_per_token(reference, model.run_circuit(small, gates, corrupted)).mean()
+        return torch.autograd.grad(loss, gates)[0]
+
+    before = gradient()
+    large = collate(random_pairs(4, 9, seed=3))
+    reference, corrupted = model.run_pair(large)
+    kl_per_token(reference, model.run_circuit(large, gates, corrupted)).mean().backward()
+    assert torch.equal(before, gradient())
+
+
+def test_backward_after_a_later_forward_is_refused(model):
+    batch = collate(random_pairs(2))
+    gates = random_gates(model.graph, node=False).edge
+    _, corrupted = model.run_pair(batch)
+    first = model.run_circuit(batch, gates, corrupted).sum()
+    model.run_circuit(batch, gates, corrupted)
+    with pytest.raises(AssertionError, match="overwritten by a later forward"):
+        first.backward()
+
+
+@pytest.mark.parametrize("per_position", [True, False])
+def test_mean_ablation_uses_the_mean_outboxes(per_position):
+    """All gates closed: every writer carries its mean, so the stream is the mean of the streams."""
+    hf_model = random_gpt2()
+    model = wrap_model(hf_model)
+    pairs = random_pairs(5, 6)
+    config = AblationConfig(AblationKind.mean, per_position=per_position)
+    ablation = Ablation(model, config, pairs, batch_size=2)
+    batch = collate(pairs[:2])
+    with torch.no_grad():
+        states = hf_model.transformer(
+            collate(pairs).clean_ids, output_hidden_states=True
+        ).hidden_states
+        # the last hidden state is normed already, so take it before the final norm
+        stream = model.run_full(collate(pairs).clean_ids, slice(None))[1].residuals[-1]
+        assert len(states) == 4
+        mean = stream.mean(0)[-1] if per_position else stream.mean((0, 1))
+        wanted = hf_model.lm_head(hf_model.transformer.ln_f(mean)).expand(2, -1)
+        gates = torch.zeros(model.graph.num_edges)
+        got = model.run_circuit(batch, gates, ablation.values(batch, None))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_mean_ablation_leaves_padding_out_of_the_mean():
+    model = wrap_model(random_gpt2())
+    short, long = random_pairs(1, 4), random_pairs(1, 9, seed=1)
+    together = model.mean_activations(short + long, 2, per_position=True).means.residuals[0]
+    alone = model.mean_activations(long, 1, per_position=True).means.residuals[0]
+    torch.testing.assert_close(together[:, 4:], alone[:, 4:])
+    with pytest.raises(ValueError, match="9 tokens, but the reference set .* only 4"):
+        model.mean_activations(short, 1, per_position=True).for_batch(collate(long))
+
+
+def test_gates_of_the_wrong_number_are_refused(model):
+    batch = collate(random_pairs(1))
+    with pytest.raises(ValueError, match=r"gates are \[7\], expected \[302\]"):
+        model.run_circuit(batch, torch.ones(7), None)
+
+
+def test_parity_check_catches_a_model_that_computes_something_else():
+    """Negative control: the second block's attention is scaled behind the check's back."""
+    hf_model = random_gpt2()
+    model = wrap_model(hf_model)
+    verify_parity(model)
+    block = model.architecture.blocks[1]
+    honest = block.attend
+    block.attend = lambda x, mask: 1.01 * honest(x, mask)
+    with pytest.raises(ModelError, match="parity check failed.*all gates open"):
+        verify_parity(model)
+
+
+def test_parity_check_catches_nan():
+    model = wrap_model(random_gpt2())
+    model.architecture.blocks[0].head_delta = lambda values, corrupted: torch.full(
+        (4, *values.shape), float("nan")
+    )
+    with pytest.raises(ModelError, match="parity check failed"):
+        verify_parity(model)
+
+
+def test_unsupported_model_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(ModelError, match="'gpt_neox'.*not supported; supported: .*gpt2"):
+        load.load_model(tmp_path)
+
+
+def test_nothing_of_the_model_is_trained(model):
+    assert not any(p.requires_grad for p in model.architecture.body.parameters())
+    assert not model.architecture.body.training

@@ -1,0 +1,140 @@
+"""Gates and masks: the formulas by hand, and exact sizes whatever the ties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune import gates as hard_concrete
+from edgeprune.analysis.export import export_circuit
+from edgeprune.circuit import Circuit
+from edgeprune.config import ConfigError
+from edgeprune.graph import CircuitGraph
+from edgeprune.masks import CircuitMasks
+
+GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+
+
+def masks_with(log_alpha: torch.Tensor, node_log_alpha: torch.Tensor | None = None) -> CircuitMasks:
+    masks = CircuitMasks(GRAPH, node_gates=node_log_alpha is not None)
+    masks.edge_log_alpha.data = log_alpha
+    if node_log_alpha is not None:
+        masks.node_log_alpha.data = node_log_alpha
+    return masks
+
+
+def test_sample_by_hand():
+    """u = 1/2 has no noise: sigmoid(1.5 log alpha), stretched to [-0.1, 1.1] and clamped."""
+    log_alpha = torch.tensor([0.0, 1.0, -9.0, 9.0])
+    got = hard_concrete.sample(log_alpha, torch.full((4,), 0.5))
+    middle = 1.2 / (1 + math.exp(-1.5)) - 0.1
+    torch.testing.assert_close(got, torch.tensor([0.5, middle, 0.0, 1.0]))
+
+
+def test_probability_open_is_the_share_of_open_samples():
+    log_alpha = torch.tensor([-3.0, -1.5, 0.0, 2.0])
+    noise = torch.Generator().manual_seed(0)
+    uniform = torch.rand(200_000, 4, generator=noise).clamp(1e-6, 1 - 1e-6)
+    share = (hard_concrete.sample(log_alpha, uniform) > 0).float().mean(0)
+    torch.testing.assert_close(
+        hard_concrete.probability_open(log_alpha), share, atol=0.004, rtol=0.0
+    )
+
+
+def test_deterministic_gates_by_hand():
+    """P(open) is 0.83 at 0, near 1 at 10 and near 0 at -10: each pair's sum rounds to its zeros."""
+    log_alpha = torch.tensor([10.0, -10.0, -10.0, 10.0, 0.0, 0.0])
+    groups = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    got = hard_concrete.deterministic(log_alpha, groups)
+    high = 1 / (1 + math.exp(-12.0))
+    torch.testing.assert_close(got, torch.tensor([high, 0.0, 0.0, high, 0.5, 0.5]))
+
+
+def test_deterministic_gates_close_the_later_of_equals():
+    log_alpha = torch.full((10,), -1.0)  # P(open) = 0.646...: four of ten expected closed
+    expected = 10 - round(hard_concrete.probability_open(log_alpha).sum().item())
+    got = hard_concrete.deterministic(log_alpha, [slice(0, 10)])
+    assert 0 < expected < 10
+    assert (got[: 10 - expected] > 0).all()
+    assert (got[10 - expected :] == 0).all()
+
+
+def test_threshold_search_keeps_the_sparsity():
+    gates = torch.linspace(0, 1, 101)
+    threshold = hard_concrete.search_threshold(gates)
+    kept = (gates > threshold).float().mean().item()
+    assert abs(kept - 0.5) <= 1 / 101
+
+
+def test_noise_depends_on_seed_and_step_alone():
+    masks = CircuitMasks(GRAPH, node_gates=True, init_mean=0.0, seed=3)
+    first = masks.sample(5)
+    masks.sample(6)
+    torch.rand(10)
+    again = masks.sample(5)
+    assert torch.equal(first.edge, again.edge)
+    assert torch.equal(first.node, again.node)
+    assert not torch.equal(first.edge, masks.sample(6).edge)
+    other = CircuitMasks(GRAPH, init_mean=0.0, seed=4)
+    assert not torch.equal(first.edge, other.sample(5).edge)
+
+
+few_values = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0])  # many ties
+log_alphas = st.lists(few_values, min_size=GRAPH.num_edges, max_size=GRAPH.num_edges)
+
+
+@settings(max_examples=60, deadline=None)
+@given(log_alphas, st.integers(0, GRAPH.num_edges), st.booleans())
+def test_every_size_is_hit_exactly(values, num_edges, node_gates):
+    nodes = torch.tensor(values[: GRAPH.num_writers]) if node_gates else None
+    masks = masks_with(torch.tensor(values), nodes)
+    circuit = export_circuit(masks, num_edges=num_edges).circuit
+    assert len(circuit) == num_edges
+    if not node_gates:
+        kept = torch.tensor(circuit.mask())
+        log_alpha = masks.edge_log_alpha.detach()
+        if 0 < num_edges < GRAPH.num_edges:  # nothing left out is larger than what is kept
+            assert log_alpha[kept].min() >= log_alpha[~kept].max()
+    smaller = export_circuit(masks, num_edges=num_edges // 2).circuit
+    assert smaller.edge_set <= circuit.edge_set
+
+
+@settings(max_examples=60, deadline=None)
+@given(log_alphas, st.floats(0, 1))
+def test_every_sparsity_is_hit_to_the_nearest_edge(values, sparsity):
+    circuit = export_circuit(masks_with(torch.tensor(values)), sparsity=sparsity).circuit
+    assert abs(circuit.sparsity - sparsity) <= 0.5 / GRAPH.num_edges + 1e-12
+
+
+def test_edges_of_closed_writers_come_last():
+    node = torch.full((GRAPH.num_writers,), 5.0)
+    node[GRAPH.writers.index("a0.h0")] = -5.0
+    log_alpha = torch.zeros(GRAPH.num_edges)
+    from_closed = [i for i, (writer, _) in enumerate(GRAPH.edges()) if writer == "a0.h0"]
+    log_alpha[from_closed] = 9.0
+    masks = masks_with(log_alpha, node)
+    circuit = export_circuit(masks, num_edges=GRAPH.num_edges - len(from_closed)).circuit
+    assert not any(writer == "a0.h0" for writer, _ in circuit.edges)
+    by_threshold = export_circuit(masks).circuit
+    assert not any(writer == "a0.h0" for writer, _ in by_threshold.edges)
+
+
+def test_impossible_sizes_are_refused():
+    masks = masks_with(torch.zeros(GRAPH.num_edges))
+    with pytest.raises(ValueError, match="num_edges=1000 is out of range"):
+        export_circuit(masks, num_edges=1000)
+    with pytest.raises(ConfigError, match=r"sparsity=1\.5 is out of range"):
+        export_circuit(masks, sparsity=1.5)
+    with pytest.raises(ConfigError, match="give only one"):
+        export_circuit(masks, sparsity=0.5, num_edges=3)
+
+
+def test_threshold_export_by_hand():
+    """Half the edges far open, half far closed: the threshold keeps just the open half."""
+    log_alpha = torch.where(torch.arange(GRAPH.num_edges) % 2 == 0, 10.0, -10.0)
+    export = export_circuit(masks_with(log_alpha))
+    wanted = Circuit.from_mask(GRAPH, (log_alpha > 0).tolist())
+    assert export.circuit == wanted
+    assert 0 < export.thresholds.edge < 1

@@ -1,0 +1,86 @@
+import itertools
+
+import pytest
+
+from edgeprune.graph import CircuitGraph
+
+GPT2 = ("tok_embeds", "pos_embeds")
+
+
+def brute_force(graph: CircuitGraph) -> set[tuple[str, str]]:
+    """Edges by comparing times: embeddings -1, a layer's heads 2l, its MLP 2l + 1."""
+
+    def layer(name: str) -> int:
+        return int(name.split(".")[0][1:])
+
+    def wrote(name: str) -> int:
+        return -1 if "embeds" in name else 2 * layer(name) + (name[0] == "m")
+
+    def reads(name: str) -> int:
+        return 10**6 if name == "resid_post" else 2 * layer(name) + (name[0] == "m")
+
+    return {(w, r) for w in graph.writers for r in graph.readers if wrote(w) < reads(r)}
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        CircuitGraph(layers, heads, kv, embeddings)
+        for layers, (heads, kv), embeddings in itertools.product(
+            (1, 2, 3), ((1, 1), (2, 2), (4, 2), (6, 1)), ((), ("embeds",), GPT2)
+        )
+    ],
+    ids=str,
+)
+def test_edges_are_those_whose_writer_comes_first(graph):
+    edges = list(graph.edges())
+    assert set(edges) == brute_force(graph)
+    assert len(edges) == graph.num_edges == len(set(edges))
+    for index, edge in enumerate(edges):
+        assert graph.edge_index(edge) == index
+        assert graph.edge_name(index) == edge
+    assert [graph.writers[w] for w in graph.edge_writers()] == [w for w, _ in edges]
+
+
+@pytest.mark.parametrize(
+    ("graph", "edges"),
+    [
+        (CircuitGraph(12, 12, 12, GPT2), 32_936),
+        (CircuitGraph(40, 40, 40, ("embeds",)), 3_877_661),
+        (CircuitGraph(40, 40, 40, ()), 3_872_820),
+        (CircuitGraph(30, 9, 3, ("embeds",)), 70_651),
+        (CircuitGraph(5, 8, 4, ("embeds",)), 1_701),
+    ],
+)
+def test_edge_counts_of_known_models(graph, edges):
+    assert graph.num_edges == edges
+
+
+def test_gate_groups_cover_every_edge_once():
+    graph = CircuitGraph(2, 4, 2, ())
+    covered = [i for group in graph.gate_groups() for i in range(group.start, group.stop)]
+    assert covered == list(range(graph.num_edges))
+    first = graph.gate_groups()[0]  # layer 0 has no writers before it, so m0 comes first
+    assert {graph.edge_name(i)[1] for i in range(first.start, first.stop)} == {"m0"}
+    nodes = [i for group in graph.node_groups() for i in range(group.start, group.stop)]
+    assert nodes == list(range(graph.num_writers))
+
+
+def test_unknown_and_impossible_edges_are_refused():
+    graph = CircuitGraph(2, 2, 2, GPT2)
+    with pytest.raises(ValueError, match="unknown writer 'a9.h0'"):
+        graph.edge_index(("a9.h0", "m0"))
+    with pytest.raises(ValueError, match="unknown reader 'm7'"):
+        graph.edge_index(("tok_embeds", "m7"))
+    with pytest.raises(ValueError, match="m0 writes after a0.h0.q reads"):
+        graph.edge_index(("m0", "a0.h0.q"))
+    with pytest.raises(ValueError, match="3 heads cannot share 2"):
+        CircuitGraph(1, 3, 2, ())
+
+
+def test_key_and_value_readers_feed_every_head_of_their_group():
+    graph = CircuitGraph(1, 6, 2, ())
+    assert graph.nodes_fed_by("a0.h1.k") == ["a0.h3", "a0.h4", "a0.h5"]
+    assert graph.nodes_fed_by("a0.h4.q") == ["a0.h4"]
+    assert graph.nodes_fed_by("m0") == ["m0"]
+    assert graph.nodes_fed_by("resid_post") == []
