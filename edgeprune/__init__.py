@@ -16,7 +16,7 @@ _HOME = {
     "load_model": "modeling",
     "prune": "api",
 }
-"""Public name -> module. They are imported when first used, so that `import edgeprune` is instant."""
+"""Public name -> module, imported when first used, so that `import edgeprune` is instant."""
 
 __all__ = sorted(_HOME)
 

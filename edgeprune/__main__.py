@@ -117,9 +117,7 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
         _fail(f"{what}{error.strerror or error}", 1)
-    _fail(
-        f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1
-    )
+    _fail(f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1)
 
 
 def _ours(error: Exception) -> bool:

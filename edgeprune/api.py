@@ -71,7 +71,7 @@ def prune(
     whole = PruneConfig(trainer=config, sparsity=sparsity, num_edges=num_edges, seed=seed)
     check_prune(whole)
     if ablation not in AblationKind.__members__:
-        kinds = ', '.join(AblationKind.__members__)
+        kinds = ", ".join(AblationKind.__members__)
         raise ConfigError(f"unknown ablation {ablation!r}; choose {kinds}")
     trainer = Trainer(
         model,

@@ -107,9 +107,11 @@ def _default(field: dataclasses.Field) -> str:
         return "[" + ",".join(value) + "]"
     if isinstance(value, Enum):
         return value.name
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(
-        value, (int, float)
-    ) or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, (int, float)) or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _field_docs(config: type) -> dict[str, str]:

@@ -29,7 +29,9 @@ def mixed_lengths() -> list:
 @pytest.mark.parametrize("ablation", ["interchange", "zero"])
 @pytest.mark.parametrize("node", [True, False])
 @pytest.mark.parametrize(
-    "settings", [{}, {"n_layer": 1, "n_head": 2}, {"scale_attn_by_inverse_layer_idx": True}], ids=str
+    "settings",
+    [{}, {"n_layer": 1, "n_head": 2}, {"scale_attn_by_inverse_layer_idx": True}],
+    ids=str,
 )
 def test_logits_and_gradients_equal_the_naive_engine(embedding_writers, ablation, node, settings):
     hf_model = random_gpt2(**settings)

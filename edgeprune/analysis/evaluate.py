@@ -157,9 +157,7 @@ def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
 
 
 def _mean_scores(scores: list[Scores]) -> Scores:
-    return Scores(
-        *(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Scores))
-    )
+    return Scores(*(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Scores)))
 
 
 def _decode(model: CircuitModel, token: Tensor) -> str:

@@ -1,6 +1,12 @@
 """Language models that can be run as circuits."""
 
-from edgeprune.modeling.load import ModelError, load_model, load_tokenizer, verify_parity, wrap_model
+from edgeprune.modeling.load import (
+    ModelError,
+    load_model,
+    load_tokenizer,
+    verify_parity,
+    wrap_model,
+)
 from edgeprune.modeling.model import Activations, CircuitModel, MeanActivations
 
 __all__ = [

@@ -77,7 +77,9 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_cannot_load(name, error)) from None
     tokenizer = load_tokenizer(name, trust_remote_code)
-    circuit_model = wrap_model(model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers)
+    circuit_model = wrap_model(
+        model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers
+    )
     verify_parity(circuit_model)
     return circuit_model
 

@@ -116,4 +116,6 @@ def _exhausted(
     if sum(misfits.values()) > duplicates:
         reason, _ = misfits.most_common(1)[0]
         return f"{text}: the others do not fit this tokenizer, for instance: {reason}"
-    return f"{text}: it has no more distinct prompts. Ask for fewer (task.train, .validation, .test)"
+    return (
+        f"{text}: it has no more distinct prompts. Ask for fewer (task.train, .validation, .test)"
+    )

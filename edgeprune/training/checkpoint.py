@@ -100,7 +100,9 @@ def load_checkpoint(run_dir: Path, step: int) -> Checkpoint:
             if _digest(folder / name) != digest:
                 raise CheckpointError(f"checkpoint {folder} is damaged: {name} was altered or cut")
         if manifest["step"] != step:
-            raise CheckpointError(f"checkpoint {folder} is damaged: it says step {manifest['step']}")
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: it says step {manifest['step']}"
+            )
         return Checkpoint(step, load_file(folder / MASKS), load_file(folder / OPTIMIZER))
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None

@@ -1,11 +1,11 @@
 """A run directory: what a run leaves behind, and how it goes on after an interruption.
 
-    config.yaml      the resolved settings
-    run.json         graph, data and model fingerprints, versions
-    data.jsonl       the prompts, where they were generated
-    metrics.jsonl    one line every few steps
-    checkpoints/     masks and optimiser state
-    edges.json       the circuit; circuit.json says how it was chosen
+config.yaml      the resolved settings
+run.json         graph, data and model fingerprints, versions
+data.jsonl       the prompts, where they were generated
+metrics.jsonl    one line every few steps
+checkpoints/     masks and optimiser state
+edges.json       the circuit; circuit.json says how it was chosen
 """
 
 from __future__ import annotations

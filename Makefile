@@ -1,0 +1,59 @@
+# `make demo` and `make test` set everything up and then do what they say.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded model
+	$(BIN)/edgeprune prune experiment=ioi run_dir=runs/demo overwrite=true
+	$(BIN)/edgeprune evaluate runs/demo random_circuits=3
+	$(BIN)/edgeprune draw runs/demo
+
+test: $(READY) dot ## run the tests (a few minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) dot ## run the slow tests too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and what runs left
+	rm -rf $(VENV) runs outputs multirun wandb build dist .pytest_cache .ruff_cache
+
+# The stamp is written last: a half-made environment is made again.
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; found $$("$(PYTHON)" --version 2>&1). Set PYTHON=..."; exit 1; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory debian-package \
+	  PACKAGE=python3-venv WHY="Python's venv module is missing"
+	"$(PYTHON)" -m venv --clear $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test]'
+	@touch $(READY)
+
+.PHONY: dot debian-package
+dot:
+	@command -v dot >/dev/null || $(MAKE) --no-print-directory debian-package \
+	  PACKAGE=graphviz WHY="the program dot, which renders drawings, is missing" || \
+	  echo "going on without: circuits can be drawn as .dot files only"
+
+debian-package:
+	@if ! command -v apt-get >/dev/null; then echo "$(WHY); please install $(PACKAGE)"; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; \
+	else echo "$(WHY); install it with: sudo apt-get install $(PACKAGE)"; exit 1; fi; \
+	echo "$(WHY); installing Debian's $(PACKAGE)"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(PACKAGE) >/dev/null

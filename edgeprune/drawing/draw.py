@@ -1,0 +1,257 @@
+"""Draw a circuit by Graphviz: embeddings at the bottom, the output at the top.
+
+A head is one box with its Q, K and V inputs below its output; an MLP, an embedding and the output
+are one box each. Edges have the colour of the reader they end in. Small circuits are laid out by
+Graphviz; large ones, for which that takes minutes and comes out 50 screens wide, on a grid with a
+row a layer and a column a head.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import graphviz
+
+from edgeprune.files import write_atomically, write_text
+
+Edge = tuple[str, str]
+
+SUFFIXES = ("pdf", "svg", "png", "dot")
+
+FILL = {
+    "tok_embeds": "#8FD0C5", "pos_embeds": "#C9E3B4", "embeds": "#8FD0C5", "mlp": "#F6D58A",
+    "head": "#D9DCE3", "q": "#A9C9F0", "k": "#F3B5AE", "v": "#CDB5E6", "output": "#4A4E57",
+}  # fmt: skip
+"""Box colours by kind of node; light ones, which colour-blind readers can tell apart."""
+LINE = {"q": "#2F6FB7", "k": "#C0473B", "v": "#7A4BAA", "mlp": "#B07A0C", "output": "#4A4E57"}
+"""Edge colours by kind of reader."""
+NAMES = {
+    "tok_embeds": "Token embedding", "pos_embeds": "Position embedding", "embeds": "Embedding",
+    "resid_post": "Output",
+}  # fmt: skip
+MANY = 120
+"""From so many edges on, nodes lie on a grid and lines are thin, straight and translucent."""
+COLUMN, ROW = 100, 95
+"""Distances of the grid, in points."""
+
+
+class GraphvizMissing(RuntimeError):
+    """The `dot` program is not on this machine."""
+
+
+def draw_circuit(
+    edges: Iterable[Edge], path: Path | str, *, title: str | None = None, heads_per_kv_head: int = 1
+) -> None:
+    """Draw a circuit into a file, in the format of its suffix.
+
+    Args:
+        edges: (writer, reader) names; all of them are drawn.
+        path: ends in .pdf, .svg, .png or .dot; only .dot needs no Graphviz on the machine.
+        title: a line of text above.
+        heads_per_kv_head: query heads that share a key/value head (more than 1: GQA).
+
+    Raises:
+        ValueError: another suffix, or a name which is none of a node.
+        GraphvizMissing: no `dot` on the machine; the DOT source is left beside `path`.
+    """
+    path = Path(path)
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"cannot draw {path.name}: its suffix must be one of .{', .'.join(SUFFIXES)}"
+        )
+    source = circuit_dot(edges, title=title, heads_per_kv_head=heads_per_kv_head)
+    if suffix == "dot":
+        write_text(path, source)
+        return
+    try:
+        rendered = graphviz.pipe("dot", suffix, source.encode(), quiet=True)
+    except graphviz.ExecutableNotFound:
+        fallback = path.with_suffix(".dot")
+        write_text(fallback, source)
+        raise GraphvizMissing(
+            f"cannot draw {path}: the program `dot` is not on this machine; install Graphviz "
+            "(Debian: apt-get install graphviz, macOS: brew install graphviz). Its source is in "
+            f"{fallback}"
+        ) from None
+    write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
+
+
+# ------------------------------------------------------------------------------------- the source
+
+
+def circuit_dot(
+    edges: Iterable[Edge], *, title: str | None = None, heads_per_kv_head: int = 1
+) -> str:
+    """The DOT source of a circuit's drawing: the same for the same edges, in whatever order.
+
+    Arguments and errors as `draw_circuit`.
+    """
+    edges = sorted(set(edges), key=lambda edge: (_order(edge[1]), _order(edge[0])))
+    many = len(edges) >= MANY
+    nodes = sorted(
+        {w for w, _ in edges} | {n for _, r in edges for n in _nodes_of(r, heads_per_kv_head)}
+        | {"resid_post"},
+        key=_order,
+    )  # fmt: skip
+    dot = graphviz.Digraph(
+        graph_attr={
+            "layout": "neato" if many else "dot", "splines": "line" if many else "true",
+            "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18", "dpi": "110",
+            "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
+            "label": _title(title, len(edges), len(nodes)), "outputorder": "edgesfirst",
+        },
+        node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
+        edge_attr={"arrowsize": "0.45", "penwidth": "0.5" if many else "1.1"},
+    )  # fmt: skip
+    inputs = _inputs(edges, heads_per_kv_head)
+    labels = {node: _label(node, inputs.get(node, ())) for node in nodes}
+    if many:
+        for node, (x, y) in _grid(nodes).items():
+            dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
+    else:
+        _add_ranks(dot, nodes, labels)
+    opacity = "60" if many else "C0"
+    for writer, reader in edges:
+        kind = _kind(reader)
+        for node in _nodes_of(reader, heads_per_kv_head):
+            head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
+            tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
+            dot.edge(tail, head, color=LINE[kind] + opacity)
+    return dot.source
+
+
+def _add_ranks(dot: graphviz.Digraph, nodes: list[str], labels: dict[str, str]) -> None:
+    """Nodes for Graphviz to lay out, one rank a layer's heads or MLP, the ranks in layer order."""
+    ranks = sorted({_rank(node) for node in nodes})
+    members = {rank: [node for node in nodes if _rank(node) == rank] for rank in ranks}
+    for rank in ranks:
+        with dot.subgraph(graph_attr={"rank": "same"}) as row:
+            for node in members[rank]:
+                row.node(_id(node), label=labels[node])
+    for lower, upper in zip(ranks, ranks[1:], strict=False):
+        first, second = members[lower][0], members[upper][0]
+        dot.edge(_id(first), _id(second), style="invis", weight="0")
+
+
+def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
+    """Positions in inches: rows from the bottom up, a head always in its own column.
+
+    Every second row is shifted by half a column, so that straight lines pass between boxes.
+    """
+    ranks = sorted({_rank(node) for node in nodes})
+    columns = 1 + max([_parse(node)[2] for node in nodes])
+    places = {}
+    for node in nodes:
+        kind, layer, head = _parse(node)
+        row = ranks.index(_rank(node))
+        if kind == "head":
+            column = head + (0.0 if layer % 2 else 0.4)
+        elif kind == "pos_embeds":
+            column = columns * 2 / 3
+        else:
+            column = columns / 3 if kind == "tok_embeds" else columns / 2 - 0.25
+        places[node] = (column * COLUMN / 72, row * ROW / 72)
+    return places
+
+
+def _inputs(edges: list[Edge], heads_per_kv_head: int) -> dict[str, set[str]]:
+    """For each head, which of q, k and v have an edge."""
+    inputs: dict[str, set[str]] = {}
+    for _, reader in edges:
+        if _kind(reader) in ("q", "k", "v"):
+            for node in _nodes_of(reader, heads_per_kv_head):
+                inputs.setdefault(node, set()).add(_kind(reader))
+    return inputs
+
+
+def _title(title: str | None, num_edges: int, num_nodes: int) -> str:
+    edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
+    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'}"
+    legend = " ".join(
+        f'<FONT COLOR="{LINE[kind]}">&#9654;&#160;{text}&#160;&#160;</FONT>'
+        for kind, text in
+        (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
+    )  # fmt: skip
+    gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
+    first = f"<B>{html.escape(title)}</B>{gap}" if title else ""
+    small = '<FONT POINT-SIZE="13">'
+    return f"<{first}{small}{counts}</FONT>{gap}{small}edges into {legend}</FONT>{gap}&#160;>"
+
+
+def _label(node: str, inputs: Iterable[str]) -> str:
+    """A box; a head's has a cell for each of its inputs under its name."""
+    kind = _kind(node)
+    name = NAMES.get(node) or ("MLP " if kind == "mlp" else "Head ") + _number(node)
+    font = ' COLOR="white"' if kind == "output" else ""
+    start = '<<TABLE BORDER="0" CELLBORDER="1" CELLSPACING="0" CELLPADDING="5" COLOR="#6B6F78">'
+    columns = [k for k in "qkv" if k in inputs]
+    span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
+    cells = f'<TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}</FONT></TD></TR>'
+    if columns:
+        ports = "".join(
+            f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
+            for k in columns
+        )
+        cells += f"<TR>{ports}</TR>"
+    return f"{start}{cells}</TABLE>>"
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def _parse(name: str) -> tuple[str, int, int]:
+    """(kind, layer, head) of a node or a reader: 'a3.h1.q' -> ('q', 3, 1)."""
+    found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.([qkv]))?", name)
+    if found:
+        return found[3] or "head", int(found[1]), int(found[2])
+    found = re.fullmatch(r"m(\d+)", name)
+    if found:
+        return "mlp", int(found[1]), 0
+    if name == "resid_post":
+        return "output", 10**9, 0
+    if name in NAMES:
+        return name, -1, 0
+    raise ValueError(
+        f"{name!r} is not the name of a node; expected tok_embeds, pos_embeds, embeds, a0.h0, m0, "
+        "a0.h0.q, a0.h0.k, a0.h0.v or resid_post, with any numbers"
+    )
+
+
+def _kind(name: str) -> str:
+    return _parse(name)[0]
+
+
+def _number(node: str) -> str:
+    kind, layer, head = _parse(node)
+    return str(layer) if kind == "mlp" else f"{layer}.{head}"
+
+
+def _rank(node: str) -> tuple[int, bool]:
+    """Embeddings, then layer by layer the heads and the MLP, then the output."""
+    kind, layer, _ = _parse(node)
+    return layer, kind == "mlp"
+
+
+def _order(name: str) -> tuple:
+    kind, layer, head = _parse(name)
+    return layer, kind == "mlp", head, kind != "tok_embeds", kind
+
+
+def _nodes_of(reader: str, heads_per_kv_head: int) -> list[str]:
+    """The boxes that a reader belongs to: a key or value head's are its group's query heads."""
+    kind, layer, head = _parse(reader)
+    if kind not in ("q", "k", "v"):
+        return [reader]
+    if kind == "q":
+        return [f"a{layer}.h{head}"]
+    group = range(head * heads_per_kv_head, (head + 1) * heads_per_kv_head)
+    return [f"a{layer}.h{h}" for h in group]
+
+
+def _id(node: str) -> str:
+    """A DOT name; a dot or colon in it would need care with ports."""
+    return node.replace(".", "_")

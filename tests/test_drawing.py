@@ -1,0 +1,132 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from edgeprune.drawing import GraphvizMissing, circuit_dot, draw, draw_circuit
+
+EDGES = [
+    ("tok_embeds", "a0.h1.q"),
+    ("pos_embeds", "a0.h1.k"),
+    ("tok_embeds", "m0"),
+    ("a0.h1", "m0"),
+    ("m0", "a1.h0.v"),
+    ("a1.h0", "resid_post"),
+]
+
+
+def drawn_edges(dot: str) -> set[tuple[str, str, str]]:
+    """(tail, head, colour without opacity) of every visible edge."""
+    found = re.findall(r'(\S+) -> (\S+) \[color="(#\w{6})\w\w"\]', dot)
+    return {
+        (tail.removesuffix(":out:n"), head.removesuffix(":s"), color) for tail, head, color in found
+    }
+
+
+def test_every_edge_is_drawn_in_the_colour_of_its_reader():
+    assert drawn_edges(circuit_dot(EDGES)) == {
+        ("tok_embeds", "a0_h1:q", draw.LINE["q"]),
+        ("pos_embeds", "a0_h1:k", draw.LINE["k"]),
+        ("tok_embeds", "m0", draw.LINE["mlp"]),
+        ("a0_h1", "m0", draw.LINE["mlp"]),
+        ("m0", "a1_h0:v", draw.LINE["v"]),
+        ("a1_h0", "resid_post", draw.LINE["output"]),
+    }
+
+
+def test_boxes_carry_names_ports_and_colours():
+    dot = circuit_dot(EDGES)
+    for name in (
+        "Head 0.1",
+        "Head 1.0",
+        "MLP 0",
+        "Token embedding",
+        "Position embedding",
+        "Output",
+    ):
+        assert dot.count(f">{name}<") == 1
+    head = next(line for line in dot.splitlines() if "Head 0.1" in line)
+    assert f'PORT="q" BGCOLOR="{draw.FILL["q"]}"' in head
+    assert f'PORT="k" BGCOLOR="{draw.FILL["k"]}"' in head
+    assert 'PORT="v"' not in head  # nothing is read there
+
+
+def test_key_value_readers_join_every_head_of_their_group():
+    edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h2.q"), ("a0.h2", "resid_post")]
+    drawn = drawn_edges(circuit_dot(edges, heads_per_kv_head=2))
+    assert {(t, h) for t, h, _ in drawn} == {
+        ("embeds", "a0_h2:k"),
+        ("embeds", "a0_h3:k"),
+        ("embeds", "a0_h2:q"),
+        ("a0_h2", "resid_post"),
+    }
+
+
+def test_order_of_edges_does_not_matter():
+    assert circuit_dot(EDGES) == circuit_dot(reversed(EDGES)) == circuit_dot(EDGES * 2)
+
+
+def test_small_circuits_are_laid_out_and_large_ones_lie_on_a_grid():
+    large = [("tok_embeds", f"a{layer}.h{h}.q") for layer in range(15) for h in range(8)]
+    assert "layout=dot" in circuit_dot(EDGES)
+    dot = circuit_dot(large)
+    assert "layout=neato" in dot
+    rows = {}
+    for layer, head, x, y in re.findall(r'a(\d+)_h(\d+) \[.* pos="([\d.]+),([\d.]+)!"\]', dot):
+        rows.setdefault(int(layer), set()).add(float(y))
+        assert int(float(x) * 72 / draw.COLUMN + 0.01) == int(head)
+    assert len(rows) == 15
+    heights = [rows[layer] for layer in sorted(rows)]
+    assert all(len(ys) == 1 for ys in heights)
+    assert sorted(heights, key=min) == heights
+
+
+@pytest.mark.parametrize(
+    ("suffix", "magic"),
+    [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml"), ("dot", b"digraph")],
+)
+def test_formats(tmp_path, suffix, magic):
+    path = tmp_path / f"c.{suffix}"
+    draw_circuit(EDGES, path, title="t")
+    assert path.read_bytes().startswith(magic)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("title", ['<b>"x\\N</b>', "a & b", "</FONT>", "\\", "日本"])
+def test_titles_are_text(tmp_path, title):
+    path = tmp_path / "c.svg"
+    draw_circuit(EDGES, path, title=title)
+    import html
+
+    shown = html.unescape(re.sub("<[^>]+>", "", path.read_text())).replace("\xa0", " ")
+    assert title in shown
+
+
+def test_empty_circuit(tmp_path):
+    draw_circuit([], tmp_path / "c.svg")
+    text = (tmp_path / "c.svg").read_text()
+    assert "no edges" in text
+    assert "Output" in text
+
+
+def test_bad_names_and_suffixes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'a0\.x' is not the name of a node"):
+        circuit_dot([("a0.x", "m0")])
+    with pytest.raises(ValueError, match=r"suffix must be one of \.pdf"):
+        draw_circuit(EDGES, tmp_path / "c.gif")
+
+
+def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monkeypatch):
+    picture = tmp_path / "c.pdf"
+    picture.write_text("old")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GraphvizMissing, match="apt-get install graphviz"):
+        draw_circuit(EDGES, picture)
+    assert picture.read_text() == "old"
+    assert (tmp_path / "c.dot").read_text() == circuit_dot(EDGES)
+
+
+def test_drawing_imports_no_torch():
+    code = "import sys, edgeprune.drawing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
