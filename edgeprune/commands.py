@@ -324,10 +324,8 @@ def draw(config: DrawConfig) -> None:
             raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
         edges = load_edges(edges_path)
         graph = read_graph(run_dir) if run_dir else infer_graph(edges, str(edges_path))
-        circuit, folder = (
-            Circuit.from_edges_checked(graph, edges, str(edges_path)),
-            edges_path.parent,
-        )
+        circuit = Circuit.from_edges_checked(graph, edges, str(edges_path))
+        folder = edges_path.parent
     shown = circuit if config.dangling else circuit.without_dangling()
     of_run = _run_settings(run_dir)
     title = config.title

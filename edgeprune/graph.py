@@ -189,7 +189,7 @@ class CircuitGraph:
         return slices
 
     def node_groups(self) -> list[slice]:
-        """Writers rounded together for deterministic node gates: embeddings; per layer heads, MLP."""
+        """Writers rounded together for node gates: the embeddings; per layer heads, MLP."""
         counts = [len(self.embedding_writers)] + [self.num_heads, 1] * self.num_layers
         slices = []
         start = 0

@@ -100,7 +100,7 @@ class CircuitMasks(nn.Module):
 
     @torch.no_grad()
     def circuit_above(self, thresholds: Thresholds) -> Circuit:
-        """The edges whose gate and, with node gates, whose writer's gate are above the thresholds."""
+        """The edges whose gate and, with node gates, writer's gate are above the thresholds."""
         gates = self.deterministic()
         kept = gates.edge > thresholds.edge
         if gates.node is not None:

@@ -158,9 +158,8 @@ class _Read(torch.autograd.Function):
         ctx.boxes, ctx.tokens = boxes, tokens
         ctx.gates = gates.to(delta.dtype)
         ctx.picked = delta if tokens is not None else None
-        mixed = torch.addmm(
-            base.reshape(1, -1), ctx.gates, delta.reshape(num_writers, base.numel())
-        )
+        delta = delta.reshape(num_writers, base.numel())
+        mixed = torch.addmm(base.reshape(1, -1), ctx.gates, delta)
         return mixed.view(num_readers, *base.shape)
 
     @staticmethod

@@ -11,7 +11,7 @@ from edgeprune.masks import Gates
 
 
 def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[Tensor]):
-    """One outbox a head of a GPT-2 attention layer, from the normed input of each head's q, k, v."""
+    """One outbox a head of a GPT-2 layer, from the normed input of each head's q, k and v."""
     num_heads, d_head = attention.num_heads, attention.head_dim
     weight, bias = attention.c_attn.weight, attention.c_attn.bias
     d_model = num_heads * d_head

@@ -60,9 +60,8 @@ def draw_circuit(
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
     if suffix not in SUFFIXES:
-        raise ValueError(
-            f"cannot draw {path.name}: its suffix must be one of .{', .'.join(SUFFIXES)}"
-        )
+        known = ", .".join(SUFFIXES)
+        raise ValueError(f"cannot draw {path.name}: its suffix must be one of .{known}")
     source = circuit_dot(edges, title=title, heads_per_kv_head=heads_per_kv_head)
     if suffix == "dot":
         write_text(path, source)

@@ -11,11 +11,12 @@ MALE_NAMES = (
 
 FEMALE_NAMES = (
     "Alice", "Amanda", "Amy", "Andrea", "Angela", "Anna", "Anne", "Barbara", "Betty", "Carol",
-    "Caroline", "Catherine", "Christine", "Claire", "Clara", "Diana", "Donna", "Dorothy", "Elizabeth",
-    "Ellen", "Emily", "Emma", "Eva", "Grace", "Hannah", "Helen", "Irene", "Jane", "Jennifer",
+    "Caroline", "Catherine", "Christine", "Claire", "Clara", "Diana", "Donna", "Dorothy",
+    "Elizabeth", "Ellen", "Emily", "Emma", "Eva", "Grace", "Hannah", "Helen", "Irene", "Jane",
+    "Jennifer",
     "Jessica", "Joan", "Julia", "Julie", "Karen", "Kate", "Laura", "Linda", "Lisa", "Louise",
-    "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole", "Olivia", "Rachel",
-    "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
+    "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole", "Olivia",
+    "Rachel", "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
 )  # fmt: skip
 
 PLACES = (

@@ -1,8 +1,9 @@
 """Checkpoints: masks and optimiser state as safetensors, written whole or not at all.
 
 A checkpoint is a folder `step-00000500` with `masks.safetensors`, `optimizer.safetensors` and
-`checkpoint.json`, which holds the step and the SHA-256 of the other two. It is written under another
-name, flushed to disk and then renamed, so a folder of that name is complete unless the disk lies.
+`checkpoint.json`, which holds the step and the SHA-256 of the other two. It is written under
+another name, flushed to disk and then renamed, so a folder of that name is complete unless the
+disk lies.
 """
 
 from __future__ import annotations
