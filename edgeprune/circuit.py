@@ -77,10 +77,10 @@ class Circuit:
     def without_dangling(self) -> Circuit:
         """Only the edges on some path from the input to the final read.
 
-        An edge dangles when nothing clean can reach its writer or its reader reaches nothing: the
-        writer has no incoming edge (embeddings need none) or the reader's node has no path to
-        `resid_post`. Under interchange ablation dropping edges that reach nothing changes no
-        output; a writer without incoming edges carries its corrupted value, whatever its edges say.
+        An edge dangles when no path leads from an embedding to its writer, or none from its reader
+        to `resid_post`. Under interchange ablation dropping such edges changes no output: what
+        reaches nothing changes nothing, and a node whose inputs are all corrupted writes its
+        corrupted value. Under zero and mean ablation such a node still writes something.
         """
         kept = self._forward_reachable(self.edge_set)
         return Circuit(self.graph, frozenset(self._backward_reachable(kept)))

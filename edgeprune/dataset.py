@@ -97,10 +97,11 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
         DataError: a field is missing or malformed, the clean and corrupted prompts differ in
             length, or a distractor equals the answer.
     """
-    clean_prompt, prediction = _split_text(record, "clean")
-    corrupted_prompt, corrupted_prediction = _split_text(record, "corrupted")
-    answers = [a for a in _strings(record, "answers") if a.strip() != prediction.strip()]
-    distractors = _strings(record, "distractor")
+    clean_prompt, gap, prediction = _split_text(record, "clean")
+    corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
+    prediction, corrupted_prediction = gap + prediction, other_gap + corrupted_prediction
+    answers = [a for a in _strings(record, "answers", gap) if a.strip() != prediction.strip()]
+    distractors = _strings(record, "distractor", gap)
     prompt, options = _tokenize(tokenizer, clean_prompt, [prediction, *answers, *distractors])
     target = options[0]
     other_prompt, (other_target,) = _tokenize(tokenizer, corrupted_prompt, [corrupted_prediction])
@@ -128,8 +129,11 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     )
 
 
-def _split_text(record: dict, field: str) -> tuple[str, str]:
-    """'1 + 2 = <predict>3</predict>' -> ('1 + 2 =', ' 3')."""
+def _split_text(record: dict, field: str) -> tuple[str, str, str]:
+    """'1 + 2 = <predict>3</predict>' -> ('1 + 2 =', ' ', '3').
+
+    The space belongs to the prediction, since tokens begin with it.
+    """
     text = record.get(field)
     if not isinstance(text, str):
         got = "nothing" if text is None else type(text).__name__
@@ -148,17 +152,18 @@ def _split_text(record: dict, field: str) -> tuple[str, str]:
     if tail.strip():
         raise DataError(f"field {field!r} goes on after {CLOSE}: {_shorten(tail)}; remove that")
     bare = prompt.rstrip()
-    return bare, prompt[len(bare) :] + prediction
+    return bare, prompt[len(bare) :], prediction
 
 
-def _strings(record: dict, field: str) -> list[str]:
+def _strings(record: dict, field: str, gap: str) -> list[str]:
+    """A field's strings, as they stand in place of the prediction."""
     value = record.get(field)
     if value is None:
         return []
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
         raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
-    return values
+    return [gap + v.lstrip() for v in values] if gap else values
 
 
 def _tokenize(

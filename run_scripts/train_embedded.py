@@ -214,6 +214,7 @@ def main() -> int:
         args.out.mkdir(exist_ok=True)
         for path in Path(scratch).iterdir():
             shutil.move(path, args.out / path.name)
+            (args.out / path.name).chmod(0o644)
     print(f"-> {args.out}")
     return 0 if good else 1
 

@@ -1,5 +1,6 @@
-"""What several test files need: small models and prompts without a tokenizer."""
+"""What several test files need: small models, prompts, the command line in a fresh process."""
 
+import json
 import os
 import random
 import subprocess
@@ -11,9 +12,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgeprune.dataset import Pair
-from edgeprune.modeling import CircuitModel, wrap_model
+from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 
 torch.set_num_threads(2)
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def random_gpt2(seed: int = 0, **settings) -> GPT2LMHeadModel:
@@ -74,4 +77,16 @@ def assert_refused(result: subprocess.CompletedProcess, code: int, *wanted: str)
         assert text in last, last
 
 
-GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Of the embedded model: a word, or two digits, with the space before it, is one token."""
+    return load_tokenizer("embedded")
+
+
+def write_jsonl(path: Path, *records: dict | str) -> Path:
+    """Records, or lines as they are."""
+    lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path

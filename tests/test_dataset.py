@@ -1,0 +1,219 @@
+import json
+from collections import Counter
+
+import pytest
+from conftest import random_pairs, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from edgeprune.dataset import (
+    DataError,
+    collate,
+    encode_pair,
+    iterate_batches,
+    load_dataset,
+    training_batch,
+)
+
+SPEC = {
+    "clean": "1 + 2 = <predict>3</predict>",
+    "corrupted": "1 + 4 = <predict>5</predict>",
+    "split": "train",
+}
+
+
+def byte_tokenizer(merges: list[tuple[str, str]], begin: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes, and the merges given; `begin` puts <s> before every text, as Llama's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", *alphabet, *("".join(merge) for merge in merges)]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def words(tokenizer, ids) -> list[str]:
+    return [tokenizer.decode([i]) for i in ids]
+
+
+def test_the_arithmetic_example_of_the_format():
+    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
+    pair = encode_pair(tokenizer, SPEC)
+    assert words(tokenizer, pair.clean_ids) == ["1", " +", " 2", " ="]
+    assert words(tokenizer, pair.corrupted_ids) == ["1", " +", " 4", " ="]
+    assert words(tokenizer, pair.target_ids) == [" 3"]
+    assert pair.answer_ids == pair.distractor_ids == ()
+
+
+@pytest.mark.parametrize("distractor", ["4", " 4"])
+def test_the_space_before_the_prediction_stands_before_distractors_too(distractor):
+    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
+    pair = encode_pair(tokenizer, {**SPEC, "distractor": distractor})
+    assert words(tokenizer, pair.answer_ids) == [" 3"]
+    assert words(tokenizer, pair.distractor_ids) == [" 4"]
+
+
+def test_several_predicted_tokens_are_fed_back_but_the_last():
+    tokenizer = byte_tokenizer([])
+    pair = encode_pair(
+        tokenizer,
+        {"clean": "ab:<predict>xyz</predict>", "corrupted": "cd:<predict>uvw</predict>"},
+    )
+    assert "".join(words(tokenizer, pair.clean_ids)) == "ab:xy"
+    assert "".join(words(tokenizer, pair.corrupted_ids)) == "cd:uv"
+    assert "".join(words(tokenizer, pair.target_ids)) == "xyz"
+    batch = collate([pair])
+    assert batch.cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y predicts z
+
+
+def test_a_token_across_prompt_and_prediction_is_not_cut():
+    tokenizer = byte_tokenizer([("7", "4")])  # "1745" alone would be 1, 74, 5
+    pair = encode_pair(
+        tokenizer,
+        {"clean": "17<predict>45</predict>", "corrupted": "17<predict>22</predict>"},
+    )
+    assert words(tokenizer, pair.clean_ids) == ["1", "7", "4"]
+    assert words(tokenizer, pair.target_ids) == ["4", "5"]
+
+
+def test_special_tokens_at_the_beginning_are_kept_once():
+    tokenizer = byte_tokenizer([("7", "4")], begin=True)
+    for prediction in ("45", "55"):  # read in one piece with the prompt, and apart from it
+        line = f"17<predict>{prediction}</predict>"
+        pair = encode_pair(tokenizer, {"clean": line, "corrupted": line})
+        assert words(tokenizer, pair.clean_ids) == ["<s>", "1", "7", prediction[0]]
+        assert words(tokenizer, pair.target_ids) == list(prediction)
+
+
+def test_answers_and_distractors_are_compared_where_they_part():
+    tokenizer = byte_tokenizer([])
+    record = {
+        "clean": "q:<predict>abc</predict>",
+        "corrupted": "r:<predict>xyz</predict>",
+        "answers": ["abc", "abd"],
+        "distractor": ["axx", "ayy"],
+    }
+    pair = encode_pair(tokenizer, record)
+    assert pair.contrast == 1
+    assert words(tokenizer, pair.answer_ids) == ["b"]
+    assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clean": None}, "'clean' is nothing, expected a string"),
+        ({"corrupted": 3}, "'corrupted' is int"),
+        ({"clean": "1 + 2 = 3"}, "exactly one <predict>...</predict>"),
+        ({"clean": "1<predict>2</predict><predict>3</predict>"}, "exactly one"),
+        ({"clean": "1</predict>2<predict>"}, "exactly one"),
+        ({"clean": "1 + 2 = <predict></predict>"}, "nothing between"),
+        ({"clean": "1 + 2 = <predict> </predict>"}, "nothing between"),
+        ({"clean": "<predict>3</predict>"}, "no prompt before"),
+        ({"clean": "1 + 2 = <predict>3</predict> ."}, "goes on after"),
+        ({"corrupted": "1 + 4 + 5 = <predict>9</predict>"}, "unequal lengths: 6 and 9 tokens"),
+        ({"distractor": 7}, "'distractor' must be a string or a list"),
+        ({"distractor": "3"}, "begin with the same tokens"),
+        ({"answers": [1]}, "'answers' must be"),
+    ],
+)
+def test_bad_records_are_refused(tokenizer, change, message):
+    with pytest.raises(DataError, match=message):
+        encode_pair(tokenizer, {**SPEC, **change})
+
+
+def test_predictions_of_unequal_length_are_refused():
+    record = {"clean": "a<predict>bc</predict>", "corrupted": "a<predict>b</predict>"}
+    with pytest.raises(DataError, match="predictions have unequal lengths: 2 and 1"):
+        encode_pair(byte_tokenizer([]), record)
+
+
+def test_splits(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", SPEC, {**SPEC, "split": "test"}, SPEC)
+    assert len(load_dataset(path, tokenizer, "train")) == 2
+    assert len(load_dataset(path, tokenizer, "test")) == 1
+    with pytest.raises(DataError, match="no line of split 'validation'; it has test, train"):
+        load_dataset(path, tokenizer, "validation")
+    with pytest.raises(DataError, match="unknown split 'dev'"):
+        load_dataset(path, tokenizer, "dev")
+    bare = {key: value for key, value in SPEC.items() if key != "split"}
+    serves_all = write_jsonl(tmp_path / "b.jsonl", bare)
+    for split in ("train", "validation", "test"):
+        assert len(load_dataset(serves_all, tokenizer, split)) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "line 3: not JSON"),
+        ("[1]", "line 3: got a list"),
+        (json.dumps({**SPEC, "split": "dev"}), "line 3: unknown split 'dev'"),
+        (json.dumps({**SPEC, "clean": "x"}), "line 3: field 'clean' needs exactly one"),
+    ],
+)
+def test_bad_lines_are_named_by_number(tokenizer, tmp_path, bad, message):
+    path = write_jsonl(tmp_path / "a.jsonl", SPEC, "", bad)  # the empty line counts
+    with pytest.raises(DataError, match=message):
+        load_dataset(path, tokenizer, "train")
+
+
+def test_bad_files_are_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="no data file"):
+        load_dataset(tmp_path / "none.jsonl", tokenizer, "train")
+    with pytest.raises(DataError, match="holds no lines"):
+        load_dataset(write_jsonl(tmp_path / "empty.jsonl", ""), tokenizer, "train")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"clean": "\xe9"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_dataset(tmp_path / "latin.jsonl", tokenizer, "train")
+
+
+def test_lines_that_do_not_fit_are_skipped_and_counted_or_refused_if_all(tokenizer, tmp_path):
+    unequal = {**SPEC, "corrupted": "1 + 4 + 5 = <predict>9</predict>"}
+    mixed = load_dataset(write_jsonl(tmp_path / "a.jsonl", SPEC, unequal), tokenizer, "train")
+    assert len(mixed) == 1
+    assert len(mixed.skipped) == 1
+    assert "line 2" in mixed.skipped[0]
+    with pytest.raises(DataError, match="none of the 2 examples can be used.*unequal lengths"):
+        load_dataset(write_jsonl(tmp_path / "b.jsonl", unequal, unequal), tokenizer, "train")
+    with pytest.raises(DataError, match="6 tokens are more than the 3 allowed"):
+        load_dataset(tmp_path / "a.jsonl", tokenizer, "train", max_length=3)
+
+
+def test_batches_by_hand():
+    short, long = random_pairs(1, length=3)[0], random_pairs(1, length=5, predicted=2)[0]
+    batch = collate([short, long])
+    assert batch.clean_ids.shape == batch.corrupted_ids.shape == (2, 5)
+    assert batch.clean_ids[0].tolist() == [*short.clean_ids, 0, 0]
+    assert batch.corrupted_ids[1].tolist() == list(long.corrupted_ids)
+    assert batch.lengths.tolist() == [3, 5]
+    assert list(zip(batch.rows.tolist(), batch.cols.tolist(), strict=True)) == [
+        (0, 2), (1, 3), (1, 4),
+    ]  # fmt: skip
+    assert batch.target_ids.tolist() == [*short.target_ids, *long.target_ids]
+    assert batch.contrasts.tolist() == [0, 1]
+
+
+def test_evaluation_sees_every_example_once():
+    pairs = random_pairs(7, length=4) + random_pairs(6, length=6, seed=1)
+    seen = [pair for batch in iterate_batches(pairs[::2] + pairs[1::2], 4) for pair in batch.pairs]
+    assert Counter(seen) == Counter(pairs)
+
+
+def test_training_batches_follow_from_seed_and_step():
+    pairs = random_pairs(10)
+
+    def batches(seed: int, steps: range) -> list[tuple]:
+        return [training_batch(pairs, 4, seed, step).pairs for step in steps]
+
+    assert batches(0, range(6)) == batches(0, range(6))
+    assert batches(0, range(6))[3:] == batches(0, range(3, 6))
+    assert batches(0, range(6)) != batches(1, range(6))
+    first, second, third = batches(0, range(3))
+    assert not set(first) & set(second)  # one epoch repeats nothing
+    assert (*first, *second) != (*third, *batches(0, range(3, 4))[0])  # epochs differ in order
+    assert len(training_batch(pairs, 64, 0, 5).pairs) == 10

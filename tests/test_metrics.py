@@ -1,0 +1,72 @@
+"""Metrics by hand, on a vocabulary of three tokens."""
+
+import math
+
+import pytest
+import torch
+
+from edgeprune.dataset import Pair, collate
+from edgeprune.metrics import kl_per_token, mean_by_example, score
+
+LOG2, LOG3 = math.log(2), math.log(3)
+
+
+def pair(target, answers=(), distractors=(), contrast=0) -> Pair:
+    ids = (0,) * (3 + len(target) - 1)
+    return Pair(ids, ids, target, answers, distractors, contrast, "text")
+
+
+def test_kl_by_hand():
+    # p = (1/2, 1/2, 0), q = (1/4, 1/2, 1/4): KL = 1/2 log 2
+    reference = torch.tensor([[0.0, 0.0, -1e9]])
+    logits = torch.tensor([[0.0, LOG2, 0.0]])
+    assert kl_per_token(reference, logits).item() == pytest.approx(LOG2 / 2, abs=1e-6)
+    assert kl_per_token(reference, reference).item() == 0
+    shifted = kl_per_token(reference, logits + 7)  # logits are known up to a constant
+    assert shifted.item() == pytest.approx(LOG2 / 2, abs=1e-6)
+
+
+def test_means_are_over_tokens_and_then_over_examples():
+    batch = collate([pair((1,)), pair((1, 2))])
+    assert mean_by_example(torch.tensor([1.0, 2.0, 4.0]), batch).tolist() == [1, 3]
+
+
+def test_scores_by_hand():
+    batch = collate([pair((1,), (1,), (2,)), pair((1, 2), (2,), (0, 1), contrast=1)])
+    reference = torch.tensor([[0, LOG3, 0], [0, 9, 0], [0, 0, LOG2]])
+    logits = torch.tensor([[0, 0, LOG2], [0, 9, 0], [0, 0, LOG2]])
+    full, circuit = score(batch, reference, reference), score(batch, reference, logits)
+    assert full.correct.tolist() == [True, True]
+    assert full.exact_match.tolist() == [True, True]
+    assert full.logit_difference[0].item() == pytest.approx(LOG3)
+    # log 2 against log(1 + 1)
+    assert full.logit_difference[1].item() == pytest.approx(0, abs=1e-6)
+    assert full.probability_difference.tolist() == pytest.approx([3 / 5 - 1 / 5, 0], abs=1e-6)
+    assert circuit.correct.tolist() == [False, True]
+    assert circuit.exact_match.tolist() == [False, True]
+    assert circuit.logit_difference[0].item() == pytest.approx(-LOG2)
+    assert circuit.probability_difference[0].item() == pytest.approx(1 / 4 - 1 / 2)
+    assert circuit.predicted.tolist() == [2, 2]
+    # p = (1/5, 3/5, 1/5), q = (1/4, 1/4, 1/2)
+    by_hand = 0.2 * math.log(0.8) + 0.6 * math.log(2.4) + 0.2 * math.log(0.4)
+    assert circuit.kl.tolist() == pytest.approx([by_hand, 0], abs=1e-6)
+
+
+def test_one_wrong_token_of_several_is_wrong():
+    batch = collate([pair((1, 2))])
+    logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
+    result = score(batch, logits, logits)
+    assert result.correct.tolist() == [False]
+    assert result.exact_match.tolist() == [True]
+
+
+def test_any_of_several_answers_is_right():
+    batch = collate([pair((1,), (0, 1), (2,))])
+    logits = torch.tensor([[2.0, 1, 0]])
+    assert score(batch, logits, logits).correct.tolist() == [True]
+
+
+def test_without_distractors_there_is_no_difference():
+    batch = collate([pair((1,)), pair((1,), (1,), (2,))])
+    logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
+    assert score(batch, logits, logits).logit_difference.isnan().tolist() == [True, False]
