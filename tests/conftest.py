@@ -77,8 +77,6 @@ def assert_refused(result: subprocess.CompletedProcess, code: int, *wanted: str)
         assert text in last, last
 
 
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     """Of the embedded model: a word, or two digits, with the space before it, is one token."""

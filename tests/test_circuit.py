@@ -157,11 +157,10 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     empty = evaluate(model, Circuit(model.graph, frozenset()), pairs)
     assert empty.circuit == empty.corrupted
     # the fully corrupted circuit is the model on the corrupted prompts
-    swapped = [
-        type(p)(p.corrupted_ids, p.clean_ids, *list(vars(p).values())[2:]) for p in pairs
-    ]
+    swapped = [type(p)(p.corrupted_ids, p.clean_ids, *list(vars(p).values())[2:]) for p in pairs]
     on_corrupted = evaluate(model, whole, swapped).full
-    assert empty.corrupted.logit_difference == pytest.approx(on_corrupted.logit_difference, abs=1e-4)
+    difference = pytest.approx(on_corrupted.logit_difference, abs=1e-4)
+    assert empty.corrupted.logit_difference == difference
     assert empty.corrupted.accuracy == on_corrupted.accuracy
 
 

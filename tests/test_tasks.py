@@ -1,0 +1,117 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from test_dataset import byte_tokenizer
+
+from edgeprune.dataset import SPLITS, encode_pair
+from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.tasks import TASKS, make_records
+
+SIZES = {"train": 30, "validation": 20, "test": 40}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def records(task, tokenizer):
+    return make_records(task, tokenizer, SIZES, seed=3)[0]
+
+
+def prompt(record: dict) -> str:
+    return record["clean"].split("<predict>")[0]
+
+
+def test_sizes_are_as_asked_and_no_prompt_comes_twice(records):
+    for split in SPLITS:
+        assert sum(record["split"] == split for record in records) == SIZES[split]
+    assert len({prompt(record) for record in records}) == len(records)
+
+
+def test_prompts_are_paired_token_by_token(records, tokenizer):
+    for record in records:
+        pair = encode_pair(tokenizer, record)
+        assert len(pair.clean_ids) == len(pair.corrupted_ids)
+        assert len(pair.target_ids) == 1
+        assert set(pair.target_ids) <= set(pair.answer_ids)
+        assert pair.distractor_ids
+        assert not set(pair.answer_ids) & set(pair.distractor_ids)
+        assert record["clean"].split("<predict>")[0] != record["corrupted"].split("<predict>")[0]
+
+
+def test_records_follow_from_the_seed_in_any_process(task, records, tokenizer):
+    code = (
+        "import json, sys; from edgeprune.modeling import load_tokenizer;"
+        "from edgeprune.tasks import make_records;"
+        f"r = make_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
+        "json.dump(r, sys.stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert json.loads(done.stdout) == records
+    assert make_records(task, tokenizer, SIZES, seed=4)[0] != records
+
+
+def test_ioi_by_hand(tokenizer):
+    records, _ = make_records("ioi", tokenizer, {"train": 200}, seed=0)
+    orders = set()
+    for record in records:
+        clean, answer = record["clean"].removesuffix("</predict>").split("<predict>")
+        words, wrong = re.findall(r"\w+", clean), record["distractor"].strip()
+        assert words.count(answer.strip()) == 1
+        assert words.count(wrong) == 2
+        orders.add(words.index(answer.strip()) < words.index(wrong))
+        others = re.findall(r"\w+", prompt({"clean": record["corrupted"]}))
+        assert answer.strip() not in others
+        assert wrong not in others
+    assert orders == {True, False}  # ABBA and BABA
+
+
+def test_greater_than_by_hand(tokenizer):
+    for record in make_records("greater_than", tokenizer, {"train": 50}, seed=0)[0]:
+        year = int(prompt(record).split("from the year ")[1][2:4])
+        assert record["answers"] == [f"{end:02}" for end in range(year + 1, 100)]
+        assert record["distractor"] == [f"{end:02}" for end in range(year + 1)]
+        assert "01 to the year" in record["corrupted"]
+
+
+def test_greater_than_for_a_tokenizer_that_reads_digit_by_digit():
+    tokenizer = byte_tokenizer([])
+    record = make_records("greater_than", tokenizer, {"train": 5}, seed=0)[0][0]
+    assert len(record["answers"]) + len(record["distractor"]) == 10
+    assert len(encode_pair(tokenizer, record).target_ids) == 1
+
+
+def test_induction_by_hand(tokenizer):
+    for record in make_records("induction", tokenizer, {"train": 50}, seed=0)[0]:
+        words = prompt(record).split()
+        last = words[-1]
+        first = words.index(last)
+        assert first < len(words) - 1
+        assert record["clean"].endswith(f"<predict> {words[first + 1]}</predict>")
+        assert prompt({"clean": record["corrupted"]}).split().index(last) == len(words) - 1
+
+
+def test_examples_that_do_not_fit_the_tokenizer_are_counted(tokenizer):
+    records, report = make_records("ioi", byte_tokenizer([]), {"train": 10}, seed=0)
+    assert len(records) == 10
+    assert sum(report.misfits.values()) > 10
+    assert "that do not fit the tokenizer" in str(report)
+
+
+def test_impossible_requests_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="unknown task 'io'"):
+        make_records("io", tokenizer, {"train": 1}, 0)
+    with pytest.raises(ValueError, match="cannot make 1 examples of split 'dev'"):
+        make_records("ioi", tokenizer, {"dev": 1}, 0)
+    with pytest.raises(ValueError, match="yields only .* of the 100,000 examples asked for"):
+        make_records("gendered_pronoun", tokenizer, {"train": 100_000}, 0)
+
+
+def test_the_embedded_model_is_small():
+    total = sum(path.stat().st_size for path in EMBEDDED_MODEL.iterdir())
+    assert total <= 8 * 2**20

@@ -1,0 +1,130 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_gpt2, random_pairs
+
+from edgeprune.ablation import Ablation
+from edgeprune.api import prune
+from edgeprune.config import AblationConfig, ConfigError, TrainerConfig, Warmup
+from edgeprune.modeling import wrap_model
+from edgeprune.training.objective import (
+    SparsityConstraint,
+    learning_rate_factor,
+    scheduled_target,
+)
+from edgeprune.training.trainer import Trainer, TrainingError
+
+CONFIG = TrainerConfig(
+    steps=12, batch_size=4, learning_rate=0.5, lr_warmup_steps=2, sparsity_warmup_steps=8
+)
+
+
+def trainer(model, config: TrainerConfig = CONFIG, seed: int = 0) -> Trainer:
+    pairs = random_pairs(10)
+    return Trainer(
+        model, pairs, config, target_sparsity=0.9, seed=seed,
+        ablation=Ablation(model, AblationConfig(), pairs),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [
+        (Warmup.linear, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]),
+        # 1 - t: 0.8 -> 0.0128, each step times (0.016) ** (1 / 4)
+        (Warmup.logarithmic, [1 - 0.8 * 0.016 ** (k / 4) for k in (0, 1, 2, 3, 4, 4)]),
+    ],
+)
+def test_targets_rise_and_stay(shape, values):
+    end = values[-1]
+    got = [scheduled_target(step, 0.2, end, 4, shape) for step in range(6)]
+    assert got == pytest.approx(values)
+
+
+def test_without_warmup_the_target_is_there_at_once():
+    assert scheduled_target(0, 0.0, 1.1, 0, Warmup.linear) == 1.1
+
+
+def test_learning_rates_rise_and_fall_to_nothing():
+    config = TrainerConfig(steps=6, lr_warmup_steps=2)
+    got = [learning_rate_factor(step, config) for step in range(6)]
+    assert got == pytest.approx([1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4])
+
+
+def test_constraint_by_hand():
+    constraint = SparsityConstraint()
+    with torch.no_grad():
+        constraint.multiplier_1.fill_(2.0)
+        constraint.multiplier_2.fill_(3.0)
+    loss = constraint(torch.tensor(0.5), 0.9)
+    assert loss.item() == pytest.approx(2 * -0.4 + 3 * 0.16)
+    loss.backward()
+    assert constraint.multiplier_1.grad.item() == pytest.approx(-0.4)
+    assert constraint.multiplier_2.grad.item() == pytest.approx(0.16)
+
+
+def test_multipliers_are_maximised_and_gates_learn(model):
+    run = trainer(model, replace(CONFIG, init_mean=0.0, start_sparsity=0.9))
+    first = run.train_step()
+    assert first.sparsity < first.target
+    assert first.multiplier_1 < 0  # ascent along s - t < 0
+    assert first.multiplier_2 > 0  # ascent along (s - t)^2 > 0
+    before = run.masks.edge_log_alpha.detach().clone()
+    for _ in range(5):
+        metrics = run.train_step()
+    assert metrics.target > first.target
+    assert (run.masks.edge_log_alpha != before).all()
+
+
+@pytest.mark.parametrize("node_gates", [False, True])
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model, node_gates, stop):
+    config = replace(CONFIG, node_gates=node_gates)
+    whole = trainer(model, config)
+    history = [whole.train_step() for _ in range(CONFIG.steps)]
+    broken = trainer(model, config)
+    for _ in range(stop):
+        broken.train_step()
+    resumed = trainer(model, config, seed=0)
+    resumed.restore(broken.checkpoint())
+    assert [resumed.train_step() for _ in range(stop, CONFIG.steps)] == history[stop:]
+    for name, value in whole.masks.state_dict().items():
+        assert torch.equal(value, resumed.masks.state_dict()[name])
+
+
+def test_seeds_differ(model):
+    assert trainer(model, seed=0).train_step() != trainer(model, seed=1).train_step()
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_state():
+    hf_model = random_gpt2()
+    run = trainer(wrap_model(hf_model))
+    run.train_step()
+    before = {name: value.clone() for name, value in run.checkpoint().masks.items()}
+    with torch.no_grad():
+        hf_model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match="the loss is nan at step 2"):
+        run.train_step()
+    assert run.step == 1
+    for name, value in run.checkpoint().masks.items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_library_finds_a_circuit_of_the_size_asked_for():
+    model = wrap_model(random_gpt2())
+    pairs = random_pairs(8)
+    settings = dict(steps=3, lr_warmup_steps=1, sparsity_warmup_steps=2, progress=False)
+    pruned = prune(model, pairs, num_edges=17, **settings)
+    assert len(pruned.circuit) == 17
+    assert [m.step for m in pruned.history] == [1, 2, 3]
+    assert pruned.circuit == prune(model, pairs, num_edges=17, **settings).circuit
+    for ablation in ("zero", "mean"):
+        assert len(prune(model, pairs, num_edges=17, ablation=ablation, **settings).circuit) == 17
+    with pytest.raises(ConfigError, match="unknown setting 'stepz'; did you mean 'steps'"):
+        prune(model, pairs, num_edges=17, stepz=3)
+    with pytest.raises(ConfigError, match="nothing says how sparse"):
+        prune(model, pairs)
+    with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
+        prune(model, pairs, num_edges=17, ablation="noise")
