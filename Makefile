@@ -15,6 +15,7 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	$(BIN)/edgeprune prune experiment=ioi run_dir=runs/demo overwrite=true
 	$(BIN)/edgeprune evaluate runs/demo random_circuits=3
 	$(BIN)/edgeprune draw runs/demo
+	@echo "the circuit's picture is runs/demo/circuit.pdf (and .png, .svg)"
 
 test: $(READY) dot ## run the tests (a few minutes)
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -240,6 +241,7 @@ def evaluate(config: EvaluateConfig, model: Any = None) -> None:
     text = json.dumps({**settings, **result.to_dict()}, indent=1)
     write_text(output, text + "\n")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
+    OUT.print(_in_words(result, circuit), markup=False, highlight=False, soft_wrap=True)
     OUT.print(f"-> {output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -283,7 +285,7 @@ def _print_evaluation(result: Any, title: str) -> None:
     if result.random is not None:
         columns["random circuits"] = result.random
     table = Table(title=Text(f"{title}, {result.num_examples:,} prompts"), title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     for field in fields(Scores):
@@ -299,6 +301,30 @@ def _print_evaluation(result: Any, title: str) -> None:
         markup=False,
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _in_words(result: Any, circuit: Any) -> str:
+    """What a circuit is made of and how well it does, in a few sentences."""
+    graph, connected = circuit.graph, circuit.without_dangling()
+    text = (
+        f"in words: {len(circuit):,} of {graph.num_edges:,} edges give the full model's answer on "
+        f"{result.circuit.exact_match:.1%} of the prompts"
+    )
+    if not len(connected):
+        return f"{text}; none of them lies on a path from the input to the output"
+    edges_at = Counter(writer for writer, _ in connected.edges)
+    for _, reader in connected.edges:
+        edges_at.update(graph.nodes_fed_by(reader))
+    heads = [node for node in connected.nodes if node.startswith("a")]
+    mlps = [node for node in connected.nodes if node.startswith("m")]
+    busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(4))
+    last = [writer for writer, reader in connected.edges if reader == "resid_post"]
+    shown = ", ".join(last[:8]) + (f" and {len(last) - 8} more" if len(last) > 8 else "")
+    return (
+        f"{text}. {len(connected):,} of them join the input to the output, through "
+        f"{len(heads)} of {graph.num_layers * graph.num_heads} heads and {len(mlps)} of "
+        f"{graph.num_layers} MLPs. The output reads from {shown}; most edges meet at {busiest}."
     )
 
 

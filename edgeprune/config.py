@@ -95,21 +95,21 @@ class AblationConfig:
 class TrainerConfig:
     """How the gates are learned."""
 
-    steps: int = 3000
+    steps: int = 600
     """Optimisation steps."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Pairs a step."""
-    learning_rate: float = 0.8
+    learning_rate: float = 0.1
     """Of log alpha."""
-    multiplier_learning_rate: float = 0.8
+    multiplier_learning_rate: float = 1.0
     """Of the multipliers, which are maximised."""
-    lr_warmup_steps: int = 200
+    lr_warmup_steps: int = 10
     """Both learning rates rise linearly over these steps, then fall linearly to 0."""
-    start_sparsity: float = 0.0
+    start_sparsity: float = 0.25
     """Target at step 0."""
     target_sparsity: float | None = None
     """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
-    sparsity_warmup_steps: int = 2500
+    sparsity_warmup_steps: int = 400
     """Steps over which the target rises."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
@@ -119,11 +119,11 @@ class TrainerConfig:
     """Target of the node gates at step 0."""
     target_node_sparsity: float = 0.7
     """Target of the node gates after the warm-up."""
-    init_mean: float = 10.0
+    init_mean: float = 1.0
     """Mean of log alpha at the start."""
     init_std: float = 0.01
     """Standard deviation of log alpha at the start."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 100
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""

@@ -10,7 +10,7 @@ import random
 
 from edgeprune.tasks.vocabulary import WORDS
 
-SHORTEST, LONGEST = 8, 12
+SHORTEST, LONGEST = 6, 10
 """Number of words before they repeat."""
 
 
