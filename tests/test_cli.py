@@ -1,0 +1,324 @@
+"""Whole commands, each in a fresh process, as people run them."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import assert_refused, run_cli, write_jsonl
+from safetensors.torch import load_file
+
+from edgeprune.config import COMMANDS
+
+SMALL = (
+    "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
+    "trainer.steps=40", "trainer.sparsity_warmup_steps=20", "trainer.checkpoint_every=5",
+    "trainer.batch_size=4", "num_edges=60", "sparsity=null",
+)  # fmt: skip
+"""A run of seconds."""
+LAST = "checkpoints/step-00000040"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run that nobody changes."""
+    run_dir = tmp_path_factory.mktemp("cli") / "run"
+    done = run_cli("prune", *SMALL, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def masks(run_dir) -> list[float]:
+    return load_file(run_dir / LAST / "masks.safetensors")["edge_log_alpha"].tolist()
+
+
+# ------------------------------------------------------------------------------- what is left
+
+
+def test_a_run_leaves_everything_needed(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
+        "circuit.json", "evaluation-validation.json",
+    }  # fmt: skip
+    edges = json.loads((finished / "edges.json").read_text())
+    assert len(edges) == 60
+    assert all(len(edge) == 2 for edge in edges)
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [10, 20, 30, 40]
+    assert {"kl", "sparsity", "target", "loss"} <= steps[0].keys()
+    assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_export_evaluate_and_draw(copied, tmp_path):
+    done = run_cli("export", copied, "num_edges=33", f"output={tmp_path / 'e.json'}")
+    assert "33 of 1,620 edges" in done.stdout
+    assert len(json.loads((tmp_path / "e.json").read_text())) == 33
+    done = run_cli("export", copied)
+    report = json.loads((copied / "circuit.json").read_text())
+    assert report["chosen_by"] == "threshold"
+    assert f"at threshold {report['edge_threshold']:.4f}" in done.stdout
+
+    done = run_cli("evaluate", copied, "random_circuits=1", "batch_size=3")
+    assert "in words: " in done.stdout
+    result = json.loads((copied / "evaluation-test.json").read_text())
+    assert result["num_examples"] == 8
+    assert result["full"]["kl"] == 0
+    assert result["corrupted"]["kl"] > result["circuit"]["kl"]
+    assert result["random"]["kl"] > 0
+
+    done = run_cli("draw", copied)
+    assert done.returncode == 0, done.stderr
+    assert (copied / "circuit.pdf").read_bytes().startswith(b"%PDF")
+    assert (copied / "circuit.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (copied / "circuit.svg").read_text()
+    assert "digraph" in (copied / "circuit.dot").read_text()
+
+
+def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
+    edges = shutil.copy(finished / "edges.json", tmp_path / "edges.json")
+    done = run_cli("evaluate", edges, "model=embedded", "task=ioi_t1", "task.test=5",
+                   "task.train=3", "task.validation=3", "ablation=mean")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "evaluation-test.json").read_text())["num_examples"] == 5
+    assert run_cli("draw", edges, "formats=[dot]").returncode == 0
+    assert_refused(run_cli("evaluate", edges), 2, "lies in no run directory", "model=embedded")
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_other_ablations_node_gates_and_ones_own_data(tmp_path, ablation):
+    """The example of the data format: arithmetic of our own, without splits and distractors."""
+    data = write_jsonl(
+        tmp_path / "sums.jsonl",
+        *(
+            {"clean": f"{a} + {b} = <predict>{a + b}</predict>",
+             "corrupted": f"{a} + {b + 1} = <predict>{a + b + 1}</predict>"}
+            for a in range(1, 4) for b in range(1, 5)
+        ),
+    )  # fmt: skip
+    done = run_cli("prune", *SMALL[4:], "task=custom", f"task.path={data}", f"ablation={ablation}",
+                   "trainer.node_gates=true", f"run_dir={tmp_path / 'run'}",
+                   "trainer.steps=20")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["node_sparsity"] is not None
+    assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
+
+
+def test_prepare_is_seeded_and_of_the_sizes_asked_for(tmp_path):
+    texts = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.jsonl"
+        done = run_cli("prepare", "task=induction", "task.train=7", "task.test=3",
+                       "task.validation=2", f"output={path}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    splits = [json.loads(line)["split"] for line in texts[0].splitlines()]
+    assert [splits.count(split) for split in ("train", "validation", "test")] == [7, 2, 3]
+
+
+def test_multirun_and_wandb_without_a_key(tmp_path):
+    done = run_cli(
+        "prune", *SMALL, "seed=0,1", "trainer.steps=20", "tracker=wandb",
+        f"run_dir={tmp_path}/seed-${{seed}}", "--multirun",
+        WANDB_API_KEY="", HOME=str(tmp_path), WANDB_SILENT="true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for seed in (0, 1):
+        assert (tmp_path / f"seed-{seed}" / "edges.json").exists()
+        assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
+
+
+def test_help_names_every_setting_without_loading_anything_heavy():
+    for command in COMMANDS:
+        done = run_cli(command, "--help")
+        assert done.returncode == 0
+        assert f"usage: edgeprune {command}" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "edgeprune", "prune", "--help"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "trainer.sparsity_warmup_steps=400" in done.stdout
+    assert "torch" not in done.stderr
+    assert run_cli().returncode == 2
+
+
+# ------------------------------------------------------------------------------ interruptions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
+    run_dir = tmp_path / "run"
+    arguments = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints/step-00000005").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    message = process.communicate(timeout=120)[1]
+    assert not (run_dir / LAST).exists(), "it was over before it was stopped"
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name} after step" in message
+        assert "Traceback" not in message
+
+    done = run_cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stderr
+    assert masks(run_dir) == masks(finished)
+    for name in ("metrics.jsonl", "edges.json"):
+        assert (run_dir / name).read_text() == (finished / name).read_text()
+
+
+def test_a_full_disk_loses_nothing(copied, finished):
+    for step in range(10, 41, 5):
+        shutil.rmtree(copied / f"checkpoints/step-{step:08d}")
+    before = {p: p.read_bytes() for p in (copied / "checkpoints").rglob("*") if p.is_file()}
+    arguments = ["prune", *SMALL, f"run_dir={copied}", "resume=auto"]
+    limit = 12_000  # the gates of 1,620 edges fit, the optimiser's two moments do not
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", *arguments],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert_refused(done, 1, "cannot save the checkpoint of step 10", "resume=auto")
+    after = {p: p.read_bytes() for p in (copied / "checkpoints").rglob("*") if p.is_file()}
+    assert after == before
+    assert run_cli(*arguments).returncode == 0
+    assert masks(copied) == masks(finished)
+
+
+def test_a_truncated_checkpoint(copied, finished):
+    path = copied / LAST / "masks.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(
+        run_cli("export", copied, "checkpoint=40"), 1, "step-00000040 is damaged", "altered or cut"
+    )
+    done = run_cli("prune", *SMALL, f"run_dir={copied}", "resume=auto")  # from step 35
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 35" in done.stderr
+    assert masks(copied) == masks(finished)
+
+
+def test_a_run_directory_of_another_run(copied):
+    again = ("prune", *SMALL, f"run_dir={copied}")
+    assert_refused(run_cli(*again), 2, "already holds a run", "resume=auto", "overwrite=true")
+    assert_refused(
+        run_cli(*again, "resume=auto", "trainer.learning_rate=0.3"),
+        2, "run of another config", "trainer.learning_rate: 0.1 there, 0.3 here",
+    )  # fmt: skip
+    with (copied / "data.jsonl").open("a") as file:
+        file.write("\n")
+    assert_refused(run_cli(*again, "resume=auto"), 2, "the data has changed")
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+GOOD = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ([GOOD, "{not json"], ["data.jsonl, line 2: not JSON"]),
+        ([GOOD, "", "[1]"], ["data.jsonl, line 3: got a list"]),
+        ([GOOD, {**GOOD, "clean": "1 + 2 = 3"}], ["line 2", "exactly one <predict>...</predict>"]),
+        ([{**GOOD, "clean": "1 + 2 =<predict></predict>"}], ["line 1", "nothing between"]),
+        ([{**GOOD, "corrupted": "1 + 4 + 2 = <predict>5</predict>"}],
+         ["none of the 1 examples can be used", "unequal lengths: 7 and 5"]),
+        ([{**GOOD, "split": "dev"}], ["line 1", "unknown split 'dev'", "train, validation, test"]),
+        ([{**GOOD, "split": "test"}], ["no line of split 'train'; it has test"]),
+        ([], ["holds no lines"]),
+    ],
+)  # fmt: skip
+def test_bad_data(tmp_path, lines, wanted, capsys, monkeypatch):
+    """In this process, since only the message differs; the exit is that of a real command."""
+    from edgeprune.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    data = write_jsonl(tmp_path / "data.jsonl", *lines)
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", "task=custom", f"task.path={data}", "sparsity=0.9", f"run_dir={tmp_path}/r"])
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("edgeprune: ")
+    for text in wanted:
+        assert text in last
+
+
+def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
+    prune = ("prune", "task=custom", "sparsity=0.9", f"run_dir={tmp_path / 'run'}")
+    missing = tmp_path / "missing.jsonl"
+    assert_refused(run_cli(*prune, f"task.path={missing}"), 1, f"no data file {missing}")
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    assert_refused(
+        run_cli(*prune, f"task.path={missing}", "model=custom", f"model.path={bert}"),
+        1, "model type 'bert'", "is not supported; supported: gpt2",
+    )  # fmt: skip
+    # what failed before it began does not stand in the way
+    data = write_jsonl(tmp_path / "missing.jsonl", GOOD)
+    done = run_cli(*prune, f"task.path={data}", "trainer.steps=10", "trainer.lr_warmup_steps=0",
+                   "trainer.sparsity_warmup_steps=5")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["prun"], ["unknown command 'prun'; did you mean 'prune'"]),
+        (["prune", "trainer.stepz=3"], ["unknown setting 'trainer.stepz'", "'trainer.steps'"]),
+        (["prune", "steps=3"], ["unknown setting 'steps'; did you mean 'trainer.steps'"]),
+        (["prune", "task=iio"], ["no task 'iio'; choose", "ioi"]),
+        (["prune", "trainer.steps=few"], ["few", "Integer"]),
+        (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5 is out of range"]),
+        (["prune", "experiment=ioi", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
+        (["prune"], ["nothing says how sparse", "sparsity="]),
+        (["prune", "experiment=ioi", "trainer.steps=5"], ["trainer.sparsity_warmup_steps=400"]),
+        (["prune", "experiment"], ["unexpected argument 'experiment'"]),
+        (["export"], ["give one path: edgeprune export PATH"]),
+        (["export", "nowhere"], ["nowhere is no run directory"]),
+        (["draw", "nowhere"], ["no such file or directory: nowhere"]),
+        (["evaluate", "nowhere"], ["no such file or directory: nowhere"]),
+    ],
+)
+def test_wrong_usage(arguments, wanted):
+    assert_refused(run_cli(*arguments), 2, *wanted)
+
+
+def test_without_dot_everything_but_the_picture_works(copied, tmp_path):
+    (tmp_path / "bin").mkdir()
+    result = run_cli("draw", copied, PATH=str(tmp_path / "bin"))
+    assert_refused(result, 1, "the program `dot` is not on this machine", "apt")
+    assert run_cli("draw", copied, "formats=[dot]", PATH=str(tmp_path / "bin")).returncode == 0
+    assert "digraph" in (copied / "circuit.dot").read_text()
+
+
+def test_edges_of_another_model_are_refused(copied):
+    (copied / "edges.json").write_text('[["a9.h0", "resid_post"]]')
+    assert_refused(run_cli("evaluate", copied), 1, "a9.h0", "edges.json")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_place(copied, tmp_path):
+    copied.chmod(0o555)
+    try:
+        assert_refused(run_cli("export", copied), 1, "Permission denied")
+    finally:
+        copied.chmod(0o755)
