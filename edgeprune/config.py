@@ -103,14 +103,14 @@ class TrainerConfig:
     """Of log alpha."""
     multiplier_learning_rate: float = 1.0
     """Of the multipliers, which are maximised."""
-    lr_warmup_steps: int = 10
-    """Both learning rates rise linearly over these steps, then fall linearly to 0."""
+    lr_warmup_steps: int | None = None
+    """Both learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
     start_sparsity: float = 0.25
     """Target at step 0."""
     target_sparsity: float | None = None
     """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
-    sparsity_warmup_steps: int = 400
-    """Steps over which the target rises."""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which the target rises; null: two thirds of all."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
     node_gates: bool = False
@@ -127,6 +127,17 @@ class TrainerConfig:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+
+    @property
+    def lr_warmup(self) -> int:
+        """`lr_warmup_steps`, or its default for this many steps."""
+        return self.steps // 60 if self.lr_warmup_steps is None else self.lr_warmup_steps
+
+    @property
+    def sparsity_warmup(self) -> int:
+        """`sparsity_warmup_steps`, or its default for this many steps."""
+        given = self.sparsity_warmup_steps
+        return self.steps * 2 // 3 if given is None else given
 
 
 @dataclass
@@ -283,10 +294,10 @@ def check_prune(config: PruneConfig) -> None:
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
     for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
-        if not 0 <= getattr(trainer, name) <= trainer.steps:
+        given = getattr(trainer, name)
+        if given is not None and not 0 <= given <= trainer.steps:
             raise ConfigError(
-                f"trainer.{name}={getattr(trainer, name)} must lie between 0 and "
-                f"trainer.steps={trainer.steps}"
+                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
             )
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:

@@ -47,6 +47,6 @@ def scheduled_target(
 
 def learning_rate_factor(step: int, config: TrainerConfig) -> float:
     """Linear warm-up to 1, then linear decay to 0 at the end; step counts from 0."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    return (config.steps - step) / max(1, config.steps - config.lr_warmup_steps)
+    if step < config.lr_warmup:
+        return (step + 1) / config.lr_warmup
+    return (config.steps - step) / max(1, config.steps - config.lr_warmup)

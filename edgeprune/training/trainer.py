@@ -151,9 +151,7 @@ class Trainer:
 
     def _target(self, start: float, target: float) -> float:
         config = self.config
-        return scheduled_target(
-            self.step, start, target, config.sparsity_warmup_steps, config.warmup
-        )
+        return scheduled_target(self.step, start, target, config.sparsity_warmup, config.warmup)
 
     def _set_learning_rates(self) -> float:
         config = self.config
