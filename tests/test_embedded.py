@@ -1,0 +1,46 @@
+"""The embedded model: what it can do, and that its circuits are found."""
+
+import pytest
+
+from edgeprune import evaluate, load_model, prune
+from edgeprune.circuit import Circuit
+from edgeprune.dataset import encode_records
+from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.tasks import TASKS, make_records
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model("embedded", device="cpu")
+
+
+def pairs_of(task, tokenizer, **sizes):
+    return encode_records(make_records(task, tokenizer, sizes, seed=0)[0], tokenizer)[0]
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in EMBEDDED_MODEL.iterdir()) <= 8 * 2**20
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_does_every_task_on_prompts_it_was_not_trained_on(embedded, task):
+    """Validation prompts of seed 0; the training script keeps them out."""
+    pairs = pairs_of(task, embedded.tokenizer, train=0, validation=150)
+    whole = Circuit.from_mask(embedded.graph, [True] * embedded.graph.num_edges)
+    result = evaluate(embedded, whole, pairs)
+    assert result.full.two_way_accuracy >= 0.97
+    assert result.circuit.kl < 1e-6
+    assert result.corrupted.two_way_accuracy < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("task", ["ioi", "induction", "greater_than"])
+def test_a_twentieth_of_the_edges_answers_as_the_model_does(embedded, task, seed):
+    sizes = {"train": 150 if task == "greater_than" else 200}
+    train = pairs_of(task, embedded.tokenizer, **sizes)
+    test = pairs_of(task, embedded.tokenizer, **sizes, test=500)[len(train) :]
+    assert not {pair.text for pair in train} & {pair.text for pair in test}
+    pruned = prune(embedded, train, sparsity=0.95, seed=seed, progress=False)
+    assert pruned.circuit.sparsity >= 0.95
+    assert evaluate(embedded, pruned.circuit, test).circuit.exact_match >= 0.95

@@ -1,0 +1,75 @@
+"""The shape of the project: who may import whom, and that every experiment is a valid one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from edgeprune.config import COMMANDS, check_model, check_prune
+from edgeprune.paths import CONF
+from edgeprune.tasks import TASKS
+
+PACKAGE = Path(__file__).parents[1] / "edgeprune"
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in (CONF / "experiment").rglob("*.yaml")
+)
+
+
+def imported_by(path: Path) -> set[str]:
+    """Modules that a file imports, by full name, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("modeling", [f"edgeprune.{name}" for name in ("masks", "config", "files", "training")]),
+        ("drawing", ["torch", "transformers", "edgeprune.modeling"]),
+        ("tasks", ["torch", "edgeprune.modeling", "edgeprune.training"]),
+        ("analysis", ["edgeprune.training", "edgeprune.drawing"]),
+        (".", []),
+    ],
+)  # fmt: skip
+def test_imports_point_one_way(folder, forbidden):
+    files = list((PACKAGE / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        names = imported_by(path)
+        for name in names:
+            assert not any(name == f or name.startswith(f"{f}.") for f in forbidden), (path, name)
+        if "modeling" not in path.parts:
+            assert not any(name.startswith("transformers.models") for name in names), path
+
+
+def test_importing_the_package_is_instant():
+    code = "import sys, edgeprune; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_valid(experiment):
+    ConfigStore.instance().store(name="prune_schema", node=COMMANDS["prune"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = compose("prune", [f"experiment={experiment}"])
+    config = OmegaConf.to_object(settings)
+    check_prune(config)
+    check_model(config.model)
+    assert config.task.name in TASKS
+    assert config.task.name == experiment.split("/")[-1]
+    assert config.trainer.batch_size > 0
+
+
+def test_every_task_has_an_experiment_on_the_embedded_model():
+    assert set(TASKS) <= set(EXPERIMENTS)
