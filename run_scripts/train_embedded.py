@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
     parser.add_argument("--layers", type=int, default=4, help="blocks")
-    parser.add_argument("--heads", type=int, default=8, help="heads a block")
+    parser.add_argument("--heads", type=int, default=16, help="heads a block")
     parser.add_argument("--d-model", type=int, default=128, help="width")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     args = parser.parse_args()

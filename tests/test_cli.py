@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_needed(finished):
 
 def test_export_evaluate_and_draw(copied, tmp_path):
     done = run_cli("export", copied, "num_edges=33", f"output={tmp_path / 'e.json'}")
-    assert "33 of 1,620 edges" in done.stdout
+    assert "33 of 5,524 edges" in done.stdout
     assert len(json.loads((tmp_path / "e.json").read_text())) == 33
     done = run_cli("export", copied)
     report = json.loads((copied / "circuit.json").read_text())
@@ -190,7 +190,7 @@ def test_a_full_disk_loses_nothing(copied, finished):
         shutil.rmtree(copied / f"checkpoints/step-{step:08d}")
     before = {p: p.read_bytes() for p in (copied / "checkpoints").rglob("*") if p.is_file()}
     arguments = ["prune", *SMALL, f"run_dir={copied}", "resume=auto"]
-    limit = 12_000  # the gates of 1,620 edges fit, the optimiser's two moments do not
+    limit = 30_000  # the gates of 5,524 edges fit, the optimiser's two moments do not
     done = subprocess.run(
         [sys.executable, "-m", "edgeprune", *arguments],
         capture_output=True, text=True,

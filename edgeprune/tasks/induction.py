@@ -1,8 +1,7 @@
-"""Induction: random words, then some of them again; the word that followed them is to be predicted.
+"""Induction: random words, and then the same words again; the next one is to be predicted.
 
-After Olsson et al. 2022 (arXiv:2209.11895), but the repetition starts anywhere, so that positions
-alone do not give the answer. Corrupted: the first time other words stand there, so nothing says how
-the second time goes on.
+After Olsson et al. 2022 (arXiv:2209.11895); corrupted: the first time other words stand there, so
+nothing says how the second time goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import random
 from edgeprune.tasks.vocabulary import WORDS
 
 SHORTEST, LONGEST = 6, 10
-"""Number of words before some of them come again."""
+"""Number of words before they repeat."""
 
 
 def sample(rng: random.Random) -> dict:
@@ -20,12 +19,12 @@ def sample(rng: random.Random) -> dict:
     length = rng.randint(SHORTEST, LONGEST)
     words = rng.sample(WORDS, 2 * length)
     words, others = words[:length], words[length:]
-    start = rng.randrange(length - 1)
-    end = rng.randrange(start + 1, length)
-    again, answer = " ".join(words[start:end]), words[end]
-    distractor = rng.choice([word for word in words if word not in (answer, words[end - 1])])
+    repeated = rng.randint(2, length - 1)
+    answer = words[repeated]
+    distractor = rng.choice([w for w in words if w not in (answer, words[repeated - 1])])
+    again = " ".join(words[:repeated])
     return {
         "clean": f" {' '.join(words)} {again}<predict> {answer}</predict>",
-        "corrupted": f" {' '.join(others)} {again}<predict> {others[end]}</predict>",
+        "corrupted": f" {' '.join(others)} {again}<predict> {others[repeated]}</predict>",
         "distractor": f" {distractor}",
     }
