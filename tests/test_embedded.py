@@ -1,8 +1,11 @@
 """The embedded model: what it can do, and that its circuits are found."""
 
-import pytest
+import json
 
-from edgeprune import evaluate, load_model, prune
+import pytest
+from conftest import run_cli
+
+from edgeprune import evaluate, load_model
 from edgeprune.circuit import Circuit
 from edgeprune.dataset import encode_records
 from edgeprune.paths import EMBEDDED_MODEL
@@ -36,11 +39,13 @@ def test_it_does_every_task_on_prompts_it_was_not_trained_on(embedded, task):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("task", ["ioi", "induction", "greater_than"])
-def test_a_twentieth_of_the_edges_answers_as_the_model_does(embedded, task, seed):
-    sizes = {"train": 150 if task == "greater_than" else 200}
-    train = pairs_of(task, embedded.tokenizer, **sizes)
-    test = pairs_of(task, embedded.tokenizer, **sizes, test=500)[len(train) :]
-    assert not {pair.text for pair in train} & {pair.text for pair in test}
-    pruned = prune(embedded, train, sparsity=0.95, seed=seed, progress=False)
-    assert pruned.circuit.sparsity >= 0.95
-    assert evaluate(embedded, pruned.circuit, test).circuit.exact_match >= 0.95
+def test_a_twentieth_of_the_edges_answers_as_the_model_does(tmp_path, task, seed):
+    """The experiments as they are shipped, on their test prompts."""
+    run = tmp_path / "run"
+    for arguments in (["prune", f"experiment={task}", f"seed={seed}", f"run_dir={run}"],
+                      ["evaluate", str(run)]):  # fmt: skip
+        done = run_cli(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((run / "circuit.json").read_text())["sparsity"] >= 0.95
+    result = json.loads((run / "evaluation-test.json").read_text())
+    assert result["circuit"]["exact_match"] >= 0.95
