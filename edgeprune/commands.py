@@ -98,6 +98,7 @@ def _load_model(config: ModelConfig) -> Any:
             device=config.device,
             dtype=config.dtype,
             attention=config.attention,
+            bits=config.bits,
             embedding_writers=config.embedding_writers,
             trust_remote_code=config.trust_remote_code,
         )

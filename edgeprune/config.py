@@ -48,13 +48,16 @@ class ModelConfig:
     name: str = ""
     """For people and for the run directory."""
     path: str = ""
-    """Hub name; a folder with config.json, tokenizer.json and safetensors; or `embedded`."""
+    """Hub name; a folder with config.json, tokenizer.json and safetensors; a .gguf file; or
+    `embedded`."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
     attention: str = "sdpa"
-    """Attention implementation of the transformers library: sdpa or eager."""
+    """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ..."""
+    bits: int | None = None
+    """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
     embedding_writers: bool = True
     """Whether the embeddings are writers with edges; without, they always flow."""
     trust_remote_code: bool = False

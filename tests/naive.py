@@ -33,38 +33,98 @@ def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[
 def run_gpt2(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] | None):
     """Returns (logits [batch, pos, vocabulary], outboxes of all writers)."""
     transformer = model.transformer
-    gate_of = dict(zip(graph.edges(), gates.edge, strict=True))
     tokens = transformer.wte(ids)
     positions = transformer.wpe(torch.arange(ids.shape[1])).expand_as(tokens)
-    embeddings = [tokens, positions]
-    always_on = 0 if graph.embedding_writers else tokens + positions
-    outboxes: list[Tensor] = []
-
-    def write(values: list[Tensor]) -> None:
-        for x in values:
-            index = len(outboxes)
-            if gates.node is not None:
-                n = gates.node[index]
-                x = n * x + (1 - n) * (0 if corrupted is None else corrupted[index])
-            outboxes.append(x)
-
-    def read(reader: str) -> Tensor:
-        total = torch.zeros_like(tokens) + always_on
-        for index, x in enumerate(outboxes):
-            gate = gate_of[graph.writers[index], reader]
-            total = total + gate * x + (1 - gate) * (0 if corrupted is None else corrupted[index])
-        return total
-
-    if graph.embedding_writers:
-        write(embeddings)
+    stream = Stream([tokens, positions], gates, graph, corrupted)
     for layer, block in enumerate(transformer.h):
         inputs = [
-            [block.ln_1(read(f"a{layer}.h{h}.{kind}")) for h in range(graph.num_heads)]
+            [block.ln_1(stream.read(f"a{layer}.h{h}.{kind}")) for h in range(graph.num_heads)]
             for kind in "qkv"
         ]
-        write(head_outboxes(block.attn, *inputs))
-        write([block.mlp(block.ln_2(read(f"m{layer}")))])
-    return model.lm_head(transformer.ln_f(read("resid_post"))), outboxes
+        stream.write(head_outboxes(block.attn, *inputs))
+        stream.write([block.mlp(block.ln_2(stream.read(f"m{layer}")))])
+    return model.lm_head(transformer.ln_f(stream.read("resid_post"))), stream.outboxes
+
+
+def run_llama(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] | None):
+    """As `run_gpt2`; each head's q, k and v are picked from whole projections of its input."""
+    body = model.model
+    tokens = body.embed_tokens(ids)
+    stream = Stream([tokens], gates, graph, corrupted)
+    cos_sin = body.rotary_emb(tokens, torch.arange(ids.shape[1])[None])
+    pos = torch.arange(ids.shape[1])
+    for layer, block in enumerate(body.layers):
+        attention = block.self_attn
+        d_head = attention.head_dim
+        seen = pos[:, None] >= pos
+        if sliding(model.config, layer):
+            seen = seen & (pos[:, None] - pos < model.config.sliding_window)
+
+        def part(kind: str, head: int, attention=attention, block=block, layer=layer) -> Tensor:
+            x = block.input_layernorm(stream.read(f"a{layer}.h{head}.{kind}"))
+            columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+            projected = getattr(attention, f"{kind}_proj")(x)[..., columns]
+            if kind != "v" and hasattr(attention, "q_norm"):
+                projected = getattr(attention, f"{kind}_norm")(projected)
+            return rotate(projected, *cos_sin) if kind != "v" else projected
+
+        keys, values = ([part(kind, h) for h in range(graph.num_kv_heads)] for kind in "kv")
+        outboxes = []
+        for head in range(graph.num_heads):
+            shared = head // graph.heads_per_kv_head
+            scores = part("q", head) @ keys[shared].transpose(-1, -2) * d_head**-0.5
+            mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values[shared]
+            project = attention.o_proj
+            outbox = mixed @ project.weight[:, head * d_head : (head + 1) * d_head].T
+            bias = 0 if project.bias is None else project.bias / graph.num_heads
+            outboxes.append(outbox + bias)
+        stream.write(outboxes)
+        stream.write([block.mlp(block.post_attention_layernorm(stream.read(f"m{layer}")))])
+    return model.lm_head(body.norm(stream.read("resid_post"))), stream.outboxes
+
+
+def sliding(config, layer: int) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+class Stream:
+    """The outboxes written so far, and what a reader gets of them."""
+
+    def __init__(self, embeddings: list[Tensor], gates: Gates, graph, corrupted) -> None:
+        self.gates, self.graph, self.corrupted = gates, graph, corrupted
+        self.gate_of = dict(zip(graph.edges(), gates.edge, strict=True))
+        self.outboxes: list[Tensor] = []
+        self.always_on = torch.zeros_like(embeddings[0])
+        if graph.embedding_writers:
+            self.write(embeddings)
+        else:
+            self.always_on = sum(embeddings)
+
+    def write(self, values: list[Tensor]) -> None:
+        for x in values:
+            index = len(self.outboxes)
+            if self.gates.node is not None:
+                n = self.gates.node[index]
+                x = n * x + (1 - n) * self.closed(index)
+            self.outboxes.append(x)
+
+    def read(self, reader: str) -> Tensor:
+        total = self.always_on
+        for index, x in enumerate(self.outboxes):
+            gate = self.gate_of[self.graph.writers[index], reader]
+            total = total + gate * x + (1 - gate) * self.closed(index)
+        return total
+
+    def closed(self, index: int) -> Tensor | int:
+        return 0 if self.corrupted is None else self.corrupted[index]
 
 
 def all_open(graph) -> Gates:

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 from edgeprune.graph import CircuitGraph
+from edgeprune.modeling.heads import project_from_heads, project_to_heads
 
 
 def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
@@ -48,9 +49,7 @@ class GPT2Block:
         num_readers, batch, pos, d_model = x.shape
         project = self.attention.c_attn
         weight = project.weight.view(d_model, num_readers, self.d_head).transpose(0, 1)
-        bias = project.bias.view(num_readers, 1, self.d_head)
-        normed = self.attention_norm(x).view(num_readers, batch * pos, d_model)
-        qkv = torch.baddbmm(bias, normed, weight)  # [3 * head, batch * pos, d_head]
+        qkv = project_to_heads(self.attention_norm(x), weight, project.bias)
         qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward
@@ -60,26 +59,10 @@ class GPT2Block:
         return values.reshape(batch, pos, self.num_heads * self.d_head)
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
-        """Outboxes of the heads, less the corrupted ones.
-
-        The bias of the output projection, divided equally over the heads, cancels in a difference.
-
-        Args:
-            values, corrupted: [batch, pos, head * d_head]; None for zero outboxes.
-
-        Returns:
-            [head, batch, pos, d_model].
-        """
-        batch, pos, _ = values.shape
-        difference = values if corrupted is None else values - corrupted
-        by_head = difference.view(batch * pos, self.num_heads, self.d_head).transpose(0, 1)
-        weight = self.attention_output.weight.view(self.num_heads, self.d_head, -1)
-        if corrupted is None:
-            share = (self.attention_output.bias / self.num_heads).expand(self.num_heads, 1, -1)
-            outboxes = torch.baddbmm(share, by_head, weight)
-        else:
-            outboxes = torch.bmm(by_head, weight)
-        return outboxes.view(self.num_heads, batch, pos, -1)
+        """See `project_from_heads`."""
+        project = self.attention_output
+        weight = project.weight.view(self.num_heads, self.d_head, -1)
+        return project_from_heads(values, corrupted, weight, project.bias)
 
 
 class GPT2:
@@ -99,7 +82,7 @@ class GPT2:
         positions = self.body.wpe(torch.arange(ids.shape[1], device=ids.device))
         return torch.stack([tokens, positions.expand_as(tokens)])
 
-    def attention_mask(self, embeddings: Tensor) -> Any:
+    def attention_inputs(self, embeddings: Tensor) -> Any:
         return create_causal_mask(
             self.body.config, embeddings, attention_mask=None, past_key_values=None
         )

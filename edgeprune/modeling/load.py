@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
+from transformers.utils import is_bitsandbytes_available, is_gguf_available, logging
 
 from edgeprune.dataset import Batch, Pair, collate
-from edgeprune.modeling import gpt2
+from edgeprune.modeling import gpt2, llama
 from edgeprune.modeling.model import CircuitModel
 from edgeprune.paths import EMBEDDED_MODEL
 
-FAMILIES = {"gpt2": (gpt2.GPT2, gpt2.build_graph)}
+FAMILIES = {
+    "gpt2": (gpt2.GPT2, gpt2.build_graph),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"),
+        (llama.Llama, llama.build_graph),
+    ),
+}
 """model_type -> (architecture, graph builder). What is not here is refused by name."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of logits that `verify_parity` accepts, relative to the largest logit."""
+
+CHECK_LENGTH = 24
+"""Tokens of the random prompts of `verify_parity`."""
 
 
 class ModelError(ValueError):
@@ -33,17 +50,19 @@ def load_model(
     device: str = "auto",
     dtype: str = "float32",
     attention: str = "sdpa",
+    bits: int | None = None,
     embedding_writers: bool = True,
     trust_remote_code: bool = False,
 ) -> CircuitModel:
     """Load a model of a supported family and check that it runs exactly as a circuit.
 
     Args:
-        name_or_path: a hub name, a folder with safetensors weights, or `embedded` for the small
-            GPT-2 that comes with the project.
+        name_or_path: a hub name, a folder with safetensors weights, a .gguf file (its weights are
+            expanded to `dtype`), or `embedded` for the small GPT-2 that comes with the project.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...
+        bits: 4 or 8 to hold the weights in so many bits (bitsandbytes; Llama family).
         embedding_writers: whether the embeddings are writers with edges of their own; without,
             they always flow.
         trust_remote_code: whether code that comes with the model may run.
@@ -52,31 +71,36 @@ def load_model(
         ModelError: not found, no safetensors weights, a family which is not supported, or one that
             fails the parity check.
     """
-    name = str(EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path)
+    source = _source(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(_cannot_load(name, error)) from None
+        config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_cannot_load(name_or_path, error)) from None
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"model type {config.model_type!r} of {name} is not supported; "
+            f"model type {config.model_type!r} of {name_or_path} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
+    if bits is not None:
+        quantization = _in_bits(bits, config.model_type, quantization)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            **source,
             dtype=getattr(torch, dtype),
+            device_map=device,
             attn_implementation=attention,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-        ).to(device)
+        )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_cannot_load(name, error)) from None
-    tokenizer = load_tokenizer(name, trust_remote_code)
+        raise ModelError(_cannot_load(name_or_path, error)) from None
+    tokenizer = load_tokenizer(name_or_path, trust_remote_code)
     circuit_model = wrap_model(
         model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers
     )
@@ -86,14 +110,15 @@ def load_model(
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
     """Load a model's tokenizer alone; arguments and errors as `load_model`."""
-    name = str(EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **_source(name_or_path), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_cannot_load(name, error)) from None
+        raise ModelError(_cannot_load(name_or_path, error)) from None
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{name} has no fast tokenizer (tokenizer.json), which is needed to tell which tokens "
+            f"{name_or_path} has no fast tokenizer (tokenizer.json), which is needed to tell which tokens "
             "a prediction covers"
         )
     return tokenizer
@@ -109,11 +134,40 @@ def wrap_model(
     return CircuitModel(architecture(model), graph, tokenizer, name)
 
 
-def _cannot_load(name: str, error: Exception) -> str:
+def _source(name_or_path: str | Path) -> dict[str, str]:
+    """Where a model is, as arguments of `from_pretrained`."""
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such file: {path}")
+        if not is_gguf_available():
+            raise ModelError(
+                f"{path}: reading it needs two packages; pip install 'edgeprune[gguf]'"
+            )
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    name = EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path
+    return {"pretrained_model_name_or_path": str(name)}
+
+
+def _in_bits(bits: int, model_type: str, other: GgufConfig | None) -> BitsAndBytesConfig:
+    """The quantisation asked for, if this model can have it."""
+    if bits not in (4, 8):
+        raise ModelError(f"weights in {bits} bits are not supported; give 4 or 8, or none")
+    if other is not None:
+        raise ModelError(f"a GGUF file is quantised already; leave out the {bits} bits")
+    if model_type == "gpt2":
+        raise ModelError(f"weights in {bits} bits are for the Llama family, got model type gpt2")
+    if not is_bitsandbytes_available():
+        raise ModelError(f"weights in {bits} bits need a package; pip install 'edgeprune[bits]'")
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+
+def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"cannot load model {name!r}: {first_line} "
-        "(give the folder of a model with config.json and *.safetensors, or a hub name)"
+        f"cannot load model {str(name_or_path)!r}: {first_line} "
+        "(give the folder of a model with config.json and *.safetensors, a .gguf file, "
+        "or a hub name)"
     )
 
 
@@ -121,21 +175,36 @@ def _cannot_load(name: str, error: Exception) -> str:
 def verify_parity(model: CircuitModel) -> None:
     """Check on random prompts that all gates open give the model, all closed the corrupted prompt.
 
+    Sliding windows are narrowed for the check, so that the prompts are longer.
+
     Raises:
         ModelError: the logits differ by more than `TOLERANCE`.
     """
     batch = _random_batch(model)
-    reference, corrupted = model.run_pair(batch)
-    of_corrupted, _ = model.run_pair(swap_prompts(batch))
-    num_edges = model.graph.num_edges
-    for gate, wanted, meaning in (
-        (1.0, reference, "all gates open should give the untouched model"),
-        (0.0, of_corrupted, "all gates closed should give the corrupted prompt"),
-    ):
-        gates = torch.full((num_edges,), gate, device=model.device)
-        if gate == 0.0 and not model.graph.embedding_writers:
-            continue  # the clean embeddings flow whatever the gates are
-        _compare(model, model.run_circuit(batch, gates, corrupted), wanted, meaning)
+    gates = torch.ones(model.graph.num_edges, device=model.device)
+    with _narrow_window(model.architecture.body.config):
+        reference, corrupted = model.run_pair(batch)
+        of_corrupted, _ = model.run_pair(swap_prompts(batch))
+        opened = model.run_circuit(batch, gates, corrupted)
+        closed = model.run_circuit(batch, 0 * gates, corrupted)
+    _compare(model, opened, reference, "all gates open should give the untouched model")
+    if model.graph.embedding_writers:  # else the clean embeddings flow whatever the gates are
+        meaning = "all gates closed should give the corrupted prompt"
+        _compare(model, closed, of_corrupted, meaning)
+
+
+@contextmanager
+def _narrow_window(config: Any) -> Iterator[None]:
+    """Where attention masks have a sliding window, one which the check's prompts exceed."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        yield
+        return
+    config.sliding_window = min(window, CHECK_LENGTH // 3)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
 
 
 def _compare(model: CircuitModel, got: Tensor, wanted: Tensor, meaning: str) -> None:
@@ -151,7 +220,7 @@ def _compare(model: CircuitModel, got: Tensor, wanted: Tensor, meaning: str) -> 
 
 def _random_batch(model: CircuitModel) -> Batch:
     config = model.architecture.body.config
-    length = min(24, config.max_position_embeddings)
+    length = min(CHECK_LENGTH, config.max_position_embeddings)
     noise = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, 2, length), generator=noise).tolist()
     pairs = [

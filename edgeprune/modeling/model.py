@@ -28,7 +28,7 @@ class Block(Protocol):
     mlp_norm: nn.Module
     mlp: nn.Module
 
-    def attend(self, x: Tensor, mask: Any) -> Tensor:
+    def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """[reader, batch, pos, d_model] -> the heads' values [batch, pos, head * d_head]."""
         ...
 
@@ -49,8 +49,8 @@ class Architecture(Protocol):
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
         ...
 
-    def attention_mask(self, embeddings: Tensor) -> Any:
-        """What the attention function needs as its mask, for [batch, pos, d_model]."""
+    def attention_inputs(self, embeddings: Tensor) -> Any:
+        """What attention needs beside the states (masks, rotations), for [batch, pos, d_model]."""
         ...
 
     def logits(self, x: Tensor) -> Tensor:
@@ -200,10 +200,10 @@ class CircuitModel:
                 stream_there = corrupted.residuals[site]
             return stream_there if always_on is None else stream_there + always_on
 
-        mask = arch.attention_mask(stream)
+        attention_inputs = arch.attention_inputs(stream)
         for layer, block in enumerate(arch.blocks):
             x = boxes.read(site_gates[2 * layer], base(2 * layer))
-            values = block.attend(x, mask)
+            values = block.attend(x, attention_inputs)
             closed = None if corrupted is None else corrupted.head_values[layer]
             boxes.write(block.head_delta(values, closed))
             x = boxes.read(site_gates[2 * layer + 1], base(2 * layer + 1))[0]
