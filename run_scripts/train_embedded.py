@@ -194,7 +194,7 @@ def main() -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder to write")
-    parser.add_argument("--steps", type=int, default=7500, help="optimisation steps")
+    parser.add_argument("--steps", type=int, default=12000, help="optimisation steps")
     parser.add_argument("--batch-size", type=int, default=128, help="prompts a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -152,4 +151,8 @@ class Llama:
 
 def _weight(linear: nn.Linear) -> Tensor:
     """[out, in]; unpacked if it was loaded in 4 or 8 bits."""
+    if linear.weight.is_floating_point():
+        return linear.weight
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # slow to import
+
     return dequantize_bnb_weight(linear.weight, getattr(linear, "state", None))

@@ -10,7 +10,7 @@ import random
 
 from edgeprune.tasks.vocabulary import WORDS
 
-SHORTEST, LONGEST = 6, 10
+SHORTEST, LONGEST = 5, 8
 """Number of words before they repeat."""
 
 
