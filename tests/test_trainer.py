@@ -8,12 +8,15 @@ from conftest import random_gpt2, random_pairs
 from edgeprune.ablation import Ablation
 from edgeprune.api import prune
 from edgeprune.config import AblationConfig, ConfigError, TrainerConfig, Warmup
+from edgeprune.dataset import collate
 from edgeprune.modeling import wrap_model
+from edgeprune.training import trainer as trainer_module
 from edgeprune.training.objective import (
     SparsityConstraint,
     learning_rate_factor,
     scheduled_target,
 )
+from edgeprune.training.passes import KeptPasses
 from edgeprune.training.trainer import Trainer, TrainingError
 
 CONFIG = TrainerConfig(
@@ -135,3 +138,33 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
         prune(model, pairs)
     with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
         prune(model, pairs, num_edges=17, ablation="noise")
+
+
+def test_kept_passes_are_those_of_the_model(model):
+    pairs = random_pairs(5) + random_pairs(4, 5, seed=1, predicted=2)
+    kept = KeptPasses(model, pairs, batch_size=4)
+    batch = collate([pairs[i] for i in (7, 0, 8, 3)])
+    reference, activations = model.run_pair(batch)
+    got_reference, got = kept.run_pair(batch)
+    torch.testing.assert_close(got_reference, reference, atol=1e-6, rtol=1e-5)
+    real = torch.arange(batch.clean_ids.shape[1]) < batch.lengths[:, None]
+
+    def check(wanted, found):
+        torch.testing.assert_close(found[..., real, :], wanted[..., real, :], atol=1e-6, rtol=1e-5)
+        return found
+
+    activations.map(check, got)
+    stored = [kept._reference.nbytes]
+    kept._activations.map(lambda x: stored.append(x.nbytes) or x)
+    assert KeptPasses.size(model, pairs) == sum(stored)
+
+
+def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):
+    kept = trainer(model)
+    history = [kept.train_step() for _ in range(6)]
+    monkeypatch.setattr(trainer_module, "MOST_KEPT", 0)
+    other = trainer(model)
+    for mine in history:
+        theirs = other.train_step()
+        assert mine.kl == pytest.approx(theirs.kl, rel=1e-4)
+        assert mine.sparsity == pytest.approx(theirs.sparsity, rel=1e-5)

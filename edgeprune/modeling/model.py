@@ -7,7 +7,7 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,6 +73,17 @@ class Activations:
     head_values: tuple[Tensor, ...]
     mlp_outputs: tuple[Tensor, ...]
     residuals: tuple[Tensor, ...]
+
+    def map(self, function: Callable[..., Tensor], *others: Activations) -> Activations:
+        """Apply a function to every tensor (and the others' at its place)."""
+
+        def each(name: str):
+            items = [getattr(activations, name) for activations in (self, *others)]
+            if isinstance(items[0], Tensor):
+                return function(*items)
+            return tuple(function(*tensors) for tensors in zip(*items, strict=True))
+
+        return Activations(*(each(name) for name in vars(self)))
 
 
 class CircuitModel:
@@ -241,14 +252,14 @@ class CircuitModel:
                 summed = (x.double() * real[..., None]).sum(-3, keepdim=True)
                 return nn.functional.pad(summed, (0, 0, 0, width - length))
 
-            batch_totals = _map(total, activations)
-            totals = batch_totals if totals is None else _map(torch.add, totals, batch_totals)
+            batch_totals = activations.map(total)
+            totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)
             counts = count if counts is None else counts + count
         if not per_position:
-            totals = _map(lambda x: x.sum(-2, keepdim=True), totals)
+            totals = totals.map(lambda x: x.sum(-2, keepdim=True))
             counts = counts.sum(0, keepdim=True)
         dtype = next(self.architecture.body.parameters()).dtype
-        means = _map(lambda x: (x / counts.clamp(min=1)[:, None]).to(dtype), totals)
+        means = totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(dtype))
         return MeanActivations(means, per_position)
 
 
@@ -277,19 +288,7 @@ class MeanActivations:
             x = x[..., :length, :] if self.per_position else x
             return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
 
-        return _map(spread, self.means)
-
-
-def _map(function, first: Activations, *others: Activations) -> Activations:
-    """Apply a function to every tensor of one or more activations."""
-
-    def each(name: str):
-        items = [getattr(activations, name) for activations in (first, *others)]
-        if isinstance(items[0], Tensor):
-            return function(*items)
-        return tuple(function(*tensors) for tensors in zip(*items, strict=True))
-
-    return Activations(*(each(name) for name in vars(first)))
+        return self.means.map(spread)
 
 
 def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:

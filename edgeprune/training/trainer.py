@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from edgeprune.training.objective import (
     learning_rate_factor,
     scheduled_target,
 )
+from edgeprune.training.passes import MOST_KEPT, KeptPasses
 
 
 class TrainingError(RuntimeError):
@@ -111,7 +113,7 @@ class Trainer:
         config = self.config
         batch = training_batch(self.pairs, config.batch_size, self.seed, self.step)
         batch = batch.to(self.model.device)
-        reference, corrupted = self.model.run_pair(batch)
+        reference, corrupted = self._passes.run_pair(batch)
         closed = self.ablation.values(batch, corrupted)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
@@ -148,6 +150,13 @@ class Trainer:
             multiplier_2=edge.multiplier_2.item(),
             learning_rate=learning_rate,
         )
+
+    @cached_property
+    def _passes(self) -> KeptPasses | CircuitModel:
+        """What `run_pair` is asked of: a small training set is run once, before the first step."""
+        if KeptPasses.size(self.model, self.pairs) > MOST_KEPT:
+            return self.model
+        return KeptPasses(self.model, self.pairs, self.config.batch_size)
 
     def _target(self, start: float, target: float) -> float:
         config = self.config
