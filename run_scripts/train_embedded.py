@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the small GPT-2 of data/embedded, and its tokenizer, on all tasks mixed.
 
-    python run_scripts/train_embedded.py            # about 23 minutes on two CPU cores
+    python run_scripts/train_embedded.py            # about 21 minutes on two CPU cores
 
 Two-way accuracy and top-1 accuracy are then measured on prompts that were kept out of training:
 the validation and test splits which `edgeprune prepare` writes with seed 0. Fails if a task's
