@@ -104,7 +104,7 @@ class TrainerConfig:
     """Pairs a step."""
     learning_rate: float = 0.1
     """Of log alpha."""
-    multiplier_learning_rate: float = 1.0
+    multiplier_learning_rate: float = 3.0
     """Of the multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
     """Both learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""

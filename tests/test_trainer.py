@@ -9,14 +9,13 @@ from edgeprune.ablation import Ablation
 from edgeprune.api import prune
 from edgeprune.config import AblationConfig, ConfigError, TrainerConfig, Warmup
 from edgeprune.dataset import collate
-from edgeprune.modeling import wrap_model
-from edgeprune.training import trainer as trainer_module
+from edgeprune.modeling import passes, wrap_model
+from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.objective import (
     SparsityConstraint,
     learning_rate_factor,
     scheduled_target,
 )
-from edgeprune.training.passes import KeptPasses
 from edgeprune.training.trainer import Trainer, TrainingError
 
 CONFIG = TrainerConfig(
@@ -162,7 +161,7 @@ def test_kept_passes_are_those_of_the_model(model):
 def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):
     kept = trainer(model)
     history = [kept.train_step() for _ in range(6)]
-    monkeypatch.setattr(trainer_module, "MOST_KEPT", 0)
+    monkeypatch.setattr(passes, "MOST_KEPT", 0)
     other = trainer(model)
     for mine in history:
         theirs = other.train_step()

@@ -15,6 +15,7 @@ from edgeprune.config import TrainerConfig
 from edgeprune.dataset import Pair, training_batch
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.modeling import CircuitModel
+from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
 from edgeprune.training.objective import (
     SparsityConstraint,
@@ -22,7 +23,6 @@ from edgeprune.training.objective import (
     learning_rate_factor,
     scheduled_target,
 )
-from edgeprune.training.passes import MOST_KEPT, KeptPasses
 
 
 class TrainingError(RuntimeError):
@@ -154,9 +154,7 @@ class Trainer:
     @cached_property
     def _passes(self) -> KeptPasses | CircuitModel:
         """What `run_pair` is asked of: a small training set is run once, before the first step."""
-        if KeptPasses.size(self.model, self.pairs) > MOST_KEPT:
-            return self.model
-        return KeptPasses(self.model, self.pairs, self.config.batch_size)
+        return KeptPasses.where_they_fit(self.model, self.pairs, self.config.batch_size)
 
     def _target(self, start: float, target: float) -> float:
         config = self.config

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
-from edgeprune.modeling import Activations, CircuitModel
+from edgeprune.modeling.model import Activations, CircuitModel
 
 MOST_KEPT = 2 * 2**30
 """Bytes; the passes over a larger training set are run anew each step."""
@@ -51,6 +51,13 @@ class KeptPasses:
                 self._tokens.append(first + (batch.rows == row).nonzero()[:, 0])
             references.append(reference)
         self._reference = torch.cat(references)
+
+    @classmethod
+    def where_they_fit(
+        cls, model: CircuitModel, pairs: Sequence[Pair], batch_size: int
+    ) -> KeptPasses | CircuitModel:
+        """What `run_pair` is to be asked of: the model itself where `MOST_KEPT` is too little."""
+        return model if cls.size(model, pairs) > MOST_KEPT else cls(model, pairs, batch_size)
 
     @staticmethod
     def size(model: CircuitModel, pairs: Sequence[Pair]) -> int:
