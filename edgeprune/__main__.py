@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib import import_module
 from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
@@ -86,11 +87,9 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
-        from edgeprune import commands
-
         try:
             config: Any = OmegaConf.to_object(settings)
-            getattr(commands, command)(config)
+            getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
             failures.append(error)
 

@@ -287,7 +287,7 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "task=iio"], ["no task 'iio'; choose", "ioi"]),
         (["prune", "trainer.steps=few"], ["few", "Integer"]),
         (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5 is out of range"]),
-        (["prune", "experiment=ioi", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
+        (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
         (["prune"], ["nothing says how sparse", "sparsity="]),
         (
             ["prune", "experiment=ioi", "trainer.steps=5", "trainer.lr_warmup_steps=6"],

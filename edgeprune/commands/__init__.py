@@ -1,0 +1,1 @@
+"""What each command does, given its settings: one file a command, one function of that name."""

@@ -1,0 +1,48 @@
+"""`edgeprune draw`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeprune.commands.shared import export_from, find_circuit, run_settings, show
+from edgeprune.config import ConfigError, DrawConfig, check_size
+
+
+def draw(config: DrawConfig) -> None:
+    """Draw a circuit by Graphviz."""
+    check_size(config.sparsity, config.num_edges)
+    from edgeprune.circuit import Circuit, infer_graph, load_edges
+    from edgeprune.drawing import draw_circuit
+    from edgeprune.training.run import EDGES, has_run, read_graph
+
+    path = Path(config.circuit)
+    from_masks = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
+    if path.is_dir() and has_run(path) and (from_masks or not (path / EDGES).exists()):
+        run_dir = path
+        chosen, _ = export_from(run_dir, config.checkpoint, config.sparsity, config.num_edges)
+        circuit, folder = chosen.circuit, run_dir
+    else:
+        edges_path, run_dir = find_circuit(config.circuit)
+        if from_masks:
+            raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
+        edges = load_edges(edges_path)
+        graph = read_graph(run_dir) if run_dir else infer_graph(edges, str(edges_path))
+        circuit = Circuit.from_edges_checked(graph, edges, str(edges_path))
+        folder = edges_path.parent
+    shown = circuit if config.dangling else circuit.without_dangling()
+    of_run = run_settings(run_dir)
+    title = config.title
+    if title is None and of_run:
+        title = f"{of_run['task'].name} in {of_run['model'].name}"
+    stem = Path(config.output) if config.output else folder / "circuit"
+    for suffix in config.formats:
+        draw_circuit(
+            shown.edges,
+            stem.with_name(f"{stem.name}.{suffix}"),
+            title=title,
+            heads_per_kv_head=circuit.graph.heads_per_kv_head,
+        )
+    dropped = len(circuit) - len(shown)
+    note = f" ({dropped:,} dangling edges left out)" if dropped else ""
+    files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
+    show(f"drew {len(shown):,} edges between {len(shown.nodes)} nodes{note} -> {files}")

@@ -1,0 +1,136 @@
+"""`edgeprune evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune.commands.shared import (
+    OUT,
+    data_file,
+    find_circuit,
+    first_split,
+    load_model,
+    load_pairs,
+    run_settings,
+    show,
+)
+from edgeprune.config import (
+    AblationConfig,
+    AblationKind,
+    ConfigError,
+    EvaluateConfig,
+    Split,
+    to_dict,
+)
+from edgeprune.files import write_text
+
+
+def evaluate(config: EvaluateConfig, model: Any = None) -> None:
+    """Measure a circuit beside the full model and the fully corrupted one."""
+    from edgeprune.ablation import Ablation
+    from edgeprune.analysis.evaluate import evaluate as measure
+    from edgeprune.circuit import Circuit
+
+    edges_path, run_dir = find_circuit(config.circuit)
+    of_run = run_settings(run_dir)
+    task = config.task or of_run.get("task")
+    if (config.model or of_run.get("model")) is None or task is None:
+        raise ConfigError(
+            f"{edges_path} lies in no run directory, so give the model and the task: "
+            "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
+            "task=custom"
+        )
+    if model is None:
+        model = load_model(config.model or of_run["model"])
+    circuit = Circuit.load(edges_path, model.graph)
+    folder = edges_path.parent
+    ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
+    split = config.split.name
+    with TemporaryDirectory() as scratch:  # for generated prompts where there is no run directory
+        data_path = data_file(task, model.tokenizer, run_dir or Path(scratch))
+        pairs = load_pairs(data_path, task, model, split)
+        reference_set = pairs
+        if ablation_config.kind is AblationKind.mean:
+            reference_split = first_split(data_path, Split.train)
+            reference_set = load_pairs(data_path, task, model, reference_split.name)
+    with OUT.status(f"evaluating on {len(pairs):,} pairs"):
+        result = measure(
+            model,
+            circuit,
+            pairs,
+            ablation=Ablation(model, ablation_config, reference_set),
+            batch_size=config.batch_size,
+            random_circuits=config.random_circuits,
+        )
+    output = Path(config.output) if config.output else folder / f"evaluation-{split}.json"
+    settings = {
+        "circuit": str(edges_path),
+        "model": model.name,
+        "data": pairs.name if run_dir is None and task.path is None else str(data_path),
+        "split": split,
+        "ablation": to_dict(ablation_config),
+    }
+    text = json.dumps({**settings, **result.to_dict()}, indent=1)
+    write_text(output, text + "\n")
+    _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
+    show(_in_words(result, circuit))
+    show(f"-> {output}")
+
+
+def _print_evaluation(result: Any, title: str) -> None:
+    from edgeprune.analysis.evaluate import Scores
+
+    columns = {
+        f"circuit, {result.num_edges:,} edges": result.circuit,
+        "full model": result.full,
+        "all corrupted": result.corrupted,
+    }
+    if result.random is not None:
+        columns["random circuits"] = result.random
+    table = Table(title=Text(f"{title}, {result.num_examples:,} prompts"), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for field in fields(Scores):
+        values = [getattr(scores, field.name) for scores in columns.values()]
+        if all(value != value for value in values):  # NaN: the data has no distractors
+            continue
+        table.add_row(field.name.replace("_", " "), *(f"{value:.3f}" for value in values))
+    OUT.print(table)
+    worst = result.worst
+    show(
+        f"least faithful: KL {worst.kl:.2f} on {worst.text!r}: full model "
+        f"{worst.full_prediction!r}, circuit {worst.circuit_prediction!r}"
+    )
+
+
+def _in_words(result: Any, circuit: Any) -> str:
+    """What a circuit is made of and how well it does, in a few sentences."""
+    graph, connected = circuit.graph, circuit.without_dangling()
+    text = (
+        f"in words: {len(circuit):,} of {graph.num_edges:,} edges give the full model's answer on "
+        f"{result.circuit.exact_match:.1%} of the prompts"
+    )
+    if not len(connected):
+        return f"{text}; none of them lies on a path from the input to the output"
+    edges_at = Counter(writer for writer, _ in connected.edges)
+    for _, reader in connected.edges:
+        edges_at.update(graph.nodes_fed_by(reader))
+    heads = [node for node in connected.nodes if node.startswith("a")]
+    mlps = [node for node in connected.nodes if node.startswith("m")]
+    busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(4))
+    last = [writer for writer, reader in connected.edges if reader == "resid_post"]
+    shown = ", ".join(last[:8]) + (f" and {len(last) - 8} more" if len(last) > 8 else "")
+    return (
+        f"{text}. {len(connected):,} of them join the input to the output, through "
+        f"{len(heads)} of {graph.num_layers * graph.num_heads} heads and {len(mlps)} of "
+        f"{graph.num_layers} MLPs. The output reads from {shown}; most edges meet at {busiest}."
+    )

@@ -1,0 +1,19 @@
+"""`edgeprune prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeprune.commands.shared import show, task_records, write_records
+from edgeprune.config import PrepareConfig, check_model
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Write a task's prompts as JSONL."""
+    from edgeprune.modeling import load_tokenizer
+
+    check_model(config.model)
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    records = task_records(config.task, tokenizer)
+    write_records(records, Path(config.output))
+    show(f"wrote {len(records):,} lines -> {config.output}")

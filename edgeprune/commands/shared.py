@@ -1,0 +1,137 @@
+"""What several commands share: words for people, models, prompts, and finding circuits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Split, TaskConfig, check_model
+from edgeprune.files import write_text
+
+OUT = Console()
+
+
+def show(text: str) -> None:
+    """A result in words, on standard output; never read as markup."""
+    OUT.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error; never read as markup."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def load_model(config: ModelConfig) -> Any:
+    from edgeprune.modeling import load_model
+
+    check_model(config)
+    with OUT.status(f"loading {config.path}"):
+        return load_model(
+            config.path,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            bits=config.bits,
+            embedding_writers=config.embedding_writers,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
+    """The task's JSONL: the user's, or one generated into the run directory."""
+    from edgeprune.training.run import DATA
+
+    if task.path is not None:
+        return Path(task.path)
+    path = run_dir / DATA
+    if not path.exists():
+        write_records(task_records(task, tokenizer), path)
+    return path
+
+
+def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
+    """A task's prompts, generated."""
+    from edgeprune.tasks import TASKS, make_records
+
+    if task.name not in TASKS:
+        raise ConfigError(
+            f"unknown task {task.name!r}; choose {', '.join(TASKS)}, or give a file of your own "
+            "with task=custom task.path=FILE"
+        )
+    sizes = {"train": task.train, "validation": task.validation, "test": task.test}
+    records, report = make_records(task.name, tokenizer, sizes, task.seed)
+    say(f"{task.name}: {report}")
+    return records
+
+
+def write_records(records: list[dict], path: Path) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def load_pairs(path: Path, task: TaskConfig, model: Any, split: str) -> Any:
+    from edgeprune.dataset import load_dataset
+
+    limit = model.max_length if task.max_length is None else task.max_length
+    pairs = load_dataset(path, model.tokenizer, split, max_length=min(limit, model.max_length))
+    if pairs.skipped:
+        total = len(pairs) + len(pairs.skipped)
+        say(
+            f"{pairs.name}: left out {len(pairs.skipped)} of {total} examples, "
+            f"for instance {pairs.skipped[0]}"
+        )
+    return pairs
+
+
+def first_split(path: Path, wanted: Split) -> Split:
+    """The wanted split if the file has it (or no splits at all), else the first it has."""
+    from edgeprune.dataset import read_records
+
+    found = {record.get("split", wanted.name) for record in read_records(path)}
+    return wanted if wanted.name in found else next(split for split in Split if split.name in found)
+
+
+def find_circuit(given: str) -> tuple[Path, Path | None]:
+    """(edges.json, its run directory if it lies in one) of a run directory or an edges.json."""
+    from edgeprune.training.run import EDGES, has_run
+
+    path = Path(given)
+    if not path.exists():
+        raise ConfigError(f"no such file or directory: {path}; give a run directory or edges.json")
+    if path.is_dir():
+        if not (path / EDGES).exists():
+            if not has_run(path):
+                raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
+            raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
+        path = path / EDGES
+    return path, path.parent if has_run(path.parent) else None
+
+
+def run_settings(run_dir: Path | None) -> dict[str, Any]:
+    """Model, task and ablation settings of a run; nothing without a run."""
+    if run_dir is None:
+        return {}
+    from edgeprune.training.run import read_config
+
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(PruneConfig), read_config(run_dir))
+        return {key: OmegaConf.to_object(settings[key]) for key in ("model", "task", "ablation")}
+    except Exception as error:  # whatever OmegaConf finds wrong with a file edited by hand
+        raise ConfigError(f"{run_dir}/config.yaml cannot be used: {error}") from None
+
+
+def export_from(
+    run_dir: Path, step: int | None, sparsity: float | None, num_edges: int | None
+) -> tuple[Any, int]:
+    from edgeprune.analysis.export import export_circuit
+    from edgeprune.training.run import load_masks
+
+    masks, step = load_masks(run_dir, step)
+    if num_edges is not None and num_edges > masks.graph.num_edges:
+        raise ConfigError(
+            f"num_edges={num_edges} is more than the {masks.graph.num_edges} edges of this model"
+        )
+    return export_circuit(masks, sparsity=sparsity, num_edges=num_edges), step
