@@ -41,6 +41,12 @@ class Split(Enum):
     test = "test"
 
 
+class CircuitFormat(Enum):
+    edges = "edges"
+    eap_json = "eap_json"
+    eap_pt = "eap_pt"
+
+
 @dataclass
 class ModelConfig:
     """Which language model, and how it is loaded."""
@@ -178,18 +184,21 @@ class PruneConfig:
 
 @dataclass
 class ExportConfig:
-    """Make a circuit of a run's checkpoint and write edges.json."""
+    """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory."""
+    """Run directory; or a circuit's file, to write it in another format."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
     """Exactly so many edges. Neither: threshold by binary search."""
+    format: CircuitFormat | None = None
+    """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
+    where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json in the run directory."""
+    """File to write; null: edges.json, graph.json or graph.pt in the run directory."""
 
 
 @dataclass
@@ -197,7 +206,7 @@ class EvaluateConfig:
     """Measure a circuit beside the full model and the fully corrupted one."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     model: ModelConfig | None = None
     """null: the run's."""
     task: TaskConfig | None = None
@@ -219,7 +228,7 @@ class DrawConfig:
     """Draw a circuit by Graphviz."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the exported circuit, or else the last."""
     sparsity: float | None = None
@@ -234,6 +243,30 @@ class DrawConfig:
     """Draw dangling edges too."""
     title: str | None = None
     """null: the run's model and task."""
+
+
+@dataclass
+class CompareConfig:
+    """Compare circuits: what they share, what only one has, and how alike they are."""
+
+    circuits: list[str] = field(default_factory=list)
+    """Run directories, or circuits' files: edges.json, or graphs of EAP-IG or MIB."""
+    reference: str | None = None
+    """A circuit by which the others' precision, recall and F1 are measured."""
+    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """Drawings to write."""
+    output: str = "comparison"
+    """Folder to write."""
+
+
+@dataclass
+class ReportConfig:
+    """Sum up all runs below a folder: frontiers, and stability over seeds."""
+
+    folder: str = ""
+    """Run directories are looked for here, at any depth."""
+    output: str | None = None
+    """Folder to write; null: report in that folder."""
 
 
 @dataclass
@@ -252,6 +285,8 @@ COMMANDS = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "draw": DrawConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
     "prepare": PrepareConfig,
 }
 """Each command's settings; its first docstring line is its help."""

@@ -114,6 +114,12 @@ class CircuitModel:
         """The most tokens a prompt may have."""
         return self.architecture.body.config.max_position_embeddings
 
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.architecture.embed(ids).shape[-1]
+
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every weight: tells whether a model is still the same."""
         digest = hashlib.sha256()

@@ -143,9 +143,13 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
         ConfigError: the data file or the model's weights have changed.
     """
     manifest = {
-        "graph": asdict(model.graph),
+        "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": _file_digest(data_path)},
-        "model": {"name": model.name, "sha256": model.fingerprint()},
+        "model": {
+            "name": model.name,
+            "sha256": model.fingerprint(),
+            "d_model": model.d_model,
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -171,17 +175,25 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
         write_text(path, json.dumps(manifest, indent=1) + "\n")
 
 
-def read_graph(run_dir: Path) -> CircuitGraph:
-    """The graph of a run, without loading its model.
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """run.json, as written.
 
     Raises:
         ConfigError: not a run directory, or one whose training has not begun.
     """
     read_config(run_dir)
     try:
-        graph = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["graph"]
-        return CircuitGraph(**{**graph, "embedding_writers": tuple(graph["embedding_writers"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
+
+
+def read_graph(run_dir: Path) -> CircuitGraph:
+    """The graph of a run, without loading its model; errors as `read_manifest`."""
+    manifest = read_manifest(run_dir)
+    try:
+        return CircuitGraph.from_dict(manifest["graph"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
 
 
