@@ -99,16 +99,21 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
+        if any(hasattr(failure, "exit_code") for failure in failures):
+            return  # a signal stops the whole sweep
         try:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
             failures.append(error)
 
-    sys.argv = [f"edgeprune {command}", *overrides]
+    flags_last = sorted(overrides, key=lambda argument: argument.startswith("-"))
+    sys.argv = [f"edgeprune {command}", *flags_last]  # Hydra takes no overrides after a flag
     job()
+    for failure in failures[:-1]:  # of a sweep
+        print(f"edgeprune: {failure}", file=sys.stderr)
     if failures:
-        raise failures[0]
+        raise failures[-1]
 
 
 # ---------------------------------------------------------------------------------------- errors
