@@ -99,9 +99,8 @@ def test_induction_by_hand(tokenizer):
 
 
 FORMS = ("instruction", "few_shot")
-LINE = re.compile(
-    r"(?:<</SYS>>\n\n|\[INST\] |\n)((?:not|and|or|True|False|[() ])+?)(?: is| \[/INST\] ')$"
-)
+EXPRESSION = r"((?:not|and|or|True|False|[() ])+?)"
+LAST = re.compile(rf"(?:<</SYS>>\n\n|\[INST\] |\n){EXPRESSION}(?: is| \[/INST\] ')$")
 
 
 @pytest.mark.parametrize("short", [False, True])
@@ -113,24 +112,17 @@ def test_boolean_expressions_by_hand(form, short):
     for _ in range(200):
         record = boolean_expressions.sample(rng, form, short)
         prompts = [record[side].split("<predict>")[0] for side in ("clean", "corrupted")]
-        clean, corrupted = (LINE.search(prompt)[1] for prompt in prompts)
+        clean, corrupted = (LAST.search(prompt)[1] for prompt in prompts)
         answer = record["clean"].split("<predict>")[1].removesuffix("</predict>").strip()
         assert str(eval(clean)) == answer
         assert str(eval(corrupted)) == record["distractor"].strip() != answer
-        pairs = list(
-            zip(re.findall(r"\w+", prompts[0]), re.findall(r"\w+", prompts[1]), strict=True)
-        )
-        (words,) = [pair for pair in pairs if pair[0] != pair[1]]
-        replaced.add(words)
+        words = (re.findall(r"\w+", prompt) for prompt in prompts)
+        (changed,) = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]
+        replaced.add(changed)
         answers.append(answer)
-        assert record["clean"].endswith(
-            (
-                "'<predict>True</predict>",
-                "'<predict>False</predict>",
-                "is<predict> True</predict>",
-                "is<predict> False</predict>",
-            )
-        )
+        gap = "'" if form == "instruction" else "is"
+        space = "" if form == "instruction" else " "
+        assert record["clean"].endswith(f"{gap}<predict>{space}{answer}</predict>")
     assert replaced == set(boolean_expressions.OTHER.items())
     assert 70 < answers.count("True") < 130
 
@@ -145,9 +137,8 @@ def test_boolean_expressions_by_their_tree():
     tree = ("or", ("and", ("not", "False"), "False"), "True")
     assert boolean_expressions.text(tree) == "((not False) and False) or True"
     assert boolean_expressions.value(tree)
-    assert {
-        boolean_expressions.text(t) for t in boolean_expressions.with_one_word_replaced(tree)
-    } == {
+    changed = boolean_expressions.with_one_word_replaced(tree)
+    assert set(map(boolean_expressions.text, changed)) == {
         "((not False) and False) and True",
         "((not False) or False) or True",
         "((not True) and False) or True",
@@ -158,7 +149,10 @@ def test_boolean_expressions_by_their_tree():
 
 def test_long_forms_are_for_tokenizers_with_a_word_for_true():
     """Enough distinct prompts for the published 8,000, all of equal length word by word."""
-    tokenizer = byte_tokenizer(["True", "False", " True", " False", " and", " or"])
+    merges = []
+    for word in ("True", "False", "and", "or"):
+        merges += [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]
+    tokenizer = byte_tokenizer(merges)
     records, report = make_records(
         "boolean_expressions_instruction", tokenizer, {"train": 8000, "test": 1000}, seed=0
     )

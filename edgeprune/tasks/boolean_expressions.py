@@ -26,10 +26,10 @@ FEWEST, MOST, MOST_IN_SHORT = 2, 4, 3
 NEGATED = 0.3
 """Chance that a literal or a part in parentheses is negated."""
 
-INSTRUCTION = (
-    "[INST] <<SYS>>\nIs this Boolean expression 'True' or 'False'?\n<</SYS>>\n\n{} [/INST] '"
-)
 SHORT_INSTRUCTION = "[INST] {} [/INST] '"
+INSTRUCTION = SHORT_INSTRUCTION.format(
+    "<<SYS>>\nIs this Boolean expression 'True' or 'False'?\n<</SYS>>\n\n{}"
+)
 EXAMPLES = (
     "True and (not False) is True",
     "(False or True) and False is False",
