@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.formats import CircuitError, read_circuit_file, write_circuit_file
 from edgeprune.graph import CircuitGraph, Edge
@@ -67,6 +68,20 @@ class Circuit:
         for _, reader in self.edge_set:
             used.update(self.graph.nodes_fed_by(reader))
         return [writer for writer in self.graph.writers if writer in used]
+
+    def sizes(self) -> dict[str, Any]:
+        """How large it is, with and without its dangling edges, as plain values."""
+        connected = self.without_dangling()
+        return {
+            "all_edges": self.graph.num_edges,
+            "num_edges": len(self),
+            "sparsity": self.sparsity,
+            "without_dangling": {
+                "num_edges": len(connected),
+                "sparsity": connected.sparsity,
+                "num_nodes": len(connected.nodes),
+            },
+        }
 
     def without_dangling(self) -> Circuit:
         """Only the edges on some path from the input to the final read.

@@ -10,7 +10,6 @@ from itertools import combinations
 from operator import and_, or_
 from typing import Any
 
-from edgeprune.analysis.export import sizes
 from edgeprune.circuit import Circuit
 from edgeprune.graph import Edge
 
@@ -119,12 +118,12 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     """
     result: dict[str, Any] = {
         "circuits": {
-            name: {**sizes(circuit), "num_nodes": len(circuit.nodes),
+            name: {**circuit.sizes(), "num_nodes": len(circuit.nodes),
                    "only_here": len(only_in(name, circuits))}
             for name, circuit in circuits.items()
         },
-        "intersection": sizes(intersection(circuits.values())),
-        "union": sizes(union(circuits.values())),
+        "intersection": intersection(circuits.values()).sizes(),
+        "union": union(circuits.values()).sizes(),
         "pairs": [
             {"a": a, "b": b, **asdict(Overlap.of(circuits[a], circuits[b]))}
             for a, b in combinations(circuits, 2)

@@ -28,23 +28,8 @@ class Export:
             "chosen_by": "size" if self.thresholds is None else "threshold",
             "edge_threshold": None if self.thresholds is None else self.thresholds.edge,
             "node_threshold": None if self.thresholds is None else self.thresholds.node,
-            **sizes(self.circuit),
+            **self.circuit.sizes(),
         }
-
-
-def sizes(circuit: Circuit) -> dict[str, Any]:
-    """How large a circuit is, with and without its dangling edges, as plain values."""
-    connected = circuit.without_dangling()
-    return {
-        "all_edges": circuit.graph.num_edges,
-        "num_edges": len(circuit),
-        "sparsity": circuit.sparsity,
-        "without_dangling": {
-            "num_edges": len(connected),
-            "sparsity": connected.sparsity,
-            "num_nodes": len(connected.nodes),
-        },
-    }
 
 
 def export_circuit(

@@ -164,7 +164,6 @@ def read_circuit(path: Path, graph: Any = None) -> Any:
 
 def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> Path:
     """Write a circuit made of others: edges.json, and a circuit.json that says how and of what."""
-    from edgeprune.analysis.export import sizes
     from edgeprune.training.run import EDGES, REPORT
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
@@ -172,7 +171,7 @@ def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | No
         "chosen_by": chosen_by,
         "run": run,
         "graph": circuit.graph.to_dict(),
-        **sizes(circuit),
+        **circuit.sizes(),
     }
     circuit.save(folder / EDGES)
     write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")

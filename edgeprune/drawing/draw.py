@@ -178,7 +178,11 @@ def circuit_dot(
         for node in _nodes_of(reader, heads_per_kv_head):
             head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
             tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
-            dot.edge(tail, head, color=colors.get((writer, reader), LINE[kind]) + opacity)
+            color = colors.get((writer, reader), LINE[kind])
+            if color in ONLY:  # what circuits differ in stands out
+                dot.edge(tail, head, color=color + "D0", penwidth="1.1")
+            else:
+                dot.edge(tail, head, color=color + opacity)
     return dot.source
 
 

@@ -112,7 +112,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
-    old, new = _flatten(read_config(run_dir)), _flatten(config)
+    old, new = flatten(read_config(run_dir)), flatten(config)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
@@ -126,11 +126,12 @@ def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'trainer': {'steps': 600}} -> {'trainer.steps': 600}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
