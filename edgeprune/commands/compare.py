@@ -76,23 +76,28 @@ def compare(config: CompareConfig) -> None:
 
 
 def labels_of(paths: list[Path]) -> list[str]:
-    """Short names that tell paths apart: a run directory's, or a file's without its suffix.
+    """Short names that tell paths apart: a run directory's or a file's, as long as it must be.
 
     Raises:
         ConfigError: a path comes twice.
     """
-    parts = []
-    for path in paths:
-        path = path.resolve()
-        named = path.parent if path.name == "edges.json" else path.with_suffix("")
-        parts.append([part for part in named.parts if part != named.anchor])
-        if [p.resolve() for p in paths].count(path) > 1:
+    whole = [path.resolve() for path in paths]
+    for path in whole:
+        if whole.count(path) > 1:
             raise ConfigError(f"{path} is given twice; give different circuits")
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = [re.sub(r"[^\w.=+-]", "-", "-".join(part[-length:])) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
+    named = [path.parent if path.name == "edges.json" else path for path in whole]
+    for length in range(1, max(len(path.parts) for path in named)):
+        for bare in (True, False):
+            labels = [_label(path, length, bare and path in whole) for path in named]
+            if len(set(labels)) == len(labels):
+                return labels
     return [f"{label}-{number}" for number, label in enumerate(labels, 1)]
+
+
+def _label(path: Path, length: int, bare: bool) -> str:
+    """The last parts of a path as a file name, the last one bare of its suffix if asked."""
+    parts = path.parts[-length:]
+    return re.sub(r"[^\w.=+-]", "-", "-".join((*parts[:-1], path.stem if bare else path.name)))
 
 
 def _read(given: list[Given]) -> list[Any]:

@@ -253,20 +253,21 @@ def _draw(group: Any, stem: Path) -> Path | None:
 # ------------------------------------------------------------------------------------- console
 
 
-COLUMNS = ("asked for", "runs", "edges", "sparsity", "KL", "exact match", "accuracy", "edge IoU")
+COLUMNS = ("asked for", "runs", "edges", "KL", "exact match", "accuracy", "edge IoU", "sparsity")
+"""The console shows all but the last."""
 
 
 def frontier_rows(series: Any, all_edges: int, ranges: bool) -> list[Sequence[str]]:
     """A series' points as texts, under `COLUMNS`: means over seeds, with or without ranges."""
     rows = []
     for point in series.points:
-        edges = point.num_edges
-        spreads = [point.spread(metric) for metric in ("kl", "exact_match", "accuracy")]
+        spreads = [point.spread("exact_match"), point.spread("accuracy")]
         spreads.append(point.stability and point.stability.edge_iou)
         rows.append((
-            point.asked, str(len(point.runs)), spread_text(edges, ",.0f", ranges),
-            f"{1 - edges.mean / all_edges:.4f}",
+            point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
+            spread_text(point.spread("kl"), ".3g", ranges),
             *(spread_text(spread, ".3f", ranges) for spread in spreads),
+            f"{1 - point.num_edges.mean / all_edges:.4f}",
         ))  # fmt: skip
     return rows
 
@@ -292,8 +293,8 @@ def _print(group: Any) -> None:
         name = f"; {series.name}" if series.name else ""
         title = f"{group.title}, {group.num_edges:,} edges; {split}{name}"
         table = Table(title=Text(title), title_justify="left")
-        for index, column in enumerate(COLUMNS):
+        for index, column in enumerate(COLUMNS[:-1]):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)
         for row in frontier_rows(series, group.num_edges, ranges=False):
-            table.add_row(*map(Text, row))
+            table.add_row(*map(Text, row[:-1]))
         OUT.print(table)

@@ -35,6 +35,8 @@ NAMES = {
 }  # fmt: skip
 MANY = 120
 """From so many edges on, nodes lie on a grid and lines are thin, straight and translucent."""
+DPI = 110
+"""Of .png files."""
 COLUMN, ROW = 100, 95
 """Distances of the grid, in points."""
 
@@ -117,7 +119,7 @@ def draw_circuit(
         write_text(path, source)
         return
     try:
-        rendered = graphviz.pipe("dot", suffix, source.encode(), quiet=True)
+        rendered = graphviz.pipe("dot", suffix, _at_dpi(source, suffix).encode(), quiet=True)
     except graphviz.ExecutableNotFound:
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
@@ -127,6 +129,11 @@ def draw_circuit(
             f"{fallback}"
         ) from None
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
+
+
+def _at_dpi(source: str, suffix: str) -> str:
+    """Pixels are asked for in pictures of pixels alone: with them Graphviz writes cropped SVGs."""
+    return source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
 
 
 # ------------------------------------------------------------------------------------- the source
@@ -153,7 +160,7 @@ def circuit_dot(
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
-            "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18", "dpi": "110",
+            "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
             "label": _title(title, len(edges), len(nodes), _legend(edges, groups)),
             "outputorder": "edgesfirst",

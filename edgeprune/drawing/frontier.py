@@ -137,6 +137,8 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
             ax.set_yscale("log")
         else:
             ax.set_yscale("symlog", linthresh=1e-3)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(-0.03, 1.06)
     ax.grid(axis="y", color="#E3E5EA", linewidth=0.8, zorder=0)
