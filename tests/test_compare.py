@@ -2,14 +2,12 @@
 
 import json
 import math
-import sys
 
 import pytest
-from conftest import assert_refused, run_cli
+from conftest import call, fake_run, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.__main__ import main
 from edgeprune.analysis.compare import (
     Agreement,
     Overlap,
@@ -129,31 +127,6 @@ def test_labels_tell_paths_apart(tmp_path):
 # ------------------------------------------------------------------------------------ the command
 
 
-def call(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
-    """A command in this process: exit code, output, errors."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def fake_run(folder, circuit: Circuit, **settings) -> object:
-    """What a finished run leaves, as far as comparing goes."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        json.dumps({"model": {"name": "tiny"}, "task": {"name": "ioi"}, **settings})
-    )
-    (folder / "run.json").write_text(
-        json.dumps({"graph": circuit.graph.to_dict(), "model": {"d_model": 8}})
-    )
-    circuit.save(folder / "edges.json")
-    return folder
-
-
 def test_compare_runs_files_and_graphs(tmp_path):
     """In a fresh process: a grouped graph, of which the run alone knows how it is grouped."""
     graph = CircuitGraph(1, 4, 2, ("embeds",))
@@ -270,9 +243,3 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
     assert code == 2
     assert "need a run directory" in err
-
-
-def test_help_of_compare_and_report():
-    done = run_cli("compare", "--help")
-    assert "usage: edgeprune compare PATH PATH ... [name=value ...]" in done.stdout
-    assert_refused(run_cli("compare", "a", "reference"), 2, "no such file or directory: a")
