@@ -18,7 +18,8 @@ GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker")
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
               "task=custom task.path=my.jsonl model=custom model.path=gpt2 sparsity=0.95",
-              "experiment=ioi seed=0,1,2 --multirun"),
+              "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun",
+              "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun"),
     "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json",
                "RUN sparsity=0.97 format=eap_json output=graph.json",
                "graph.pt output=edges.json"),

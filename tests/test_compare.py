@@ -243,3 +243,29 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
     assert code == 2
     assert "need a run directory" in err
+
+
+def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
+    """What is done to CodeLlama, small; the embedded model has no idea of the task."""
+
+    def run(*arguments) -> str:
+        code, out, err = call(capsys, monkeypatch, *arguments)
+        assert code == 0, err
+        return out
+
+    sizes = ("task.train=8", "task.validation=4", "task.test=4")
+    for form in ("instruction", "few_shot"):
+        data = tmp_path / f"{form}.jsonl"
+        run("prepare", f"task=boolean_expressions_{form}", *sizes, f"output={data}")
+        run("prune", f"experiment=boolean_expressions_{form}", f"task.path={data}",
+            "trainer.steps=4", "trainer.batch_size=4", f"run_dir={tmp_path / form}")  # fmt: skip
+        assert len(json.loads((tmp_path / form / "edges.json").read_text())) == 276
+    run("compare", tmp_path / "instruction", tmp_path / "few_shot", "formats=[]",
+        f"output={tmp_path / 'both'}")  # fmt: skip
+    result = json.loads((tmp_path / "both/comparison.json").read_text())
+    assert list(result["circuits"]) == ["instruction", "few_shot"]
+    out = run("evaluate", tmp_path / "both/intersection", "task=boolean_expressions_few_shot",
+              f"task.path={tmp_path / 'few_shot.jsonl'}")  # fmt: skip
+    assert f"circuit, {result['intersection']['num_edges']} edges" in out
+    written = json.loads((tmp_path / "both/intersection/evaluation-test.json").read_text())
+    assert written["num_examples"] == 4
