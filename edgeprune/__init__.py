@@ -9,6 +9,8 @@ _HOME = {
     "Circuit": "circuit",
     "CircuitGraph": "graph",
     "Evaluation": "analysis.evaluate",
+    "compare": "analysis.compare",
+    "consensus": "analysis.compare",
     "draw_circuit": "drawing",
     "evaluate": "analysis.evaluate",
     "export_circuit": "analysis.export",

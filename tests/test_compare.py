@@ -258,7 +258,7 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
         data = tmp_path / f"{form}.jsonl"
         run("prepare", f"task=boolean_expressions_{form}", *sizes, f"output={data}")
         run("prune", f"experiment=boolean_expressions_{form}", f"task.path={data}",
-            "trainer.steps=4", "trainer.batch_size=4", f"run_dir={tmp_path / form}")  # fmt: skip
+            "trainer.steps=1", "trainer.batch_size=4", f"run_dir={tmp_path / form}")  # fmt: skip
         assert len(json.loads((tmp_path / form / "edges.json").read_text())) == 276
     run("compare", tmp_path / "instruction", tmp_path / "few_shot", "formats=[]",
         f"output={tmp_path / 'both'}")  # fmt: skip
