@@ -13,6 +13,8 @@ array is made at any layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,19 +53,24 @@ class Outboxes:
         workspace: where the buffers live. Only the latest `Outboxes` of a workspace may be read,
             written or differentiated, and each only once.
         num_writers: of the whole model.
+        num_readers: of the whole model, those of `read_at` left out.
         like: [batch, pos, d_model], gives shape, dtype and device.
     """
 
-    def __init__(self, workspace: Workspace, num_writers: int, like: Tensor) -> None:
+    def __init__(
+        self, workspace: Workspace, num_writers: int, num_readers: int, like: Tensor
+    ) -> None:
         workspace.generation += 1
         self._workspace = workspace
         self._generation = workspace.generation
-        shape = (num_writers, *like.shape)
-        self.delta = workspace.take("delta", shape, like)
+        self.delta = workspace.take("delta", (num_writers, *like.shape), like)
+        self.inputs = workspace.take("inputs", (num_readers, *like.shape), like)
         self.gradient = None
         if torch.is_grad_enabled():
-            self.gradient = workspace.take("gradient", shape, like).zero_()
+            self.gradient = workspace.take("gradient", self.delta.shape, like).zero_()
         self.num_written = 0
+        self._num_read = 0  # readers served so far
+        self._ahead = _Ahead(0, 0, 0)
         self._link = torch.empty(0, device=like.device)  # orders writes and reads for autograd
 
     def write(self, delta: Tensor) -> None:
@@ -74,6 +81,20 @@ class Outboxes:
         """
         self._link = _Write.apply(self._link, delta, self, self.num_written)
         self.num_written += delta.shape[0]
+
+    def look_ahead(self, gates: Sequence[Tensor]) -> None:
+        """Mix the deltas written so far for several reads to come, in one product.
+
+        Those reads add only what is written after. Mixing for many readers at once is faster: the
+        buffer is gone through once for all of them, forward and backward.
+
+        Args:
+            gates: of each of the next reads, [reader, writer] in [0, 1], in their order.
+        """
+        num_readers = sum(len(g) for g in gates)
+        self._ahead = _Ahead(self.num_written, self._num_read, num_readers)
+        covered = [g[:, : self.num_written] for g in gates]
+        self._link = _LookAhead.apply(self._link, self, self._ahead, *covered)
 
     def read(self, gates: Tensor, base: Tensor) -> Tensor:
         """Mix the deltas written so far into one input per reader.
@@ -86,13 +107,19 @@ class Outboxes:
             base: [batch, pos, d_model], the stream when every gate is 0.
 
         Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes.
+            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next forward
+            pass.
 
         Raises:
             ValueError: gates has not one column per written outbox.
         """
         self._check(gates)
-        return _Read.apply(gates, self._link, base, self, None)
+        if self._num_read >= self._ahead.stop:
+            self._ahead = _Ahead(0, self._num_read, len(gates))
+        rows = slice(self._num_read, self._num_read + len(gates))
+        self._num_read = rows.stop
+        later = gates[:, self._ahead.num_writers :]
+        return _Read.apply(later, self._link, base, self, self._ahead, rows)
 
     def read_at(self, gates: Tensor, base: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """As `read`, only at some tokens.
@@ -100,13 +127,13 @@ class Outboxes:
         Args:
             gates: [reader, writer] in [0, 1].
             base: [token, d_model], the stream there when every gate is 0.
-            rows, cols: [token], batch and position of each.
+            rows, cols: [token], batch and position of each; no token twice.
 
         Returns:
             [reader, token, d_model].
         """
         self._check(gates)
-        return _Read.apply(gates, self._link, base, self, (rows, cols))
+        return _ReadAt.apply(gates, self._link, base, self, (rows, cols))
 
     def _check(self, gates: Tensor) -> None:
         if gates.dim() != 2 or gates.shape[1] != self.num_written:
@@ -121,6 +148,29 @@ class Outboxes:
             "these outboxes were overwritten by a later forward pass: "
             "call backward before the next one"
         )
+
+    def input_gradient(self, num_readers: int) -> Tensor:
+        """[reader, batch * pos * d_model], where the readers of one look-ahead leave theirs."""
+        shape = (num_readers, self.delta[0].numel())
+        return self._workspace.take("input_gradient", shape, self.delta)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What a look-ahead has mixed: the first `num_writers`, for `num_readers` from `start` on."""
+
+    num_writers: int
+    start: int
+    num_readers: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_readers
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[n, batch, pos, d_model] -> [n, batch * pos * d_model]."""
+    return x.flatten(1)
 
 
 class _Write(torch.autograd.Function):
@@ -140,6 +190,28 @@ class _Write(torch.autograd.Function):
         return None, boxes.gradient[ctx.span], None, None
 
 
+class _LookAhead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, ahead: _Ahead, *gates: Tensor) -> Tensor:
+        boxes.check_current()
+        delta = _flat(boxes.delta[: ahead.num_writers])
+        ctx.boxes, ctx.counts = boxes, [len(g) for g in gates]
+        ctx.gates = torch.cat(gates).to(delta.dtype)
+        torch.mm(ctx.gates, delta, out=_flat(boxes.inputs[ahead.start : ahead.stop]))
+        return torch.empty(0, device=delta.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        # Its reads have left their gradients by now.
+        boxes, ctx.boxes = ctx.boxes, None
+        boxes.check_current()
+        num_readers, num_writers = ctx.gates.shape
+        grad = boxes.input_gradient(num_readers)
+        of_gates = _differentiate(boxes, slice(0, num_writers), ctx.gates, grad)
+        return None, None, None, *of_gates.split(ctx.counts)
+
+
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -148,35 +220,65 @@ class _Read(torch.autograd.Function):
         link: Tensor,
         base: Tensor,
         boxes: Outboxes,
-        tokens: tuple[Tensor, Tensor] | None,
+        ahead: _Ahead,
+        rows: slice,
     ) -> Tensor:
         boxes.check_current()
-        num_readers, num_writers = gates.shape
-        delta = boxes.delta[:num_writers]
-        if tokens is not None:
-            delta = delta[:, tokens[0], tokens[1]]  # [writer, token, d_model]
-        ctx.boxes, ctx.tokens = boxes, tokens
-        ctx.gates = gates.to(delta.dtype)
-        ctx.picked = delta if tokens is not None else None
-        delta = delta.reshape(num_writers, base.numel())
-        mixed = torch.addmm(base.reshape(1, -1), ctx.gates, delta)
-        return mixed.view(num_readers, *base.shape)
+        ctx.boxes, ctx.ahead, ctx.rows = boxes, ahead, rows
+        ctx.gates = gates.to(boxes.delta.dtype)
+        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
+        mixed = boxes.inputs[rows].data
+        if ahead.num_writers:
+            mixed.add_(base)
+        else:
+            mixed.copy_(base)
+        ctx.writers = slice(ahead.num_writers, ahead.num_writers + gates.shape[1])
+        _flat(mixed).addmm_(ctx.gates, _flat(boxes.delta[ctx.writers]))
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, gates = ctx.boxes, ctx.gates
+        boxes, ahead = ctx.boxes, ctx.ahead
         ctx.boxes = None
         boxes.check_current()
-        num_readers, num_writers = gates.shape
-        grad = grad.reshape(num_readers, -1)
-        if ctx.tokens is None:
-            delta = boxes.delta[:num_writers].view(num_writers, grad.shape[1])
-            gradient = boxes.gradient[:num_writers].view(num_writers, grad.shape[1])
-            gradient.addmm_(gates.T, grad)
-        else:
-            delta = ctx.picked.reshape(num_writers, grad.shape[1])
-            to_writers = (gates.T @ grad).view(ctx.picked.shape)
-            index = (slice(0, num_writers), *ctx.tokens)
-            boxes.gradient[index] = boxes.gradient[index] + to_writers  # tokens are distinct
-        return (grad @ delta.T).float(), None, None, None, None
+        grad = grad.reshape(len(grad), -1)
+        if ahead.num_writers:
+            rows = slice(ctx.rows.start - ahead.start, ctx.rows.stop - ahead.start)
+            boxes.input_gradient(ahead.num_readers)[rows].copy_(grad)
+        of_gates = _differentiate(boxes, ctx.writers, ctx.gates, grad)
+        return of_gates, None, None, None, None, None
+
+
+class _ReadAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates: Tensor,
+        link: Tensor,
+        base: Tensor,
+        boxes: Outboxes,
+        tokens: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        boxes.check_current()
+        ctx.boxes, ctx.tokens = boxes, tokens
+        ctx.delta = boxes.delta[: gates.shape[1], tokens[0], tokens[1]]  # [writer, token, d_model]
+        ctx.gates = gates.to(ctx.delta.dtype)
+        mixed = torch.addmm(base.reshape(1, -1), ctx.gates, ctx.delta.flatten(1))
+        return mixed.view(len(gates), *base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        boxes, ctx.boxes = ctx.boxes, None
+        boxes.check_current()
+        grad = grad.reshape(len(grad), -1)
+        index = (slice(0, len(ctx.delta)), *ctx.tokens)
+        boxes.gradient[index] += (ctx.gates.T @ grad).view(ctx.delta.shape)
+        return (grad @ ctx.delta.flatten(1).T).float(), None, None, None, None
+
+
+def _differentiate(boxes: Outboxes, writers: slice, gates: Tensor, grad: Tensor) -> Tensor:
+    """Backward of `gates @ delta[writers]`: adds to the writers' gradients, returns the gates'."""
+    _flat(boxes.gradient[writers]).addmm_(gates.T, grad)
+    return (grad @ _flat(boxes.delta[writers]).T).float()

@@ -132,8 +132,13 @@ def break_rotation(block) -> None:
 
 
 def break_grouping(block) -> None:
-    project = block._project
-    block._project = lambda linear, x: project(linear, x).flip(1)
+    rotate = block.rotate
+
+    def with_keys_in_disorder(q, k, cos, sin):
+        q, k = rotate(q, k, cos, sin)
+        return q, k.flip(1)
+
+    block.rotate = with_keys_in_disorder
 
 
 def break_window(block) -> None:

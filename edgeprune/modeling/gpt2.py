@@ -49,7 +49,8 @@ class GPT2Block:
         num_readers, batch, pos, d_model = x.shape
         project = self.attention.c_attn
         weight = project.weight.view(d_model, num_readers, self.d_head).transpose(0, 1)
-        qkv = project_to_heads(self.attention_norm(x), weight, project.bias)
+        bias = project.bias.view(num_readers, self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, weight, bias)
         qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward

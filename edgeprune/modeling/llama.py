@@ -79,12 +79,14 @@ class LlamaBlock:
         """
         attention = self.attention
         _, batch, pos, _ = x.shape
-        for_q, for_k, for_v = self.attention_norm(x).split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        )
-        q = self._project(attention.q_proj, for_q)
-        k = self._project(attention.k_proj, for_k)
-        v = self._project(attention.v_proj, for_v)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weight = torch.cat([_weight(linear).to(x.dtype) for linear in projections])
+        weight = weight.view(len(x), self.d_head, -1).transpose(1, 2)
+        bias = None
+        if attention.q_proj.bias is not None:
+            bias = torch.cat([linear.bias for linear in projections]).view(len(x), self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, weight, bias).transpose(0, 1)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         if getattr(attention, "use_rope", True):
@@ -104,11 +106,6 @@ class LlamaBlock:
             sliding_window=attention.config.sliding_window if is_sliding else None,
         )
         return values.reshape(batch, pos, self.num_heads * self.d_head)
-
-    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """[head, batch, pos, d_model] -> [batch, head, pos, d_head], each head by its own rows."""
-        weight = _weight(linear).to(x.dtype).view(x.shape[0], self.d_head, -1).transpose(1, 2)
-        return project_to_heads(x, weight, linear.bias).transpose(0, 1)
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
         """See `project_from_heads`."""

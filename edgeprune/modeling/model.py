@@ -7,6 +7,7 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
 from edgeprune.outbox import Outboxes, Workspace
+
+
+LOOK_AHEAD = 64
+"""Readers that are served in one product, at least (see `Outboxes.look_ahead`)."""
 
 
 class Block(Protocol):
@@ -197,7 +202,8 @@ class CircuitModel:
         site_gates = _split_by_site(gates, graph)
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
-        boxes = Outboxes(self._workspace, graph.num_writers, stream)
+        num_readers = sum(len(g) for g in site_gates[:-1])
+        boxes = Outboxes(self._workspace, graph.num_writers, num_readers, stream)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         always_on = None
         if graph.embedding_writers:
@@ -212,7 +218,10 @@ class CircuitModel:
             return stream_there if always_on is None else stream_there + always_on
 
         attention_inputs = arch.attention_inputs(stream)
+        look_ahead = math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))
         for layer, block in enumerate(arch.blocks):
+            if layer % look_ahead == 0:
+                boxes.look_ahead(site_gates[2 * layer : 2 * (layer + look_ahead)][: 2 * len(arch.blocks) - 2*layer])
             x = boxes.read(site_gates[2 * layer], base(2 * layer))
             values = block.attend(x, attention_inputs)
             closed = None if corrupted is None else corrupted.head_values[layer]
