@@ -53,24 +53,20 @@ class Outboxes:
         workspace: where the buffers live. Only the latest `Outboxes` of a workspace may be read,
             written or differentiated, and each only once.
         num_writers: of the whole model.
-        num_readers: of the whole model, those of `read_at` left out.
         like: [batch, pos, d_model], gives shape, dtype and device.
     """
 
-    def __init__(
-        self, workspace: Workspace, num_writers: int, num_readers: int, like: Tensor
-    ) -> None:
+    def __init__(self, workspace: Workspace, num_writers: int, like: Tensor) -> None:
         workspace.generation += 1
         self._workspace = workspace
         self._generation = workspace.generation
         self.delta = workspace.take("delta", (num_writers, *like.shape), like)
-        self.inputs = workspace.take("inputs", (num_readers, *like.shape), like)
         self.gradient = None
         if torch.is_grad_enabled():
             self.gradient = workspace.take("gradient", self.delta.shape, like).zero_()
         self.num_written = 0
-        self._num_read = 0  # readers served so far
-        self._ahead = _Ahead(0, 0, 0)
+        self._num_read = 0
+        self._ahead = _Ahead(0, self.delta[:0])
         self._link = torch.empty(0, device=like.device)  # orders writes and reads for autograd
 
     def write(self, delta: Tensor) -> None:
@@ -92,7 +88,11 @@ class Outboxes:
             gates: of each of the next reads, [reader, writer] in [0, 1], in their order.
         """
         num_readers = sum(len(g) for g in gates)
-        self._ahead = _Ahead(self.num_written, self._num_read, num_readers)
+        shape = (num_readers, *self.delta.shape[1:])
+        kept = torch.is_grad_enabled()  # else the next look-ahead may overwrite these inputs
+        inputs = self._workspace.take(f"inputs {self._num_read if kept else 0}", shape, self.delta)
+        self._num_read += num_readers
+        self._ahead = _Ahead(self.num_written, inputs)
         covered = [g[:, : self.num_written] for g in gates]
         self._link = _LookAhead.apply(self._link, self, self._ahead, *covered)
 
@@ -113,34 +113,30 @@ class Outboxes:
         Raises:
             ValueError: gates has not one column per written outbox.
         """
-        self._check(gates)
-        if self._num_read >= self._ahead.stop:
-            self._ahead = _Ahead(0, self._num_read, len(gates))
-        rows = slice(self._num_read, self._num_read + len(gates))
-        self._num_read = rows.stop
-        later = gates[:, self._ahead.num_writers :]
-        return _Read.apply(later, self._link, base, self, self._ahead, rows)
-
-    def read_at(self, gates: Tensor, base: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """As `read`, only at some tokens.
-
-        Args:
-            gates: [reader, writer] in [0, 1].
-            base: [token, d_model], the stream there when every gate is 0.
-            rows, cols: [token], batch and position of each; no token twice.
-
-        Returns:
-            [reader, token, d_model].
-        """
-        self._check(gates)
-        return _ReadAt.apply(gates, self._link, base, self, (rows, cols))
-
-    def _check(self, gates: Tensor) -> None:
         if gates.dim() != 2 or gates.shape[1] != self.num_written:
             raise ValueError(
                 f"gates are {list(gates.shape)}, expected [reader, {self.num_written}]: "
                 "one column per written outbox"
             )
+        if self._ahead.num_read == len(self._ahead.inputs):
+            self.look_ahead([gates])
+        ahead = self._ahead
+        rows = slice(ahead.num_read, ahead.num_read + len(gates))
+        ahead.num_read = rows.stop
+        later = gates[:, ahead.num_writers :]
+        return _Read.apply(later, self._link, base, self, ahead, rows)
+
+    def at(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The deltas written so far at some tokens, differentiable.
+
+        Args:
+            rows, cols: [token], batch and position of each; no token twice.
+
+        Returns:
+            [writer, token, d_model].
+        """
+        index = (slice(0, self.num_written), rows, cols)
+        return _At.apply(self._link, self, index)
 
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""
@@ -155,17 +151,31 @@ class Outboxes:
         return self._workspace.take("input_gradient", shape, self.delta)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ahead:
-    """What a look-ahead has mixed: the first `num_writers`, for `num_readers` from `start` on."""
+    """A look-ahead: inputs of reads to come, [reader, batch, pos, d_model].
+
+    The first `num_writers` are mixed in already; the first `num_read` have been read.
+    """
 
     num_writers: int
-    start: int
-    num_readers: int
+    inputs: Tensor
+    num_read: int = 0
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.num_readers
+
+def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
+    """base + gates @ delta, by autograd's own means: for few tokens.
+
+    Args:
+        gates: [reader, writer].
+        delta: [writer, token, d_model].
+        base: [token, d_model].
+
+    Returns:
+        [reader, token, d_model].
+    """
+    mixed = torch.addmm(base.reshape(1, -1), gates.to(delta.dtype), _flat(delta))
+    return mixed.view(len(gates), *base.shape)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -197,7 +207,7 @@ class _LookAhead(torch.autograd.Function):
         delta = _flat(boxes.delta[: ahead.num_writers])
         ctx.boxes, ctx.counts = boxes, [len(g) for g in gates]
         ctx.gates = torch.cat(gates).to(delta.dtype)
-        torch.mm(ctx.gates, delta, out=_flat(boxes.inputs[ahead.start : ahead.stop]))
+        torch.mm(ctx.gates, delta, out=_flat(ahead.inputs))
         return torch.empty(0, device=delta.device)
 
     @staticmethod
@@ -227,11 +237,7 @@ class _Read(torch.autograd.Function):
         ctx.boxes, ctx.ahead, ctx.rows = boxes, ahead, rows
         ctx.gates = gates.to(boxes.delta.dtype)
         # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
-        mixed = boxes.inputs[rows].data
-        if ahead.num_writers:
-            mixed.add_(base)
-        else:
-            mixed.copy_(base)
+        mixed = ahead.inputs[rows].data.add_(base)
         ctx.writers = slice(ahead.num_writers, ahead.num_writers + gates.shape[1])
         _flat(mixed).addmm_(ctx.gates, _flat(boxes.delta[ctx.writers]))
         return mixed
@@ -243,39 +249,25 @@ class _Read(torch.autograd.Function):
         ctx.boxes = None
         boxes.check_current()
         grad = grad.reshape(len(grad), -1)
-        if ahead.num_writers:
-            rows = slice(ctx.rows.start - ahead.start, ctx.rows.stop - ahead.start)
-            boxes.input_gradient(ahead.num_readers)[rows].copy_(grad)
+        boxes.input_gradient(len(ahead.inputs))[ctx.rows].copy_(grad)
         of_gates = _differentiate(boxes, ctx.writers, ctx.gates, grad)
         return of_gates, None, None, None, None, None
 
 
-class _ReadAt(torch.autograd.Function):
+class _At(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        gates: Tensor,
-        link: Tensor,
-        base: Tensor,
-        boxes: Outboxes,
-        tokens: tuple[Tensor, Tensor],
-    ) -> Tensor:
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, index: tuple) -> Tensor:
         boxes.check_current()
-        ctx.boxes, ctx.tokens = boxes, tokens
-        ctx.delta = boxes.delta[: gates.shape[1], tokens[0], tokens[1]]  # [writer, token, d_model]
-        ctx.gates = gates.to(ctx.delta.dtype)
-        mixed = torch.addmm(base.reshape(1, -1), ctx.gates, ctx.delta.flatten(1))
-        return mixed.view(len(gates), *base.shape)
+        ctx.boxes, ctx.index = boxes, index
+        return boxes.delta[index]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         boxes, ctx.boxes = ctx.boxes, None
         boxes.check_current()
-        grad = grad.reshape(len(grad), -1)
-        index = (slice(0, len(ctx.delta)), *ctx.tokens)
-        boxes.gradient[index] += (ctx.gates.T @ grad).view(ctx.delta.shape)
-        return (grad @ ctx.delta.flatten(1).T).float(), None, None, None, None
+        boxes.gradient[ctx.index] += grad
+        return None, None, None
 
 
 def _differentiate(boxes: Outboxes, writers: slice, gates: Tensor, grad: Tensor) -> Tensor:

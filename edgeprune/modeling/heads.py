@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def project_to_heads(
-    x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Queries, keys or values of heads with an input of their own each.
 
     A norm's scale and shift are folded into the projection, and so is the taking of the mean: what
@@ -27,7 +25,7 @@ def project_to_heads(
     Returns:
         [head, batch, pos, d_head].
     """
-    num_heads, batch, pos, d_model = x.shape
+    num_heads, batch, pos, _ = x.shape
     is_layer_norm = isinstance(norm, nn.LayerNorm)
     if is_layer_norm or hasattr(norm, "variance_epsilon"):
         if is_layer_norm and norm.bias is not None:
@@ -85,20 +83,19 @@ def project_from_heads(
     The bias of the output projection is divided equally over the heads; it cancels in a difference.
 
     Args:
-        values, corrupted: [batch, pos, head * d_head]; None for zero outboxes.
+        values, corrupted: [..., head * d_head]; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
 
     Returns:
-        [head, batch, pos, d_model].
+        [head, ..., d_model].
     """
     num_heads, d_head, d_model = weight.shape
-    batch, pos, _ = values.shape
     difference = values if corrupted is None else values - corrupted
-    by_head = difference.view(batch * pos, num_heads, d_head).transpose(0, 1)
+    by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:
         share = (bias / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)
     else:
         outboxes = torch.bmm(by_head, weight)
-    return outboxes.view(num_heads, batch, pos, d_model)
+    return outboxes.view(num_heads, *values.shape[:-1], d_model)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
-from edgeprune.outbox import Outboxes, Workspace
-
+from edgeprune.outbox import Outboxes, Workspace, mix
 
 LOOK_AHEAD = 64
 """Readers that are served in one product, at least (see `Outboxes.look_ahead`)."""
@@ -38,7 +37,7 @@ class Block(Protocol):
         ...
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, batch, pos, d]."""
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model]."""
         ...
 
 
@@ -202,8 +201,7 @@ class CircuitModel:
         site_gates = _split_by_site(gates, graph)
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
-        num_readers = sum(len(g) for g in site_gates[:-1])
-        boxes = Outboxes(self._workspace, graph.num_writers, num_readers, stream)
+        boxes = Outboxes(self._workspace, graph.num_writers, stream)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         always_on = None
         if graph.embedding_writers:
@@ -217,22 +215,29 @@ class CircuitModel:
                 stream_there = corrupted.residuals[site]
             return stream_there if always_on is None else stream_there + always_on
 
-        attention_inputs = arch.attention_inputs(stream)
-        look_ahead = math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))
+        nothing = [None] * graph.num_layers
+        closed_heads = nothing if corrupted is None else corrupted.head_values
+        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
+        inputs = arch.attention_inputs(stream)
+        ahead = 2 * math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))  # sites
         for layer, block in enumerate(arch.blocks):
-            if layer % look_ahead == 0:
-                boxes.look_ahead(site_gates[2 * layer : 2 * (layer + look_ahead)][: 2 * len(arch.blocks) - 2*layer])
-            x = boxes.read(site_gates[2 * layer], base(2 * layer))
-            values = block.attend(x, attention_inputs)
-            closed = None if corrupted is None else corrupted.head_values[layer]
-            boxes.write(block.head_delta(values, closed))
-            x = boxes.read(site_gates[2 * layer + 1], base(2 * layer + 1))[0]
-            output = block.mlp(block.mlp_norm(x))
-            if corrupted is not None:
-                output = output - corrupted.mlp_outputs[layer]
-            boxes.write(output[None])
+            site = 2 * layer
+            if site % ahead == 0:
+                boxes.look_ahead(site_gates[site : site + ahead][: len(site_gates) - 2 - site])
+            values = block.attend(boxes.read(site_gates[site], base(site)), inputs)
+            if layer == graph.num_layers - 1:
+                break
+            boxes.write(block.head_delta(values, closed_heads[layer]))
+            x = boxes.read(site_gates[site + 1], base(site + 1))[0]
+            boxes.write(_mlp_delta(block, x, closed_mlps[layer]))
+        # Only the predicted tokens matter from here on.
         at = (batch.rows, batch.cols)
-        x = boxes.read_at(site_gates[-1], base(-1)[at], *at)[0]
+        closed = None if corrupted is None else closed_heads[-1][at]
+        delta = torch.cat([boxes.at(*at), block.head_delta(values[at], closed)])
+        x = mix(site_gates[-2], delta, base(-2)[at])[0]
+        closed = None if corrupted is None else closed_mlps[-1][at]
+        delta = torch.cat([delta, _mlp_delta(block, x, closed)])
+        x = mix(site_gates[-1], delta, base(-1)[at])[0]
         return arch.logits(arch.final_norm(x))
 
     @torch.no_grad()
@@ -298,6 +303,12 @@ class MeanActivations:
             return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
 
         return self.means.map(spread)
+
+
+def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
+    """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
+    output = block.mlp(block.mlp_norm(x))
+    return (output if corrupted is None else output - corrupted)[None]
 
 
 def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:
