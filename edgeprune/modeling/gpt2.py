@@ -31,7 +31,7 @@ class GPT2Block:
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2
-        self.mlp = layer.mlp
+        self.mlp = self.mlp_output = layer.mlp
         self.attention = layer.attn
         self.num_heads = layer.attn.num_heads
         self.d_head = layer.attn.head_dim
@@ -58,6 +58,9 @@ class GPT2Block:
         scaling = self.attention.scaling
         values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
         return values.reshape(batch, pos, self.num_heads * self.d_head)
+
+    def scale(self, values: Tensor) -> Tensor:
+        return values
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
         """See `project_from_heads`."""

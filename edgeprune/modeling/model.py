@@ -25,15 +25,27 @@ LOOK_AHEAD = 64
 
 
 class Block(Protocol):
-    """One transformer block, run on a separate input for each reader."""
+    """One transformer block, run on a separate input for each reader.
+
+    Attributes:
+        attention_norm, mlp_norm: the norms of what is read.
+        attention_output: the projection of the heads' values.
+        mlp: what is between its norm and the stream.
+        mlp_output: the loaded module whose output the stream gets from the MLP.
+    """
 
     attention_norm: nn.Module
     attention_output: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
+    mlp_output: nn.Module
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
-        """[reader, batch, pos, d_model] -> the heads' values [batch, pos, head * d_head]."""
+        """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head]."""
+        ...
+
+    def scale(self, values: Tensor) -> Tensor:
+        """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
@@ -68,7 +80,7 @@ class Activations:
 
     Attributes:
         embeddings: [embedding writer, batch, pos, d_model].
-        head_values: a layer each, [batch, pos, head * d_head], before the output projection.
+        head_values: a layer each, [batch, pos, head * d_head], scaled, before the projection.
         mlp_outputs: a layer each, [batch, pos, d_model].
         residuals: a site each, [batch, pos, d_model], the stream that is read there.
     """
@@ -145,18 +157,18 @@ class CircuitModel:
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def keep_input(store: list[Tensor]):
-            return lambda module, inputs: store.append(inputs[0][keep].clone())
+        def keep_input(store: list[Tensor], scale: Callable[[Tensor], Tensor] = lambda x: x):
+            return lambda module, inputs: store.append(scale(inputs[0][keep]).clone())
 
         with ExitStack() as stack:
             for block in arch.blocks:
-                for module, store in (
-                    (block.attention_norm, residuals),
-                    (block.attention_output, head_values),
-                    (block.mlp_norm, residuals),
+                for module, hook in (
+                    (block.attention_norm, keep_input(residuals)),
+                    (block.attention_output, keep_input(head_values, block.scale)),
+                    (block.mlp_norm, keep_input(residuals)),
                 ):
-                    stack.enter_context(_hook(module.register_forward_pre_hook(keep_input(store))))
-                handle = block.mlp.register_forward_hook(
+                    stack.enter_context(_hook(module.register_forward_pre_hook(hook)))
+                handle = block.mlp_output.register_forward_hook(
                     lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
                 )
                 stack.enter_context(_hook(handle))
