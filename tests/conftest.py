@@ -16,7 +16,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests run beside each other
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,7 +65,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "COLUMNS": "200", **environment},
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
     )
 
 
