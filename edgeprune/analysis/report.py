@@ -20,7 +20,7 @@ from edgeprune.graph import Edge
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
 """Settings that say how sparse a circuit shall be."""
-IGNORED = (*SIZE, "seed", "run_dir", "resume", "overwrite", "tracker", "model.device",
+IGNORED = (*SIZE, "seed", "run_dir", "resume", "overwrite", "tracker", "launcher", "model.device",
            "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
 """Settings which do not make another series."""
 SPLITS = ("test", "validation", "train")
