@@ -332,7 +332,7 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch makes of a damaged or foreign file
-        reason = str(error).strip().split("\n")[0][:120]
+        reason = re.split(r"\n|\. ", str(error).strip())[0][:200]
         raise CircuitError(
             f"{path} cannot be read as a .pt of plain values and tensors, which alone are loaded "
             f"since others may run code: {type(error).__name__}: {reason}"

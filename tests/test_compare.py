@@ -186,7 +186,7 @@ def test_without_a_run_the_graph_is_the_smallest_that_fits_all(tmp_path, capsys,
 def test_wrong_usage(tmp_path, capsys, monkeypatch):
     def refused(code: int, *wanted: str, paths=(), **settings) -> None:
         given = [f"{key}={value}" for key, value in settings.items()]
-        got, _, err = call(capsys, monkeypatch, "compare", *paths, *given, "formats=[]",
+        got, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[]", *given,
                            f"output={tmp_path / 'out'}")  # fmt: skip
         assert got == code, err
         lines = [line for line in err.splitlines() if line.startswith("edgeprune: ")]
@@ -203,6 +203,7 @@ def test_wrong_usage(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken.json").write_text("[[")
     (tmp_path / "unknown.json").write_text('[["a7.h0", "resid_post"]]')
     refused(2, "give paths: edgeprune compare PATH PATH")
+    refused(2, "formats has 'gif'; choose of pdf, svg, png, dot", paths=[run, pt], formats="[gif]")
     refused(2, "got 1 circuit to compare, expected two or more", paths=[run])
     refused(2, "no such file or directory", "nowhere", paths=[run, "nowhere"])
     refused(2, "is given twice", paths=[run, run / "edges.json"])

@@ -40,7 +40,11 @@ class Given:
 def compare(config: CompareConfig) -> None:
     """Compare circuits: what they share, what only one has, and how alike they are."""
     from edgeprune.analysis import compare as analysis
+    from edgeprune.drawing import SUFFIXES
 
+    for suffix in config.formats:
+        if suffix not in SUFFIXES:
+            raise ConfigError(f"formats has {suffix!r}; choose of {', '.join(SUFFIXES)}")
     names = list(config.circuits)
     if config.reference is not None and config.reference not in names:
         names.append(config.reference)

@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
 from edgeprune.commands.shared import OUT, say, show, write_circuit
 from edgeprune.config import ConfigError, ReportConfig
 from edgeprune.files import write_text
@@ -41,8 +41,6 @@ def report(config: ReportConfig) -> None:
     for group, slug in zip(groups, slugs, strict=True):
         pictures.append(_draw(group, output / f"frontier-{slug}"))
         _print(group)
-    from edgeprune.commands.report_page import report_page
-
     title = f"edgeprune: {len(found)} runs in {folder.resolve().name}"
     write_text(output / "report.html", report_page(title, groups, pictures, consensus))
     show(
@@ -251,40 +249,6 @@ def _draw(group: Any, stem: Path) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------- console
-
-
-COLUMNS = ("asked for", "runs", "edges", "KL", "exact match", "accuracy", "edge IoU", "sparsity")
-"""The console shows all but the last."""
-
-
-def frontier_rows(series: Any, all_edges: int, ranges: bool) -> list[Sequence[str]]:
-    """A series' points as texts, under `COLUMNS`: means over seeds, with or without ranges."""
-    rows = []
-    for point in series.points:
-        spreads = [point.spread("exact_match"), point.spread("accuracy")]
-        spreads.append(point.stability and point.stability.edge_iou)
-        rows.append((
-            point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
-            spread_text(point.spread("kl"), ".3g", ranges),
-            *(spread_text(spread, ".3f", ranges) for spread in spreads),
-            f"{1 - point.num_edges.mean / all_edges:.4f}",
-        ))  # fmt: skip
-    return rows
-
-
-def spread_text(spread: Any, format: str, ranges: bool) -> str:
-    """'0.061 (0.055–0.070)', or the mean alone."""
-    if spread is None:
-        return "–"
-    mean, low, high = (f"{value:{format}}" for value in (spread.mean, spread.low, spread.high))
-    return f"{mean} ({low}–{high})" if ranges and low != high else mean
-
-
-def times_rows(point: Any) -> list[tuple[str, str]]:
-    """How many edges how many seeds keep, as texts."""
-    counts = Counter(point.stability.times_kept.values())
-    number = len(point.runs)
-    return [(f"{times} of {number}", f"{counts[times]:,}") for times in range(number, 0, -1)]
 
 
 def _print(group: Any) -> None:

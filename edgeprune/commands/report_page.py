@@ -1,16 +1,18 @@
-"""The page of `edgeprune report`."""
+"""The page of `edgeprune report`, and its tables as texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeprune.commands.report import COLUMNS, frontier_rows, times_rows
 from edgeprune.commands.shared import say
 from edgeprune.drawing import page as html
 
+COLUMNS = ("asked for", "runs", "edges", "KL", "exact match", "accuracy", "edge IoU", "sparsity")
+"""The console shows all but the last."""
 MOST_SEEDS = 24
 """Up to so many runs their overlaps are shown one by one; stability.csv has all."""
 
@@ -96,3 +98,33 @@ def _drawing(circuit: Any, title: str) -> str | None:
             say("the page is without drawings of circuits: Graphviz is not on this machine")
             return None
         return html.picture(path, title)
+
+
+def frontier_rows(series: Any, all_edges: int, ranges: bool) -> list[Sequence[str]]:
+    """A series' points as texts, under `COLUMNS`: means over seeds, with or without ranges."""
+    rows = []
+    for point in series.points:
+        spreads = [point.spread("exact_match"), point.spread("accuracy")]
+        spreads.append(point.stability and point.stability.edge_iou)
+        rows.append((
+            point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
+            spread_text(point.spread("kl"), ".3g", ranges),
+            *(spread_text(spread, ".3f", ranges) for spread in spreads),
+            f"{1 - point.num_edges.mean / all_edges:.4f}",
+        ))  # fmt: skip
+    return rows
+
+
+def spread_text(spread: Any, format: str, ranges: bool) -> str:
+    """'0.061 (0.055–0.070)', or the mean alone."""
+    if spread is None:
+        return "–"
+    mean, low, high = (f"{value:{format}}" for value in (spread.mean, spread.low, spread.high))
+    return f"{mean} ({low}–{high})" if ranges and low != high else mean
+
+
+def times_rows(point: Any) -> list[tuple[str, str]]:
+    """How many edges how many seeds keep, as texts."""
+    counts = Counter(point.stability.times_kept.values())
+    number = len(point.runs)
+    return [(f"{times} of {number}", f"{counts[times]:,}") for times in range(number, 0, -1)]
