@@ -102,6 +102,10 @@ class TrainerConfig:
     """Optimisation steps."""
     batch_size: int = 16
     """Pairs a step."""
+    micro_batch_size: int | None = None
+    """Pairs run at a time, for less memory; null: the whole batch."""
+    recompute: bool = False
+    """Run blocks again in the backward pass: slower, for less memory."""
     learning_rate: float = 0.1
     """Of log alpha."""
     multiplier_learning_rate: float = 3.0
@@ -296,6 +300,10 @@ def check_prune(config: PruneConfig) -> None:
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
+    if trainer.micro_batch_size is not None and trainer.micro_batch_size < 1:
+        raise ConfigError(
+            f"trainer.micro_batch_size={trainer.micro_batch_size} must be at least 1, or null"
+        )
     for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
