@@ -25,6 +25,8 @@ EXAMPLES = {
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
                 "task=greater_than output=gt.jsonl model=custom model.path=gpt2"),
+    "benchmark": ("shape=smollm2", "shape=llama-8b dtype=bfloat16 engines=[ours] "
+                  "batch_size=32 micro_batch_size=4 recompute=true", "growth=true"),
 }  # fmt: skip
 
 

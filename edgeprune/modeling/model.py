@@ -128,6 +128,16 @@ class CircuitModel:
             digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
 
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert weights, and so activations."""
+        self.architecture.body.to(dtype)
+        if isinstance(self.architecture.logits, nn.Module):
+            self.architecture.logits.to(dtype)
+
+    def release(self) -> None:
+        """Give back the memory that is kept from one step to the next."""
+        self._workspace = Workspace()
+
     # ---------------------------------------------------------------------------- the whole model
 
     @torch.no_grad()
@@ -244,9 +254,7 @@ class CircuitModel:
                     boxes.write(_mlp_delta(block, x, closed_mlps[layer]))
             return values
 
-        length = math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))
-        for start in range(0, graph.num_layers, length):
-            stretch = range(start, min(start + length, graph.num_layers))
+        for stretch in stretches(graph):
             if recompute:
                 values = checkpoint(
                     run_stretch, stretch, boxes.num_written,
@@ -333,6 +341,14 @@ def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
     """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
     output = block.mlp(block.mlp_norm(x))
     return (output if corrupted is None else output - corrupted)[None]
+
+
+def stretches(graph: CircuitGraph) -> list[range]:
+    """The layers of each look-ahead."""
+    readers = len(graph.sites[0].readers) + 1
+    length = math.ceil(LOOK_AHEAD / readers)
+    starts = range(0, graph.num_layers, length)
+    return [range(start, min(start + length, graph.num_layers)) for start in starts]
 
 
 def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:
