@@ -9,6 +9,10 @@ where `base` is the corrupted residual stream at that point (Bhaskar et al. 2024
 rewritten). All deltas lie in one buffer, filled in write order; all their gradients in another,
 into which every read's backward pass accumulates by the product itself. No copy of the residual
 array is made at any layer.
+
+A layer has few readers for many writers, and products that thin use a processor badly. So reads
+look ahead: the writers that are there already are mixed for the readers of several layers in one
+product, and each read adds only what has been written since.
 """
 
 from __future__ import annotations
