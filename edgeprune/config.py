@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class ConfigError(ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
@@ -109,6 +111,10 @@ class TrainerConfig:
     """Optimisation steps."""
     batch_size: int = 16
     """Pairs a step."""
+    micro_batch_size: int | None = None
+    """Pairs run at a time, for less memory; null: the whole batch."""
+    recompute: bool = False
+    """Run blocks again in the backward pass: slower, for less memory."""
     learning_rate: float = 0.1
     """Of log alpha."""
     multiplier_learning_rate: float = 3.0
@@ -281,6 +287,37 @@ class PrepareConfig:
     """File to write."""
 
 
+@dataclass
+class BenchmarkConfig:
+    """Time a step beside the published way and the model's own passes."""
+
+    shape: str = "gpt2"
+    """gpt2, smollm2, llama-8b, codellama-13b, or a folder with config.json; random weights."""
+    batch_size: int = 8
+    """Pairs a step."""
+    micro_batch_size: int | None = None
+    """Pairs run at a time; null: the whole batch."""
+    length: int = 32
+    """Tokens a prompt."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, ..."""
+    recompute: bool = False
+    """Run blocks again in the backward pass."""
+    engines: list[str] = field(default_factory=lambda: ["ours", "ours_kept", "naive", "stock"])
+    """What is measured, in turns: ours with all passes; ours with the unchanging ones kept from
+    before; the published way; the stock model's passes."""
+    repetitions: int = 5
+    """Timed steps of each."""
+    compare_float32: bool = False
+    """Also compare the gate gradients with those in float32."""
+    growth: bool = False
+    """Measure instead how ours grows with layers, heads, tokens and batch, on a small Llama."""
+    output: str = "benchmark.json"
+    """File to write."""
+
+
 COMMANDS = {
     "prune": PruneConfig,
     "export": ExportConfig,
@@ -289,6 +326,7 @@ COMMANDS = {
     "compare": CompareConfig,
     "report": ReportConfig,
     "prepare": PrepareConfig,
+    "benchmark": BenchmarkConfig,
 }
 """Each command's settings; its first docstring line is its help."""
 
@@ -332,6 +370,10 @@ def check_prune(config: PruneConfig) -> None:
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
+    if trainer.micro_batch_size is not None and trainer.micro_batch_size < 1:
+        raise ConfigError(
+            f"trainer.micro_batch_size={trainer.micro_batch_size} must be at least 1, or null"
+        )
     for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
@@ -361,9 +403,24 @@ def check_model(model: ModelConfig) -> None:
     """Raises ConfigError for a model without a path or of an unknown dtype."""
     if not model.path:
         raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
-    dtypes = ("float32", "bfloat16", "float16")
-    if model.dtype not in dtypes:
-        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(dtypes)}")
+    if model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
+
+
+def check_benchmark(config: BenchmarkConfig) -> None:
+    """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
+    known = BenchmarkConfig().engines
+    for name in config.engines:
+        if name not in known:
+            raise ConfigError(f"unknown engine {name!r}; choose {', '.join(known)}")
+    for name in ("batch_size", "length", "repetitions"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+    size = config.micro_batch_size
+    if size is not None and (size < 1 or config.batch_size % size):
+        raise ConfigError(f"micro_batch_size={size} must divide batch_size={config.batch_size}")
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype={config.dtype!r}; choose {', '.join(DTYPES)}")
 
 
 def target_sparsity(config: PruneConfig, all_edges: int) -> float:

@@ -31,6 +31,8 @@ EXAMPLES = {
     "report": ("runs", "runs/ioi-embedded output=report"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
                 "task=greater_than output=gt.jsonl model=custom model.path=gpt2"),
+    "benchmark": ("shape=smollm2", "shape=llama-8b dtype=bfloat16 engines=[ours] "
+                  "batch_size=32 micro_batch_size=4 recompute=true", "growth=true"),
 }  # fmt: skip
 
 

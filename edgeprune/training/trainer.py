@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
 from edgeprune.config import TrainerConfig
-from edgeprune.dataset import Pair, training_batch
+from edgeprune.dataset import Batch, Pair, collate, training_batch
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
@@ -112,20 +112,18 @@ class Trainer:
         """
         config = self.config
         batch = training_batch(self.pairs, config.batch_size, self.seed, self.step)
-        batch = batch.to(self.model.device)
-        reference, corrupted = self._passes.run_pair(batch)
-        closed = self.ablation.values(batch, corrupted)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        kl = faithfulness(batch, reference, self.model.run_circuit(batch, mixed, closed))
+        kl, of_gates = self._differentiate(batch, mixed.detach())
         sparsity = hard_concrete.sparsity(gates.edge)
         target = self._target(config.start_sparsity, self.target_sparsity)
-        loss = kl + self.constraints["edge"](sparsity, target)
+        penalty = self.constraints["edge"](sparsity, target)
         node_sparsity = node_target = None
         if gates.node is not None:
             node_sparsity = hard_concrete.sparsity(gates.node)
             node_target = self._target(config.start_node_sparsity, config.target_node_sparsity)
-            loss = loss + self.constraints["node"](node_sparsity, node_target)
+            penalty = penalty + self.constraints["node"](node_sparsity, node_target)
+        loss = kl + penalty
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
@@ -134,7 +132,7 @@ class Trainer:
             )
         learning_rate = self._set_learning_rates()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward([penalty, mixed], [None, of_gates])
         self.optimizer.step()
         self.step += 1
         edge = self.constraints["edge"]
@@ -151,10 +149,31 @@ class Trainer:
             learning_rate=learning_rate,
         )
 
+    def _differentiate(self, batch: Batch, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """The KL of a batch and its gradient with respect to the gates, [edge].
+
+        The batch is run in slices of `micro_batch_size`, all with the same gates.
+        """
+        config = self.config
+        gates.requires_grad_()
+        total = torch.zeros((), device=gates.device)
+        size = config.micro_batch_size or len(batch.pairs)
+        for start in range(0, len(batch.pairs), size):
+            part = collate(batch.pairs[start : start + size]).to(gates.device)
+            reference, corrupted = self._passes.run_pair(part)
+            closed = self.ablation.values(part, corrupted)
+            logits = self.model.run_circuit(part, gates, closed, recompute=config.recompute)
+            share = len(part.pairs) / len(batch.pairs)
+            kl = share * faithfulness(part, reference, logits)
+            kl.backward()
+            total += kl.detach()
+        return total, gates.grad
+
     @cached_property
     def _passes(self) -> KeptPasses | CircuitModel:
         """What `run_pair` is asked of: a small training set is run once, before the first step."""
-        return KeptPasses.where_they_fit(self.model, self.pairs, self.config.batch_size)
+        size = self.config.micro_batch_size or self.config.batch_size
+        return KeptPasses.where_they_fit(self.model, self.pairs, size)
 
     def _target(self, start: float, target: float) -> float:
         config = self.config
