@@ -13,6 +13,8 @@ from typing import Any
 class ConfigError(ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
 
+    on_every_process = True
+
 
 class AblationKind(Enum):
     interchange = "interchange"
@@ -154,6 +156,14 @@ class TrackerConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """The processes of a run."""
+
+    timeout: int = 30
+    """Minutes after which a process that waits for another gives up."""
+
+
+@dataclass
 class PruneConfig:
     """Learn the gates of a model's edges on a task."""
 
@@ -162,6 +172,7 @@ class PruneConfig:
     ablation: AblationConfig = field(default_factory=AblationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     sparsity: float | None = None
     """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
     num_edges: int | None = None
@@ -302,6 +313,8 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(
                 f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
             )
+    if config.launcher.timeout < 1:
+        raise ConfigError(f"launcher.timeout={config.launcher.timeout} must be at least 1 minute")
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")

@@ -390,7 +390,7 @@ def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]
         yield collate([dataset[i] for i in order[start : start + batch_size]])
 
 
-def training_batch(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> Batch:
+def training_pairs(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> list[Pair]:
     """The batch of an optimisation step: a function of (seed, step) alone, so runs can resume.
 
     Each epoch is its own permutation of the data; what is left of it after the last whole batch is
@@ -400,7 +400,7 @@ def training_batch(dataset: Sequence[Pair], batch_size: int, seed: int, step: in
     size = min(batch_size, len(dataset))
     epoch, index = divmod(step, len(dataset) // size)
     order = _epoch_order(len(dataset), seed, epoch)
-    return collate([dataset[i] for i in order[index * size : (index + 1) * size]])
+    return [dataset[i] for i in order[index * size : (index + 1) * size]]
 
 
 @lru_cache(maxsize=2)

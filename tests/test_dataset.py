@@ -12,7 +12,7 @@ from edgeprune.dataset import (
     encode_pair,
     iterate_batches,
     load_dataset,
-    training_batch,
+    training_pairs,
 )
 
 SPEC = {
@@ -208,7 +208,7 @@ def test_training_batches_follow_from_seed_and_step():
     pairs = random_pairs(10)
 
     def batches(seed: int, steps: range) -> list[tuple]:
-        return [training_batch(pairs, 4, seed, step).pairs for step in steps]
+        return [tuple(training_pairs(pairs, 4, seed, step)) for step in steps]
 
     assert batches(0, range(6)) == batches(0, range(6))
     assert batches(0, range(6))[3:] == batches(0, range(3, 6))
@@ -216,4 +216,4 @@ def test_training_batches_follow_from_seed_and_step():
     first, second, third = batches(0, range(3))
     assert not set(first) & set(second)  # one epoch repeats nothing
     assert (*first, *second) != (*third, *batches(0, range(3, 4))[0])  # epochs differ in order
-    assert len(training_batch(pairs, 64, 0, 5).pairs) == 10
+    assert len(training_pairs(pairs, 64, 0, 5)) == 10

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
-from edgeprune.commands.shared import data_file, first_split, load_model, load_pairs, say
+from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
 from edgeprune.config import (
     EvaluateConfig,
     ExportConfig,
     PruneConfig,
     Split,
+    TrackerConfig,
     check_model,
     check_prune,
     target_sparsity,
     to_dict,
 )
 
+if TYPE_CHECKING:
+    from edgeprune.training.distributed import Processes
+
 
 def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
+    from edgeprune.training import run
+    from edgeprune.training.distributed import Processes
+
+    run_dir = Path(config.run_dir)
+    processes = Processes.join(config.model.device, config.launcher.timeout)
+    if not processes.is_first:
+        be_quiet()
+    processes.check_same("the settings", str(config))
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(run.locked(run_dir))
+            run.claim(run_dir, config)
+
+        processes.first_does(claim)
+        _prune(config, run_dir, processes)
+
+
+def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
+    """On each process, with the run directory ready; the first one writes there."""
     from edgeprune.ablation import Ablation
     from edgeprune.training import run
     from edgeprune.training.progress import training_progress
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
 
-    run_dir = Path(config.run_dir)
-    run.claim(run_dir, config)
-    model = load_model(config.model)
+    model = load_model(replace(config.model, device=processes.device))
+    processes.first_does(lambda: data_file(config.task, model.tokenizer, run_dir))
     data_path = data_file(config.task, model.tokenizer, run_dir)
     pairs = load_pairs(data_path, config.task, model, "train")
-    run.write_manifest(run_dir, model, data_path)
+    processes.check_same("the data", run.file_digest(data_path))
+    processes.check_same("the models", model.fingerprint())
+    processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
     trainer = Trainer(
         model,
         pairs,
@@ -42,16 +70,21 @@ def prune(config: PruneConfig) -> None:
         target_sparsity=target_sparsity(config, model.graph.num_edges),
         seed=config.seed,
         ablation=Ablation(model, config.ablation, pairs),
+        processes=processes,
     )
+    number = f", {processes.count} processes" if processes.count > 1 else ""
     say(
         f"pruning {model.name} ({model.graph.num_edges:,} edges) on {config.task.name}: "
-        f"{len(pairs):,} pairs, {config.trainer.steps:,} steps, in {run_dir}"
+        f"{len(pairs):,} pairs, {config.trainer.steps:,} steps{number}, in {run_dir}"
     )
+    tracker = config.tracker if processes.is_first else TrackerConfig()
     with (
-        Tracker(config.tracker, run_dir, to_dict(config)) as track,
-        training_progress(config.trainer.steps) as show,
+        Tracker(tracker, run_dir, to_dict(config)) as track,
+        training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
+    if not processes.is_first:
+        return
     export(ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges))
     evaluate(
         EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),

@@ -13,6 +13,12 @@ from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Split, TaskC
 from edgeprune.files import write_text
 
 OUT = Console()
+ERR = Console(stderr=True)
+
+
+def be_quiet() -> None:
+    """Print nothing but errors: what follows is said by the run's first process."""
+    OUT.quiet = ERR.quiet = True
 
 
 def show(text: str) -> None:
@@ -22,7 +28,7 @@ def show(text: str) -> None:
 
 def say(text: str) -> None:
     """A line for people, on standard error; never read as markup."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    ERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def load_model(config: ModelConfig) -> Any:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
 from edgeprune.config import TrainerConfig
-from edgeprune.dataset import Pair, training_batch
+from edgeprune.dataset import Pair, collate, training_pairs
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
+from edgeprune.training.distributed import Processes
 from edgeprune.training.objective import (
     SparsityConstraint,
     faithfulness,
@@ -27,6 +28,8 @@ from edgeprune.training.objective import (
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why."""
+
+    on_every_process = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Trainer:
         target_sparsity: of the edges, after the warm-up.
         seed: of the start, the noise and the order of the data.
         ablation: what closed edges carry.
+        processes: those that share the run, each with a trainer of its own; all take the step that
+            one process would take.
+
+    Raises:
+        ConfigError: a batch has fewer pairs than there are processes.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class Trainer:
         target_sparsity: float,
         seed: int,
         ablation: Ablation,
+        processes: Processes | None = None,
     ) -> None:
         self.model = model
         self.pairs = pairs
@@ -83,6 +92,8 @@ class Trainer:
         self.target_sparsity = target_sparsity
         self.seed = seed
         self.ablation = ablation
+        self.processes = processes or Processes()
+        self.processes.part(range(min(config.batch_size, len(pairs))))
         self.step = 0
         self.masks = CircuitMasks(
             model.graph,
@@ -109,32 +120,39 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite; nothing was changed.
+            ProcessError: another process died or hung; nothing was changed.
         """
         config = self.config
-        batch = training_batch(self.pairs, config.batch_size, self.seed, self.step)
-        batch = batch.to(self.model.device)
+        pairs = training_pairs(self.pairs, config.batch_size, self.seed, self.step)
+        mine = self.processes.part(pairs)
+        batch = collate(mine).to(self.model.device)
         reference, corrupted = self._passes.run_pair(batch)
         closed = self.ablation.values(batch, corrupted)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        kl = faithfulness(batch, reference, self.model.run_circuit(batch, mixed, closed))
+        logits = self.model.run_circuit(batch, mixed, closed)
+        kl = faithfulness(batch, reference, logits) * (len(mine) / len(pairs))
         sparsity = hard_concrete.sparsity(gates.edge)
         target = self._target(config.start_sparsity, self.target_sparsity)
-        loss = kl + self.constraints["edge"](sparsity, target)
+        constraint = self.constraints["edge"](sparsity, target)
         node_sparsity = node_target = None
         if gates.node is not None:
             node_sparsity = hard_concrete.sparsity(gates.node)
             node_target = self._target(config.start_node_sparsity, config.target_node_sparsity)
-            loss = loss + self.constraints["node"](node_sparsity, node_target)
+            constraint = constraint + self.constraints["node"](node_sparsity, node_target)
+        self.optimizer.zero_grad(set_to_none=True)
+        # the constraint is the same on every process, so each adds a share of it
+        (kl + constraint / self.processes.count).backward()
+        kl = kl.detach()
+        self.processes.sum([kl, *(p.grad for p in self._named_parameters().values())])
+        loss = kl + constraint.detach()
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
-                f"that begins with {batch.pairs[0].text!r}; the state before this step is kept. "
+                f"that begins with {pairs[0].text!r}; the state before this step is kept. "
                 "Lower trainer.learning_rate, or use model.dtype=float32"
             )
         learning_rate = self._set_learning_rates()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.optimizer.step()
         self.step += 1
         edge = self.constraints["edge"]
