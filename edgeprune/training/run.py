@@ -49,8 +49,8 @@ EDGES = "edges.json"
 REPORT = "circuit.json"
 LOCK = ".lock"
 
-FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device", "model.name",
-                  "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
+                  "model.name", "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
 """Settings that do not change what is computed, so a run may be resumed with others."""
 
 
