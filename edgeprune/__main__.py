@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
 from edgeprune.help import command_help, overview, setting_names
+from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
 POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit"}
@@ -91,6 +92,8 @@ def _run(command: str, overrides: list[str]) -> None:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
+            if "SUBMITIT_EXECUTOR" in os.environ:  # in a job; Hydra brings it to who started that
+                raise JobFailed(str(error)) from None
             failures.append(error)
 
     sys.argv = [f"edgeprune {command}", *overrides]

@@ -159,6 +159,8 @@ class TrackerConfig:
 class LauncherConfig:
     """The processes of a run."""
 
+    processes: int | None = 1
+    """Started on this machine by `accelerate launch`; null: one for each GPU."""
     timeout: int = 30
     """Minutes after which a process that waits for another gives up."""
 
@@ -313,8 +315,10 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(
                 f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
             )
-    if config.launcher.timeout < 1:
-        raise ConfigError(f"launcher.timeout={config.launcher.timeout} must be at least 1 minute")
+    for name in ("processes", "timeout"):
+        given = getattr(config.launcher, name)
+        if given is not None and given < 1:
+            raise ConfigError(f"launcher.{name}={given} must be at least 1")
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")

@@ -138,6 +138,7 @@ def _split_text(record: dict, field: str) -> tuple[str, str, str]:
     if not isinstance(text, str):
         got = "nothing" if text is None else type(text).__name__
         raise DataError(f"field {field!r} is {got}, expected a string")
+    _check_unicode(text, field)
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
         raise DataError(
             f"field {field!r} needs exactly one {OPEN}...{CLOSE} around the text to predict, "
@@ -163,7 +164,17 @@ def _strings(record: dict, field: str, gap: str) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
         raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
+    for text in values:
+        _check_unicode(text, field)
     return [gap + v.lstrip() for v in values] if gap else values
+
+
+def _check_unicode(text: str, field: str) -> None:
+    """JSON can escape half a character (a lone surrogate), which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(
+            f"field {field!r} has half a character (a lone surrogate): {_shorten(text)}"
+        )
 
 
 def _tokenize(

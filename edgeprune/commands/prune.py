@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
+
 from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
 from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
@@ -21,6 +23,7 @@ from edgeprune.config import (
     target_sparsity,
     to_dict,
 )
+from edgeprune.launch import in_processes, launch_processes
 
 if TYPE_CHECKING:
     from edgeprune.training.distributed import Processes
@@ -30,6 +33,9 @@ def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
+    if config.launcher.processes != 1 and not in_processes():
+        launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
+        return
     from edgeprune.training import run
     from edgeprune.training.distributed import Processes
 

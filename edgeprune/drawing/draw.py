@@ -176,7 +176,8 @@ def _title(title: str | None, num_edges: int, num_nodes: int) -> str:
         (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
     )  # fmt: skip
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
-    first = f"<B>{html.escape(title)}</B>{gap}" if title else ""
+    title = "".join(c if c.isprintable() else " " for c in title or "").strip()
+    first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
     small = '<FONT POINT-SIZE="13">'
     return f"<{first}{small}{counts}</FONT>{gap}{small}edges into {legend}</FONT>{gap}&#160;>"
 

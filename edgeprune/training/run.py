@@ -86,7 +86,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         ConfigError: another run holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("w") as file:
+    with (run_dir / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
