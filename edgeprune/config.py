@@ -161,6 +161,10 @@ class LauncherConfig:
 
     processes: int | None = 1
     """Started on this machine by `accelerate launch`; null: one for each GPU."""
+    shard: bool = False
+    """Split the model's layers over the processes (FSDP2), where it is too large for one."""
+    offload: bool = False
+    """With shard: keep what is not in use in the CPU's memory."""
     timeout: int = 30
     """Minutes after which a process that waits for another gives up."""
 
@@ -319,6 +323,13 @@ def check_prune(config: PruneConfig) -> None:
         given = getattr(config.launcher, name)
         if given is not None and given < 1:
             raise ConfigError(f"launcher.{name}={given} must be at least 1")
+    if config.launcher.offload and not config.launcher.shard:
+        raise ConfigError("launcher.offload=true needs launcher.shard=true")
+    if config.launcher.shard and config.model.bits is not None:
+        raise ConfigError(
+            f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
+            "leave out one of them"
+        )
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")

@@ -27,6 +27,12 @@ JOBS = [
     {"batch_size": 8},
     {"batch_size": 7, "node_gates": True},
     {"batch_size": 5, "keep": False},
+    {"batch_size": 6, "model": "qwen3"},
+]
+SHARDED = [
+    {**JOBS[2], "shard": "on the device"},
+    {**JOBS[2], "shard": "offload"},
+    {**JOBS[3], "shard": "on the device"},
 ]
 
 
@@ -98,7 +104,11 @@ def test_several_processes_learn_what_one_learns(alone, tmp_path, count):
     until = {**JOBS[1], "until": 9}
     jobs += [{**until, "output": str(tmp_path / "half")}]
     jobs += [{**JOBS[1], "resume": str(tmp_path / "half"), "output": str(tmp_path / "whole")}]
+    jobs += [{**job, "output": str(tmp_path / f"sharded-{i}")} for i, job in enumerate(SHARDED)]
     work(count, jobs)
+    for i, job in enumerate(SHARDED):
+        whole = next(j for j, other in enumerate(JOBS) if other.items() <= job.items())
+        assert_same_run(alone / f"{whole}-0.safetensors", tmp_path / f"sharded-{i}-0.safetensors")
     for i in range(len(JOBS)):
         assert_same_run(alone / f"{i}-0.safetensors", tmp_path / f"{i}-0.safetensors")
         first, *others = (load_file(tmp_path / f"{i}-{r}.safetensors") for r in range(count))
@@ -128,21 +138,31 @@ def one_process(tmp_path_factory):
 
 
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone"),
+    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"),
     "accelerate": (
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m",
     ),
+    "edgeprune": (),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launched_run_is_that_of_one_process(one_process, tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [
+        ("torchrun", ()),
+        ("accelerate", ()),
+        ("edgeprune", ("launcher=accelerate", "launcher.processes=2")),
+        ("torchrun", ("launcher.shard=true",)),
+        ("torchrun", ("launcher.shard=true", "launcher.offload=true")),
+    ],
+)
+def test_a_launched_run_is_that_of_one_process(one_process, tmp_path, launcher, settings):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "edgeprune", "prune", *SMALL]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "edgeprune", "prune", *SMALL]
     done = subprocess.run(
-        [*command, f"run_dir={run_dir}"], capture_output=True, text=True, timeout=300,
+        [*command, *settings, f"run_dir={run_dir}"], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

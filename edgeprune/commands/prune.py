@@ -62,7 +62,11 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
 
-    model = load_model(replace(config.model, device=processes.device))
+    if config.launcher.shard:
+        on_cpu = replace(config.model, device="cpu")
+        model = processes.shard(lambda: load_model(on_cpu), offload=config.launcher.offload)
+    else:
+        model = load_model(replace(config.model, device=processes.device))
     processes.first_does(lambda: data_file(config.task, model.tokenizer, run_dir))
     data_path = data_file(config.task, model.tokenizer, run_dir)
     pairs = load_pairs(data_path, config.task, model, "train")
@@ -89,10 +93,11 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    if not processes.is_first:
-        return
-    export(ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges))
-    evaluate(
-        EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),
-        model=model,
-    )
+    size = ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges)
+    processes.first_does(lambda: export(size))
+    if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
+        evaluate(
+            EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),
+            model=model,
+            writes=processes.is_first,
+        )

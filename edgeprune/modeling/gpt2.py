@@ -28,6 +28,7 @@ class GPT2Block:
     """Runs the parts of a loaded `GPT2Block` head by head."""
 
     def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2

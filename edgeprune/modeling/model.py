@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
+from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
 from edgeprune.outbox import Outboxes, Workspace
 
 
 class Block(Protocol):
     """One transformer block, run on a separate input for each reader."""
 
+    layer: nn.Module
     attention_norm: nn.Module
     attention_output: nn.Module
     mlp_norm: nn.Module
@@ -44,6 +46,7 @@ class Architecture(Protocol):
     blocks: Sequence[Block]
     body: nn.Module
     final_norm: nn.Module
+    logits: nn.Module
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
@@ -51,10 +54,6 @@ class Architecture(Protocol):
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
         """What attention needs beside the states (masks, rotations), for [batch, pos, d_model]."""
-        ...
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Normed final states [..., d_model] -> [..., vocabulary]."""
         ...
 
 
@@ -104,6 +103,7 @@ class CircuitModel:
         self.tokenizer = tokenizer
         self.name = name
         self._workspace = Workspace()
+        self._fingerprint: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +116,30 @@ class CircuitModel:
 
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every weight: tells whether a model is still the same."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, weight in self.architecture.body.named_parameters():
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
             digest.update(f"{name} {list(weight.shape)}".encode())
             digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def shard(self, mesh: Any, device: str, *, offload: bool) -> None:
+        """Split the layers' weights over processes; see `shard_layers`.
+
+        Args:
+            mesh: of all the processes.
+            device: where this process runs; the model must still be on the CPU.
+            offload: whether its share of the weights stays in the CPU's memory.
+        """
+        self.fingerprint()  # while all the weights are here
+        arch = self.architecture
+        shard_layers(
+            arch.body, [block.layer for block in arch.blocks], mesh, device, offload=offload
+        )
+        arch.logits.to(device)
 
     # ---------------------------------------------------------------------------- the whole model
 
@@ -214,11 +232,13 @@ class CircuitModel:
         attention_inputs = arch.attention_inputs(stream)
         for layer, block in enumerate(arch.blocks):
             x = boxes.read(site_gates[2 * layer], base(2 * layer))
+            begin_layer(block.layer, x)
             values = block.attend(x, attention_inputs)
             closed = None if corrupted is None else corrupted.head_values[layer]
             boxes.write(block.head_delta(values, closed))
             x = boxes.read(site_gates[2 * layer + 1], base(2 * layer + 1))[0]
             output = block.mlp(block.mlp_norm(x))
+            end_layer(block.layer, output)
             if corrupted is not None:
                 output = output - corrupted.mlp_outputs[layer]
             boxes.write(output[None])

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from edgeprune.config import ConfigError
+from edgeprune.modeling import CircuitModel
 
 Item = TypeVar("Item")
 
@@ -84,6 +86,32 @@ class Processes:
             )
         own = "cpu" if state.device.type == "cpu" else str(state.device)
         return cls(state.num_processes, state.process_index, own)
+
+    def shard(self, load: Callable[[], CircuitModel], *, offload: bool) -> CircuitModel:
+        """Load a model and split its layers over the processes.
+
+        Those of a machine load one after another, since each holds the whole model meanwhile.
+
+        Args:
+            load: loads it on the CPU.
+            offload: whether the shares stay in the CPU's memory.
+
+        Raises:
+            ConfigError: there is only one process.
+        """
+        if self.count == 1:
+            raise ConfigError(
+                "launcher.shard=true splits the model over several processes, but there is one; "
+                "start more (launcher.processes=N, torchrun, run_scripts/), or leave it out"
+            )
+        mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
+        model = None
+        for turn in range(self.count):
+            if turn == PartialState().local_process_index:
+                model = load()
+                model.shard(mesh, self.device, offload=offload)
+            self.any(False)
+        return model
 
     @property
     def is_first(self) -> bool:
