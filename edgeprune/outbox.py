@@ -27,6 +27,11 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
         self.generation = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that has been taken."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor; it lasts until the next forward pass takes the same name."""
         size = 1

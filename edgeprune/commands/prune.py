@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -13,6 +14,7 @@ from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
 from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
 from edgeprune.config import (
+    ConfigError,
     EvaluateConfig,
     ExportConfig,
     PruneConfig,
@@ -57,19 +59,27 @@ def prune(config: PruneConfig) -> None:
 def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     """On each process, with the run directory ready; the first one writes there."""
     from edgeprune.ablation import Ablation
+    from edgeprune.modeling import model_shape
     from edgeprune.training import run
     from edgeprune.training.progress import training_progress
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
 
+    shape = model_shape(
+        config.model.path,
+        dtype=config.model.dtype,
+        embedding_writers=config.model.embedding_writers,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    processes.first_does(lambda: data_file(config.task, shape.tokenizer, run_dir))
+    data_path = data_file(config.task, shape.tokenizer, run_dir)
+    pairs = load_pairs(data_path, config.task, shape, "train")
+    _plan_memory(config, shape, pairs, processes)
     if config.launcher.shard:
         on_cpu = replace(config.model, device="cpu")
         model = processes.shard(lambda: load_model(on_cpu), offload=config.launcher.offload)
     else:
         model = load_model(replace(config.model, device=processes.device))
-    processes.first_does(lambda: data_file(config.task, model.tokenizer, run_dir))
-    data_path = data_file(config.task, model.tokenizer, run_dir)
-    pairs = load_pairs(data_path, config.task, model, "train")
     processes.check_same("the data", run.file_digest(data_path))
     processes.check_same("the models", model.fingerprint())
     processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
@@ -97,7 +107,39 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     processes.first_does(lambda: export(size))
     if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
         evaluate(
-            EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),
+            EvaluateConfig(
+                circuit=str(run_dir),
+                split=first_split(data_path, Split.validation),
+                batch_size=min(EvaluateConfig.batch_size, config.trainer.batch_size),
+            ),
             model=model,
             writes=processes.is_first,
+        )
+
+
+def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Processes) -> None:
+    """Say how much memory a process will need, before the weights are loaded.
+
+    Raises:
+        ConfigError: there is less.
+    """
+    from edgeprune.modeling.memory import in_gb, plan_memory
+
+    sharded = config.launcher.shard
+    plan = plan_memory(
+        shape,
+        pairs,
+        math.ceil(config.trainer.batch_size / processes.count),
+        shares=processes.count if sharded else 1,
+        offload=config.launcher.offload,
+        bits=config.model.bits,
+    )
+    free = processes.free_memory()
+    say(f"memory for each process: about {plan}; {in_gb(free)} are free")
+    if plan.total > free:
+        raise ConfigError(
+            f"{config.model.name} needs about {plan}, but only {in_gb(free)} are free for a "
+            "process. Take fewer examples at a time (trainer.batch_size, or more processes), hold "
+            "the weights in less (model.dtype=bfloat16, model.bits=4), or split them over "
+            "processes (launcher.shard=true, launcher.offload=true)"
         )

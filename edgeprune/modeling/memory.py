@@ -15,6 +15,9 @@ from edgeprune.modeling.passes import MOST_KEPT, KeptPasses
 MASK_COPIES = 8
 """Numbers for each edge: log alpha, gradient, two moments; noise, gates and their gradients."""
 
+WORKING_COPIES = 3
+"""Measured on the CPU: the peak is a few times one block's kept values above what is kept."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -24,6 +27,7 @@ class MemoryPlan:
         weights: of the model; with shares, its own and one whole layer.
         outboxes: the writers' deltas and their gradients.
         blocks: what the blocks keep for the backward pass.
+        working: what comes and goes while one block runs or is differentiated.
         corrupted: what closed edges carry, and the logits.
         masks: log alphas, their gradients and the optimiser's state.
         kept: kept passes over the training set (see `KeptPasses`).
@@ -32,6 +36,7 @@ class MemoryPlan:
     weights: int
     outboxes: int
     blocks: int
+    working: int
     corrupted: int
     masks: int
     kept: int
@@ -96,12 +101,13 @@ def plan_memory(
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model.run_circuit(batch, gates, corrupted)
-    boxes = model.workspace_size()
+    blocks = sum(storage.nbytes() for storage in saved.values())
     kept = KeptPasses.size(model, pairs)
     return MemoryPlan(
         weights=outside + held,
-        outboxes=boxes,
-        blocks=sum(storage.nbytes() for storage in saved.values()),
+        outboxes=model.workspace.nbytes,
+        blocks=blocks,
+        working=WORKING_COPIES * blocks // model.graph.num_layers,
         corrupted=sum(s.nbytes() for s in _storages(corrupted).values())
         + 3 * logits.numel() * 4,  # the reference, the circuit's, and one's log-probabilities
         masks=MASK_COPIES * 4 * model.graph.num_edges,

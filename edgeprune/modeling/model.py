@@ -102,7 +102,7 @@ class CircuitModel:
         self.graph = graph
         self.tokenizer = tokenizer
         self.name = name
-        self._workspace = Workspace()
+        self.workspace = Workspace()
         self._fingerprint: str | None = None
 
     @property
@@ -215,7 +215,7 @@ class CircuitModel:
         site_gates = _split_by_site(gates, graph)
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
-        boxes = Outboxes(self._workspace, graph.num_writers, stream)
+        boxes = Outboxes(self.workspace, graph.num_writers, stream)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         always_on = None
         if graph.embedding_writers:

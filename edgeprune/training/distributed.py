@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -112,6 +113,16 @@ class Processes:
                 model.shard(mesh, self.device, offload=offload)
             self.any(False)
         return model
+
+    def free_memory(self) -> int:
+        """Bytes that this process may still take: of its GPU, or its share of the machine's."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda"):
+            return torch.cuda.mem_get_info(torch.device(device))[0]
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return psutil.virtual_memory().available // on_this_machine
 
     @property
     def is_first(self) -> bool:
