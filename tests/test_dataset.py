@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from contextlib import suppress
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgeprune.dataset import (
     DataError,
+    PairDataset,
     collate,
     encode_pair,
     iterate_batches,
@@ -257,3 +259,26 @@ def test_bytes_changed_at_random_are_read_or_refused(tokenizer, tmp_path, data):
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with suppress(DataError):
         load_dataset(path, tokenizer, "train")
+
+
+def test_a_data_set_is_read_in_any_order_and_takes_no_memory(tokenizer, tmp_path):
+    """Of thousands of pairs; what is held of each is a place in a file."""
+    first = random_pairs(3, predicted=2)
+    dataset = PairDataset(first, "some")
+    assert [dataset[2], dataset[0], dataset[1]] == [first[2], first[0], first[1]]
+    assert list(dataset) == first
+    assert hash(dataset[1]) == hash(first[1])
+    with pytest.raises(IndexError, match="pair 3 of 3"):
+        dataset[3]
+
+    record = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
+    path = write_jsonl(tmp_path / "many.jsonl", *[{**record, "note": "x" * 500}] * 3_000)
+    load_dataset(write_jsonl(tmp_path / "few.jsonl", record), tokenizer, "train")  # imports
+    tracemalloc.start()
+    try:
+        dataset = load_dataset(path, tokenizer, "train")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert len(dataset) == 3_000
+    assert dataset[2_999] == dataset[0]

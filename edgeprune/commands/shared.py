@@ -94,9 +94,9 @@ def load_pairs(path: Path, task: TaskConfig, model: Any, split: str) -> Any:
 
 def first_split(path: Path, wanted: Split) -> Split:
     """The wanted split if the file has it (or no splits at all), else the first it has."""
-    from edgeprune.dataset import read_records
+    from edgeprune.dataset import iterate_records
 
-    found = {record.get("split", wanted.name) for record in read_records(path)}
+    found = {record.get("split", wanted.name) for record in iterate_records(path)}
     return wanted if wanted.name in found else next(split for split in Split if split.name in found)
 
 
