@@ -56,8 +56,9 @@ class ModelConfig:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
-    attention: str = "sdpa"
-    """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ..."""
+    attention: str = "auto"
+    """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ...;
+    auto is sdpa, or eager where the model caps its scores."""
     bits: int | None = None
     """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
     embedding_writers: bool = True

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests run beside each other
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -63,7 +63,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "COLUMNS": "200", **environment},
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
     )
 
 

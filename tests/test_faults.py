@@ -104,14 +104,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     weights = load_file(model / "model.safetensors")
     weights["transformer.wpe.weight"][30:] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    sums = [" + ".join(["1"] * count) + " =" for count in (*range(2, 13), 20)]
+    sums = [" + ".join(["1"] * count) + " =" for count in (*range(2, 14), 20)]
     data = write_jsonl(
         tmp_path / "sums.jsonl",
         *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"{sum} <predict>4</predict>"}
           for sum in sums),
     )  # fmt: skip
     done = run_cli("prune", "model=custom", f"model.path={model}", "task=custom",
-                   f"task.path={data}", "trainer.steps=6", "trainer.batch_size=2", "seed=4",
+                   f"task.path={data}", "trainer.steps=6", "trainer.batch_size=2", "seed=1",
                    "num_edges=60", f"run_dir={run_dir}")  # fmt: skip
     assert_refused(done, 1, "the loss is nan at step ", "on the batch that begins with '1 + 1",
                    "the state before this step is kept", "Lower trainer.learning_rate")  # fmt: skip

@@ -36,18 +36,18 @@ def test_code_llama_13b():
     rotation = 1024  # bytes of buffers
     assert plan.weights == pytest.approx(40 * layer + rest, abs=rotation)
     num_writers = 1 + 40 * 41
-    assert plan.outboxes == 2 * num_writers * 72 * 5120 * 2
+    num_readers = 40 * 121
+    deltas = 2 * num_writers * 72 * 5120 * 2
+    assert deltas <= plan.outboxes <= deltas + 1.05 * num_readers * 72 * 5120 * 2
     stream, heads, mlps = 81, 40, 40
     assert plan.corrupted == (1 + stream + heads + mlps) * 72 * 5120 * 2 + 3 * 32016 * 4
     assert plan.masks == 8 * 4 * 3_877_661
     assert plan.kept == 0  # too many to be kept
-    inputs = 40 * 121 * 72 * 5120 * 2  # every reader's, in every layer
-    assert inputs < plan.blocks < 4 * inputs
-    assert 30e9 < plan.total < 45e9
+    assert 30e9 < plan.total < 60e9
 
     four = plan_memory(model, pairs, 4)
     assert four.outboxes == 4 * plan.outboxes
-    assert four.blocks == pytest.approx(4 * plan.blocks, rel=0.05)
+    assert plan.blocks < four.blocks < 4.1 * plan.blocks  # the folded weights are the same
     shared = plan_memory(model, pairs, 1, shares=8)
     assert shared.weights == pytest.approx(6 * layer + rest, abs=rotation)
     away = plan_memory(model, pairs, 1, shares=8, offload=True)

@@ -25,7 +25,7 @@ class MemoryPlan:
 
     Attributes:
         weights: of the model; with shares, its own and one whole layer.
-        outboxes: the writers' deltas and their gradients.
+        outboxes: the writers' deltas and their gradients, and the readers' inputs.
         blocks: what the blocks keep for the backward pass.
         working: what comes and goes while one block runs or is differentiated.
         corrupted: what closed edges carry, and the logits.
@@ -77,7 +77,7 @@ def plan_memory(
     corrupted = _activations(model, batch)
     weights = {
         tensor.untyped_storage()._cdata: tensor
-        for module in (model.architecture.body, model.architecture.logits)
+        for module in (model.architecture.body, model.architecture.unembed)
         for tensor in (*module.parameters(), *module.buffers())
     }
     in_layers = [_size_of_layer(block.layer, bits) for block in model.architecture.blocks]
@@ -101,11 +101,14 @@ def plan_memory(
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model.run_circuit(batch, gates, corrupted)
+    buffers = model.workspace.buffers
+    for buffer in buffers:
+        saved.pop(buffer.untyped_storage()._cdata, None)
     blocks = sum(storage.nbytes() for storage in saved.values())
     kept = KeptPasses.size(model, pairs)
     return MemoryPlan(
         weights=outside + held,
-        outboxes=model.workspace.nbytes,
+        outboxes=sum(buffer.nbytes for buffer in buffers),
         blocks=blocks,
         working=WORKING_COPIES * blocks // model.graph.num_layers,
         corrupted=sum(s.nbytes() for s in _storages(corrupted).values())
