@@ -159,6 +159,8 @@ def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
     missing = re.search(r"Could not find '([\w/]+)'", text)
     if missing:
         group, _, choice = missing.group(1).rpartition("/")
+        if choice == "submitit_slurm":
+            return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
         choices = sorted(
             str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
         )

@@ -243,3 +243,22 @@ def test_without_the_others_it_does_not_hang(tmp_path):
     assert done.returncode == 1
     assert "the processes of the run could not meet: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_when_its_time_is_up(tmp_path):
+    run_dir = tmp_path / "run"
+    command = ("prune", *SMALL, "trainer.steps=5000", "launcher.timeout=1", f"run_dir={run_dir}")
+    processes = start(2, "-m", "edgeprune", *command)
+    wait_for(run_dir / "checkpoints/step-00000005", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        error = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert 30 < time.monotonic() - stopped < 110
+    assert "Traceback" not in error
+    assert "another process of the run died or did not answer" in error.strip().splitlines()[-1]
