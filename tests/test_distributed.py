@@ -60,7 +60,7 @@ def start(count: int, *command: object, **environment: str) -> list[subprocess.P
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str, str]]:
     """(exit code, standard output, standard error) of each."""
     try:
         said = [process.communicate(timeout=timeout) for process in processes]

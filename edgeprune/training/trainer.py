@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,7 +173,8 @@ class Trainer:
     @cached_property
     def _passes(self) -> KeptPasses | CircuitModel:
         """What `run_pair` is asked of: a small training set is run once, before the first step."""
-        return KeptPasses.where_they_fit(self.model, self.pairs, self.config.batch_size)
+        at_a_time = math.ceil(self.config.batch_size / self.processes.count)
+        return KeptPasses.where_they_fit(self.model, self.pairs, at_a_time)
 
     def _target(self, start: float, target: float) -> float:
         config = self.config
