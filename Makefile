@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-slurm lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,10 @@ test: $(READY) dot ## run the tests (a few minutes)
 
 test-slow: $(READY) dot ## run the slow tests too
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+test-slurm: $(READY) ## run the tests on a SLURM cluster (SLURM_CONF, or the machine's own)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test,slurm]'
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: $(READY) ## check style
 	$(BIN)/ruff check .

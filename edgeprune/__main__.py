@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
 from edgeprune.help import command_help, overview, setting_names
+from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
 POSITIONAL = {
@@ -105,6 +106,8 @@ def _run(command: str, overrides: list[str]) -> None:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
+            if "SUBMITIT_EXECUTOR" in os.environ:  # in a job; Hydra brings it to who started that
+                raise JobFailed(str(error)) from None
             failures.append(error)
 
     flags_last = sorted(overrides, key=lambda argument: argument.startswith("-"))
@@ -122,9 +125,11 @@ def _run(command: str, overrides: list[str]) -> None:
 def _report(command: str, arguments: list[str], error: Exception) -> None:
     """Say what went wrong in one message, and exit."""
     name = type(error).__name__
+    if _rank() > 0 and (getattr(error, "on_every_process", False) or _of_hydra(error)):
+        sys.exit(getattr(error, "exit_code", None) or 1)  # the first process says it
     if getattr(error, "exit_code", None) is not None:
         _fail(str(error), error.exit_code)
-    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+    if _of_hydra(error):
         _fail(_explain_hydra(command, arguments, error), 2)
     if isinstance(error, ConfigError):
         _fail(str(error), 2)
@@ -134,6 +139,15 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
         what = f"{error.filename}: " if error.filename else ""
         _fail(f"{what}{error.strerror or error}", 1)
     _fail(f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1)
+
+
+def _rank() -> int:
+    """Which of the run's processes this is; 0 when there is one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _of_hydra(error: Exception) -> bool:
+    return type(error).__module__.startswith(("hydra.", "omegaconf."))
 
 
 def _ours(error: Exception) -> bool:
@@ -162,6 +176,8 @@ def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
     missing = re.search(r"Could not find '([\w/]+)'", text)
     if missing:
         group, _, choice = missing.group(1).rpartition("/")
+        if choice == "submitit_slurm":
+            return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
         choices = sorted(
             str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
         )
@@ -172,7 +188,8 @@ def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"edgeprune: {message}", file=sys.stderr)
+    who = f" (process {_rank()})" if _rank() > 0 else ""
+    print(f"edgeprune{who}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

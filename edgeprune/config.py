@@ -15,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ConfigError(ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
 
+    on_every_process = True
+
 
 class AblationKind(Enum):
     interchange = "interchange"
@@ -167,6 +169,20 @@ class TrackerConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """The processes of a run."""
+
+    processes: int | None = 1
+    """Started on this machine by `accelerate launch`; null: one for each GPU."""
+    shard: bool = False
+    """Split the model's layers over the processes (FSDP2), where it is too large for one."""
+    offload: bool = False
+    """With shard: keep what is not in use in the CPU's memory."""
+    timeout: int = 30
+    """Minutes after which a process that waits for another gives up."""
+
+
+@dataclass
 class PruneConfig:
     """Learn the gates of a model's edges on a task."""
 
@@ -175,6 +191,7 @@ class PruneConfig:
     ablation: AblationConfig = field(default_factory=AblationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     sparsity: float | None = None
     """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
     num_edges: int | None = None
@@ -380,6 +397,23 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(
                 f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
             )
+    for name in ("processes", "timeout"):
+        given = getattr(config.launcher, name)
+        if given is not None and given < 1:
+            raise ConfigError(f"launcher.{name}={given} must be at least 1")
+    if config.launcher.offload and not config.launcher.shard:
+        raise ConfigError("launcher.offload=true needs launcher.shard=true")
+    if config.launcher.shard and trainer.recompute:
+        raise ConfigError(
+            "launcher.shard=true and trainer.recompute=true do not go together: a block that runs "
+            "again would find its weights gone; give one, and take fewer pairs at a time "
+            "(trainer.micro_batch_size)"
+        )
+    if config.launcher.shard and config.model.bits is not None:
+        raise ConfigError(
+            f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
+            "leave out one of them"
+        )
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")

@@ -9,11 +9,15 @@ cannot reach the tokens before it, so no attention mask is needed.
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -138,6 +142,7 @@ def _split_text(record: dict, field: str) -> tuple[str, str, str]:
     if not isinstance(text, str):
         got = "nothing" if text is None else type(text).__name__
         raise DataError(f"field {field!r} is {got}, expected a string")
+    _check_unicode(text, field)
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
         raise DataError(
             f"field {field!r} needs exactly one {OPEN}...{CLOSE} around the text to predict, "
@@ -163,7 +168,17 @@ def _strings(record: dict, field: str, gap: str) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
         raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
+    for text in values:
+        _check_unicode(text, field)
     return [gap + v.lstrip() for v in values] if gap else values
+
+
+def _check_unicode(text: str, field: str) -> None:
+    """JSON can escape half a character (a lone surrogate), which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(
+            f"field {field!r} has half a character (a lone surrogate): {_shorten(text)}"
+        )
 
 
 def _tokenize(
@@ -234,24 +249,39 @@ def _shorten(text: str, limit: int = 60) -> str:
 # ------------------------------------------------------------------------------------------ files
 
 
-@dataclass(frozen=True)
 class PairDataset(Sequence):
-    """Pairs of one split, with how many lines were left out and why."""
+    """Pairs of one split, tokenised once; they lie in a temporary file, not in memory.
 
-    pairs: tuple[Pair, ...]
-    name: str
-    skipped: tuple[str, ...] = ()
-    """One message for each line that did not fit the tokenizer."""
+    Args:
+        pairs: are written as they come.
+        name: for people.
+        skipped: one message for each line that did not fit the tokenizer.
+    """
+
+    def __init__(self, pairs: Iterable[Pair], name: str, skipped: Sequence[str] = ()) -> None:
+        self.name = name
+        self.skipped = skipped
+        self._file = TemporaryFile()  # noqa: SIM115 (it lasts as long as this)
+        self._ends = array("q", [0])  # in bytes
+        for pair in pairs:
+            self._file.write(json.dumps(list(vars(pair).values())).encode())
+            self._ends.append(self._file.tell())
+        self._file.flush()
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        start, end = self._ends[index : index + 2]
+        content = os.pread(self._file.fileno(), end - start, start)
+        values = json.loads(content, parse_constant=lambda _: math.nan)
+        return Pair(*(tuple(v) if isinstance(v, list) else v for v in values))
 
 
-def read_records(path: Path | str) -> list[dict]:
-    """The objects of a JSONL file.
+def iterate_records(path: Path | str) -> Iterator[dict]:
+    """The objects of a JSONL file, one after another.
 
     Raises:
         DataError: no such file, a line that is no JSON object (with its number), or no line at all.
@@ -259,7 +289,7 @@ def read_records(path: Path | str) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no data file {path}; give the path of a JSONL file")
-    records = []
+    empty = True
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -267,12 +297,12 @@ def read_records(path: Path | str) -> list[dict]:
                     continue
                 record = _parse_line(line, f"{path}, line {number}")
                 record["_where"] = f"{path}, line {number}"
-                records.append(record)
+                empty = False
+                yield record
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
-    if not records:
+    if empty:
         raise DataError(f"{path} holds no lines; expected one JSON object a line")
-    return records
 
 
 def _parse_line(line: str, where: str) -> dict:
@@ -303,24 +333,33 @@ def load_dataset(
         max_length: skip pairs with more tokens than this.
 
     Raises:
-        DataError: as `read_records`; an unknown split; a malformed line, with its number; no line
-            left.
+        DataError: as `iterate_records`; an unknown split; a malformed line, with its number; no
+            line left.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
-    records = read_records(path)
-    for record in records:
-        if record.get("split", split) not in SPLITS:
-            raise DataError(
-                f"{record['_where']}: unknown split {record['split']!r}; "
-                f"expected {', '.join(SPLITS)}, or no split at all"
-            )
-    chosen = [r for r in records if r.get("split", split) == split]
-    if not chosen:
-        found = ", ".join(sorted({r["split"] for r in records}))
-        raise DataError(f"{path} has no line of split {split!r}; it has {found}")
-    pairs, skipped = encode_records(chosen, tokenizer, max_length)
-    return PairDataset(tuple(pairs), f"{Path(path).name} [{split}]", tuple(skipped))
+    found: set[str] = set()
+    skipped: list[str] = []
+
+    def chosen() -> Iterator[dict]:
+        for record in iterate_records(path):
+            own = record.get("split", split)
+            if own not in SPLITS:
+                raise DataError(
+                    f"{record['_where']}: unknown split {own!r}; "
+                    f"expected {', '.join(SPLITS)}, or no split at all"
+                )
+            found.add(own)
+            if own == split:
+                yield record
+
+    pairs = _encode(chosen(), tokenizer, max_length, skipped)
+    dataset = PairDataset(pairs, f"{Path(path).name} [{split}]", skipped)
+    if split not in found:
+        raise DataError(f"{path} has no line of split {split!r}; it has {', '.join(sorted(found))}")
+    if not dataset:
+        raise _none_usable(skipped)
+    return dataset
 
 
 def encode_records(
@@ -331,7 +370,17 @@ def encode_records(
     Raises:
         DataError: a malformed record, or not one that fits.
     """
-    pairs, skipped = [], []
+    skipped: list[str] = []
+    pairs = list(_encode(records, tokenizer, max_length, skipped))
+    if not pairs:
+        raise _none_usable(skipped)
+    return pairs, skipped
+
+
+def _encode(
+    records: Iterable[dict], tokenizer: Any, max_length: int | None, skipped: list[str]
+) -> Iterator[Pair]:
+    """The pairs of records; adds a message to `skipped` for each that does not fit."""
     for number, record in enumerate(records, 1):
         where = record.get("_where", f"example {number}")
         try:
@@ -346,10 +395,11 @@ def encode_records(
                 f"{where}: {len(pair.clean_ids)} tokens are more than the {max_length} allowed"
             )
             continue
-        pairs.append(pair)
-    if not pairs:
-        raise DataError(f"none of the {len(records)} examples can be used. {skipped[0]}")
-    return pairs, skipped
+        yield pair
+
+
+def _none_usable(skipped: list[str]) -> DataError:
+    return DataError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -390,7 +440,7 @@ def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]
         yield collate([dataset[i] for i in order[start : start + batch_size]])
 
 
-def training_batch(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> Batch:
+def training_pairs(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> list[Pair]:
     """The batch of an optimisation step: a function of (seed, step) alone, so runs can resume.
 
     Each epoch is its own permutation of the data; what is left of it after the last whole batch is
@@ -400,7 +450,7 @@ def training_batch(dataset: Sequence[Pair], batch_size: int, seed: int, step: in
     size = min(batch_size, len(dataset))
     epoch, index = divmod(step, len(dataset) // size)
     order = _epoch_order(len(dataset), seed, epoch)
-    return collate([dataset[i] for i in order[index * size : (index + 1) * size]])
+    return [dataset[i] for i in order[index * size : (index + 1) * size]]
 
 
 @lru_cache(maxsize=2)

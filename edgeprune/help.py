@@ -13,7 +13,7 @@ from edgeprune import config as settings
 from edgeprune.config import COMMANDS
 from edgeprune.paths import CONF
 
-GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker")
+GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",

@@ -33,6 +33,11 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
         self.generation = 0
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All that has been taken."""
+        return tuple(self._buffers.values())
+
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor; it lasts until the next forward pass takes the same name."""
         size = 1

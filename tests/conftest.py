@@ -64,7 +64,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-m", "edgeprune", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
     )
 

@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_needed(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
-        "circuit.json", "evaluation-validation.json",
+        "circuit.json", "evaluation-validation.json", ".lock",
     }  # fmt: skip
     edges = json.loads((finished / "edges.json").read_text())
     assert len(edges) == 60

@@ -1,18 +1,23 @@
 import json
+import tracemalloc
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from conftest import random_pairs, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune.dataset import (
     DataError,
+    PairDataset,
     collate,
     encode_pair,
     iterate_batches,
     load_dataset,
-    training_batch,
+    training_pairs,
 )
 
 SPEC = {
@@ -120,6 +125,8 @@ def test_answers_and_distractors_are_compared_where_they_part():
         ({"distractor": 7}, "'distractor' must be a string or a list"),
         ({"distractor": "3"}, "begin with the same tokens"),
         ({"answers": [1]}, "'answers' must be"),
+        ({"corrupted": "1 \ud800 = <predict>3</predict>"}, "'corrupted' has half a character"),
+        ({"distractor": "\udfff"}, "'distractor' has half a character"),
     ],
 )
 def test_bad_records_are_refused(tokenizer, change, message):
@@ -208,7 +215,7 @@ def test_training_batches_follow_from_seed_and_step():
     pairs = random_pairs(10)
 
     def batches(seed: int, steps: range) -> list[tuple]:
-        return [training_batch(pairs, 4, seed, step).pairs for step in steps]
+        return [tuple(training_pairs(pairs, 4, seed, step)) for step in steps]
 
     assert batches(0, range(6)) == batches(0, range(6))
     assert batches(0, range(6))[3:] == batches(0, range(3, 6))
@@ -216,4 +223,62 @@ def test_training_batches_follow_from_seed_and_step():
     first, second, third = batches(0, range(3))
     assert not set(first) & set(second)  # one epoch repeats nothing
     assert (*first, *second) != (*third, *batches(0, range(3, 4))[0])  # epochs differ in order
-    assert len(training_batch(pairs, 64, 0, 5).pairs) == 10
+    assert len(training_pairs(pairs, 64, 0, 5)) == 10
+
+
+text = st.text(max_size=12) | st.sampled_from(["1", "1 + 2 =", "Tom", "\ud800", "\x00", " "])
+marked = st.builds("{}<predict>{}</predict>{}".format, text, text, st.sampled_from(["", " "]))
+scalar = st.none() | st.booleans() | st.integers() | st.floats() | text | marked
+value = st.recursive(scalar, lambda x: st.lists(x, max_size=3) | st.dictionaries(text, x))
+records = st.dictionaries(st.sampled_from([*SPEC, "distractor", "answers", "_where"]) | text, value)
+near_misses = st.builds(lambda change: SPEC | change, records)
+lines = (records | near_misses | value).map(json.dumps) | text | st.just("[" * 100_000)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(lines, max_size=4), st.sampled_from(["train", "test"]))
+def test_whatever_a_file_holds_it_is_read_or_refused(tokenizer, tmp_path, content, split):
+    """Never another exception than ours; what is read makes a batch."""
+    path = tmp_path / "fuzz.jsonl"
+    path.write_text("\n".join(content), errors="surrogatepass")
+    try:
+        dataset = load_dataset(path, tokenizer, split)
+    except DataError as error:
+        assert str(error)
+    else:
+        assert len(collate(list(dataset)).pairs) == len(dataset)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_bytes_changed_at_random_are_read_or_refused(tokenizer, tmp_path, data):
+    content = bytearray((json.dumps(SPEC) + "\n" + json.dumps(SPEC) + "\n").encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with suppress(DataError):
+        load_dataset(path, tokenizer, "train")
+
+
+def test_a_data_set_is_read_in_any_order_and_takes_no_memory(tokenizer, tmp_path):
+    """Of thousands of pairs; what is held of each is a place in a file."""
+    first = random_pairs(3, predicted=2)
+    dataset = PairDataset(first, "some")
+    assert [dataset[2], dataset[0], dataset[1]] == [first[2], first[0], first[1]]
+    assert list(dataset) == first
+    assert hash(dataset[1]) == hash(first[1])
+    with pytest.raises(IndexError, match="pair 3 of 3"):
+        dataset[3]
+
+    record = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
+    path = write_jsonl(tmp_path / "many.jsonl", *[{**record, "note": "x" * 500}] * 3_000)
+    load_dataset(write_jsonl(tmp_path / "few.jsonl", record), tokenizer, "train")  # imports
+    tracemalloc.start()
+    try:
+        dataset = load_dataset(path, tokenizer, "train")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert len(dataset) == 3_000
+    assert dataset[2_999] == dataset[0]

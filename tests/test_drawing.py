@@ -1,8 +1,12 @@
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
+import graphviz
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgeprune.drawing import (
     GraphvizMissing,
@@ -188,3 +192,16 @@ def test_drawing_imports_no_torch():
         "matplotlib.figure; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=20) | st.sampled_from(["<b>&", '"]; x [label="', "</B>", "\\N \\G", "]]>"]))
+def test_a_title_is_text_whatever_it_holds(title):
+    """Through Graphviz into SVG, where it must come out as it was, and add no element."""
+    rendered = graphviz.pipe("dot", "svg", circuit_dot(EDGES, title=title).encode(), quiet=True)
+    root = ElementTree.fromstring(rendered)
+    names = {element.tag.split("}")[-1] for element in root.iter()}
+    assert names <= {"svg", "g", "title", "polygon", "path", "text"}
+    texts = ["".join(element.itertext()) for element in root.iter() if element.tag[-4:] == "text"]
+    for word in "".join(c if c.isprintable() else " " for c in title).split():
+        assert any(word in text for text in texts), texts

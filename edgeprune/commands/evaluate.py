@@ -34,8 +34,14 @@ from edgeprune.config import (
 from edgeprune.files import write_text
 
 
-def evaluate(config: EvaluateConfig, model: Any = None) -> None:
-    """Measure a circuit beside the full model and the fully corrupted one."""
+def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> None:
+    """Measure a circuit beside the full model and the fully corrupted one.
+
+    Args:
+        config: what to measure.
+        model: if it is loaded already.
+        writes: whether the result is written; under several processes one does.
+    """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
 
@@ -79,7 +85,8 @@ def evaluate(config: EvaluateConfig, model: Any = None) -> None:
         "ablation": to_dict(ablation_config),
     }
     text = json.dumps({**settings, **result.to_dict()}, indent=1)
-    write_text(output, text + "\n")
+    if writes:
+        write_text(output, text + "\n")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
     show(f"-> {output}")

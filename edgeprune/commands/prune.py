@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
-from edgeprune.commands.shared import data_file, first_split, load_model, load_pairs, say
+from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
 from edgeprune.config import (
+    ConfigError,
     EvaluateConfig,
     ExportConfig,
     PruneConfig,
     Split,
+    TrackerConfig,
     check_model,
     check_prune,
     target_sparsity,
     to_dict,
 )
+from edgeprune.launch import in_processes, launch_processes
+
+if TYPE_CHECKING:
+    from edgeprune.training.distributed import Processes
 
 
 def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
+    if config.launcher.processes != 1 and not in_processes():
+        launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
+        return
+    from edgeprune.training import run
+    from edgeprune.training.distributed import Processes
+
+    run_dir = Path(config.run_dir)
+    processes = Processes.join(config.model.device, config.launcher.timeout)
+    if not processes.is_first:
+        be_quiet()
+    processes.check_same("the settings", str(config))
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(run.locked(run_dir))
+            run.claim(run_dir, config)
+
+        processes.first_does(claim)
+        _prune(config, run_dir, processes)
+
+
+def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
+    """On each process, with the run directory ready; the first one writes there."""
     from edgeprune.ablation import Ablation
+    from edgeprune.modeling import model_shape
     from edgeprune.training import run
     from edgeprune.training.progress import training_progress
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
 
-    run_dir = Path(config.run_dir)
-    run.claim(run_dir, config)
-    model = load_model(config.model)
-    data_path = data_file(config.task, model.tokenizer, run_dir)
-    pairs = load_pairs(data_path, config.task, model, "train")
-    run.write_manifest(run_dir, model, data_path)
+    shape = model_shape(
+        config.model.path,
+        dtype=config.model.dtype,
+        embedding_writers=config.model.embedding_writers,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    processes.first_does(lambda: data_file(config.task, shape.tokenizer, run_dir))
+    data_path = data_file(config.task, shape.tokenizer, run_dir)
+    pairs = load_pairs(data_path, config.task, shape, "train")
+    _plan_memory(config, shape, pairs, processes)
+    if config.launcher.shard:
+        on_cpu = replace(config.model, device="cpu")
+        model = processes.shard(lambda: load_model(on_cpu), offload=config.launcher.offload)
+    else:
+        model = load_model(replace(config.model, device=processes.device))
+    processes.check_same("the data", run.file_digest(data_path))
+    processes.check_same("the models", model.fingerprint())
+    processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
     trainer = Trainer(
         model,
         pairs,
@@ -42,18 +90,66 @@ def prune(config: PruneConfig) -> None:
         target_sparsity=target_sparsity(config, model.graph.num_edges),
         seed=config.seed,
         ablation=Ablation(model, config.ablation, pairs),
+        processes=processes,
     )
+    number = f", {processes.count} processes" if processes.count > 1 else ""
     say(
         f"pruning {model.name} ({model.graph.num_edges:,} edges) on {config.task.name}: "
-        f"{len(pairs):,} pairs, {config.trainer.steps:,} steps, in {run_dir}"
+        f"{len(pairs):,} pairs, {config.trainer.steps:,} steps{number}, in {run_dir}"
     )
+    tracker = config.tracker if processes.is_first else TrackerConfig()
     with (
-        Tracker(config.tracker, run_dir, to_dict(config)) as track,
-        training_progress(config.trainer.steps) as show,
+        Tracker(tracker, run_dir, to_dict(config)) as track,
+        training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    export(ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges))
-    evaluate(
-        EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),
-        model=model,
+    size = ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges)
+    processes.first_does(lambda: export(size))
+    if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
+        evaluate(
+            EvaluateConfig(
+                circuit=str(run_dir),
+                split=first_split(data_path, Split.validation),
+                batch_size=min(EvaluateConfig.batch_size, config.trainer.batch_size),
+            ),
+            model=model,
+            writes=processes.is_first,
+        )
+
+
+def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Processes) -> None:
+    """Say how much memory a process will need, before the weights are loaded.
+
+    Raises:
+        ConfigError: there is less.
+    """
+    from edgeprune.modeling.memory import in_gb, plan_memory
+
+    sharded, trainer = config.launcher.shard, config.trainer
+    of_process = math.ceil(trainer.batch_size / processes.count)
+    at_a_time = min(of_process, trainer.micro_batch_size or of_process)
+    if sharded and trainer.micro_batch_size and trainer.batch_size % (processes.count * at_a_time):
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} cannot be run by {processes.count} processes "
+            f"in equally many parts of {at_a_time}, which launcher.shard=true needs, since all "
+            "gather the weights together; choose sizes that divide"
+        )
+    plan = plan_memory(
+        shape,
+        pairs,
+        at_a_time,
+        recompute=trainer.recompute,
+        shares=processes.count if sharded else 1,
+        offload=config.launcher.offload,
+        bits=config.model.bits,
     )
+    free = processes.free_memory()
+    say(f"memory for each process: about {plan}; {in_gb(free)} are free")
+    if plan.total > free:
+        raise ConfigError(
+            f"{config.model.name} needs about {plan}, but only {in_gb(free)} are free for a "
+            "process. Take fewer examples at a time (trainer.micro_batch_size, or more processes), "
+            "run blocks again (trainer.recompute=true), hold the weights in less "
+            "(model.dtype=bfloat16, model.bits=4), or split them over processes "
+            "(launcher.shard=true, launcher.offload=true)"
+        )

@@ -14,6 +14,12 @@ from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Split, TaskC
 from edgeprune.files import write_text
 
 OUT = Console()
+ERR = Console(stderr=True)
+
+
+def be_quiet() -> None:
+    """Print nothing but errors: what follows is said by the run's first process."""
+    OUT.quiet = ERR.quiet = True
 
 
 def show(text: str) -> None:
@@ -23,7 +29,7 @@ def show(text: str) -> None:
 
 def say(text: str) -> None:
     """A line for people, on standard error; never read as markup."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    ERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def load_model(config: ModelConfig) -> Any:
@@ -89,9 +95,9 @@ def load_pairs(path: Path, task: TaskConfig, model: Any, split: str) -> Any:
 
 def first_split(path: Path, wanted: Split) -> Split:
     """The wanted split if the file has it (or no splits at all), else the first it has."""
-    from edgeprune.dataset import read_records
+    from edgeprune.dataset import iterate_records
 
-    found = {record.get("split", wanted.name) for record in read_records(path)}
+    found = {record.get("split", wanted.name) for record in iterate_records(path)}
     return wanted if wanted.name in found else next(split for split in Split if split.name in found)
 
 

@@ -265,7 +265,8 @@ def _title(title: str | None, num_edges: int, num_nodes: int, legend: str) -> st
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
     counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'}"
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
-    first = f"<B>{html.escape(title)}</B>{gap}" if title else ""
+    title = "".join(c if c.isprintable() else " " for c in title or "").strip()
+    first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
     small = '<FONT POINT-SIZE="13">'
     return f"<{first}{small}{counts}</FONT>{gap}{small}{legend}</FONT>{gap}&#160;>"
 

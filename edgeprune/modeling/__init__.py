@@ -4,6 +4,7 @@ from edgeprune.modeling.load import (
     ModelError,
     load_model,
     load_tokenizer,
+    model_shape,
     verify_parity,
     wrap_model,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "ModelError",
     "load_model",
     "load_tokenizer",
+    "model_shape",
     "verify_parity",
     "wrap_model",
 ]

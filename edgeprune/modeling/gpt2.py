@@ -28,6 +28,7 @@ class GPT2Block:
     """Runs the parts of a loaded `GPT2Block` head by head."""
 
     def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2
@@ -78,7 +79,7 @@ class GPT2:
         self.body = model.transformer
         self.blocks = [GPT2Block(layer) for layer in self.body.h]
         self.final_norm = self.body.ln_f
-        self.logits = model.lm_head
+        self.logits = self.unembed = model.lm_head
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [2, batch, pos, d_model]: token and position embeddings."""

@@ -58,6 +58,7 @@ class LlamaBlock:
 
     def __init__(self, layer: nn.Module, layer_type: str) -> None:
         attention = layer.self_attn
+        self.layer = layer
         self.attention_norm = layer.input_layernorm
         self.attention_output = attention.o_proj
         if hasattr(layer, "pre_feedforward_layernorm"):  # what is written is normed too

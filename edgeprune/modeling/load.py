@@ -80,15 +80,7 @@ def load_model(
             fails the parity check.
     """
     source = _source(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise ModelError(_cannot_load(name_or_path, error)) from None
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"model type {config.model_type!r} of {name_or_path} is not supported; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
-        )
+    config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if device == "auto":
@@ -120,6 +112,44 @@ def load_model(
     )
     verify_parity(circuit_model)
     return circuit_model
+
+
+def model_shape(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    embedding_writers: bool = True,
+    trust_remote_code: bool = False,
+) -> CircuitModel:
+    """A model without its weights (on the meta device), with its tokenizer, to plan with.
+
+    Arguments and errors as `load_model`.
+    """
+    config = _load_config(name_or_path, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except LOAD_ERRORS as error:
+        raise ModelError(_cannot_load(name_or_path, error)) from None
+    tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+    return wrap_model(model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers)
+
+
+def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(
+            **_source(name_or_path), trust_remote_code=trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(_cannot_load(name_or_path, error)) from None
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"model type {config.model_type!r} of {name_or_path} is not supported; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return config
 
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:

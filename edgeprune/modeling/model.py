@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
+from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
 LOOK_AHEAD = 64
@@ -35,6 +36,7 @@ class Block(Protocol):
         mlp_output: the loaded module whose output the stream gets from the MLP.
     """
 
+    layer: nn.Module
     attention_norm: nn.Module
     attention_output: nn.Module
     mlp_norm: nn.Module
@@ -61,6 +63,7 @@ class Architecture(Protocol):
     blocks: Sequence[Block]
     body: nn.Module
     final_norm: nn.Module
+    unembed: nn.Module
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
@@ -120,7 +123,8 @@ class CircuitModel:
         self.graph = graph
         self.tokenizer = tokenizer
         self.name = name
-        self._workspace = Workspace()
+        self.workspace = Workspace()
+        self._fingerprint: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -139,22 +143,39 @@ class CircuitModel:
 
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every weight: tells whether a model is still the same."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, weight in self.architecture.body.named_parameters():
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
             digest.update(f"{name} {list(weight.shape)}".encode())
             digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def shard(self, mesh: Any, device: str, *, offload: bool) -> None:
+        """Split the layers' weights over processes; see `shard_layers`.
+
+        Args:
+            mesh: of all the processes.
+            device: where this process runs; the model must still be on the CPU.
+            offload: whether its share of the weights stays in the CPU's memory.
+        """
+        self.fingerprint()  # while all the weights are here
+        arch = self.architecture
+        shard_layers(
+            arch.body, [block.layer for block in arch.blocks], mesh, device, offload=offload
+        )
+        arch.unembed.to(device)
 
     def to(self, dtype: torch.dtype) -> None:
         """Convert weights, and so activations."""
         self.architecture.body.to(dtype)
-        if isinstance(self.architecture.logits, nn.Module):
-            self.architecture.logits.to(dtype)
+        self.architecture.unembed.to(dtype)
 
     def release(self) -> None:
         """Give back the memory that is kept from one step to the next."""
-        self._workspace = Workspace()
+        self.workspace = Workspace()
 
     # ---------------------------------------------------------------------------- the whole model
 
@@ -240,7 +261,7 @@ class CircuitModel:
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
         keep_inputs = torch.is_grad_enabled() and not recompute
-        boxes = Outboxes(self._workspace, graph.num_writers, stream, keep_inputs=keep_inputs)
+        boxes = Outboxes(self.workspace, graph.num_writers, stream, keep_inputs=keep_inputs)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         always_on = None
         if graph.embedding_writers:
@@ -265,11 +286,15 @@ class CircuitModel:
             boxes.look_ahead([site_gates[site] for site in sites])
             for layer in layers:
                 block, site = arch.blocks[layer], 2 * layer
-                values = block.attend(boxes.read(site_gates[site], base(site)), inputs)
+                x = boxes.read(site_gates[site], base(site))
+                begin_layer(block.layer, x)
+                values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
                     boxes.write(block.head_delta(values, closed_heads[layer]))
                     x = boxes.read(site_gates[site + 1], base(site + 1))[0]
-                    boxes.write(_mlp_delta(block, x, closed_mlps[layer]))
+                    delta = _mlp_delta(block, x, closed_mlps[layer])
+                    end_layer(block.layer, delta)
+                    boxes.write(delta)
             return values
 
         for stretch in stretches(graph):
@@ -286,7 +311,9 @@ class CircuitModel:
         delta = torch.cat([boxes.at(*at), block.head_delta(values[at], closed)])
         x = mix(site_gates[-2], delta, base(-2)[at])[0]
         closed = None if corrupted is None else closed_mlps[-1][at]
-        delta = torch.cat([delta, _mlp_delta(block, x, closed)])
+        mlp_delta = _mlp_delta(block, x, closed)
+        end_layer(block.layer, mlp_delta)
+        delta = torch.cat([delta, mlp_delta])
         x = mix(site_gates[-1], delta, base(-1)[at])[0]
         return arch.logits(arch.final_norm(x))
 

@@ -10,14 +10,15 @@ edges.json       the circuit; circuit.json says how it was chosen
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import platform
 import shutil
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from edgeprune.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from edgeprune.training.distributed import ProcessError
 from edgeprune.training.trainer import StepMetrics, Trainer, TrainingError
 
 CONFIG = "config.yaml"
@@ -45,14 +47,17 @@ METRICS = "metrics.jsonl"
 DATA = "data.jsonl"
 EDGES = "edges.json"
 REPORT = "circuit.json"
+LOCK = ".lock"
 
-FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "model.device", "model.name",
-                  "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
+                  "model.name", "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
 """Settings that do not change what is computed, so a run may be resumed with others."""
 
 
 class Interrupted(Exception):
     """A signal asked to stop; a checkpoint was saved."""
+
+    on_every_process = True
 
     def __init__(self, signal_number: int, step: int, run_dir: Path) -> None:
         name = signal.Signals(signal_number).name
@@ -69,6 +74,27 @@ class Interrupted(Exception):
 def has_run(run_dir: Path) -> bool:
     """Whether a run got as far as loading its model and data there."""
     return (run_dir / MANIFEST).exists()
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory, so that no second run writes there.
+
+    The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is at work in {run_dir}; wait until it ends, stop it, or choose "
+                "another run_dir="
+            ) from None
+        yield
 
 
 def claim(run_dir: Path, config: PruneConfig) -> None:
@@ -145,7 +171,7 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
     """
     manifest = {
         "graph": model.graph.to_dict(),
-        "data": {"path": str(data_path), "sha256": _file_digest(data_path)},
+        "data": {"path": str(data_path), "sha256": file_digest(data_path)},
         "model": {
             "name": model.name,
             "sha256": model.fingerprint(),
@@ -198,7 +224,7 @@ def read_graph(run_dir: Path) -> CircuitGraph:
         raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -240,45 +266,60 @@ def train(
     """Train to the end, from the last intact checkpoint if there is one.
 
     Args:
-        trainer: at step 0.
+        trainer: at step 0; under several processes each calls this, and the first writes.
         run_dir: where metrics and checkpoints go.
         on_step: called after each step.
         say: called with what a person should know.
 
     Raises:
-        Interrupted: by SIGINT or SIGTERM, after saving a checkpoint.
+        Interrupted: by SIGINT, SIGTERM or SIGUSR1, after saving a checkpoint.
         TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
         CheckpointError: a checkpoint cannot be saved.
     """
-    checkpoint, damaged = load_latest(run_dir)
-    for message in damaged:
-        say(f"{message}; passing over it")
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        say(f"resuming from step {trainer.step} of {trainer.config.steps}")
-    _truncate_metrics(run_dir / METRICS, trainer.step)
-    config = trainer.config
-    with _stop_signals() as stopped_by, (run_dir / METRICS).open("a", encoding="utf-8") as metrics:
-        saved = trainer.step if checkpoint is not None else None
+    processes, config = trainer.processes, trainer.config
+    _restore_latest(trainer, run_dir, say)
+    saved = trainer.step
+    metrics_file: Any = nullcontext()
+    if processes.is_first:
+        _truncate_metrics(run_dir / METRICS, trainer.step)
+        metrics_file = (run_dir / METRICS).open("a", encoding="utf-8")
+    with _stop_signals(alone=processes.count == 1) as stopped_by, metrics_file as metrics:
         while trainer.step < config.steps:
             try:
                 done = trainer.train_step()
-            except TrainingError:
+            except (TrainingError, ProcessError):
                 _save(trainer, run_dir, saved)
                 raise
-            if done.step % config.log_every == 0 or done.step == config.steps:
+            if metrics and (done.step % config.log_every == 0 or done.step == config.steps):
                 metrics.write(json.dumps(asdict(done)) + "\n")
                 metrics.flush()
             on_step(done)
             last = done.step == config.steps
-            if done.step % config.checkpoint_every == 0 or last or stopped_by:
+            stop = processes.any(bool(stopped_by))
+            if done.step % config.checkpoint_every == 0 or last or stop:
                 saved = _save(trainer, run_dir, saved)
-            if stopped_by and not last:
-                raise Interrupted(stopped_by[0], trainer.step, run_dir)
+            if stop and not last:
+                processes.any(False)  # the others wait until it is saved
+                number = stopped_by[0] if stopped_by else signal.SIGTERM
+                raise Interrupted(number, trainer.step, run_dir)
 
 
-def _save(trainer: Trainer, run_dir: Path, saved: int | None) -> int:
-    if trainer.step != saved and trainer.step > 0:
+def _restore_latest(trainer: Trainer, run_dir: Path, say: Callable[[str], None]) -> None:
+    """Go on from the last intact checkpoint, the same on every process."""
+    processes = trainer.processes
+    checkpoint = None
+    if processes.is_first:
+        checkpoint, damaged = load_latest(run_dir)
+        for message in damaged:
+            say(f"{message}; passing over it")
+    step = processes.from_first(checkpoint.step if checkpoint else 0)
+    if step > 0:
+        trainer.restore(checkpoint or load_checkpoint(run_dir, step))
+        say(f"resuming from step {trainer.step} of {trainer.config.steps}")
+
+
+def _save(trainer: Trainer, run_dir: Path, saved: int) -> int:
+    if trainer.processes.is_first and trainer.step != saved:
         save_checkpoint(run_dir, trainer.checkpoint())
     return trainer.step
 
@@ -298,21 +339,30 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _stop_signals():
-    """Collect SIGINT and SIGTERM for the loop to act on; a second one acts at once."""
+def _stop_signals(alone: bool):
+    """Collect SIGINT, SIGTERM and SIGUSR1 for the loop to act on.
+
+    Args:
+        alone: whether this is the run's only process; then a second signal acts at once. Launchers
+            of several repeat signals, and end by force what takes too long.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        if received and alone:
             raise KeyboardInterrupt
         received.append(number)
 
-    old = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    old = {number: signal.signal(number, receive) for number in numbers}
+    completed = False
     try:
         yield received
+        completed = True
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        if alone or completed:  # else the process is about to end, and has still to say why
+            for number, handler in old.items():
+                signal.signal(number, handler)

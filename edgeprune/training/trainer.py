@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
 from edgeprune.config import TrainerConfig
-from edgeprune.dataset import Batch, Pair, collate, training_batch
+from edgeprune.dataset import Pair, collate, training_pairs
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
+from edgeprune.training.distributed import Processes
 from edgeprune.training.objective import (
     SparsityConstraint,
     faithfulness,
@@ -27,6 +29,8 @@ from edgeprune.training.objective import (
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why."""
+
+    on_every_process = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Trainer:
         target_sparsity: of the edges, after the warm-up.
         seed: of the start, the noise and the order of the data.
         ablation: what closed edges carry.
+        processes: those that share the run, each with a trainer of its own; all take the step that
+            one process would take.
+
+    Raises:
+        ConfigError: a batch has fewer pairs than there are processes.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class Trainer:
         target_sparsity: float,
         seed: int,
         ablation: Ablation,
+        processes: Processes | None = None,
     ) -> None:
         self.model = model
         self.pairs = pairs
@@ -83,6 +93,8 @@ class Trainer:
         self.target_sparsity = target_sparsity
         self.seed = seed
         self.ablation = ablation
+        self.processes = processes or Processes()
+        self.processes.part(range(min(config.batch_size, len(pairs))))
         self.step = 0
         self.masks = CircuitMasks(
             model.graph,
@@ -109,12 +121,14 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite; nothing was changed.
+            ProcessError: another process died or hung; nothing was changed.
         """
         config = self.config
-        batch = training_batch(self.pairs, config.batch_size, self.seed, self.step)
+        pairs = training_pairs(self.pairs, config.batch_size, self.seed, self.step)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        kl, of_gates = self._differentiate(batch, mixed.detach())
+        kl, of_gates = self._differentiate(pairs, mixed.detach())
+        self.processes.sum([kl, of_gates])
         sparsity = hard_concrete.sparsity(gates.edge)
         target = self._target(config.start_sparsity, self.target_sparsity)
         penalty = self.constraints["edge"](sparsity, target)
@@ -127,7 +141,7 @@ class Trainer:
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
-                f"that begins with {batch.pairs[0].text!r}; the state before this step is kept. "
+                f"that begins with {pairs[0].text!r}; the state before this step is kept. "
                 "Lower trainer.learning_rate, or use model.dtype=float32"
             )
         learning_rate = self._set_learning_rates()
@@ -149,22 +163,23 @@ class Trainer:
             learning_rate=learning_rate,
         )
 
-    def _differentiate(self, batch: Batch, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """The KL of a batch and its gradient with respect to the gates, [edge].
+    def _differentiate(self, pairs: Sequence[Pair], gates: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch's KL and of its gradient by the gates, [edge].
 
-        The batch is run in slices of `micro_batch_size`, all with the same gates.
+        The part is run in slices of `micro_batch_size`, all with the same gates.
         """
         config = self.config
         gates.requires_grad_()
         total = torch.zeros((), device=gates.device)
-        size = config.micro_batch_size or len(batch.pairs)
-        for start in range(0, len(batch.pairs), size):
-            part = collate(batch.pairs[start : start + size]).to(gates.device)
-            reference, corrupted = self._passes.run_pair(part)
-            closed = self.ablation.values(part, corrupted)
-            logits = self.model.run_circuit(part, gates, closed, recompute=config.recompute)
-            share = len(part.pairs) / len(batch.pairs)
-            kl = share * faithfulness(part, reference, logits)
+        mine = self.processes.part(pairs)
+        size = config.micro_batch_size or len(mine)
+        for start in range(0, len(mine), size):
+            batch = collate(mine[start : start + size]).to(gates.device)
+            reference, corrupted = self._passes.run_pair(batch)
+            closed = self.ablation.values(batch, corrupted)
+            logits = self.model.run_circuit(batch, gates, closed, recompute=config.recompute)
+            share = len(batch.pairs) / len(pairs)
+            kl = share * faithfulness(batch, reference, logits)
             kl.backward()
             total += kl.detach()
         return total, gates.grad
@@ -172,7 +187,8 @@ class Trainer:
     @cached_property
     def _passes(self) -> KeptPasses | CircuitModel:
         """What `run_pair` is asked of: a small training set is run once, before the first step."""
-        size = self.config.micro_batch_size or self.config.batch_size
+        size = self.config.micro_batch_size
+        size = size or math.ceil(self.config.batch_size / self.processes.count)
         return KeptPasses.where_they_fit(self.model, self.pairs, size)
 
     def _target(self, start: float, target: float) -> float:

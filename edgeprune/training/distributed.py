@@ -1,0 +1,224 @@
+"""Several processes on one run (data parallel), started and joined through Accelerate.
+
+Each process holds the model and the masks, draws the same noise and the same batch, runs its part
+of that batch, and adds its gradients to those of the others; so all take the same step, which is
+the step of one process. The first process alone writes files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from edgeprune.config import ConfigError
+from edgeprune.modeling import CircuitModel
+
+Item = TypeVar("Item")
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run failed, died or hung; the message says what to do."""
+
+
+class FirstFailed(ProcessError):
+    """The first process cannot go on. It says why itself, so this one ends without a word."""
+
+    exit_code = 1
+    on_every_process = True
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a run, seen from one of them. By default there is only one.
+
+    Attributes:
+        count: how many.
+        rank: which one this is, from 0.
+        device: what this one runs on, or `auto`.
+    """
+
+    count: int = 1
+    rank: int = 0
+    device: str = "auto"
+
+    @classmethod
+    def join(cls, device: str, timeout: int) -> Processes:
+        """Meet the processes that `accelerate launch`, `torchrun` or a script of ours has started.
+
+        They tell by the environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        Args:
+            device: `auto`, `cpu` or `cuda`; with one process, any.
+            timeout: minutes after which a process that waits for another gives up.
+
+        Raises:
+            ConfigError: one GPU is named for all processes.
+            ProcessError: the others did not come.
+        """
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            state = PartialState(cpu=on_cpu, timeout=timedelta(minutes=timeout))
+            if state.num_processes != wanted:
+                raise ValueError(f"{state.num_processes} of {wanted} came")
+        except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
+            raise ProcessError(
+                f"the processes of the run could not meet: {_first_line(error)}. Each needs RANK, "
+                "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `accelerate launch`, "
+                "`torchrun` and run_scripts/ set them"
+            ) from None
+        if state.num_processes == 1:
+            return cls(device=device)
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"model.device={device} is one device, but there are {state.num_processes} "
+                "processes; give auto, cpu or cuda"
+            )
+        own = "cpu" if state.device.type == "cpu" else str(state.device)
+        return cls(state.num_processes, state.process_index, own)
+
+    def shard(self, load: Callable[[], CircuitModel], *, offload: bool) -> CircuitModel:
+        """Load a model and split its layers over the processes.
+
+        Those of a machine load one after another, since each holds the whole model meanwhile.
+
+        Args:
+            load: loads it on the CPU.
+            offload: whether the shares stay in the CPU's memory.
+
+        Raises:
+            ConfigError: there is only one process.
+        """
+        if self.count == 1:
+            raise ConfigError(
+                "launcher.shard=true splits the model over several processes, but there is one; "
+                "start more (launcher.processes=N, torchrun, run_scripts/), or leave it out"
+            )
+        mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
+        model = None
+        for turn in range(self.count):
+            if turn == PartialState().local_process_index:
+                model = load()
+                model.shard(mesh, self.device, offload=offload)
+            self.any(False)
+        return model
+
+    def free_memory(self) -> int:
+        """Bytes that this process may still take: of its GPU, or its share of the machine's."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda"):
+            return torch.cuda.mem_get_info(torch.device(device))[0]
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return psutil.virtual_memory().available // on_this_machine
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of a batch; parts differ in size by one at most.
+
+        Raises:
+            ConfigError: fewer items than processes.
+        """
+        if len(items) < self.count:
+            raise ConfigError(
+                f"a step has {len(items)} pairs, which is less than the {self.count} processes; "
+                "start fewer, or raise trainer.batch_size"
+            )
+        total, rank = len(items), self.rank
+        return items[rank * total // self.count : (rank + 1) * total // self.count]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each float32 tensor by its sum over the processes, in one exchange.
+
+        Raises:
+            ProcessError: another process died, or did not answer in time.
+        """
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        self._exchange(lambda: dist.all_reduce(flat))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        with torch.no_grad():
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; also waits for all of them."""
+        return sum(self._gather(int(flag))) > 0
+
+    def from_first(self, number: int) -> int:
+        """The first process's number."""
+        return self._gather(number)[0]
+
+    def first_does(self, function: Callable[[], object]) -> None:
+        """The first process does something while the others wait.
+
+        Raises:
+            FirstFailed: in the others, if it raises.
+        """
+        failure = None
+        if self.is_first:
+            try:
+                function()
+            except Exception as error:
+                failure = error
+        failed = self.any(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise FirstFailed("the first process cannot go on")
+
+    def check_same(self, what: str, text: str) -> None:
+        """Refuse to go on where processes were given different things.
+
+        Args:
+            what: names the thing.
+            text: is compared.
+
+        Raises:
+            ConfigError: it differs from the first process's.
+        """
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        if len(set(self._gather(number))) > 1:
+            raise ConfigError(
+                f"{what} of the {self.count} processes differ: give each the same command, without "
+                "${now:} in it, and keep run_dir, data and model where every node sees them"
+            )
+
+    def _gather(self, number: int) -> list[int]:
+        """Every process's number, in their order."""
+        if self.count == 1:
+            return [number]
+        numbers = torch.zeros(self.count, dtype=torch.long, device=PartialState().device)
+        numbers[self.rank] = number
+        self._exchange(lambda: dist.all_reduce(numbers))
+        return numbers.tolist()
+
+    def _exchange(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except RuntimeError as error:
+            raise ProcessError(
+                f"another process of the run died or did not answer: {_first_line(error)}. "
+                "What is said above by other processes may tell why; go on with the same command "
+                "and resume=auto"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,264 @@
+"""Several processes compute what one computes; on the CPU, by gloo."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+from safetensors.torch import load_file
+
+from edgeprune.config import ConfigError
+from edgeprune.training.distributed import Processes
+
+SMALL = (
+    "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
+    "trainer.steps=20", "trainer.checkpoint_every=5", "launcher.timeout=2",
+    "trainer.batch_size=5", "num_edges=60", "sparsity=null",
+)  # fmt: skip
+LAST = "checkpoints/step-00000020/masks.safetensors"
+JOBS = [
+    {"batch_size": 8},
+    {"batch_size": 7, "node_gates": True},
+    {"batch_size": 5, "keep": False},
+    {"batch_size": 6, "model": "qwen3"},
+]
+SHARDED = [
+    {**JOBS[2], "shard": "on the device"},
+    {**JOBS[2], "shard": "offload"},
+    {**JOBS[3], "shard": "on the device"},
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(count: int, *command: object, **environment: str) -> list[subprocess.Popen]:
+    """`python ...` in `count` processes which know of each other."""
+    shared = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment,
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str, str]]:
+    """(exit code, standard output, standard error) of each."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def work(count: int, jobs: list[dict]) -> None:
+    """Run jobs of distributed_worker.py."""
+    worker = Path(__file__).with_name("distributed_worker.py")
+    root = os.pathsep.join([str(worker.parent), str(worker.parents[1])])
+    for code, _, error in finish(
+        start(count, worker, *(json.dumps(job) for job in jobs), PYTHONPATH=root)
+    ):
+        assert code == 0, error
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Masks, optimiser state and the last KL, within what float32 sums in another order give."""
+    one, other = load_file(left), load_file(right)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=2e-3, rtol=1e-3, msg=name)
+        assert (other[name] - value).abs().mean() < 1e-5, name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process computes."""
+    folder = tmp_path_factory.mktemp("alone")
+    work(1, [{**job, "output": str(folder / str(i))} for i, job in enumerate(JOBS)])
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_learn_what_one_learns(alone, tmp_path, count):
+    jobs = [{**job, "output": str(tmp_path / str(i))} for i, job in enumerate(JOBS)]
+    # from one process to several, and back
+    until = {**JOBS[1], "until": 9}
+    jobs += [{**until, "output": str(tmp_path / "half")}]
+    jobs += [{**JOBS[1], "resume": str(tmp_path / "half"), "output": str(tmp_path / "whole")}]
+    jobs += [{**job, "output": str(tmp_path / f"sharded-{i}")} for i, job in enumerate(SHARDED)]
+    work(count, jobs)
+    for i, job in enumerate(SHARDED):
+        whole = next(j for j, other in enumerate(JOBS) if other.items() <= job.items())
+        assert_same_run(alone / f"{whole}-0.safetensors", tmp_path / f"sharded-{i}-0.safetensors")
+    for i in range(len(JOBS)):
+        assert_same_run(alone / f"{i}-0.safetensors", tmp_path / f"{i}-0.safetensors")
+        first, *others = (load_file(tmp_path / f"{i}-{r}.safetensors") for r in range(count))
+        for other in others:  # ranks do not drift apart
+            assert all(torch.equal(first[name], other[name]) for name in first)
+    one, same = (load_file(tmp_path / f"{name}-0.safetensors") for name in ("1", "whole"))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    work(1, [{**JOBS[1], "resume": str(tmp_path / "half"), "output": str(tmp_path / "fewer")}])
+    assert_same_run(alone / "1-0.safetensors", tmp_path / "fewer-0.safetensors")
+
+
+def test_parts_make_the_whole():
+    for count in range(1, 8):
+        parts = [Processes(count, rank).part(range(7)) for rank in range(count)]
+        assert [i for part in parts for i in part] == list(range(7))
+        assert {len(part) for part in parts} <= {7 // count, 7 // count + 1}
+    with pytest.raises(ConfigError, match="a step has 7 pairs, .* less than the 8 processes"):
+        Processes(8, 0).part(range(7))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    done = run_cli("prune", *SMALL, f"run_dir={run_dir}", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"),
+    "accelerate": (
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m",
+    ),
+    "edgeprune": (),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [
+        ("torchrun", ()),
+        ("accelerate", ()),
+        ("edgeprune", ("launcher=accelerate", "launcher.processes=2")),
+        ("torchrun", ("launcher.shard=true",)),
+        ("torchrun", ("launcher.shard=true", "launcher.offload=true")),
+    ],
+)
+def test_a_launched_run_is_that_of_one_process(one_process, tmp_path, launcher, settings):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "edgeprune", "prune", *SMALL]
+    done = subprocess.run(
+        [*command, *settings, f"run_dir={run_dir}"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 processes, in") == 1
+    assert done.stderr.count("step 20/20") == 1
+    assert done.stdout.count("in words: ") == 1
+    assert_same_run(one_process / LAST, run_dir / LAST)
+    names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
+    assert names == {str(path.relative_to(one_process)) for path in one_process.rglob("*")}
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_run_with_a_message(one_process, tmp_path, victim):
+    """And the same command finishes it, on another number of processes."""
+    run_dir = tmp_path / "run"
+    command = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
+    processes = start(2, "-m", "edgeprune", *command)
+    wait_for(run_dir / "checkpoints/step-00000005", processes)
+    processes[victim].kill()
+    code, _, error = finish(processes, timeout=60)[1 - victim]
+    assert code == 1
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert "another process of the run died or did not answer" in last
+    assert "resume=auto" in last
+    assert not (run_dir / LAST).exists()
+    done = run_cli(*command, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stderr
+    assert_same_run(one_process / LAST, run_dir / LAST)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    run_dir = tmp_path / "run"
+    processes = start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={run_dir}")
+    wait_for(run_dir / "checkpoints/step-00000005", processes)
+    processes[1].send_signal(signal.SIGUSR1)
+    (first, out, error), (second, *quiet) = finish(processes)
+    assert (first, second) == (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+    assert "stopped by SIGTERM after step" in error
+    assert quiet == ["", ""], "only the first process prints"
+    assert out == ""
+
+
+def test_processes_given_different_commands_refuse(tmp_path):
+    processes = [
+        *start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={tmp_path}/${{oc.env:RANK}}")
+    ]
+    (code, _, error), (other, *quiet) = finish(processes)
+    assert (code, other) == (2, 1)
+    assert "the settings of the 2 processes differ" in error
+    assert quiet == ["", ""]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_refusal_by_the_first_process_ends_all(one_process):
+    processes = start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={one_process}")
+    (code, _, error), (other, *quiet) = finish(processes)
+    assert (code, other) == (2, 1)
+    assert "already holds a run" in error
+    assert quiet == ["", ""]
+
+
+@pytest.mark.slow
+def test_without_the_others_it_does_not_hang(tmp_path):
+    command = ("prune", *SMALL, f"run_dir={tmp_path}/run")
+    done = run_cli(*command, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 1
+    assert "the processes of the run could not meet: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_when_its_time_is_up(tmp_path):
+    run_dir = tmp_path / "run"
+    command = ("prune", *SMALL, "trainer.steps=5000", "launcher.timeout=1", f"run_dir={run_dir}")
+    processes = start(2, "-m", "edgeprune", *command)
+    wait_for(run_dir / "checkpoints/step-00000005", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        error = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert 30 < time.monotonic() - stopped < 110
+    assert "Traceback" not in error
+    assert "another process of the run died or did not answer" in error.strip().splitlines()[-1]

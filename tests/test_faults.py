@@ -1,0 +1,230 @@
+"""Things going wrong for real: kills, full and read-only disks, two runs in one place, NaN."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import assert_refused, run_cli, write_jsonl
+from safetensors.torch import load_file, save_file
+
+from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.training.checkpoint import list_checkpoints
+
+SMALL = (
+    "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
+    "num_edges=60", "sparsity=null",
+)  # fmt: skip
+
+
+def start(*arguments: object, **settings) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_random_moments_a_run_ends_at_the_same_bits(tmp_path):
+    settings = (*SMALL, "trainer.steps=300", "trainer.checkpoint_every=3", "resume=auto")
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert run_cli("prune", *settings, f"run_dir={whole}").returncode == 0
+    rng = random.Random(0)
+    reached, startup = [], 1.0
+    for kill in range(20):
+        before = list_checkpoints(run_dir)
+        began = time.monotonic()
+        process = start("prune", *settings, f"run_dir={run_dir}")
+        if kill % 4 == 0:  # while it starts, loads, or reads its checkpoint
+            time.sleep(rng.uniform(0, 1.2 * startup))
+        else:  # while it trains or writes
+            wait_for(lambda before=before: list_checkpoints(run_dir) != before, process)
+            startup = time.monotonic() - began
+            time.sleep(rng.uniform(0, 0.25))
+        assert process.poll() is None, "it was over before it was killed"
+        process.kill()
+        process.communicate()
+        reached.append((list_checkpoints(run_dir) or [0])[-1])
+    assert reached == sorted(reached), "a kill undid a checkpoint"
+    assert len(set(reached)) >= 15
+    done = run_cli("prune", *settings, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from step {reached[-1]} of 300" in done.stderr
+    last = "checkpoints/step-00000300"
+    for name in (f"{last}/masks.safetensors", f"{last}/optimizer.safetensors", "metrics.jsonl",
+                 "edges.json", "circuit.json"):  # fmt: skip
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not [path for path in run_dir.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_second_run_in_the_same_place_is_refused_until_the_first_is_dead(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ("prune", *SMALL, "trainer.steps=2000", f"run_dir={run_dir}", "resume=auto")
+    first = start(*arguments, "trainer.checkpoint_every=5")
+    try:
+        wait_for(lambda: list_checkpoints(run_dir), first)
+        os.kill(first.pid, signal.SIGSTOP)  # a run that is stuck still holds its place
+        before = {path: path.stat().st_mtime for path in run_dir.rglob("*")}
+        for more in ((), ("overwrite=true",)):
+            second = run_cli(*arguments, *more)
+            assert_refused(second, 2, f"another run is at work in {run_dir}", "run_dir=")
+        assert {path: path.stat().st_mtime for path in run_dir.rglob("*")} == before
+    finally:
+        first.kill()
+        first.communicate()
+    second = start(*arguments, "trainer.checkpoint_every=5")
+    last = list_checkpoints(run_dir)[-1]
+    wait_for(lambda: list_checkpoints(run_dir)[-1] > last, second)
+    second.kill()
+    assert f"resuming from step {last}" in second.communicate()[1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    """A model whose weights are damaged from position 30 on, and one prompt as long as that."""
+    model, run_dir = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), tmp_path / "run"
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"][30:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    sums = [" + ".join(["1"] * count) + " =" for count in (*range(2, 14), 20)]
+    data = write_jsonl(
+        tmp_path / "sums.jsonl",
+        *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"{sum} <predict>4</predict>"}
+          for sum in sums),
+    )  # fmt: skip
+    done = run_cli("prune", "model=custom", f"model.path={model}", "task=custom",
+                   f"task.path={data}", "trainer.steps=6", "trainer.batch_size=2", "seed=1",
+                   "num_edges=60", f"run_dir={run_dir}")  # fmt: skip
+    assert_refused(done, 1, "the loss is nan at step ", "on the batch that begins with '1 + 1",
+                   "the state before this step is kept", "Lower trainer.learning_rate")  # fmt: skip
+    step = int(done.stderr.split(" at step ")[1].split()[0])
+    assert step > 1
+    assert list_checkpoints(run_dir) == [step - 1]
+    masks = load_file(run_dir / f"checkpoints/step-{step - 1:08d}/masks.safetensors")
+    assert masks["edge_log_alpha"].isfinite().all()
+
+
+def test_another_model_on_resuming_is_refused(tmp_path):
+    model = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    arguments = ("prune", *SMALL, "trainer.steps=4", "model=custom", f"model.path={model}",
+                 f"run_dir={tmp_path / 'run'}")  # fmt: skip
+    assert run_cli(*arguments).returncode == 0
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"] *= 1.5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(run_cli(*arguments, "resume=auto"), 2, "the model has changed", str(model))
+
+
+def limited(size: int):
+    """Files may not grow beyond a size: what a full disk does, without one."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_a_disk_that_is_full_at_the_start(tmp_path, size):
+    """Neither settings nor prompts can be written; nothing half-written is left."""
+    process = start(
+        "prune", *SMALL, "trainer.steps=4", f"run_dir={tmp_path / 'run'}", preexec_fn=limited(size)
+    )
+    error = process.communicate(timeout=120)[1].strip().splitlines()
+    assert process.returncode == 1
+    assert error[-1].startswith("edgeprune: ")
+    assert "File too large" in error[-1]
+    left = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert set(left) <= {".lock"}
+
+
+def as_one_who_may_not_write_everywhere() -> list[str]:
+    """A prefix that takes from root the power to ignore permissions."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere, and there is no setpriv to prevent it")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def test_a_read_only_place(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [*as_one_who_may_not_write_everywhere(), sys.executable, "-m", "edgeprune", "prune",
+             *SMALL, f"run_dir={place / 'run'}"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        place.chmod(0o755)
+    assert_refused(done, 1, str(place), "Permission denied")
+    assert not list(place.iterdir())
+
+
+def test_text_of_prompts_is_never_markup_in_what_is_said(tmp_path):
+    """Neither rich's, nor a terminal's."""
+    text = "[bold red]1[/bold red] + \x1b[31m 2 [link=x] \\[ ="
+    pair = {"clean": f"{text} <predict>3</predict>", "corrupted": f"{text} <predict>4</predict>"}
+    other = {**pair, "corrupted": f"{text} 5 6 7 8 9 <predict>4</predict>"}  # is left out, and said
+    data = write_jsonl(tmp_path / "[red]data[-].jsonl", pair, pair, other)
+    done = run_cli("prune", "task=custom", f"task.path='{data}'", "task.name='[green]mine[/]'",
+                   "trainer.steps=4", "num_edges=60", f"run_dir={tmp_path / 'run'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on [green]mine[/]: 2 pairs" in done.stderr
+    assert "[red]data[-].jsonl [train]: left out 1 of 3" in done.stderr
+    assert "[red]data[-].jsonl [validation]" in done.stdout
+    assert "[bold red]1[/bold red] + \\x1b[31m 2 [link=x]" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lie(path: Path) -> None:
+    """A header that claims more than there is."""
+    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip, cut, lie])
+@pytest.mark.parametrize("name", ["masks", "optimizer"])
+def test_damaged_checkpoints_are_passed_over_and_said(tmp_path, damage, name):
+    run_dir = tmp_path / "run"
+    arguments = ("prune", *SMALL, "trainer.steps=12", "trainer.checkpoint_every=4",
+                 f"run_dir={run_dir}", "resume=auto")  # fmt: skip
+    assert run_cli(*arguments).returncode == 0
+    last = run_dir / "checkpoints/step-00000012/masks.safetensors"
+    wanted = last.read_bytes()
+    for step in (8, 12):
+        damage(run_dir / f"checkpoints/step-{step:08d}/{name}.safetensors")
+    done = run_cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    for step in (8, 12):
+        assert f"step-{step:08d} is damaged: {name}.safetensors was altered or cut" in done.stderr
+    assert "passing over it" in done.stderr
+    assert "resuming from step 4 of 12" in done.stderr
+    assert last.read_bytes() == wanted
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()] == [10, 12]
