@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, logging
 
 from edgeprune.dataset import Batch, Pair, collate
-from edgeprune.modeling import gpt2, llama
+from edgeprune.modeling import gpt2, llama, tracr
 from edgeprune.modeling.model import CircuitModel
 from edgeprune.paths import EMBEDDED_MODEL
 
@@ -65,7 +65,8 @@ def load_model(
 
     Args:
         name_or_path: a hub name, a folder with safetensors weights, a .gguf file (its weights are
-            expanded to `dtype`), or `embedded` for the small GPT-2 that comes with the project.
+            expanded to `dtype`), `embedded` for the small GPT-2 that comes with the project, the
+            folder of a Tracr model (see `tracr.py`), or `tracr/NAME` for one that comes with it.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...
@@ -78,6 +79,11 @@ def load_model(
         ModelError: not found, no safetensors weights, a family which is not supported, or one that
             fails the parity check.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = tracr.find_folder(name_or_path)
+    if folder is not None:
+        return _load_tracr(folder, device, getattr(torch, dtype), embedding_writers)
     source = _source(name_or_path)
     try:
         config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
@@ -90,8 +96,6 @@ def load_model(
         )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)
@@ -120,6 +124,9 @@ def load_model(
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
     """Load a model's tokenizer alone; arguments and errors as `load_model`."""
+    folder = tracr.find_folder(name_or_path)
+    if folder is not None:
+        return tracr.TracrTokenizer(folder, _tracr(tracr.read_config, folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             **_source(name_or_path), trust_remote_code=trust_remote_code
@@ -142,6 +149,25 @@ def wrap_model(
     model.requires_grad_(False).eval()
     graph = build_graph(model.config, embedding_writers=embedding_writers)
     return CircuitModel(architecture(model), graph, tokenizer, name)
+
+
+def _load_tracr(
+    folder: Path, device: str, dtype: torch.dtype, embedding_writers: bool
+) -> CircuitModel:
+    architecture, config = _tracr(tracr.build, folder)
+    architecture.body.to(device=device, dtype=dtype)
+    graph = tracr.build_graph(config, embedding_writers=embedding_writers)
+    tokenizer = tracr.TracrTokenizer(folder, config)
+    model = CircuitModel(architecture, graph, tokenizer, str(folder))
+    verify_parity(model, collate(tracr.random_pairs(config)).to(device))
+    return model
+
+
+def _tracr(read: Callable[[Path], Any], folder: Path) -> Any:
+    try:
+        return read(folder)
+    except tracr.TracrError as error:
+        raise ModelError(f"cannot load model {str(folder)!r}: {error}") from None
 
 
 def _source(name_or_path: str | Path) -> dict[str, str]:
@@ -182,15 +208,15 @@ def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
 
 
 @torch.no_grad()
-def verify_parity(model: CircuitModel) -> None:
-    """Check on random prompts that all gates open give the model, all closed the corrupted prompt.
+def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
+    """Check on some prompts, random ones by default, that all gates open give the model, all closed the corrupted prompt.
 
     Sliding windows are narrowed for the check, so that the prompts are longer.
 
     Raises:
         ModelError: the logits differ by more than `TOLERANCE`.
     """
-    batch = _random_batch(model)
+    batch = _random_batch(model) if batch is None else batch
     gates = torch.ones(model.graph.num_edges, device=model.device)
     with _narrow_window(model.architecture.body.config):
         reference, corrupted = model.run_pair(batch)
@@ -218,7 +244,7 @@ def _narrow_window(config: Any) -> Iterator[None]:
 
 
 def _compare(model: CircuitModel, got: Tensor, wanted: Tensor, meaning: str) -> None:
-    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).item()
     quantization = getattr(model.architecture.body.config, "quantization_config", None)
     in_8_bits = getattr(quantization, "load_in_8bit", False)
     tolerance = TOLERANCE_8_BITS if in_8_bits else TOLERANCE[got.dtype]
