@@ -161,7 +161,9 @@ def encode_ids(record: dict) -> Pair:
     else:
         targets = _numbers(record, "target_ids", int)
     if len(targets) > len(clean):
-        raise DataError(f"{len(targets)} targets are more than the {len(clean)} tokens of clean_ids")
+        raise DataError(
+            f"{len(targets)} targets are more than the {len(clean)} tokens of clean_ids"
+        )
     text = record.get("clean", " ".join(map(str, clean)))
     return Pair(clean, corrupted, targets, (), (), 0, text, values)
 
