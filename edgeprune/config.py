@@ -114,6 +114,9 @@ class TrainerConfig:
     """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
+    edge_price: float | None = None
+    """Cost of each edge that is expected to be open, in the loss, in place of a target sparsity: for
+    where the size of the circuit is to be found too. null: there is a target."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
     node_gates: bool = False
@@ -166,6 +169,10 @@ class PruneConfig:
     """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
     num_edges: int | None = None
     """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
+    cleanup: float | None = None
+    """At the end, remove each edge without which the circuit comes no farther from the full model
+    than this: KL in nats above its own, or, where outputs are values, an absolute error. null: no
+    clean-up."""
     seed: int = 0
     """Of the start, the noise and the order of the data."""
     run_dir: str = ""
@@ -188,6 +195,10 @@ class ExportConfig:
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
     """Exactly so many edges. Neither: threshold by binary search."""
+    cleanup: float | None = None
+    """Then remove each edge without which the circuit comes no farther from the full model, on the
+    training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
+    error. null: no clean-up."""
     output: str | None = None
     """File to write; null: edges.json in the run directory."""
 
@@ -289,9 +300,16 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
         raise ConfigError(f"num_edges={num_edges} is negative")
 
 
+def check_cleanup(tolerance: float | None) -> None:
+    """Raises ConfigError for a tolerance below 0."""
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
+
+
 def check_prune(config: PruneConfig) -> None:
     """Raises ConfigError where a setting is out of range or two contradict each other."""
     check_size(config.sparsity, config.num_edges)
+    check_cleanup(config.cleanup)
     trainer = config.trainer
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
@@ -305,10 +323,18 @@ def check_prune(config: PruneConfig) -> None:
     for name in ("learning_rate", "multiplier_learning_rate"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
-    if trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
+    if trainer.edge_price is not None:
+        if not trainer.edge_price > 0:
+            raise ConfigError(f"trainer.edge_price={trainer.edge_price} must be positive")
+        if trainer.target_sparsity is not None:
+            raise ConfigError(
+                f"got trainer.edge_price={trainer.edge_price} and "
+                f"trainer.target_sparsity={trainer.target_sparsity}; give only one"
+            )
+    elif trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
         raise ConfigError(
-            "nothing says how sparse the circuit shall be: give sparsity=, num_edges= or "
-            "trainer.target_sparsity="
+            "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
+            "trainer.target_sparsity= or trainer.edge_price="
         )
     if trainer.warmup is Warmup.logarithmic:
         targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
@@ -330,8 +356,10 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(dtypes)}")
 
 
-def target_sparsity(config: PruneConfig, all_edges: int) -> float:
+def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     """What the multipliers drive the edges' sparsity to: as set, or what was asked for.
+
+    None where edges have a price instead.
 
     Raises:
         ConfigError: more edges are asked for than the graph has.
@@ -340,6 +368,8 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float:
         raise ConfigError(
             f"num_edges={config.num_edges} is more than the {all_edges} edges of this model"
         )
+    if config.trainer.edge_price is not None:
+        return None
     if config.trainer.target_sparsity is not None:
         return config.trainer.target_sparsity
     if config.sparsity is not None:

@@ -18,8 +18,10 @@ GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker")
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
               "task=custom task.path=my.jsonl model=custom model.path=gpt2 sparsity=0.95",
-              "experiment=ioi seed=0,1,2 --multirun"),
-    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json"),
+              "experiment=ioi seed=0,1,2 --multirun",
+              "experiment=tracr/reverse ablation=interchange"),
+    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json",
+               "RUN cleanup=0.01"),
     "evaluate": ("RUN", "RUN split=validation random_circuits=5",
                  "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json"),

@@ -52,7 +52,15 @@ def prune(config: PruneConfig) -> None:
         training_progress(config.trainer.steps) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    export(ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges))
+    export(
+        ExportConfig(
+            run=str(run_dir),
+            sparsity=config.sparsity,
+            num_edges=config.num_edges,
+            cleanup=config.cleanup,
+        ),
+        model=model,
+    )
     evaluate(
         EvaluateConfig(circuit=str(run_dir), split=first_split(data_path, Split.validation)),
         model=model,

@@ -14,6 +14,7 @@ from edgeprune.ablation import Ablation
 from edgeprune.config import TrainerConfig
 from edgeprune.dataset import Pair, training_batch
 from edgeprune.masks import CircuitMasks, combined_gates
+from edgeprune.metrics import Output
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
@@ -36,22 +37,25 @@ class StepMetrics:
     Attributes:
         step: steps done, this one included.
         loss: what was minimised.
-        kl: nats per predicted token.
-        sparsity, target: 1 - mean edge gate, and what it is driven to.
+        kl: nats per predicted token; None where outputs are not logits.
+        unexplained: share of the outputs' variance that is unexplained; None where they are logits.
+        sparsity, target: 1 - mean edge gate, and what it is driven to; no target where edges have
+            a price.
         node_sparsity, node_target: the same for nodes; None without node gates.
-        multiplier_1, multiplier_2: of the edge constraint.
+        multiplier_1, multiplier_2: of the edge constraint; None where edges have a price.
         learning_rate: of log alpha.
     """
 
     step: int
     loss: float
-    kl: float
+    kl: float | None
+    unexplained: float | None
     sparsity: float
-    target: float
+    target: float | None
     node_sparsity: float | None
     node_target: float | None
-    multiplier_1: float
-    multiplier_2: float
+    multiplier_1: float | None
+    multiplier_2: float | None
     learning_rate: float
 
 
@@ -62,7 +66,7 @@ class Trainer:
         model: the frozen model.
         pairs: training prompts.
         config: how.
-        target_sparsity: of the edges, after the warm-up.
+        target_sparsity: of the edges, after the warm-up; None where edges have a price.
         seed: of the start, the noise and the order of the data.
         ablation: what closed edges carry.
     """
@@ -73,7 +77,7 @@ class Trainer:
         pairs: Sequence[Pair],
         config: TrainerConfig,
         *,
-        target_sparsity: float,
+        target_sparsity: float | None,
         seed: int,
         ablation: Ablation,
     ) -> None:
@@ -91,7 +95,9 @@ class Trainer:
             init_std=config.init_std,
             seed=seed,
         ).to(model.device)
-        constraints = {"edge": SparsityConstraint()}
+        constraints = {}
+        if config.edge_price is None:
+            constraints["edge"] = SparsityConstraint()
         if config.node_gates:
             constraints["node"] = SparsityConstraint()
         self.constraints = nn.ModuleDict(constraints).to(model.device)
@@ -117,10 +123,16 @@ class Trainer:
         closed = self.ablation.values(batch, corrupted)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        kl = faithfulness(batch, reference, self.model.run_circuit(batch, mixed, closed))
+        outputs = self.model.run_circuit(batch, mixed, closed)
+        distance = faithfulness(batch, reference, outputs, self.model.output)
         sparsity = hard_concrete.sparsity(gates.edge)
-        target = self._target(config.start_sparsity, self.target_sparsity)
-        loss = kl + self.constraints["edge"](sparsity, target)
+        target = None
+        if config.edge_price is not None:
+            is_open = hard_concrete.probability_open(self.masks.edge_log_alpha)
+            loss = distance + config.edge_price * is_open.sum()
+        else:
+            target = self._target(config.start_sparsity, self.target_sparsity)
+            loss = distance + self.constraints["edge"](sparsity, target)
         node_sparsity = node_target = None
         if gates.node is not None:
             node_sparsity = hard_concrete.sparsity(gates.node)
@@ -128,7 +140,7 @@ class Trainer:
             loss = loss + self.constraints["node"](node_sparsity, node_target)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
+                f"the loss is {loss.item()} at step {self.step + 1} (distance {distance.item()}), on the batch "
                 f"that begins with {batch.pairs[0].text!r}; the state before this step is kept. "
                 "Lower trainer.learning_rate, or use model.dtype=float32"
             )
@@ -137,17 +149,19 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        edge = self.constraints["edge"]
+        of_logits = self.model.output is Output.logits
+        multipliers = dict(self.constraints.named_parameters())
         return StepMetrics(
             step=self.step,
             loss=loss.item(),
-            kl=kl.item(),
+            kl=distance.item() if of_logits else None,
+            unexplained=None if of_logits else distance.item(),
             sparsity=sparsity.item(),
             target=target,
-            node_sparsity=None if node_sparsity is None else node_sparsity.item(),
+            node_sparsity=_item(node_sparsity),
             node_target=node_target,
-            multiplier_1=edge.multiplier_1.item(),
-            multiplier_2=edge.multiplier_2.item(),
+            multiplier_1=_item(multipliers.get("edge.multiplier_1")),
+            multiplier_2=_item(multipliers.get("edge.multiplier_2")),
             learning_rate=learning_rate,
         )
 
@@ -205,3 +219,7 @@ class Trainer:
                     for key, value in found.items()
                 }
         self.step = checkpoint.step
+
+
+def _item(value: Tensor | None) -> float | None:
+    return None if value is None else value.item()
