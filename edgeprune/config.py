@@ -104,6 +104,8 @@ class TrainerConfig:
     """Pairs a step."""
     learning_rate: float = 0.1
     """Of log alpha."""
+    adam_epsilon: float = 1e-8
+    """Adam divides a gradient by its size plus this, so gradients far below this move slowly."""
     multiplier_learning_rate: float = 3.0
     """Of the multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
@@ -115,8 +117,8 @@ class TrainerConfig:
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
     edge_price: float | None = None
-    """Cost of each edge that is expected to be open, in the loss, in place of a target sparsity: for
-    where the size of the circuit is to be found too. null: there is a target."""
+    """In place of a target sparsity, where the circuit's size is to be found too: what each edge
+    that is expected to be open adds to the loss. null: there is a target."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
     node_gates: bool = False
@@ -320,7 +322,7 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(
                 f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
             )
-    for name in ("learning_rate", "multiplier_learning_rate"):
+    for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
     if trainer.edge_price is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from edgeprune.dataset import Batch
 
-
 SAME_NUMBER = 1e-3
 """Numbers that differ by no more are the same answer."""
 

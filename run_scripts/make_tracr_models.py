@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,16 +52,36 @@ MOST_SUBSETS = 2**16
 # ------------------------------------------------------------------------------------ the programs
 
 
+def share(value: str, written: str) -> Head:
+    """Attends to all it sees alike: the share of positions that have the value."""
+    return Head((), ((value, written, 1.0),))
+
+
+def copied(tokens: Sequence[str], name: str) -> tuple[tuple[str, str, float], ...]:
+    """For `copy`: tokens under another name."""
+    return tuple((f"tokens:{token}", f"{name}:{token}", 1.0) for token in tokens)
+
+
+def nearest(label: str, values: list[tuple[float, str]]) -> tuple[Unit, ...]:
+    """One-hot labels for a number: 1 for the nearest value, by a step at each border."""
+    values = sorted(values)
+    units = [Unit({ONE: 1.0}, {values[0][1]: 1.0})]
+    for (low, low_label), (high, high_label) in pairwise(values):
+        writes = {low_label: -1.0, high_label: 1.0}
+        units += above(label, (low + high) / 2, writes, width=(high - low) / 4)
+    return tuple(units)
+
+
 def reverse() -> Program:
-    """The share of attention that BOS gets tells the length; length and index tell where to look."""
+    """The share of attention that BOS gets tells the length; length and index, where to look."""
     length = 5
     tokens = ("1", "2", "3")
     sizes = [(1 / (n + 1), f"length:{n}") for n in range(1, length + 1)]
-    opposite = [
+    opposite = tuple(
         both(f"length:{n}", f"indices:{i}", {f"opposite:{n - 1 - i}": 1.0})
         for n in range(1, length + 1)
         for i in range(n)
-    ]
+    )
     look = tuple((f"opposite:{i}", f"indices:{i}", SHARP) for i in range(length))
     return Program(
         name="reverse",
@@ -68,13 +90,13 @@ def reverse() -> Program:
         max_length=length,
         reference_length=3,
         layers=(
-            Layer((Head((), ((f"tokens:{BOS}", "bos_share", 1.0),)),), tuple(nearest("bos_share", sizes))),
-            Layer((), tuple(opposite)),
-            Layer((Head((*look, attend_bos()), tuple((f"tokens:{t}", f"out:{t}", 1.0) for t in tokens)),)),
+            Layer((share(f"tokens:{BOS}", "bos_share"),), nearest("bos_share", sizes)),
+            Layer((), opposite),
+            Layer((Head((*look, attend_bos()), copied(tokens, "out")),)),
         ),
         output={f"out:{t}": t for t in tokens},
         compute=lambda x: list(reversed(x)),
-    )  # fmt: skip
+    )
 
 
 def xproportion() -> Program:
@@ -110,31 +132,27 @@ def neighbours() -> Program:
             for i in range(length)
             if 0 <= i + offset < length
         )
-        return Head(
-            (*match, attend_bos()), tuple((f"tokens:{t}", f"{name}:{t}", 1.0) for t in tokens)
-        )
+        return Head((*match, attend_bos()), copied(tokens, name))
 
-    same = tuple(
-        both(f"before:{t}", f"after:{t}", {"out:yes": 1.0, "out:no": -1.0}) for t in tokens
-    )
+    yes = {"out:yes": 1.0, "out:no": -1.0}
+    same = tuple(both(f"before:{t}", f"after:{t}", yes) for t in tokens)
+    default = Unit({ONE: 1.0}, {"out:no": 1.0})
     return Program(
         name="neighbours",
         description="Whether the tokens before and after this one are the same.",
         tokens=tokens,
         max_length=length,
         reference_length=4,
-        layers=(
-            Layer((fetch(-1, "before"), fetch(1, "after")), (*same, Unit({ONE: 1.0}, {"out:no": 1.0}))),
-        ),
+        layers=(Layer((fetch(-1, "before"), fetch(1, "after")), (*same, default)),),
         output={"out:yes": "yes", "out:no": "no"},
         compute=lambda x: [
             "yes" if 0 < i < len(x) - 1 and x[i - 1] == x[i + 1] else "no" for i in range(len(x))
         ],
-    )  # fmt: skip
+    )
 
 
 def brackets() -> Program:
-    """Causal. Two heads count the brackets, an MLP compares; a head tells whether it ever failed."""
+    """Causal. Two heads count brackets, an MLP compares, a head tells whether it ever failed."""
     length = 5
     smallest = 1 / (length + 1)  # a share of attention that is not 0
     step = {"threshold": smallest / 2, "width": smallest / 2}
@@ -155,9 +173,15 @@ def brackets() -> Program:
             outputs.append("fail" if failed else "open" if depth else "ok")
         return outputs
 
+    ever = above("fewer_share", **step, writes={"ever": 1.0})
+    verdicts = (
+        Unit({"more": 1.0, "ever": -1.0}, {"out:open": 1.0, "out:ok": -1.0}),
+        Unit({"ever": 1.0}, {"out:fail": 1.0, "out:ok": -1.0}),
+        Unit({ONE: 1.0}, {"out:ok": 1.0}),
+    )
     return Program(
         name="brackets",
-        description="Whether the brackets so far are closed (ok), open, or closed too early (fail).",
+        description="Whether the brackets so far are closed (ok), open, or closed early (fail).",
         tokens=("(", ")", "x"),
         max_length=length,
         reference_length=5,
@@ -166,27 +190,13 @@ def brackets() -> Program:
                 (share("tokens:(", "opened"), share("tokens:)", "closed")),
                 (*over("opened", "closed", "more"), *over("closed", "opened", "fewer")),
             ),
-            Layer((share("fewer", "fewer_share"),), tuple(above("fewer_share", **step, writes={"ever": 1.0}))),
-            Layer((), (
-                Unit({"more": 1.0, "ever": -1.0}, {"out:open": 1.0, "out:ok": -1.0}),
-                Unit({"ever": 1.0}, {"out:fail": 1.0, "out:ok": -1.0}),
-                Unit({ONE: 1.0}, {"out:ok": 1.0}),
-            )),
+            Layer((share("fewer", "fewer_share"),), tuple(ever)),
+            Layer((), verdicts),
         ),
         output={"out:ok": "ok", "out:open": "open", "out:fail": "fail"},
         compute=compute,
         causal=True,
-    )  # fmt: skip
-
-
-def nearest(label: str, values: list[tuple[float, str]]) -> list[Unit]:
-    """One-hot labels for a number: 1 for the nearest of the values, from one step at each border."""
-    values = sorted(values)
-    units = [Unit({ONE: 1.0}, {values[0][1]: 1.0})]
-    for (low, low_label), (high, high_label) in zip(values, values[1:]):
-        writes = {low_label: -1.0, high_label: 1.0}
-        units += above(label, (low + high) / 2, writes, width=(high - low) / 4)
-    return units
+    )
 
 
 PROGRAMS = {make.__name__: make for make in (reverse, xproportion, neighbours, brackets)}
@@ -223,12 +233,16 @@ TRUE_EDGES = {
 
 
 def run_masks(
-    program: Program, ids: Tensor, masks: Tensor, closed: list[Tensor] | None = None
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    ids: Tensor,
+    masks: Tensor,
+    closed: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Outputs under many masks at once, straight from the definition.
+    """Outputs under many masks at once, in float64 and straight from the definition.
 
     Args:
-        program: whose transformer is run, in float64.
+        config, weights: of the folder.
         ids: [batch, pos].
         masks: [mask, edge], 1 or 0.
         closed: what closed edges carry, [batch, pos, d_model] a writer; None: nothing.
@@ -236,8 +250,9 @@ def run_masks(
     Returns:
         Outputs [mask, batch, pos, column], and what each writer wrote, [mask, batch, pos, d_model].
     """
-    weights = {name: weight.double() for name, weight in make_weights(program).items()}
-    config, graph = make_config(program), program.graph
+    weights = {name: weight.double() for name, weight in weights.items()}
+    heads = config["n_heads"]
+    graph = CircuitGraph(config["n_layers"], heads, heads, ("tok_embeds", "pos_embeds"))
     count, length = len(masks), ids.shape[1]
     tokens = weights["tok_embed"][ids]
     positions = weights["pos_embed"][:length].expand_as(tokens)
@@ -262,7 +277,7 @@ def run_masks(
             for i, part in enumerate("QKV")
         )
         scores = q @ k.transpose(-1, -2) * config["attn_scale"]
-        if program.causal:
+        if config["causal"]:
             future = torch.ones(length, length, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         mixed = scores.softmax(-1) @ v
@@ -280,6 +295,7 @@ def search(program: Program, records: list[dict], scored_from: int, ablation: st
         RuntimeError: more subsets than `MOST_SUBSETS`.
     """
     graph, edges = program.graph, structural_edges(program)
+    model = make_config(program), make_weights(program)
     if 2 ** len(edges) > MOST_SUBSETS:
         raise RuntimeError(f"{program.name} has {len(edges)} structural edges: too many to try all")
     clean = torch.tensor([record["clean_ids"] for record in records])
@@ -287,17 +303,17 @@ def search(program: Program, records: list[dict], scored_from: int, ablation: st
     if ablation == "zero":
         clean = clean.unique(dim=0)
     everything = torch.ones(1, graph.num_edges, dtype=torch.double)
-    reference = run_masks(program, clean, everything)[0][:, :, scored_from:]
+    reference = run_masks(*model, clean, everything)[0][:, :, scored_from:]
     closed = None
     if ablation == "interchange":
-        closed = [x[0] for x in run_masks(program, corrupted, everything)[1]]
+        closed = [x[0] for x in run_masks(*model, corrupted, everything)[1]]
     passing: list[frozenset[Edge]] = []
     tried = 0
     for subsets in batched(non_dangling(graph, edges), max(1, 20_000 // len(clean))):
         masks = torch.tensor(
             [Circuit(graph, subset).mask() for subset in subsets], dtype=torch.double
         )
-        outputs = run_masks(program, clean, masks, closed)[0][:, :, scored_from:]
+        outputs = run_masks(*model, clean, masks, closed)[0][:, :, scored_from:]
         same = ((outputs - reference).abs() <= TOLERANCE).flatten(1).all(1)
         passing += [subset for subset, ok in zip(subsets, same.tolist(), strict=True) if ok]
         tried += len(subsets)

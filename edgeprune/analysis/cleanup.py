@@ -134,7 +134,7 @@ class _CleaningUp:
     # -------------------------------------------------------------------------------- the distance
 
     def distance(self, circuit: Circuit, limit: float = float("inf")) -> float:
-        """Of a circuit from the full model; cut short, and infinite, where it is above the limit."""
+        """Of a circuit from the full model; infinite, and cut short, where it exceeds the limit."""
         self.passes += 1
         model = self.model
         gates = torch.tensor(circuit.mask(), dtype=torch.float32, device=model.device)

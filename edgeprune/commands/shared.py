@@ -66,8 +66,8 @@ def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
         return tracr.make_records(tokenizer.folder, tokenizer.config)
     if task.name not in TASKS:
         raise ConfigError(
-            f"unknown task {task.name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or give a file of your own "
-            "with task=custom task.path=FILE"
+            f"unknown task {task.name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or give a file "
+            "of your own with task=custom task.path=FILE"
         )
     sizes = {"train": task.train, "validation": task.validation, "test": task.test}
     records, report = make_records(task.name, tokenizer, sizes, task.seed)

@@ -209,8 +209,9 @@ def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
 
 @torch.no_grad()
 def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
-    """Check on some prompts, random ones by default, that all gates open give the model, all closed the corrupted prompt.
+    """Check that all gates open give the model, all closed the corrupted prompt.
 
+    By default on random prompts.
     Sliding windows are narrowed for the check, so that the prompts are longer.
 
     Raises:

@@ -67,7 +67,9 @@ def _log_lines(steps: int) -> Callable[[StepMetrics], None]:
 
 
 def _text(metrics: StepMetrics, per_second: float) -> str:
-    text = f"unexplained {metrics.unexplained:.3f}" if metrics.kl is None else f"KL {metrics.kl:.3f}"
+    text = (
+        f"unexplained {metrics.unexplained:.3f}" if metrics.kl is None else f"KL {metrics.kl:.3f}"
+    )
     text += f"  sparsity {metrics.sparsity:.3f}"
     if metrics.target is not None:
         text += f"  target {metrics.target:.3f}"

@@ -107,6 +107,7 @@ class Trainer:
                 {"params": list(self.constraints.parameters()), "maximize": True},
             ],
             lr=config.learning_rate,
+            eps=config.adam_epsilon,
             weight_decay=0.0,
         )
 
@@ -140,8 +141,9 @@ class Trainer:
             loss = loss + self.constraints["node"](node_sparsity, node_target)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.step + 1} (distance {distance.item()}), on the batch "
-                f"that begins with {batch.pairs[0].text!r}; the state before this step is kept. "
+                f"the loss is {loss.item()} at step {self.step + 1} (distance {distance.item()}), "
+                f"on the batch that begins with {batch.pairs[0].text!r}; the state before this "
+                "step is kept. "
                 "Lower trainer.learning_rate, or use model.dtype=float32"
             )
         learning_rate = self._set_learning_rates()
