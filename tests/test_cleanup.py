@@ -17,6 +17,15 @@ from edgeprune.modeling import passes as kept
 from edgeprune.tasks.tracr import make_records
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def whole(model) -> Circuit:
     return Circuit.from_mask(model.graph, [True] * model.graph.num_edges)
 
@@ -59,7 +68,7 @@ def test_where_everything_is_needed_nothing_goes():
     assert result.passes <= 2 + len(true) + 2
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     share=st.floats(0.1, 1),
@@ -67,7 +76,8 @@ def test_where_everything_is_needed_nothing_goes():
     kind=st.sampled_from(list(AblationKind)),
 )
 def test_never_too_far_always_a_part_and_nothing_more_can_go(seed, share, tolerance, kind):
-    model, pairs = wrap_model(random_gpt2(n_layer=1, n_head=2)), random_pairs(12, seed=seed)
+    model = wrap_model(random_gpt2(n_layer=1, n_head=1, n_embd=16))
+    pairs = random_pairs(6, length=4, seed=seed)
     graph = model.graph
     given = Circuit.random(graph, round(share * graph.num_edges), seed)
     ablation = Ablation(model, AblationConfig(kind), pairs)
@@ -107,7 +117,7 @@ def test_activations_that_do_not_fit_are_computed_anew(monkeypatch):
 
 def test_pruning_cleans_up_when_asked():
     model, pairs = micro_model(), induction_pairs(100, seed=1)
-    quick = {"steps": 100, "init_mean": 0.0, "progress": False, "num_edges": 20}
+    quick = {"steps": 20, "init_mean": 0.0, "progress": False, "num_edges": 20}
     rough = prune(model, pairs, **quick).circuit
     cleaned = prune(model, pairs, cleanup=0.01, **quick).circuit
     assert cleaned.edge_set < rough.edge_set
