@@ -3,8 +3,9 @@
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
 Here each is really cut, and what the circuit then does decides. Edges are tried cheapest first,
 many at once where that goes well (twice as many after each success) and ever fewer where it does
-not, so that a circuit of n edges of which m are to go costs some n - m passes over the data, plus
-a few for each run of edges that go together; a pass stops as soon as it is known to fail.
+not: a sweep costs about one pass over the data for each edge that has to stay, and a few for each
+run of edges that go together. A pass stops as soon as it is known to fail. Sweeps are repeated
+until one removes nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class _CleaningUp:
     ) -> None:
         self.model = model
         self.circuit = circuit
-        self.ranking = ranking
+        names = list(model.graph.edges())
+        self.ranked = [names[number] for number in ranking]
         self.ablation = ablation
         self.passes = 0
         self.num_examples = len(pairs)
@@ -137,7 +139,8 @@ class _CleaningUp:
         """Of a circuit from the full model; infinite, and cut short, where it exceeds the limit."""
         self.passes += 1
         model = self.model
-        gates = torch.tensor(circuit.mask(), dtype=torch.float32, device=model.device)
+        gates = torch.zeros(model.graph.num_edges, device=model.device)
+        gates[[model.graph.edge_index(edge) for edge in circuit.edge_set]] = 1
         total = 0.0
         for batch, reference, closed in self._kept or self._run_batches():
             outputs = model.run_circuit(batch, gates, closed)
@@ -174,7 +177,7 @@ class _CleaningUp:
         """
         graph = self.circuit.graph
         kept = self.circuit.edge_set
-        missing = [edge for edge in map(graph.edge_name, self.ranking) if edge not in kept]
+        missing = [edge for edge in self.ranked if edge not in kept]
         count = 1
         while not self.distance(self.circuit, self.limit) <= self.limit and missing:
             self.circuit = Circuit(graph, self.circuit.edge_set | set(missing[:count]))
@@ -183,8 +186,7 @@ class _CleaningUp:
 
     def _sweep(self) -> bool:
         """Try every edge once, cheapest first; whether any went."""
-        place = {self.circuit.graph.edge_name(number): i for i, number in enumerate(self.ranking)}
-        edges = sorted(self.circuit.edge_set, key=place.__getitem__, reverse=True)
+        edges = [edge for edge in reversed(self.ranked) if edge in self.circuit.edge_set]
         before = len(edges)
         count = max(1, len(edges) // 4)
         while edges:

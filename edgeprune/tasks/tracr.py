@@ -67,7 +67,7 @@ def _records_of(
     if config["output_type"] == "numerical":
         right = {"target_values": unknown_at_bos + example["model_output"][skipped:]}
     else:
-        known = example["output_ids"][skipped:]
+        known = [-1 if column is None else column for column in example["output_ids"][skipped:]]
         right = {"target_ids": [-1 for _ in unknown_at_bos] + known}
     text = " ".join(map(str, example["tokens"]))
     answer = " ".join(map(str, example["output"][skipped:]))
