@@ -18,10 +18,10 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	@echo "the circuit's picture is runs/demo/circuit.pdf (and .png, .svg)"
 
 test: $(READY) dot ## run the tests (a few minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY) dot ## run the slow tests too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: $(READY) ## check style
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ _HOME = {
     "CircuitGraph": "graph",
     "clean_up": "analysis.cleanup",
     "Evaluation": "analysis.evaluate",
+    "compare": "analysis.compare",
+    "consensus": "analysis.compare",
     "draw_circuit": "drawing",
     "evaluate": "analysis.evaluate",
     "export_circuit": "analysis.export",

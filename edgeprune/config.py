@@ -41,6 +41,12 @@ class Split(Enum):
     test = "test"
 
 
+class CircuitFormat(Enum):
+    edges = "edges"
+    eap_json = "eap_json"
+    eap_pt = "eap_pt"
+
+
 @dataclass
 class ModelConfig:
     """Which language model, and how it is loaded."""
@@ -54,8 +60,9 @@ class ModelConfig:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
-    attention: str = "sdpa"
-    """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ..."""
+    attention: str = "auto"
+    """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ...;
+    auto is sdpa, or eager where the model caps its scores."""
     bits: int | None = None
     """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
     embedding_writers: bool = True
@@ -187,10 +194,10 @@ class PruneConfig:
 
 @dataclass
 class ExportConfig:
-    """Make a circuit of a run's checkpoint and write edges.json."""
+    """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory."""
+    """Run directory; or a circuit's file, to write it in another format."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None
@@ -201,8 +208,11 @@ class ExportConfig:
     """Then remove each edge without which the circuit comes no farther from the full model, on the
     training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
     error. null: no clean-up."""
+    format: CircuitFormat | None = None
+    """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
+    where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json in the run directory."""
+    """File to write; null: edges.json, graph.json or graph.pt in the run directory."""
 
 
 @dataclass
@@ -210,7 +220,7 @@ class EvaluateConfig:
     """Measure a circuit beside the full model and the fully corrupted one."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     model: ModelConfig | None = None
     """null: the run's."""
     task: TaskConfig | None = None
@@ -232,7 +242,7 @@ class DrawConfig:
     """Draw a circuit by Graphviz."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the exported circuit, or else the last."""
     sparsity: float | None = None
@@ -247,6 +257,30 @@ class DrawConfig:
     """Draw dangling edges too."""
     title: str | None = None
     """null: the run's model and task."""
+
+
+@dataclass
+class CompareConfig:
+    """Compare circuits: what they share, what only one has, and how alike they are."""
+
+    circuits: list[str] = field(default_factory=list)
+    """Run directories, or circuits' files: edges.json, or graphs of EAP-IG or MIB."""
+    reference: str | None = None
+    """A circuit by which the others' precision, recall and F1 are measured."""
+    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """Drawings to write."""
+    output: str = "comparison"
+    """Folder to write."""
+
+
+@dataclass
+class ReportConfig:
+    """Sum up all runs below a folder: frontiers, and stability over seeds."""
+
+    folder: str = ""
+    """Run directories are looked for here, at any depth."""
+    output: str | None = None
+    """Folder to write; null: report in that folder."""
 
 
 @dataclass
@@ -265,6 +299,8 @@ COMMANDS = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "draw": DrawConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
     "prepare": PrepareConfig,
 }
 """Each command's settings; its first docstring line is its help."""

@@ -137,6 +137,17 @@ class CircuitMasks(nn.Module):
             order = torch.cat([order[writer_kept], order[~writer_kept]])
         return order.tolist()
 
+    @torch.no_grad()
+    def scores(self) -> list[float]:
+        """[edge] in (0, 1], higher for what matters more: the logistic function of log alpha.
+
+        With node gates, times that of the writer's. For formats that rank edges by score.
+        """
+        edge = self.edge_log_alpha.double().sigmoid()
+        if self.node_log_alpha is not None:
+            edge = edge * self.node_log_alpha.double().sigmoid()[self.edge_writers]
+        return edge.tolist()
+
 
 def combined_gates(gates: Gates, edge_writers: Tensor) -> Tensor:
     """[edge], edge gate times the gate of its writer.

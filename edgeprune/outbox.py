@@ -13,6 +13,8 @@ array is made at any layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,12 +60,13 @@ class Outboxes:
         workspace.generation += 1
         self._workspace = workspace
         self._generation = workspace.generation
-        shape = (num_writers, *like.shape)
-        self.delta = workspace.take("delta", shape, like)
+        self.delta = workspace.take("delta", (num_writers, *like.shape), like)
         self.gradient = None
         if torch.is_grad_enabled():
-            self.gradient = workspace.take("gradient", shape, like).zero_()
+            self.gradient = workspace.take("gradient", self.delta.shape, like).zero_()
         self.num_written = 0
+        self._num_read = 0
+        self._ahead = _Ahead(0, self.delta[:0])
         self._link = torch.empty(0, device=like.device)  # orders writes and reads for autograd
 
     def write(self, delta: Tensor) -> None:
@@ -74,6 +77,24 @@ class Outboxes:
         """
         self._link = _Write.apply(self._link, delta, self, self.num_written)
         self.num_written += delta.shape[0]
+
+    def look_ahead(self, gates: Sequence[Tensor]) -> None:
+        """Mix the deltas written so far for several reads to come, in one product.
+
+        Those reads add only what is written after. Mixing for many readers at once is faster: the
+        buffer is gone through once for all of them, forward and backward.
+
+        Args:
+            gates: of each of the next reads, [reader, writer] in [0, 1], in their order.
+        """
+        num_readers = sum(len(g) for g in gates)
+        shape = (num_readers, *self.delta.shape[1:])
+        kept = torch.is_grad_enabled()  # else the next look-ahead may overwrite these inputs
+        inputs = self._workspace.take(f"inputs {self._num_read if kept else 0}", shape, self.delta)
+        self._num_read += num_readers
+        self._ahead = _Ahead(self.num_written, inputs)
+        covered = [g[:, : self.num_written] for g in gates]
+        self._link = _LookAhead.apply(self._link, self, self._ahead, *covered)
 
     def read(self, gates: Tensor, base: Tensor) -> Tensor:
         """Mix the deltas written so far into one input per reader.
@@ -86,34 +107,36 @@ class Outboxes:
             base: [batch, pos, d_model], the stream when every gate is 0.
 
         Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes.
+            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next forward
+            pass.
 
         Raises:
             ValueError: gates has not one column per written outbox.
         """
-        self._check(gates)
-        return _Read.apply(gates, self._link, base, self, None)
-
-    def read_at(self, gates: Tensor, base: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """As `read`, only at some tokens.
-
-        Args:
-            gates: [reader, writer] in [0, 1].
-            base: [token, d_model], the stream there when every gate is 0.
-            rows, cols: [token], batch and position of each.
-
-        Returns:
-            [reader, token, d_model].
-        """
-        self._check(gates)
-        return _Read.apply(gates, self._link, base, self, (rows, cols))
-
-    def _check(self, gates: Tensor) -> None:
         if gates.dim() != 2 or gates.shape[1] != self.num_written:
             raise ValueError(
                 f"gates are {list(gates.shape)}, expected [reader, {self.num_written}]: "
                 "one column per written outbox"
             )
+        if self._ahead.num_read == len(self._ahead.inputs):
+            self.look_ahead([gates])
+        ahead = self._ahead
+        rows = slice(ahead.num_read, ahead.num_read + len(gates))
+        ahead.num_read = rows.stop
+        later = gates[:, ahead.num_writers :]
+        return _Read.apply(later, self._link, base, self, ahead, rows)
+
+    def at(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The deltas written so far at some tokens, differentiable.
+
+        Args:
+            rows, cols: [token], batch and position of each; no token twice.
+
+        Returns:
+            [writer, token, d_model].
+        """
+        index = (slice(0, self.num_written), rows, cols)
+        return _At.apply(self._link, self, index)
 
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""
@@ -121,6 +144,43 @@ class Outboxes:
             "these outboxes were overwritten by a later forward pass: "
             "call backward before the next one"
         )
+
+    def input_gradient(self, num_readers: int) -> Tensor:
+        """[reader, batch * pos * d_model], where the readers of one look-ahead leave theirs."""
+        shape = (num_readers, self.delta[0].numel())
+        return self._workspace.take("input_gradient", shape, self.delta)
+
+
+@dataclass
+class _Ahead:
+    """A look-ahead: inputs of reads to come, [reader, batch, pos, d_model].
+
+    The first `num_writers` are mixed in already; the first `num_read` have been read.
+    """
+
+    num_writers: int
+    inputs: Tensor
+    num_read: int = 0
+
+
+def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
+    """base + gates @ delta, by autograd's own means: for few tokens.
+
+    Args:
+        gates: [reader, writer].
+        delta: [writer, token, d_model].
+        base: [token, d_model].
+
+    Returns:
+        [reader, token, d_model].
+    """
+    mixed = torch.addmm(base.reshape(1, -1), gates.to(delta.dtype), _flat(delta))
+    return mixed.view(len(gates), *base.shape)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[n, batch, pos, d_model] -> [n, batch * pos * d_model]."""
+    return x.flatten(1)
 
 
 class _Write(torch.autograd.Function):
@@ -140,6 +200,28 @@ class _Write(torch.autograd.Function):
         return None, boxes.gradient[ctx.span], None, None
 
 
+class _LookAhead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, ahead: _Ahead, *gates: Tensor) -> Tensor:
+        boxes.check_current()
+        delta = _flat(boxes.delta[: ahead.num_writers])
+        ctx.boxes, ctx.counts = boxes, [len(g) for g in gates]
+        ctx.gates = torch.cat(gates).to(delta.dtype)
+        torch.mm(ctx.gates, delta, out=_flat(ahead.inputs))
+        return torch.empty(0, device=delta.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        # Its reads have left their gradients by now.
+        boxes, ctx.boxes = ctx.boxes, None
+        boxes.check_current()
+        num_readers, num_writers = ctx.gates.shape
+        grad = boxes.input_gradient(num_readers)
+        of_gates = _differentiate(boxes, slice(0, num_writers), ctx.gates, grad)
+        return None, None, None, *of_gates.split(ctx.counts)
+
+
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -148,35 +230,47 @@ class _Read(torch.autograd.Function):
         link: Tensor,
         base: Tensor,
         boxes: Outboxes,
-        tokens: tuple[Tensor, Tensor] | None,
+        ahead: _Ahead,
+        rows: slice,
     ) -> Tensor:
         boxes.check_current()
-        num_readers, num_writers = gates.shape
-        delta = boxes.delta[:num_writers]
-        if tokens is not None:
-            delta = delta[:, tokens[0], tokens[1]]  # [writer, token, d_model]
-        ctx.boxes, ctx.tokens = boxes, tokens
-        ctx.gates = gates.to(delta.dtype)
-        ctx.picked = delta if tokens is not None else None
-        delta = delta.reshape(num_writers, base.numel())
-        mixed = torch.addmm(base.reshape(1, -1), ctx.gates, delta)
-        return mixed.view(num_readers, *base.shape)
+        ctx.boxes, ctx.ahead, ctx.rows = boxes, ahead, rows
+        ctx.gates = gates.to(boxes.delta.dtype)
+        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
+        mixed = ahead.inputs[rows].data.add_(base)
+        ctx.writers = slice(ahead.num_writers, ahead.num_writers + gates.shape[1])
+        _flat(mixed).addmm_(ctx.gates, _flat(boxes.delta[ctx.writers]))
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, gates = ctx.boxes, ctx.gates
+        boxes, ahead = ctx.boxes, ctx.ahead
         ctx.boxes = None
         boxes.check_current()
-        num_readers, num_writers = gates.shape
-        grad = grad.reshape(num_readers, -1)
-        if ctx.tokens is None:
-            delta = boxes.delta[:num_writers].view(num_writers, grad.shape[1])
-            gradient = boxes.gradient[:num_writers].view(num_writers, grad.shape[1])
-            gradient.addmm_(gates.T, grad)
-        else:
-            delta = ctx.picked.reshape(num_writers, grad.shape[1])
-            to_writers = (gates.T @ grad).view(ctx.picked.shape)
-            index = (slice(0, num_writers), *ctx.tokens)
-            boxes.gradient[index] = boxes.gradient[index] + to_writers  # tokens are distinct
-        return (grad @ delta.T).float(), None, None, None, None
+        grad = grad.reshape(len(grad), -1)
+        boxes.input_gradient(len(ahead.inputs))[ctx.rows].copy_(grad)
+        of_gates = _differentiate(boxes, ctx.writers, ctx.gates, grad)
+        return of_gates, None, None, None, None, None
+
+
+class _At(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, index: tuple) -> Tensor:
+        boxes.check_current()
+        ctx.boxes, ctx.index = boxes, index
+        return boxes.delta[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        boxes, ctx.boxes = ctx.boxes, None
+        boxes.check_current()
+        boxes.gradient[ctx.index] += grad
+        return None, None, None
+
+
+def _differentiate(boxes: Outboxes, writers: slice, gates: Tensor, grad: Tensor) -> Tensor:
+    """Backward of `gates @ delta[writers]`: adds to the writers' gradients, returns the gates'."""
+    _flat(boxes.gradient[writers]).addmm_(gates.T, grad)
+    return (grad @ _flat(boxes.delta[writers]).T).float()

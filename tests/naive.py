@@ -51,16 +51,20 @@ def run_llama(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] |
     body = model.model
     tokens = body.embed_tokens(ids)
     stream = Stream([tokens], gates, graph, corrupted)
-    cos_sin = body.rotary_emb(tokens, torch.arange(ids.shape[1])[None])
     pos = torch.arange(ids.shape[1])
     for layer, block in enumerate(body.layers):
         attention = block.self_attn
+        own_type = [attention.layer_type] if hasattr(body.rotary_emb, "layer_types") else []
+        cos_sin = body.rotary_emb(tokens, pos[None], *own_type)
+        norms_output = hasattr(block, "pre_feedforward_layernorm")
         d_head = attention.head_dim
         seen = pos[:, None] >= pos
         if sliding(model.config, layer):
             seen = seen & (pos[:, None] - pos < model.config.sliding_window)
 
-        def part(kind: str, head: int, attention=attention, block=block, layer=layer) -> Tensor:
+        def part(
+            kind: str, head: int, attention=attention, block=block, layer=layer, cos_sin=cos_sin
+        ) -> Tensor:
             x = block.input_layernorm(stream.read(f"a{layer}.h{head}.{kind}"))
             columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             projected = getattr(attention, f"{kind}_proj")(x)[..., columns]
@@ -72,15 +76,28 @@ def run_llama(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] |
         outboxes = []
         for head in range(graph.num_heads):
             shared = head // graph.heads_per_kv_head
-            scores = part("q", head) @ keys[shared].transpose(-1, -2) * d_head**-0.5
+            scores = part("q", head) @ keys[shared].transpose(-1, -2) * attention.scaling
+            cap = getattr(attention, "attn_logit_softcapping", None)
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
             mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values[shared]
             project = attention.o_proj
             outbox = mixed @ project.weight[:, head * d_head : (head + 1) * d_head].T
             bias = 0 if project.bias is None else project.bias / graph.num_heads
             outboxes.append(outbox + bias)
+        if norms_output:
+            norm = block.post_attention_layernorm
+            size = (sum(outboxes).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+            outboxes = [(1 + norm.weight) * x / size for x in outboxes]
         stream.write(outboxes)
-        stream.write([block.mlp(block.post_attention_layernorm(stream.read(f"m{layer}")))])
-    return model.lm_head(body.norm(stream.read("resid_post"))), stream.outboxes
+        x = stream.read(f"m{layer}")
+        if norms_output:
+            x = block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
+        else:
+            x = block.mlp(block.post_attention_layernorm(x))
+        stream.write([x])
+    logits = model.lm_head(body.norm(stream.read("resid_post")))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap), stream.outboxes
 
 
 def sliding(config, layer: int) -> bool:

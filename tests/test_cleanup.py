@@ -17,15 +17,6 @@ from edgeprune.modeling import passes as kept
 from edgeprune.tasks.tracr import make_records
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def whole(model) -> Circuit:
     return Circuit.from_mask(model.graph, [True] * model.graph.num_edges)
 

@@ -7,6 +7,8 @@ from naive import all_open, run_llama
 from test_engine import random_gates
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -60,6 +62,17 @@ FAMILIES = {
         **SMALL, head_dim=8, use_sliding_window=True, sliding_window=4, layer_types=SLIDING
     ),
     "gemma": GemmaConfig(**SMALL, head_dim=12),
+    "gemma2": Gemma2Config(
+        **SMALL, head_dim=12, query_pre_attn_scalar=20, sliding_window=4, layer_types=SLIDING,
+        attn_logit_softcapping=0.5, final_logit_softcapping=2.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SMALL, head_dim=8, query_pre_attn_scalar=20, sliding_window=4, layer_types=SLIDING,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        },
+    ),
     "smollm3": SmolLM3Config(
         **SMALL, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=4,
         layer_types=SLIDING,
@@ -83,6 +96,8 @@ def mixed_lengths() -> list:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_open_gates_are_the_model_and_closed_gates_the_corrupted_prompt(name, attention):
+    if attention == "sdpa" and name == "gemma2":
+        pytest.skip("sdpa cannot cap scores")
     hf_model = random_llama(FAMILIES[name], attention)
     model = wrap_model(hf_model)
     batch = collate(mixed_lengths())
@@ -97,7 +112,10 @@ def test_open_gates_are_the_model_and_closed_gates_the_corrupted_prompt(name, at
     verify_parity(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biases", "mistral", "qwen3-windows", "gemma"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-biases", "mistral", "qwen3-windows", "gemma", "gemma2", "gemma3"],
+)
 @pytest.mark.parametrize("ablation", ["interchange", "zero"])
 def test_logits_and_gradients_equal_the_naive_engine(name, ablation):
     hf_model = random_llama(FAMILIES[name], "eager")
@@ -132,8 +150,13 @@ def break_rotation(block) -> None:
 
 
 def break_grouping(block) -> None:
-    project = block._project
-    block._project = lambda linear, x: project(linear, x).flip(1)
+    rotate = block.rotate
+
+    def with_keys_in_disorder(q, k, cos, sin):
+        q, k = rotate(q, k, cos, sin)
+        return q, k.flip(1)
+
+    block.rotate = with_keys_in_disorder
 
 
 def break_window(block) -> None:
@@ -154,6 +177,6 @@ def test_the_check_catches_a_model_that_is_run_wrongly(fault):
     assert model.architecture.body.config.sliding_window == 1000
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "phi3", "granite", "cohere"])
+@pytest.mark.parametrize("model_type", ["olmo2", "phi3", "granite", "cohere"])
 def test_what_only_looks_like_llama_is_refused_by_name(model_type):
     assert model_type not in load.FAMILIES

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune import evaluate, load_model, prune
 from edgeprune.ablation import Ablation
-from edgeprune.circuit import Circuit, load_edges
+from edgeprune.circuit import Circuit
 from edgeprune.commands.shared import task_records
 from edgeprune.config import COMMANDS, AblationConfig, AblationKind, ConfigError, TaskConfig
 from edgeprune.dataset import DataError, collate, encode_ids, encode_records
@@ -63,15 +63,6 @@ def folder(request) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def script():
     """run_scripts/make_tracr_models.py"""
@@ -86,6 +77,10 @@ def experiment(name: str):
     ConfigStore.instance().store(name="prune_schema", node=COMMANDS["prune"])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_object(compose("prune", [f"experiment=tracr/{name}"]))
+
+
+def load_edges(path: Path) -> list[tuple[str, str]]:
+    return [(writer, reader) for writer, reader in json.loads(path.read_text())]
 
 
 def read_pairs(model, **choice):

@@ -26,19 +26,11 @@ class Export:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for circuit.json."""
-        connected = self.circuit.without_dangling()
         return {
             "chosen_by": "size" if self.thresholds is None else "threshold",
             "edge_threshold": None if self.thresholds is None else self.thresholds.edge,
             "node_threshold": None if self.thresholds is None else self.thresholds.node,
-            "all_edges": self.circuit.graph.num_edges,
-            "num_edges": len(self.circuit),
-            "sparsity": self.circuit.sparsity,
-            "without_dangling": {
-                "num_edges": len(connected),
-                "sparsity": connected.sparsity,
-                "num_nodes": len(connected.nodes),
-            },
+            **self.circuit.sizes(),
         }
 
 

@@ -19,6 +19,7 @@ from edgeprune.commands.shared import (
     first_split,
     load_model,
     load_pairs,
+    read_circuit,
     run_settings,
     show,
 )
@@ -37,7 +38,6 @@ def evaluate(config: EvaluateConfig, model: Any = None) -> None:
     """Measure a circuit beside the full model and the fully corrupted one."""
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.circuit import Circuit
 
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, model: Any = None) -> None:
         )
     if model is None:
         model = load_model(config.model or of_run["model"])
-    circuit = Circuit.load(edges_path, model.graph)
+    circuit = read_circuit(edges_path, model.graph)
     folder = edges_path.parent
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name

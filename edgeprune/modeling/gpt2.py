@@ -32,7 +32,7 @@ class GPT2Block:
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2
-        self.mlp = layer.mlp
+        self.mlp = self.mlp_output = layer.mlp
         self.attention = layer.attn
         self.num_heads = layer.attn.num_heads
         self.d_head = layer.attn.head_dim
@@ -50,7 +50,8 @@ class GPT2Block:
         num_readers, batch, pos, d_model = x.shape
         project = self.attention.c_attn
         weight = project.weight.view(d_model, num_readers, self.d_head).transpose(0, 1)
-        qkv = project_to_heads(self.attention_norm(x), weight, project.bias)
+        bias = project.bias.view(num_readers, self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, weight, bias)
         qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward
@@ -58,6 +59,9 @@ class GPT2Block:
         scaling = self.attention.scaling
         values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
         return values.reshape(batch, pos, self.num_heads * self.d_head)
+
+    def scale(self, values: Tensor) -> Tensor:
+        return values
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
         """See `project_from_heads`."""

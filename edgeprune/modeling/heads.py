@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
-def project_to_heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Queries, keys or values of heads with an input of their own each.
 
+    A norm's scale and shift are folded into the projection, and so is the taking of the mean: what
+    is left is one number an input, by which what has been projected is multiplied. No normed copy
+    of the inputs is made.
+
     Args:
-        x: [head, batch, pos, d_model], normed.
+        x: [head, batch, pos, d_model].
+        norm: of the inputs; one that is neither a LayerNorm nor a plain RMSNorm is called as it is.
         weight: [head, d_model, d_head].
-        bias: [head * d_head] or None.
+        bias: [head, d_head] or None.
 
     Returns:
         [head, batch, pos, d_head].
     """
-    num_heads, batch, pos, d_model = x.shape
-    x = x.reshape(num_heads, batch * pos, d_model)
-    if bias is None:
-        projected = torch.bmm(x, weight)
+    num_heads, batch, pos, _ = x.shape
+    is_layer_norm = isinstance(norm, nn.LayerNorm)
+    if is_layer_norm or hasattr(norm, "variance_epsilon"):
+        if is_layer_norm and norm.bias is not None:
+            shift = norm.bias @ weight  # [head, d_head]
+            bias = shift if bias is None else bias + shift
+        weight = norm.weight[:, None] * weight
+        if is_layer_norm:
+            weight = weight - weight.mean(1, keepdim=True)
+        eps = norm.eps if is_layer_norm else norm.variance_epsilon
+        projected = _ScaledProjection.apply(x.flatten(1, 2), weight, eps, is_layer_norm)
     else:
-        projected = torch.baddbmm(bias.view(num_heads, 1, -1), x, weight)
+        projected = torch.bmm(norm(x).flatten(1, 2), weight)
+    if bias is not None:
+        projected = projected + bias[:, None]
     return projected.view(num_heads, batch, pos, -1)
+
+
+class _ScaledProjection(torch.autograd.Function):
+    """y = (x @ weight) / sqrt(variance(x) + eps); without a gradient of the weight.
+
+    x: [head, token, d_model]; weight: [head, d_model, d_head], whose sum over d_model is 0 if the
+    variance is to be `centred`, that is, taken about the mean.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, centred: bool) -> Tensor:
+        mean = x.mean(-1, keepdim=True, dtype=torch.float32) if centred else None
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        variance = norm**2 / x.shape[-1]
+        if centred:
+            variance = variance - mean**2
+        scale = torch.rsqrt(variance + eps)  # [head, token, 1]
+        y = (torch.bmm(x, weight) * scale).to(x.dtype)
+        ctx.save_for_backward(x, weight, scale, mean, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, weight, scale, mean, y = ctx.saved_tensors
+        of_x = torch.bmm((grad * scale).to(x.dtype), weight.transpose(1, 2))
+        # The scale falls by scale^3 (x - mean) / d_model.
+        fall = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) * scale**2 / x.shape[-1]
+        of_x.addcmul_(x, fall.to(x.dtype), value=-1)
+        if mean is not None:
+            of_x += (fall * mean).to(x.dtype)
+        return of_x, None, None, None
 
 
 def project_from_heads(
@@ -34,20 +83,19 @@ def project_from_heads(
     The bias of the output projection is divided equally over the heads; it cancels in a difference.
 
     Args:
-        values, corrupted: [batch, pos, head * d_head]; None for zero outboxes.
+        values, corrupted: [..., head * d_head]; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
 
     Returns:
-        [head, batch, pos, d_model].
+        [head, ..., d_model].
     """
     num_heads, d_head, d_model = weight.shape
-    batch, pos, _ = values.shape
     difference = values if corrupted is None else values - corrupted
-    by_head = difference.view(batch * pos, num_heads, d_head).transpose(0, 1)
+    by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:
         share = (bias / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)
     else:
         outboxes = torch.bmm(by_head, weight)
-    return outboxes.view(num_heads, batch, pos, d_model)
+    return outboxes.view(num_heads, *values.shape[:-1], d_model)

@@ -1,9 +1,13 @@
 """The Llama family: where its parts are, and how a block runs on a separate input for each reader.
 
 Covers what shares Llama's block: norm, attention with rotary positions over grouped key/value
-heads, norm, gated MLP, and nothing between a head's output projection and the residual stream. What
-differs inside (biases, norms of queries and keys, layers without rotation, sliding windows) is read
-off the loaded modules; rotation and eager attention are those of the model's own source file.
+heads, norm, gated MLP. What differs inside (biases, norms of queries and keys, layers without
+rotation, sliding windows, capped scores) is read off the loaded modules; rotation and eager
+attention are those of the model's own source file.
+
+Gemma 2 and 3 norm what attention and MLP write, too. For the MLP that is one more module. The
+norm of the heads' sum multiplies every head's outbox by one number a token, so the outboxes still
+add up to what is written: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
 """
 
 from __future__ import annotations
@@ -43,11 +47,11 @@ class AttentionInputs:
 
     Attributes:
         masks: one for each layer type.
-        rotation: (cos, sin), [1, pos, d_head] each.
+        rotations: likewise, (cos, sin), [1, pos, d_head] each.
     """
 
     masks: dict[str, Any]
-    rotation: tuple[Tensor, Tensor]
+    rotations: dict[str, tuple[Tensor, Tensor]]
 
 
 class LlamaBlock:
@@ -57,8 +61,15 @@ class LlamaBlock:
         attention = layer.self_attn
         self.attention_norm = layer.input_layernorm
         self.attention_output = attention.o_proj
-        self.mlp_norm = layer.post_attention_layernorm
-        self.mlp = layer.mlp
+        if hasattr(layer, "pre_feedforward_layernorm"):  # what is written is normed too
+            self.heads_norm = layer.post_attention_layernorm
+            self.mlp_norm = layer.pre_feedforward_layernorm
+            self.mlp_output = layer.post_feedforward_layernorm
+            self.mlp = nn.Sequential(layer.mlp, self.mlp_output)
+        else:
+            self.heads_norm = None
+            self.mlp_norm = layer.post_attention_layernorm
+            self.mlp = self.mlp_output = layer.mlp
         self.attention = attention
         self.layer_type = layer_type
         self.num_heads = attention.config.num_attention_heads
@@ -80,20 +91,26 @@ class LlamaBlock:
         """
         attention = self.attention
         _, batch, pos, _ = x.shape
-        for_q, for_k, for_v = self.attention_norm(x).split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        )
-        q = self._project(attention.q_proj, for_q)
-        k = self._project(attention.k_proj, for_k)
-        v = self._project(attention.v_proj, for_v)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weight = torch.cat([_weight(linear).to(x.dtype) for linear in projections])
+        weight = weight.view(len(x), self.d_head, -1).transpose(1, 2)
+        bias = None
+        if attention.q_proj.bias is not None:
+            bias = torch.cat([linear.bias for linear in projections]).view(len(x), self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, weight, bias).transpose(0, 1)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         if getattr(attention, "use_rope", True):
-            q, k = self.rotate(q, k, *inputs.rotation)
+            q, k = self.rotate(q, k, *inputs.rotations[self.layer_type])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, self.eager_attention
         )
-        is_sliding = self.layer_type == "sliding_attention"
+        options = {}
+        if self.layer_type == "sliding_attention":
+            options["sliding_window"] = attention.config.sliding_window
+        if getattr(attention, "attn_logit_softcapping", None) is not None:
+            options["softcap"] = attention.attn_logit_softcapping
         values, _ = attend(
             attention,
             q,
@@ -102,19 +119,26 @@ class LlamaBlock:
             inputs.masks[self.layer_type],
             dropout=0.0,
             scaling=attention.scaling,
-            sliding_window=attention.config.sliding_window if is_sliding else None,
+            **options,
         )
-        return values.reshape(batch, pos, self.num_heads * self.d_head)
+        return self.scale(values.reshape(batch, pos, self.num_heads * self.d_head))
 
-    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """[head, batch, pos, d_model] -> [batch, head, pos, d_head], each head by its own rows."""
-        weight = _weight(linear).to(x.dtype).view(x.shape[0], self.d_head, -1).transpose(1, 2)
-        return project_to_heads(x, weight, linear.bias).transpose(0, 1)
+    def scale(self, values: Tensor) -> Tensor:
+        """Times what a norm of the heads' sum makes of each token's outboxes."""
+        if self.heads_norm is None:
+            return values
+        linear = self.attention_output
+        written = nn.functional.linear(values, _weight(linear).to(values.dtype), linear.bias)
+        mean_square = written.float().square().mean(-1, keepdim=True)
+        return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
-        weight = _weight(linear).to(values.dtype).view(-1, self.num_heads, self.d_head)
+        weight = _weight(linear).to(values.dtype)
+        if self.heads_norm is not None:
+            weight = (1 + self.heads_norm.weight)[:, None] * weight
+        weight = weight.view(-1, self.num_heads, self.d_head)
         return project_from_heads(values, corrupted, weight.permute(1, 2, 0), linear.bias)
 
 
@@ -134,22 +158,33 @@ class Llama:
         types = getattr(config, "layer_types", None) or [one_type] * config.num_hidden_layers
         self.blocks = [LlamaBlock(*pair) for pair in zip(self.body.layers, types, strict=True)]
         self.final_norm = self.body.norm
-        self.logits = model.lm_head
+        self.unembed = model.lm_head
+        self.cap = getattr(config, "final_logit_softcapping", None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [1, batch, pos, d_model]: the token embeddings."""
         return self.body.embed_tokens(ids)[None]
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed final states [..., d_model] -> [..., vocabulary]."""
+        logits = self.unembed(x)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
     def attention_inputs(self, embeddings: Tensor) -> AttentionInputs:
-        config = self.body.config
+        body = self.body
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+        layer_types = {block.layer_type for block in self.blocks}
         masks = {
             layer_type: MASKS[layer_type](
-                config, embeddings, attention_mask=None, past_key_values=None
+                body.config, embeddings, attention_mask=None, past_key_values=None
             )
-            for layer_type in {block.layer_type for block in self.blocks}
+            for layer_type in layer_types
         }
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-        return AttentionInputs(masks, self.body.rotary_emb(embeddings, position_ids=positions))
+        if hasattr(body.rotary_emb, "layer_types"):  # each type of layer turns at its own speeds
+            rotations = {t: body.rotary_emb(embeddings, positions, t) for t in layer_types}
+        else:
+            rotations = dict.fromkeys(layer_types, body.rotary_emb(embeddings, positions))
+        return AttentionInputs(masks, rotations)
 
 
 def _weight(linear: nn.Linear) -> Tensor:

@@ -28,7 +28,7 @@ from edgeprune.paths import EMBEDDED_MODEL
 FAMILIES = {
     "gpt2": (gpt2.GPT2, gpt2.build_graph),
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"),
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"),
         (llama.Llama, llama.build_graph),
     ),
 }
@@ -56,7 +56,7 @@ def load_model(
     *,
     device: str = "auto",
     dtype: str = "float32",
-    attention: str = "sdpa",
+    attention: str = "auto",
     bits: int | None = None,
     embedding_writers: bool = True,
     trust_remote_code: bool = False,
@@ -69,7 +69,8 @@ def load_model(
             folder of a Tracr model (see `tracr.py`), or `tracr/NAME` for one that comes with it.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
-        attention: the library's attention implementation: `sdpa`, `eager`, ...
+        attention: the library's attention implementation: `sdpa`, `eager`, ...; `auto` is `sdpa`,
+            or `eager` for models that cap their scores, which `sdpa` cannot.
         bits: 4 or 8 to hold the weights in so many bits (bitsandbytes; Llama family).
         embedding_writers: whether the embeddings are writers with edges of their own; without,
             they always flow.
@@ -96,6 +97,9 @@ def load_model(
         )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if attention == "auto":
+        caps = getattr(config, "attn_logit_softcapping", None) is not None
+        attention = "eager" if caps else "sdpa"
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)

@@ -7,6 +7,7 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,23 +19,38 @@ from torch import Tensor, nn
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.outbox import Outboxes, Workspace
+from edgeprune.outbox import Outboxes, Workspace, mix
+
+LOOK_AHEAD = 64
+"""Readers that are served in one product, at least (see `Outboxes.look_ahead`)."""
 
 
 class Block(Protocol):
-    """One transformer block, run on a separate input for each reader."""
+    """One transformer block, run on a separate input for each reader.
+
+    Attributes:
+        attention_norm, mlp_norm: the norms of what is read.
+        attention_output: the projection of the heads' values.
+        mlp: what is between its norm and the stream.
+        mlp_output: the loaded module whose output the stream gets from the MLP.
+    """
 
     attention_norm: nn.Module
     attention_output: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
+    mlp_output: nn.Module
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
-        """[reader, batch, pos, d_model] -> the heads' values [batch, pos, head * d_head]."""
+        """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head]."""
+        ...
+
+    def scale(self, values: Tensor) -> Tensor:
+        """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, batch, pos, d]."""
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model]."""
         ...
 
 
@@ -72,7 +88,7 @@ class Activations:
 
     Attributes:
         embeddings: [embedding writer, batch, pos, d_model].
-        head_values: a layer each, [batch, pos, head * d_head], before the output projection.
+        head_values: a layer each, [batch, pos, head * d_head], scaled, before the projection.
         mlp_outputs: a layer each, [batch, pos, d_model].
         residuals: a site each, [batch, pos, d_model], the stream that is read there.
     """
@@ -127,6 +143,12 @@ class CircuitModel:
         """What the model's outputs are."""
         return self.architecture.output
 
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.architecture.embed(ids).shape[-1]
+
     def _check_padding(self, batch: Batch) -> None:
         if not self.architecture.may_pad and len(set(batch.lengths.tolist())) > 1:
             raise ValueError(
@@ -162,18 +184,18 @@ class CircuitModel:
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def keep_input(store: list[Tensor]):
-            return lambda module, inputs: store.append(inputs[0][keep].clone())
+        def keep_input(store: list[Tensor], scale: Callable[[Tensor], Tensor] = lambda x: x):
+            return lambda module, inputs: store.append(scale(inputs[0][keep]).clone())
 
         with ExitStack() as stack:
             for block in arch.blocks:
-                for module, store in (
-                    (block.attention_norm, residuals),
-                    (block.attention_output, head_values),
-                    (block.mlp_norm, residuals),
+                for module, hook in (
+                    (block.attention_norm, keep_input(residuals)),
+                    (block.attention_output, keep_input(head_values, block.scale)),
+                    (block.mlp_norm, keep_input(residuals)),
                 ):
-                    stack.enter_context(_hook(module.register_forward_pre_hook(keep_input(store))))
-                handle = block.mlp.register_forward_hook(
+                    stack.enter_context(_hook(module.register_forward_pre_hook(hook)))
+                handle = block.mlp_output.register_forward_hook(
                     lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
                 )
                 stack.enter_context(_hook(handle))
@@ -237,19 +259,29 @@ class CircuitModel:
                 stream_there = corrupted.residuals[site]
             return stream_there if always_on is None else stream_there + always_on
 
-        attention_inputs = arch.attention_inputs(stream)
+        nothing = [None] * graph.num_layers
+        closed_heads = nothing if corrupted is None else corrupted.head_values
+        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
+        inputs = arch.attention_inputs(stream)
+        ahead = 2 * math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))  # sites
         for layer, block in enumerate(arch.blocks):
-            x = boxes.read(site_gates[2 * layer], base(2 * layer))
-            values = block.attend(x, attention_inputs)
-            closed = None if corrupted is None else corrupted.head_values[layer]
-            boxes.write(block.head_delta(values, closed))
-            x = boxes.read(site_gates[2 * layer + 1], base(2 * layer + 1))[0]
-            output = block.mlp(block.mlp_norm(x))
-            if corrupted is not None:
-                output = output - corrupted.mlp_outputs[layer]
-            boxes.write(output[None])
+            site = 2 * layer
+            if site % ahead == 0:
+                boxes.look_ahead(site_gates[site : site + ahead][: len(site_gates) - 2 - site])
+            values = block.attend(boxes.read(site_gates[site], base(site)), inputs)
+            if layer == graph.num_layers - 1:
+                break
+            boxes.write(block.head_delta(values, closed_heads[layer]))
+            x = boxes.read(site_gates[site + 1], base(site + 1))[0]
+            boxes.write(_mlp_delta(block, x, closed_mlps[layer]))
+        # Only the predicted tokens matter from here on.
         at = (batch.rows, batch.cols)
-        x = boxes.read_at(site_gates[-1], base(-1)[at], *at)[0]
+        closed = None if corrupted is None else closed_heads[-1][at]
+        delta = torch.cat([boxes.at(*at), block.head_delta(values[at], closed)])
+        x = mix(site_gates[-2], delta, base(-2)[at])[0]
+        closed = None if corrupted is None else closed_mlps[-1][at]
+        delta = torch.cat([delta, _mlp_delta(block, x, closed)])
+        x = mix(site_gates[-1], delta, base(-1)[at])[0]
         return arch.logits(arch.final_norm(x))
 
     @torch.no_grad()
@@ -316,6 +348,12 @@ class MeanActivations:
             return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
 
         return self.means.map(spread)
+
+
+def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
+    """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
+    output = block.mlp(block.mlp_norm(x))
+    return (output if corrupted is None else output - corrupted)[None]
 
 
 def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:

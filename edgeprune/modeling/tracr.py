@@ -32,6 +32,8 @@ CONFIG, WEIGHTS, EXAMPLES = "config.json", "weights.safetensors", "examples.json
 OUTPUTS = {"categorical": Output.one_hot, "numerical": Output.number}
 """`output_type` of the config -> what the outputs are."""
 
+NO_NORM = nn.Identity()
+
 SIZES = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx", "d_out")
 
 
@@ -112,10 +114,10 @@ class TracrLayer(nn.Module):
         self.num_heads, self.d_head = config["n_heads"], config["d_head"]
         self.scaling = config.get("attn_scale", config["d_head"] ** -0.5)
         self.causal = config["causal"]
-        # [3 * head, d_model, d_head] and [3 * head * d_head]: all heads' q, then k, then v.
+        # [3 * head, d_model, d_head] and [3 * head, d_head]: all heads' q, then k, then v.
         qkv = torch.cat([weight(f"attn.W_{part}") for part in "QKV"])
         self.qkv_weight = nn.Parameter(qkv)
-        self.qkv_bias = nn.Parameter(torch.cat([weight(f"attn.b_{p}").flatten() for p in "QKV"]))
+        self.qkv_bias = nn.Parameter(torch.cat([weight(f"attn.b_{part}") for part in "QKV"]))
         self.attention_norm = nn.Identity()
         self.attention_output = _linear(weight("attn.W_O").flatten(0, 1), weight("attn.b_O"))
         self.mlp_norm = nn.Identity()
@@ -142,7 +144,7 @@ class TracrLayer(nn.Module):
             The heads' values, [batch, pos, head * d_head].
         """
         _, batch, pos, _ = x.shape
-        qkv = project_to_heads(x, self.qkv_weight, self.qkv_bias)
+        qkv = project_to_heads(x, NO_NORM, self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.view(3, self.num_heads, batch, pos, self.d_head)
         scores = q @ k.transpose(-1, -2) * self.scaling  # [head, batch, pos, pos]
         if self.causal:
@@ -150,6 +152,13 @@ class TracrLayer(nn.Module):
             scores = scores.masked_fill(future, -torch.inf)
         values = scores.softmax(-1) @ v  # [head, batch, pos, d_head]
         return values.permute(1, 2, 0, 3).reshape(batch, pos, self.num_heads * self.d_head)
+
+    def scale(self, values: Tensor) -> Tensor:
+        return values
+
+    @property
+    def mlp_output(self) -> nn.Module:
+        return self.mlp
 
     def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
         """See `project_from_heads`."""

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The circuits of SmolLM2-135M in RESULTS.md: pruned, evaluated beside random circuits, and drawn.
+#
+#   run_scripts/smollm2.sh                      # the model from the hub; about two hours on a processor
+#   run_scripts/smollm2.sh path/to/model.gguf   # or from a file
+#
+# Runs go to runs/smollm2/; what is there already is not run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+edgeprune=.venv/bin/edgeprune
+model=()
+[ $# = 0 ] || model=("model.path=$1")
+
+circuit() { # name, experiment and settings
+  local run=runs/smollm2/$1
+  [ -e "$run/evaluation-test.json" ] && return
+  "$edgeprune" prune "experiment=smollm2/$2" "${model[@]}" "run_dir=$run" resume=auto "${@:3}"
+  "$edgeprune" evaluate "$run" random_circuits=5
+  "$edgeprune" draw "$run"
+}
+
+# The gates lag behind their target; above 0.95 it is set higher than what the circuit is cut at.
+circuit ioi-95 ioi
+circuit ioi-98 ioi sparsity=0.98 trainer.target_sparsity=1.02
+circuit greater_than-95 greater_than
+circuit gendered_pronoun-95 gendered_pronoun
+circuit induction-95 induction
+circuit ioi-99 ioi sparsity=0.99 trainer.target_sparsity=1.05
+circuit ioi-90 ioi sparsity=0.9
+.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-95
