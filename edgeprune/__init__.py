@@ -8,6 +8,7 @@ from typing import Any
 _HOME = {
     "Circuit": "circuit",
     "CircuitGraph": "graph",
+    "clean_up": "analysis.cleanup",
     "Evaluation": "analysis.evaluate",
     "compare": "analysis.compare",
     "consensus": "analysis.compare",

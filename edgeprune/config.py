@@ -119,6 +119,8 @@ class TrainerConfig:
     """Run blocks again in the backward pass: slower, for less memory."""
     learning_rate: float = 0.1
     """Of log alpha."""
+    adam_epsilon: float = 1e-8
+    """Adam divides a gradient by its size plus this, so gradients far below this move slowly."""
     multiplier_learning_rate: float = 3.0
     """Of the multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
@@ -129,6 +131,9 @@ class TrainerConfig:
     """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
+    edge_price: float | None = None
+    """In place of a target sparsity, where the circuit's size is to be found too: what each edge
+    that is expected to be open adds to the loss. null: there is a target."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
     node_gates: bool = False
@@ -196,6 +201,10 @@ class PruneConfig:
     """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
     num_edges: int | None = None
     """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
+    cleanup: float | None = None
+    """At the end, remove each edge without which the circuit comes no farther from the full model
+    than this: KL in nats above its own, or, where outputs are values, an absolute error. null: no
+    clean-up."""
     seed: int = 0
     """Of the start, the noise and the order of the data."""
     run_dir: str = ""
@@ -218,6 +227,10 @@ class ExportConfig:
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
     """Exactly so many edges. Neither: threshold by binary search."""
+    cleanup: float | None = None
+    """Then remove each edge without which the circuit comes no farther from the full model, on the
+    training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
+    error. null: no clean-up."""
     format: CircuitFormat | None = None
     """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
     where output ends in .pt, else edges."""
@@ -380,9 +393,16 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
         raise ConfigError(f"num_edges={num_edges} is negative")
 
 
+def check_cleanup(tolerance: float | None) -> None:
+    """Raises ConfigError for a tolerance below 0."""
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
+
+
 def check_prune(config: PruneConfig) -> None:
     """Raises ConfigError where a setting is out of range or two contradict each other."""
     check_size(config.sparsity, config.num_edges)
+    check_cleanup(config.cleanup)
     trainer = config.trainer
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
@@ -414,13 +434,21 @@ def check_prune(config: PruneConfig) -> None:
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
             "leave out one of them"
         )
-    for name in ("learning_rate", "multiplier_learning_rate"):
+    for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
-    if trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
+    if trainer.edge_price is not None:
+        if not trainer.edge_price > 0:
+            raise ConfigError(f"trainer.edge_price={trainer.edge_price} must be positive")
+        if trainer.target_sparsity is not None:
+            raise ConfigError(
+                f"got trainer.edge_price={trainer.edge_price} and "
+                f"trainer.target_sparsity={trainer.target_sparsity}; give only one"
+            )
+    elif trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
         raise ConfigError(
-            "nothing says how sparse the circuit shall be: give sparsity=, num_edges= or "
-            "trainer.target_sparsity="
+            "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
+            "trainer.target_sparsity= or trainer.edge_price="
         )
     if trainer.warmup is Warmup.logarithmic:
         targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
@@ -457,8 +485,10 @@ def check_benchmark(config: BenchmarkConfig) -> None:
         raise ConfigError(f"dtype={config.dtype!r}; choose {', '.join(DTYPES)}")
 
 
-def target_sparsity(config: PruneConfig, all_edges: int) -> float:
+def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     """What the multipliers drive the edges' sparsity to: as set, or what was asked for.
+
+    None where edges have a price instead.
 
     Raises:
         ConfigError: more edges are asked for than the graph has.
@@ -467,6 +497,8 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float:
         raise ConfigError(
             f"num_edges={config.num_edges} is more than the {all_edges} edges of this model"
         )
+    if config.trainer.edge_price is not None:
+        return None
     if config.trainer.target_sparsity is not None:
         return config.trainer.target_sparsity
     if config.sparsity is not None:

@@ -113,8 +113,9 @@ def _print_evaluation(result: Any, title: str) -> None:
         table.add_row(field.name.replace("_", " "), *(f"{value:.3f}" for value in values))
     OUT.print(table)
     worst = result.worst
+    off = f"error {worst.error:.2g}" if worst.kl != worst.kl else f"KL {worst.kl:.2f}"
     show(
-        f"least faithful: KL {worst.kl:.2f} on {worst.text!r}: full model "
+        f"least faithful: {off} on {worst.text!r}: full model "
         f"{worst.full_prediction!r}, circuit {worst.circuit_prediction!r}"
     )
 

@@ -103,8 +103,13 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    size = ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges)
-    processes.first_does(lambda: export(size))
+    size = ExportConfig(
+        run=str(run_dir),
+        sparsity=config.sparsity,
+        num_edges=config.num_edges,
+        cleanup=config.cleanup,
+    )
+    processes.first_does(lambda: export(size, model=model))
     if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
         evaluate(
             EvaluateConfig(

@@ -62,12 +62,19 @@ def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
 
 def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
     """A task's prompts, generated."""
-    from edgeprune.tasks import TASKS, make_records
+    from edgeprune.tasks import FROM_MODEL, TASKS, make_records, tracr
 
+    if task.name == FROM_MODEL:
+        if not hasattr(tokenizer, "folder"):
+            raise ConfigError(
+                f"task={FROM_MODEL} takes the prompts that come with a Tracr model; this model is "
+                "none, so choose another task"
+            )
+        return tracr.make_records(tokenizer.folder, tokenizer.config)
     if task.name not in TASKS:
         raise ConfigError(
-            f"unknown task {task.name!r}; choose {', '.join(TASKS)}, or give a file of your own "
-            "with task=custom task.path=FILE"
+            f"unknown task {task.name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or give a file "
+            "of your own with task=custom task.path=FILE"
         )
     sizes = {"train": task.train, "validation": task.validation, "test": task.test}
     records, report = make_records(task.name, tokenizer, sizes, task.seed)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
 from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
@@ -57,9 +58,16 @@ class Block(Protocol):
 
 
 class Architecture(Protocol):
-    """A loaded Hugging Face model with its parts named."""
+    """A loaded Hugging Face model with its parts named.
+
+    Attributes:
+        output: what `logits` gives.
+        may_pad: whether padding on the right leaves the positions before it as they are.
+    """
 
     embedding_writers: tuple[str, ...]
+    output: Output
+    may_pad: bool
     blocks: Sequence[Block]
     body: nn.Module
     final_norm: nn.Module
@@ -136,10 +144,23 @@ class CircuitModel:
         return self.architecture.body.config.max_position_embeddings
 
     @property
+    def output(self) -> Output:
+        """What the model's outputs are."""
+        return self.architecture.output
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return self.architecture.embed(ids).shape[-1]
+
+    def _check_padding(self, batch: Batch) -> None:
+        lengths = sorted({len(pair.clean_ids) for pair in batch.pairs})
+        if not self.architecture.may_pad and len(lengths) > 1:
+            raise ValueError(
+                f"{self.name} attends to every position, padding too, but the batch has prompts of "
+                f"{lengths[0]} to {lengths[-1]} tokens; put only prompts of equal length together"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every weight: tells whether a model is still the same."""
@@ -224,7 +245,11 @@ class CircuitModel:
         Returns:
             The reference: logits on the clean prompts, [predicted, vocabulary]; and the activations
             on the corrupted prompts.
+
+        Raises:
+            ValueError: prompts of unequal length, where the model attends to padding.
         """
+        self._check_padding(batch)
         num_examples = len(batch.clean_ids)
         ids = torch.cat([batch.clean_ids, batch.corrupted_ids])
         states, corrupted = self.run_full(ids, slice(num_examples, None))
@@ -254,6 +279,7 @@ class CircuitModel:
             Logits, [predicted, vocabulary]. They depend differentiably on the gates; call backward
             before the next `run_circuit`.
         """
+        self._check_padding(batch)
         arch, graph = self.architecture, self.graph
         if gates.shape != (graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{graph.num_edges}]")
@@ -331,6 +357,7 @@ class CircuitModel:
         counts = None
         width = max(len(pair.clean_ids) for pair in pairs)
         for batch in iterate_batches(pairs, batch_size):
+            self._check_padding(batch)
             batch = batch.to(self.device)
             _, activations = self.run_full(batch.clean_ids, slice(None))
             length = batch.clean_ids.shape[1]

@@ -30,6 +30,9 @@ TASKS: dict[str, Callable[[random.Random], dict]] = {
 }
 """Name -> function which draws one example."""
 
+FROM_MODEL = "tracr"
+"""The task whose prompts come with the model, see `tracr.py`."""
+
 PATIENCE = 2000
 """Give up after so many candidates in a row that cannot be used."""
 
