@@ -16,7 +16,9 @@ from edgeprune.circuit import Circuit
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 
-torch.set_num_threads(1)  # the tests run beside each other
+# The tests run beside each other; and the same bits need the same number of threads.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,7 +67,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "COLUMNS": "200", **environment},
     )
 
 

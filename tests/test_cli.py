@@ -305,7 +305,7 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
     (bert / "config.json").write_text('{"model_type": "bert"}')
     assert_refused(
         run_cli(*prune, f"task.path={missing}", "model=custom", f"model.path={bert}"),
-        1, "model type 'bert'", "is not supported; supported: gemma, gpt2, llama",
+        1, "model type 'bert'", "is not supported; supported: gemma, gemma2, gemma3_text, gpt2",
     )  # fmt: skip
     # what failed before it began does not stand in the way
     data = write_jsonl(tmp_path / "missing.jsonl", GOOD)
