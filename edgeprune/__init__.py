@@ -8,7 +8,10 @@ from typing import Any
 _HOME = {
     "Circuit": "circuit",
     "CircuitGraph": "graph",
+    "clean_up": "analysis.cleanup",
     "Evaluation": "analysis.evaluate",
+    "compare": "analysis.compare",
+    "consensus": "analysis.compare",
     "draw_circuit": "drawing",
     "evaluate": "analysis.evaluate",
     "export_circuit": "analysis.export",

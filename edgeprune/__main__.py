@@ -17,8 +17,13 @@ from edgeprune.help import command_help, overview, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
-POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit"}
-"""Commands whose first bare argument is a path, and the setting it fills."""
+POSITIONAL = {
+    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
+    "report": "folder",
+}  # fmt: skip
+"""Commands whose bare argument is a path, and the setting it fills."""
+SEVERAL = ("compare",)
+"""Commands that take any number of paths."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _name_path(command: str, arguments: list[str]) -> list[str]:
-    """`export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`."""
+    """`export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths are a list."""
     name = POSITIONAL.get(command)
     bare = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
     if name is None:
@@ -58,15 +63,22 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
             _fail(f"unexpected argument {bare[0]!r}; settings are written name=value", 2)
         return arguments
     given = any(a.startswith(f"{name}=") for a in arguments)
-    if arguments and not given and not bare and os.path.exists(arguments[0]):
-        bare = arguments[:1]  # a path with a = in it
-    if len(bare) + given != 1:
-        _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
-    if given:
+    if given and not bare:
         return arguments
-    rest = list(arguments)
-    rest.remove(bare[0])
-    return [f"{name}={_quote(bare[0])}", *rest]
+    known = setting_names(command)
+    bare = [
+        a for a in arguments  # a path may have a = in it
+        if a in bare or ("=" in a and a.split("=")[0] not in known and os.path.exists(a))
+    ]  # fmt: skip
+    if command in SEVERAL:
+        if not bare or given:
+            _fail(f"give paths: edgeprune {command} PATH PATH ... [name=value ...]", 2)
+        value = "[" + ",".join(_quote(path) for path in bare) + "]"
+    else:
+        if len(bare) != 1 or given:
+            _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
+        value = _quote(bare[0])
+    return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
 
 def _quote(text: str) -> str:
@@ -88,6 +100,8 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
+        if any(hasattr(failure, "exit_code") for failure in failures):
+            return  # a signal stops the whole sweep
         try:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
@@ -96,10 +110,13 @@ def _run(command: str, overrides: list[str]) -> None:
                 raise JobFailed(str(error)) from None
             failures.append(error)
 
-    sys.argv = [f"edgeprune {command}", *overrides]
+    flags_last = sorted(overrides, key=lambda argument: argument.startswith("-"))
+    sys.argv = [f"edgeprune {command}", *flags_last]  # Hydra takes no overrides after a flag
     job()
+    for failure in failures[:-1]:  # of a sweep
+        print(f"edgeprune: {failure}", file=sys.stderr)
     if failures:
-        raise failures[0]
+        raise failures[-1]
 
 
 # ---------------------------------------------------------------------------------------- errors

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.ablation import Ablation
+from edgeprune.analysis.cleanup import clean_up
 from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
@@ -30,7 +31,7 @@ class Pruned:
     """What pruning found.
 
     Attributes:
-        circuit: of the size asked for.
+        circuit: of the size asked for, cleaned up if that was asked for.
         masks: the learned log alphas; `export_circuit` makes circuits of other sizes of them.
         history: one entry a step.
     """
@@ -46,6 +47,7 @@ def prune(
     *,
     sparsity: float | None = None,
     num_edges: int | None = None,
+    cleanup: float | None = None,
     seed: int = 0,
     ablation: str = "interchange",
     progress: bool = True,
@@ -58,6 +60,7 @@ def prune(
         pairs: training prompts, from `load_dataset`.
         sparsity: the circuit keeps exactly this fraction less of the edges.
         num_edges: or exactly so many.
+        cleanup: then remove what the circuit can do without, see `clean_up`; its tolerance.
         seed: of the start, the noise and the order of the data.
         ablation: what closed edges carry: `interchange`, `zero` or `mean` (over `pairs`).
         progress: whether to show a progress bar.
@@ -68,18 +71,21 @@ def prune(
         TrainingError: the loss became NaN.
     """
     config = trainer_settings(settings)
-    whole = PruneConfig(trainer=config, sparsity=sparsity, num_edges=num_edges, seed=seed)
+    whole = PruneConfig(
+        trainer=config, sparsity=sparsity, num_edges=num_edges, cleanup=cleanup, seed=seed
+    )
     check_prune(whole)
     if ablation not in AblationKind.__members__:
         kinds = ", ".join(AblationKind.__members__)
         raise ConfigError(f"unknown ablation {ablation!r}; choose {kinds}")
+    closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs)
     trainer = Trainer(
         model,
         pairs,
         config,
         target_sparsity=target_sparsity(whole, model.graph.num_edges),
         seed=seed,
-        ablation=Ablation(model, AblationConfig(AblationKind[ablation]), pairs),
+        ablation=closed,
     )
     history = []
     with training_progress(config.steps, enabled=progress) as show:
@@ -87,4 +93,14 @@ def prune(
             history.append(trainer.train_step())
             show(history[-1])
     export = export_circuit(trainer.masks, sparsity=sparsity, num_edges=num_edges)
-    return Pruned(export.circuit, trainer.masks, history)
+    circuit = export.circuit
+    if cleanup is not None:
+        circuit = clean_up(
+            model,
+            circuit,
+            pairs,
+            tolerance=cleanup,
+            ranking=export.ranking,
+            ablation=closed,
+        ).circuit
+    return Pruned(circuit, trainer.masks, history)

@@ -1,21 +1,16 @@
-"""Circuit: a frozen set of edges; set algebra, dangling edges, and reading and writing files."""
+"""Circuit: a frozen set of edges; set algebra and dangling edges. Files are in `formats`."""
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from edgeprune.files import write_text
+from edgeprune.formats import CircuitError, read_circuit_file, write_circuit_file
 from edgeprune.graph import CircuitGraph, Edge
-
-
-class CircuitError(ValueError):
-    """A circuit file which cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,20 @@ class Circuit:
         for _, reader in self.edge_set:
             used.update(self.graph.nodes_fed_by(reader))
         return [writer for writer in self.graph.writers if writer in used]
+
+    def sizes(self) -> dict[str, Any]:
+        """How large it is, with and without its dangling edges, as plain values."""
+        connected = self.without_dangling()
+        return {
+            "all_edges": self.graph.num_edges,
+            "num_edges": len(self),
+            "sparsity": self.sparsity,
+            "without_dangling": {
+                "num_edges": len(connected),
+                "sparsity": connected.sparsity,
+                "num_nodes": len(connected.nodes),
+            },
+        }
 
     def without_dangling(self) -> Circuit:
         """Only the edges on some path from the input to the final read.
@@ -132,20 +141,28 @@ class Circuit:
             raise ValueError(f"circuits of different graphs: {self.graph} and {other.graph}")
         return other
 
-    def save(self, path: Path | str) -> None:
-        """Write `edges.json`, the published format: a list of [writer, reader] pairs."""
-        lines = ",\n".join(json.dumps(list(edge)) for edge in self.edges)
-        write_text(Path(path), f"[\n{lines}\n]\n")
+    def save(
+        self,
+        path: Path | str,
+        format: str = "edges",
+        *,
+        scores: Sequence[float] | None = None,
+        d_model: int | None = None,
+    ) -> None:
+        """Write a file: `edges`, the published `edges.json`, or `eap_json` or `eap_pt`.
+
+        Arguments as `formats.write_circuit_file`.
+        """
+        write_circuit_file(self.graph, self.edges, path, format, scores=scores, d_model=d_model)
 
     @classmethod
     def load(cls, path: Path | str, graph: CircuitGraph) -> Circuit:
-        """Read `edges.json`.
+        """Read a file of any format (see `formats`).
 
         Raises:
-            CircuitError: no such file, not a list of pairs of names, or an edge which the graph
-                does not have.
+            CircuitError: no such file, a damaged one, or one of another graph.
         """
-        return cls.from_edges_checked(graph, load_edges(path), str(path))
+        return cls.from_edges_checked(graph, read_circuit_file(path, graph).edges, str(path))
 
     @classmethod
     def from_edges_checked(cls, graph: CircuitGraph, edges: list[Edge], where: str) -> Circuit:
@@ -153,46 +170,3 @@ class Circuit:
             return cls.from_edges(graph, edges)
         except ValueError as error:
             raise CircuitError(f"{where} is no circuit of this model: {error}") from None
-
-
-def load_edges(path: Path | str) -> list[Edge]:
-    """The pairs of names in an `edges.json`, unchecked against any graph.
-
-    Raises:
-        CircuitError: no such file, or not a list of pairs of names.
-    """
-    path = Path(path)
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CircuitError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CircuitError(f"{path} is not JSON: {error}") from None
-    if not isinstance(pairs, list) or not all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs
-    ):
-        raise CircuitError(f"{path} is not a list of [writer, reader] pairs of names")
-    return [(writer, reader) for writer, reader in pairs]
-
-
-def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
-    """The smallest graph without grouped-query attention that has these edges.
-
-    For drawing an `edges.json` of which nothing else is known.
-
-    Raises:
-        CircuitError: a name that is none of a node.
-    """
-    layer, head = 0, 0
-    embeddings = set()
-    for name in {name for edge in edges for name in edge}:
-        found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.[qkv])?|m(\d+)", name)
-        if found:
-            layer = max(layer, int(found[1] or found[3]))
-            head = max(head, int(found[2] or 0))
-        elif name in ("embeds", "tok_embeds", "pos_embeds"):
-            embeddings.add(name)
-        elif name != "resid_post":
-            raise CircuitError(f"{where}: {name!r} is not the name of a node")
-    order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
-    return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class ConfigError(ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
@@ -41,6 +43,12 @@ class Split(Enum):
     train = "train"
     validation = "validation"
     test = "test"
+
+
+class CircuitFormat(Enum):
+    edges = "edges"
+    eap_json = "eap_json"
+    eap_pt = "eap_pt"
 
 
 @dataclass
@@ -105,8 +113,14 @@ class TrainerConfig:
     """Optimisation steps."""
     batch_size: int = 16
     """Pairs a step."""
+    micro_batch_size: int | None = None
+    """Pairs run at a time, for less memory; null: the whole batch."""
+    recompute: bool = False
+    """Run blocks again in the backward pass: slower, for less memory."""
     learning_rate: float = 0.1
     """Of log alpha."""
+    adam_epsilon: float = 1e-8
+    """Adam divides a gradient by its size plus this, so gradients far below this move slowly."""
     multiplier_learning_rate: float = 3.0
     """Of the multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
@@ -117,6 +131,9 @@ class TrainerConfig:
     """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
+    edge_price: float | None = None
+    """In place of a target sparsity, where the circuit's size is to be found too: what each edge
+    that is expected to be open adds to the loss. null: there is a target."""
     warmup: Warmup = Warmup.linear
     """Shape of that rise: linear, or logarithmic in 1 - target."""
     node_gates: bool = False
@@ -184,6 +201,10 @@ class PruneConfig:
     """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
     num_edges: int | None = None
     """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
+    cleanup: float | None = None
+    """At the end, remove each edge without which the circuit comes no farther from the full model
+    than this: KL in nats above its own, or, where outputs are values, an absolute error. null: no
+    clean-up."""
     seed: int = 0
     """Of the start, the noise and the order of the data."""
     run_dir: str = ""
@@ -196,18 +217,25 @@ class PruneConfig:
 
 @dataclass
 class ExportConfig:
-    """Make a circuit of a run's checkpoint and write edges.json."""
+    """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory."""
+    """Run directory; or a circuit's file, to write it in another format."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
     """Exactly so many edges. Neither: threshold by binary search."""
+    cleanup: float | None = None
+    """Then remove each edge without which the circuit comes no farther from the full model, on the
+    training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
+    error. null: no clean-up."""
+    format: CircuitFormat | None = None
+    """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
+    where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json in the run directory."""
+    """File to write; null: edges.json, graph.json or graph.pt in the run directory."""
 
 
 @dataclass
@@ -215,7 +243,7 @@ class EvaluateConfig:
     """Measure a circuit beside the full model and the fully corrupted one."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     model: ModelConfig | None = None
     """null: the run's."""
     task: TaskConfig | None = None
@@ -237,7 +265,7 @@ class DrawConfig:
     """Draw a circuit by Graphviz."""
 
     circuit: str = ""
-    """Run directory, or an edges.json."""
+    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the exported circuit, or else the last."""
     sparsity: float | None = None
@@ -255,6 +283,30 @@ class DrawConfig:
 
 
 @dataclass
+class CompareConfig:
+    """Compare circuits: what they share, what only one has, and how alike they are."""
+
+    circuits: list[str] = field(default_factory=list)
+    """Run directories, or circuits' files: edges.json, or graphs of EAP-IG or MIB."""
+    reference: str | None = None
+    """A circuit by which the others' precision, recall and F1 are measured."""
+    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """Drawings to write."""
+    output: str = "comparison"
+    """Folder to write."""
+
+
+@dataclass
+class ReportConfig:
+    """Sum up all runs below a folder: frontiers, and stability over seeds."""
+
+    folder: str = ""
+    """Run directories are looked for here, at any depth."""
+    output: str | None = None
+    """Folder to write; null: report in that folder."""
+
+
+@dataclass
 class PrepareConfig:
     """Write a task's prompts as JSONL."""
 
@@ -265,12 +317,46 @@ class PrepareConfig:
     """File to write."""
 
 
+@dataclass
+class BenchmarkConfig:
+    """Time a step beside the published way and the model's own passes."""
+
+    shape: str = "gpt2"
+    """gpt2, smollm2, llama-8b, codellama-13b, or a folder with config.json; random weights."""
+    batch_size: int = 8
+    """Pairs a step."""
+    micro_batch_size: int | None = None
+    """Pairs run at a time; null: the whole batch."""
+    length: int = 32
+    """Tokens a prompt."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, ..."""
+    recompute: bool = False
+    """Run blocks again in the backward pass."""
+    engines: list[str] = field(default_factory=lambda: ["ours", "ours_kept", "naive", "stock"])
+    """What is measured, in turns: ours with all passes; ours with the unchanging ones kept from
+    before; the published way; the stock model's passes."""
+    repetitions: int = 5
+    """Timed steps of each."""
+    compare_float32: bool = False
+    """Also compare the gate gradients with those in float32."""
+    growth: bool = False
+    """Measure instead how ours grows with layers, heads, tokens and batch, on a small Llama."""
+    output: str = "benchmark.json"
+    """File to write."""
+
+
 COMMANDS = {
     "prune": PruneConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "draw": DrawConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
     "prepare": PrepareConfig,
+    "benchmark": BenchmarkConfig,
 }
 """Each command's settings; its first docstring line is its help."""
 
@@ -307,13 +393,24 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
         raise ConfigError(f"num_edges={num_edges} is negative")
 
 
+def check_cleanup(tolerance: float | None) -> None:
+    """Raises ConfigError for a tolerance below 0."""
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
+
+
 def check_prune(config: PruneConfig) -> None:
     """Raises ConfigError where a setting is out of range or two contradict each other."""
     check_size(config.sparsity, config.num_edges)
+    check_cleanup(config.cleanup)
     trainer = config.trainer
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
+    if trainer.micro_batch_size is not None and trainer.micro_batch_size < 1:
+        raise ConfigError(
+            f"trainer.micro_batch_size={trainer.micro_batch_size} must be at least 1, or null"
+        )
     for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
@@ -326,18 +423,32 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(f"launcher.{name}={given} must be at least 1")
     if config.launcher.offload and not config.launcher.shard:
         raise ConfigError("launcher.offload=true needs launcher.shard=true")
+    if config.launcher.shard and trainer.recompute:
+        raise ConfigError(
+            "launcher.shard=true and trainer.recompute=true do not go together: a block that runs "
+            "again would find its weights gone; give one, and take fewer pairs at a time "
+            "(trainer.micro_batch_size)"
+        )
     if config.launcher.shard and config.model.bits is not None:
         raise ConfigError(
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
             "leave out one of them"
         )
-    for name in ("learning_rate", "multiplier_learning_rate"):
+    for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
-    if trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
+    if trainer.edge_price is not None:
+        if not trainer.edge_price > 0:
+            raise ConfigError(f"trainer.edge_price={trainer.edge_price} must be positive")
+        if trainer.target_sparsity is not None:
+            raise ConfigError(
+                f"got trainer.edge_price={trainer.edge_price} and "
+                f"trainer.target_sparsity={trainer.target_sparsity}; give only one"
+            )
+    elif trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
         raise ConfigError(
-            "nothing says how sparse the circuit shall be: give sparsity=, num_edges= or "
-            "trainer.target_sparsity="
+            "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
+            "trainer.target_sparsity= or trainer.edge_price="
         )
     if trainer.warmup is Warmup.logarithmic:
         targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
@@ -354,13 +465,30 @@ def check_model(model: ModelConfig) -> None:
     """Raises ConfigError for a model without a path or of an unknown dtype."""
     if not model.path:
         raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
-    dtypes = ("float32", "bfloat16", "float16")
-    if model.dtype not in dtypes:
-        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(dtypes)}")
+    if model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
 
 
-def target_sparsity(config: PruneConfig, all_edges: int) -> float:
+def check_benchmark(config: BenchmarkConfig) -> None:
+    """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
+    known = BenchmarkConfig().engines
+    for name in config.engines:
+        if name not in known:
+            raise ConfigError(f"unknown engine {name!r}; choose {', '.join(known)}")
+    for name in ("batch_size", "length", "repetitions"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+    size = config.micro_batch_size
+    if size is not None and (size < 1 or config.batch_size % size):
+        raise ConfigError(f"micro_batch_size={size} must divide batch_size={config.batch_size}")
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype={config.dtype!r}; choose {', '.join(DTYPES)}")
+
+
+def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     """What the multipliers drive the edges' sparsity to: as set, or what was asked for.
+
+    None where edges have a price instead.
 
     Raises:
         ConfigError: more edges are asked for than the graph has.
@@ -369,6 +497,8 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float:
         raise ConfigError(
             f"num_edges={config.num_edges} is more than the {all_edges} edges of this model"
         )
+    if config.trainer.edge_price is not None:
+        return None
     if config.trainer.target_sparsity is not None:
         return config.trainer.target_sparsity
     if config.sparsity is not None:

@@ -2,7 +2,8 @@
 
 A line of the file is `{"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 =
 <predict>5</predict>", "split": "train"}`, with `distractor` (a string or a list) and `answers` (a
-list) where there are any. Batches are padded on the right: under causal attention the padding
+list) where there are any. A line may also give token ids in place of text (see `encode_ids`).
+Batches are padded on the right: under causal attention the padding
 cannot reach the tokens before it, so no attention mask is needed.
 """
 
@@ -44,6 +45,8 @@ class Pair:
             without distractors.
         contrast: which predicted token tells answer and distractor apart.
         text: the clean line, for people.
+        target_values: the right numbers where the model's outputs are numbers, NaN for one that is
+            not known; the token ids are 0 then, the only column.
     """
 
     clean_ids: tuple[int, ...]
@@ -53,6 +56,7 @@ class Pair:
     distractor_ids: tuple[int, ...]
     contrast: int
     text: str
+    target_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Batch:
         clean_ids, corrupted_ids: [batch, pos], padded on the right.
         lengths: [batch], tokens without padding.
         rows, cols: [predicted], batch and position indices of the tokens that predict.
-        target_ids: [predicted], what they have to predict.
+        target_ids: [predicted], what they have to predict; -1 where nothing is known to be right.
+        target_values: [predicted], the numbers to predict; NaN where there are none.
         contrasts: [batch], index into `predicted` of the token that tells answer and distractor
             apart.
         pairs: the examples, in order.
@@ -75,6 +80,7 @@ class Batch:
     rows: Tensor
     cols: Tensor
     target_ids: Tensor
+    target_values: Tensor
     contrasts: Tensor
     pairs: tuple[Pair, ...]
 
@@ -101,6 +107,8 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
         DataError: a field is missing or malformed, the clean and corrupted prompts differ in
             length, or a distractor equals the answer.
     """
+    if "clean_ids" in record:
+        return encode_ids(record)
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
     prediction, corrupted_prediction = gap + prediction, other_gap + corrupted_prediction
@@ -131,6 +139,43 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
         contrast=contrast,
         text=record["clean"],
     )
+
+
+def encode_ids(record: dict) -> Pair:
+    """A pair from a line that gives token ids.
+
+    Args:
+        record: `clean_ids` and `corrupted_ids`, as many; and what the last positions have to give:
+            `target_ids` (-1 where nothing is known to be right) or `target_values` (null likewise).
+
+    Raises:
+        DataError: a field is missing or malformed, or the lengths do not fit.
+    """
+    clean, corrupted = _numbers(record, "clean_ids", int), _numbers(record, "corrupted_ids", int)
+    if len(clean) != len(corrupted):
+        raise DataError(
+            f"clean_ids and corrupted_ids have unequal lengths: {len(clean)} and {len(corrupted)}"
+        )
+    values: tuple = ()
+    if "target_values" in record:
+        values = _numbers(record, "target_values", (int, float, type(None)))
+        values = tuple(math.nan if value is None else float(value) for value in values)
+        targets = (0,) * len(values)
+    else:
+        targets = _numbers(record, "target_ids", int)
+    if len(targets) > len(clean):
+        raise DataError(
+            f"{len(targets)} targets are more than the {len(clean)} tokens of clean_ids"
+        )
+    text = record.get("clean", " ".join(map(str, clean)))
+    return Pair(clean, corrupted, targets, (), (), 0, text, values)
+
+
+def _numbers(record: dict, field: str, kind: Any) -> tuple:
+    value = record.get(field)
+    if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
+        raise DataError(f"field {field!r} must be a list of numbers, got {value!r}")
+    return tuple(value)
 
 
 def _split_text(record: dict, field: str) -> tuple[str, str, str]:
@@ -411,7 +456,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     width = int(lengths.max())
     clean = torch.zeros(len(pairs), width, dtype=torch.long)  # padding is never looked at
     corrupted = torch.zeros_like(clean)
-    rows, cols, targets, contrasts = [], [], [], []
+    rows, cols, targets, values, contrasts = [], [], [], [], []
     for row, pair in enumerate(pairs):
         length = len(pair.clean_ids)
         clean[row, :length] = torch.tensor(pair.clean_ids)
@@ -421,6 +466,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         rows += [row] * count
         cols += range(length - count, length)
         targets += pair.target_ids
+        values += pair.target_values or [math.nan] * count
     return Batch(
         clean_ids=clean,
         corrupted_ids=corrupted,
@@ -428,6 +474,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         rows=torch.tensor(rows),
         cols=torch.tensor(cols),
         target_ids=torch.tensor(targets),
+        target_values=torch.tensor(values),
         contrasts=torch.tensor(contrasts),
         pairs=tuple(pairs),
     )

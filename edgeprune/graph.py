@@ -9,8 +9,9 @@ without copying, into one dense [reader, writer] block per site.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 Edge = tuple[str, str]
 """(writer, reader), by name."""
@@ -69,6 +70,15 @@ class CircuitGraph:
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads: "
                 "the first must be a multiple of the second"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "embedding_writers": list(self.embedding_writers)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CircuitGraph:
+        """The inverse of `to_dict`."""
+        return cls(**{**fields, "embedding_writers": tuple(fields["embedding_writers"])})
 
     @property
     def heads_per_kv_head(self) -> int:

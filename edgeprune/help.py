@@ -18,13 +18,23 @@ GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "laun
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
               "task=custom task.path=my.jsonl model=custom model.path=gpt2 sparsity=0.95",
-              "experiment=ioi seed=0,1,2 --multirun"),
-    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json"),
+              "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun",
+              "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun",
+              "experiment=tracr/reverse ablation=interchange"),
+    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json",
+               "RUN cleanup=0.01",
+               "RUN sparsity=0.97 format=eap_json output=graph.json",
+               "graph.pt output=edges.json"),
     "evaluate": ("RUN", "RUN split=validation random_circuits=5",
                  "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json"),
+    "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
+                "RUN reference=edges.json"),
+    "report": ("runs", "runs/ioi-embedded output=report"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
                 "task=greater_than output=gt.jsonl model=custom model.path=gpt2"),
+    "benchmark": ("shape=smollm2", "shape=llama-8b dtype=bfloat16 engines=[ours] "
+                  "batch_size=32 micro_batch_size=4 recompute=true", "growth=true"),
 }  # fmt: skip
 
 
@@ -53,7 +63,7 @@ def overview() -> str:
 def command_help(command: str) -> str:
     """The help of one command: settings with their defaults and meanings, choices, examples."""
     config = COMMANDS[command]
-    path = " PATH" if EXAMPLES[command][0] in ("RUN",) else ""
+    path = {"compare": " PATH PATH ...", "prune": "", "prepare": ""}.get(command, " PATH")
     lines = [f"usage: edgeprune {command}{path} [name=value ...]", "", str(config.__doc__), ""]
     lines += ["Settings:"]
     lines += [f"  {name}\n      {text}" for name, text in _described(config, "")]

@@ -120,14 +120,33 @@ class CircuitMasks(nn.Module):
             raise ValueError(
                 f"num_edges={num_edges} is out of range: the graph has {self.graph.num_edges} edges"
             )
+        kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
+        kept[self.ranking()[:num_edges]] = True
+        return Circuit.from_mask(self.graph, kept.tolist())
+
+    @torch.no_grad()
+    def ranking(self) -> list[int]:
+        """The numbers of all edges by log alpha, the largest first.
+
+        Edges of writers whose node gate is closed come last. Ties go to the earlier edge.
+        """
         order = torch.argsort(self.edge_log_alpha, descending=True, stable=True)
         if self.node_log_alpha is not None:
             writer_kept = self.deterministic().node > self.thresholds().node
             writer_kept = writer_kept[self.edge_writers][order]
             order = torch.cat([order[writer_kept], order[~writer_kept]])
-        kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
-        kept[order[:num_edges].cpu()] = True
-        return Circuit.from_mask(self.graph, kept.tolist())
+        return order.tolist()
+
+    @torch.no_grad()
+    def scores(self) -> list[float]:
+        """[edge] in (0, 1], higher for what matters more: the logistic function of log alpha.
+
+        With node gates, times that of the writer's. For formats that rank edges by score.
+        """
+        edge = self.edge_log_alpha.double().sigmoid()
+        if self.node_log_alpha is not None:
+            edge = edge * self.node_log_alpha.double().sigmoid()[self.edge_writers]
+        return edge.tolist()
 
 
 def combined_gates(gates: Gates, edge_writers: Tensor) -> Tensor:

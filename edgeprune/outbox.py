@@ -9,6 +9,10 @@ where `base` is the corrupted residual stream at that point (Bhaskar et al. 2024
 rewritten). All deltas lie in one buffer, filled in write order; all their gradients in another,
 into which every read's backward pass accumulates by the product itself. No copy of the residual
 array is made at any layer.
+
+A layer has few readers for many writers, and products that thin use a processor badly. So reads
+look ahead: the writers that are there already are mixed for the readers of several layers in one
+product, and each read adds only what has been written since.
 """
 
 from __future__ import annotations
@@ -59,9 +63,12 @@ class Outboxes:
             written or differentiated, and each only once.
         num_writers: of the whole model.
         like: [batch, pos, d_model], gives shape, dtype and device.
+        keep_inputs: whether readers' inputs must last until the backward pass.
     """
 
-    def __init__(self, workspace: Workspace, num_writers: int, like: Tensor) -> None:
+    def __init__(
+        self, workspace: Workspace, num_writers: int, like: Tensor, *, keep_inputs: bool
+    ) -> None:
         workspace.generation += 1
         self._workspace = workspace
         self._generation = workspace.generation
@@ -69,6 +76,7 @@ class Outboxes:
         self.gradient = None
         if torch.is_grad_enabled():
             self.gradient = workspace.take("gradient", self.delta.shape, like).zero_()
+        self.keep_inputs = keep_inputs
         self.num_written = 0
         self._num_read = 0
         self._ahead = _Ahead(0, self.delta[:0])
@@ -94,8 +102,8 @@ class Outboxes:
         """
         num_readers = sum(len(g) for g in gates)
         shape = (num_readers, *self.delta.shape[1:])
-        kept = torch.is_grad_enabled()  # else the next look-ahead may overwrite these inputs
-        inputs = self._workspace.take(f"inputs {self._num_read if kept else 0}", shape, self.delta)
+        name = f"inputs {self._num_read}" if self.keep_inputs else "inputs"
+        inputs = self._workspace.take(name, shape, self.delta)
         self._num_read += num_readers
         self._ahead = _Ahead(self.num_written, inputs)
         covered = [g[:, : self.num_written] for g in gates]
@@ -112,8 +120,8 @@ class Outboxes:
             base: [batch, pos, d_model], the stream when every gate is 0.
 
         Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next forward
-            pass.
+            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next look-ahead
+            or, if inputs are kept, the next forward pass.
 
         Raises:
             ValueError: gates has not one column per written outbox.
@@ -142,6 +150,14 @@ class Outboxes:
         """
         index = (slice(0, self.num_written), rows, cols)
         return _At.apply(self._link, self, index)
+
+    def rewind(self, num_written: int) -> None:
+        """Go back to where so many writers had written, to run again what came after.
+
+        What is written again must be the same as before.
+        """
+        self.num_written = num_written
+        self._ahead = _Ahead(num_written, self.delta[:0])
 
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import Circuit, load_model
-from edgeprune.dataset import read_records
+from edgeprune.dataset import iterate_records
 from edgeprune.training.run import DATA, EDGES, read_config
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")
@@ -84,7 +84,7 @@ def main() -> None:
 
     config = read_config(args.run)
     model = load_model(config["model"]["path"], device="cpu", attention="eager")
-    records = [r for r in read_records(args.run / DATA) if r["split"] == "test"][: args.prompts]
+    records = [r for r in iterate_records(args.run / DATA) if r["split"] == "test"][: args.prompts]
     circuit = Circuit.load(args.run / EDGES, model.graph).without_dangling()
     scores = attention_to_kinds(model, records)
 

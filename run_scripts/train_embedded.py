@@ -45,7 +45,7 @@ POOL = {
     "gendered_pronoun": 20_000,
     "induction": 100_000,  # the slowest to be learned
 }
-"""Training prompts drawn of each task."""
+"""The tasks it learns, and how many training prompts are drawn of each."""
 LM_WEIGHT = 0.2
 """Weight of the other tokens beside the one to predict."""
 REQUIRED = 0.97
@@ -75,7 +75,7 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = " ".join(
-        re.sub("</?predict>", "", TASKS[task](rng)["clean"]) for task in TASKS for _ in range(4000)
+        re.sub("</?predict>", "", TASKS[task](rng)["clean"]) for task in POOL for _ in range(4000)
     )
     words = sorted(set(re.findall(r" ?[A-Za-z]+|'[a-z]+|[.,]", text)))
     words += MALE_NAMES + FEMALE_NAMES  # where they begin a text
@@ -103,10 +103,11 @@ def held_out(task: str, tokenizer: PreTrainedTokenizerFast) -> list[dict]:
 def training_sequences(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Tensor]:
     """Token ids of prompt and prediction, mixed as POOL says, none of them held out."""
     texts = []
-    for task, draw in TASKS.items():
+    for task in POOL:
         kept_out = {record["clean"].split("<predict>")[0] for record in held_out(task, tokenizer)}
         for _ in range(POOL[task]):
-            prompt, prediction = draw(rng)["clean"].removesuffix("</predict>").split("<predict>")
+            text = TASKS[task](rng)["clean"].removesuffix("</predict>")
+            prompt, prediction = text.split("<predict>")
             if prompt not in kept_out:
                 texts.append(prompt + prediction)
     return [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
@@ -215,7 +216,7 @@ def main() -> int:
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights:,} parameters, trained in {minutes:.1f} minutes")
 
-    measured = {task: accuracies(model, tokenizer, held_out(task, tokenizer)) for task in TASKS}
+    measured = {task: accuracies(model, tokenizer, held_out(task, tokenizer)) for task in POOL}
     table = (
         "| held-out prompts of | two-way accuracy | top-1 accuracy |\n|---|---|---|\n"
         + "\n".join(

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from edgeprune.__main__ import main
+from edgeprune.circuit import Circuit
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 
@@ -65,6 +67,31 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
         timeout=900,
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+    """A command in this process: exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fake_run(folder: Path, circuit: Circuit, **settings) -> Path:
+    """What a finished run leaves, as far as comparing goes."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        json.dumps({"model": {"name": "tiny"}, "task": {"name": "ioi"}, **settings})
+    )
+    (folder / "run.json").write_text(
+        json.dumps({"graph": circuit.graph.to_dict(), "model": {"d_model": 8}})
+    )
+    circuit.save(folder / "edges.json")
+    return folder
 
 
 def assert_refused(result: subprocess.CompletedProcess, code: int, *wanted: str) -> None:

@@ -5,7 +5,8 @@ import torch
 from conftest import random_pairs
 
 from edgeprune.analysis.evaluate import evaluate
-from edgeprune.circuit import Circuit, CircuitError, infer_graph, load_edges
+from edgeprune.circuit import Circuit, CircuitError
+from edgeprune.formats import infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -143,7 +144,7 @@ def test_failed_writes_leave_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         circuit(NEVER_FED).save(path)
-    assert load_edges(path) == circuit(PATH).edges
+    assert read_circuit_file(path).edges == circuit(PATH).edges
     assert [p.name for p in tmp_path.iterdir()] == ["edges.json"]
 
 

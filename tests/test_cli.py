@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import assert_refused, run_cli, write_jsonl
+import torch
+from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file
 
 from edgeprune.config import COMMANDS
@@ -64,6 +65,14 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     done = run_cli("export", copied, "num_edges=33", f"output={tmp_path / 'e.json'}")
     assert "33 of 5,524 edges" in done.stdout
     assert len(json.loads((tmp_path / "e.json").read_text())) == 33
+    done = run_cli("export", copied, "num_edges=33", f"output={tmp_path / 'e.pt'}")
+    assert done.returncode == 0, done.stderr
+    graph = torch.load(tmp_path / "e.pt", weights_only=True)
+    assert graph["cfg"] == {
+        "n_layers": 4, "n_heads": 16, "parallel_attn_mlp": False, "d_model": 128,
+    }  # fmt: skip
+    kept = graph["edges_scores"][graph["edges_in_graph"]]
+    assert kept.min() >= graph["edges_scores"][~graph["edges_in_graph"]].max()
     done = run_cli("export", copied)
     report = json.loads((copied / "circuit.json").read_text())
     assert report["chosen_by"] == "threshold"
@@ -130,14 +139,40 @@ def test_prepare_is_seeded_and_of_the_sizes_asked_for(tmp_path):
 
 def test_multirun_and_wandb_without_a_key(tmp_path):
     done = run_cli(
-        "prune", *SMALL, "seed=0,1", "trainer.steps=20", "tracker=wandb",
-        f"run_dir={tmp_path}/seed-${{seed}}", "--multirun",
+        "prune", *SMALL, "seed=0,1", "--multirun", "trainer.steps=20", "tracker=wandb",
+        f"run_dir={tmp_path}/seed-${{seed}}",
         WANDB_API_KEY="", HOME=str(tmp_path), WANDB_SILENT="true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for seed in (0, 1):
         assert (tmp_path / f"seed-{seed}" / "edges.json").exists()
         assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
+
+
+def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, monkeypatch):
+    from edgeprune.commands import prune
+    from edgeprune.training.run import Interrupted
+
+    begun = []
+
+    def fake(config):
+        begun.append((config.sparsity, config.seed, config.run_dir))
+        if config.seed == 1:
+            raise ValueError("seed 1 is no good")
+        if config.sparsity == 0.95:
+            raise Interrupted(signal.SIGTERM, 3, tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prune, "prune", fake)
+    sweep = ("prune", "--multirun", "sparsity=0.9,0.95,0.98", "seed=0,1,2")
+    code, _, err = call(capsys, monkeypatch, *sweep)
+    assert code == 128 + signal.SIGTERM
+    assert [run[:2] for run in begun] == [(0.9, 0), (0.9, 1), (0.9, 2), (0.95, 0)]
+    assert len({run_dir for *_, run_dir in begun}) == 4
+    messages = [line for line in err.splitlines() if line.startswith("edgeprune: ")]
+    assert len(messages) == 2
+    assert "seed 1 is no good" in messages[0]
+    assert "stopped by SIGTERM after step 3" in messages[1]
 
 
 def test_help_names_every_setting_without_loading_anything_heavy():

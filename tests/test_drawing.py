@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.drawing import GraphvizMissing, circuit_dot, draw, draw_circuit
+from edgeprune.drawing import (
+    GraphvizMissing,
+    circuit_dot,
+    comparison_groups,
+    draw,
+    draw_circuit,
+)
 
 EDGES = [
     ("tok_embeds", "a0.h1.q"),
@@ -22,7 +28,7 @@ EDGES = [
 
 def drawn_edges(dot: str) -> set[tuple[str, str, str]]:
     """(tail, head, colour without opacity) of every visible edge."""
-    found = re.findall(r'(\S+) -> (\S+) \[color="(#\w{6})\w\w"\]', dot)
+    found = re.findall(r'(\S+) -> (\S+) \[color="(#\w{6})\w\w"', dot)
     return {
         (tail.removesuffix(":out:n"), head.removesuffix(":s"), color) for tail, head, color in found
     }
@@ -97,6 +103,55 @@ def test_formats(tmp_path, suffix, magic):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_an_svg_shows_the_whole_drawing(tmp_path):
+    """With a resolution asked for, Graphviz 2.43 scales the drawing and not its view box."""
+    draw_circuit(EDGES, tmp_path / "c.svg")
+    draw_circuit(EDGES, tmp_path / "c.png")
+    text = (tmp_path / "c.svg").read_text()
+    assert 'transform="scale(1 1)' in text
+    width = re.search(r'viewBox="0.00 0.00 ([\d.]+)', text)[1]
+    pixels = int.from_bytes((tmp_path / "c.png").read_bytes()[16:20])
+    assert pixels == pytest.approx(float(width) * draw.DPI / 72, abs=3)
+
+
+def test_a_comparison_colours_what_is_shared_and_what_one_has():
+    a, b, c = set(EDGES[:4]), set(EDGES[1:5]), {EDGES[1], EDGES[5], EDGES[2]}
+    groups = comparison_groups({"a<b>": a, "b": b, "c": c})
+    assert [(group.name, group.edges) for group in groups] == [
+        ("shared", {EDGES[1], EDGES[2]}),
+        ("in several", {EDGES[3]}),
+        ("only a<b>", {EDGES[0]}),
+        ("only b", {EDGES[4]}),
+        ("only c", {EDGES[5]}),
+    ]
+    dot = circuit_dot(EDGES, groups=groups)
+    colors = {(tail, head): color for tail, head, color in drawn_edges(dot)}
+    assert colors == {
+        ("tok_embeds", "a0_h1:q"): draw.ONLY[0],
+        ("pos_embeds", "a0_h1:k"): draw.SHARED,
+        ("tok_embeds", "m0"): draw.SHARED,
+        ("a0_h1", "m0"): draw.PARTLY,
+        ("m0", "a1_h0:v"): draw.ONLY[1],
+        ("a1_h0", "resid_post"): draw.ONLY[2],
+    }
+    assert "only a&lt;b&gt; (1)" in dot
+    assert "edges into" not in dot
+    # a box all of whose edges have one colour is outlined in it
+    boxes = {line.split()[0]: line for line in dot.splitlines() if "<TABLE" in line}
+    assert f'COLOR="{draw.SHARED}"' in boxes["pos_embeds"]
+    assert f'COLOR="{draw.OUTLINE}"' in boxes["a1_h0"]
+    assert f'COLOR="{draw.ONLY[2]}"' in boxes["resid_post"]
+
+
+def test_two_circuits_and_many_circuits_have_fewer_groups():
+    two = comparison_groups({"a": set(EDGES[:4]), "b": set(EDGES[1:])})
+    assert [group.name for group in two] == ["shared", "only a", "only b"]
+    many = comparison_groups({str(n): {EDGES[0], EDGES[n % 5 + 1]} for n in range(7)})
+    assert [(group.name, len(group.edges)) for group in many] == [
+        ("shared", 1), ("in several", 2), ("in one only", 3),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("title", ['<b>"x\\N</b>', "a & b", "</FONT>", "\\", "日本"])
 def test_titles_are_text(tmp_path, title):
     path = tmp_path / "c.svg"
@@ -132,7 +187,10 @@ def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monk
 
 
 def test_drawing_imports_no_torch():
-    code = "import sys, edgeprune.drawing; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, edgeprune.drawing, edgeprune.drawing.page, edgeprune.drawing.frontier, "
+        "matplotlib.figure; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_gpt2, random_pairs
 from naive import all_open, run_gpt2
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, AblationKind
@@ -11,6 +12,8 @@ from edgeprune.dataset import collate
 from edgeprune.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
 from edgeprune.modeling import ModelError, load, verify_parity, wrap_model
+from edgeprune.modeling import model as engine
+from edgeprune.modeling.heads import project_to_heads
 
 
 def random_gates(graph, seed=0, node=True) -> Gates:
@@ -187,3 +190,57 @@ def test_unsupported_model_is_refused_by_name(tmp_path):
 def test_nothing_of_the_model_is_trained(model):
     assert not any(p.requires_grad for p in model.architecture.body.parameters())
     assert not model.architecture.body.training
+
+
+def gate_gradient(model, batch, gates, **settings) -> torch.Tensor:
+    gates = gates.clone().requires_grad_()
+    reference, corrupted = model.run_pair(batch)
+    logits = model.run_circuit(batch, gates, corrupted, **settings)
+    return torch.autograd.grad(kl_per_token(reference, logits).mean(), gates)[0]
+
+
+@pytest.mark.parametrize("look_ahead", [1, 26, 1000])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_neither_look_ahead_nor_recomputing_changes_gradients(look_ahead, recompute, monkeypatch):
+    """Stretches of one layer, of two and one, and of all three."""
+    model = wrap_model(random_gpt2())
+    batch = collate(mixed_lengths())
+    gates = random_gates(model.graph, node=False).edge.detach()
+    wanted = gate_gradient(model, batch, gates)
+    monkeypatch.setattr(engine, "LOOK_AHEAD", look_ahead)
+    got = gate_gradient(model, batch, gates, recompute=recompute)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_bfloat16_gradients_point_where_float32_ones_do():
+    batch = collate(mixed_lengths())
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = wrap_model(random_gpt2().to(dtype))
+        gates = random_gates(model.graph, node=False).edge.detach()
+        gradients.append(gate_gradient(model, batch, gates))
+        assert gradients[-1].dtype == torch.float32
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_a_norm_folded_into_a_projection_is_that_norm():
+    """With inputs far from the mean, and against calling the norm."""
+    noise = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=noise)
+
+    layer_norm = torch.nn.LayerNorm(16)
+    layer_norm.weight.data, layer_norm.bias.data = draw(16), draw(16)
+    rms_norm = LlamaRMSNorm(16)
+    rms_norm.weight.data = draw(16)
+    for norm in (layer_norm, rms_norm):
+        norm.requires_grad_(False)
+        x, weight, bias = 3 * draw(2, 3, 5, 16) + 2, draw(2, 16, 4), draw(2, 4)
+        x.requires_grad_()
+        out = project_to_heads(x, norm, weight, bias)
+        plain = torch.einsum("hbpd,hde->hbpe", norm(x), weight) + bias[:, None, None]
+        torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-4)
+        direction = draw(*out.shape)
+        got, wanted = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, plain))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

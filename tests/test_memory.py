@@ -66,6 +66,17 @@ def test_the_plan_of_a_small_model_is_that_of_the_real_one():
     assert "outboxes 0.000 GB" in str(plan)
 
 
+def test_running_blocks_again_takes_less_and_fewer_pairs_at_a_time_too():
+    shape = shape_of(random_gpt2(n_layer=12).config)
+    pairs = random_pairs(8)
+    whole, again = (plan_memory(shape, pairs, 8, recompute=flag) for flag in (False, True))
+    assert again.blocks < whole.blocks / 2
+    assert again.outboxes < whole.outboxes
+    assert again.weights == whole.weights
+    half = plan_memory(shape, pairs, 4)
+    assert half.blocks < whole.blocks and half.outboxes < whole.outboxes
+
+
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path):
     """There are no weights at all here, but a shape of 550 GB."""
     model = tmp_path / "model"

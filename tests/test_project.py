@@ -11,8 +11,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from edgeprune.config import COMMANDS, check_model, check_prune
-from edgeprune.paths import CONF
-from edgeprune.tasks import TASKS
+from edgeprune.paths import CONF, TRACR_MODELS
+from edgeprune.tasks import FROM_MODEL, TASKS
 
 PACKAGE = Path(__file__).parents[1] / "edgeprune"
 EXPERIMENTS = sorted(
@@ -66,8 +66,12 @@ def test_every_experiment_is_valid(experiment):
     config = OmegaConf.to_object(settings)
     check_prune(config)
     check_model(config.model)
-    assert config.task.name in TASKS
-    assert config.task.name == experiment.split("/")[-1]
+    if config.task.name == FROM_MODEL:  # the prompts of tracr/NAME come with the model NAME
+        assert experiment == f"{FROM_MODEL}/{config.model.name}" == config.model.path
+        assert (TRACR_MODELS / config.model.name / "config.json").exists()
+    else:
+        assert config.task.name in TASKS
+        assert config.task.name == experiment.split("/")[-1]
     assert config.trainer.batch_size > 0
 
 

@@ -12,7 +12,6 @@ import pytest
 from conftest import run_cli, write_jsonl
 
 from edgeprune import load_dataset, load_model
-from edgeprune.circuit import load_edges
 
 BESIDE = Path(__file__).parents[2] / "shared/models/stories260k"
 FOLDER = Path(os.environ.get("EDGEPRUNE_STORIES", BESIDE))
@@ -26,6 +25,10 @@ STORIES = (
     "A {child} named {name} saw a big dog.",
 )
 CHILDREN = {"She": ("girl", ("Lily", "Mia", "Sue")), "He": ("boy", ("Tim", "Max", "Bob"))}
+
+
+def edges_of(path: Path) -> list:
+    return json.loads(path.read_text())
 
 
 def records() -> list[dict]:
@@ -74,14 +77,14 @@ def test_prune_resume_export_evaluate_draw(tmp_path, data):
         return done.stdout
 
     run(*prune, f"run_dir={whole}")
-    assert len(load_edges(whole / "edges.json")) == 170
+    assert len(edges_of(whole / "edges.json")) == 170
     run("evaluate", whole, "random_circuits=2")
     result = json.loads((whole / "evaluation-test.json").read_text())
     assert result["circuit"]["two_way_accuracy"] >= 0.9 > result["corrupted"]["two_way_accuracy"]
     assert result["circuit"]["kl"] < result["corrupted"]["kl"] / 3
 
     run("export", whole, "num_edges=300", f"output={tmp_path / 'edges.json'}")
-    assert len(load_edges(tmp_path / "edges.json")) == 300
+    assert len(edges_of(tmp_path / "edges.json")) == 300
     run("draw", whole, "formats=[dot]")
     assert "Head 4." in (whole / "circuit.dot").read_text()
 
@@ -89,4 +92,4 @@ def test_prune_resume_export_evaluate_draw(tmp_path, data):
     shutil.rmtree(broken / "checkpoints/step-00000200")
     (broken / "edges.json").unlink()
     run(*prune, f"run_dir={broken}", "resume=auto")
-    assert load_edges(broken / "edges.json") == load_edges(whole / "edges.json")
+    assert edges_of(broken / "edges.json") == edges_of(whole / "edges.json")

@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 from test_dataset import byte_tokenizer
 
 from edgeprune.dataset import SPLITS, encode_pair
-from edgeprune.tasks import TASKS, make_records
+from edgeprune.tasks import TASKS, boolean_expressions, make_records
 
 SIZES = {"train": 30, "validation": 20, "test": 40}
 
@@ -32,12 +33,13 @@ def test_sizes_are_as_asked_and_no_prompt_comes_twice(records):
     assert len({prompt(record) for record in records}) == len(records)
 
 
-def test_prompts_are_paired_token_by_token(records, tokenizer):
+def test_prompts_are_paired_token_by_token(task, records, tokenizer):
     for record in records:
         pair = encode_pair(tokenizer, record)
         assert len(pair.clean_ids) == len(pair.corrupted_ids)
-        assert len(pair.target_ids) == 1
-        assert set(pair.target_ids) <= set(pair.answer_ids)
+        spelt = task.startswith("boolean_expressions")  # the embedded tokenizer has no True
+        assert 1 < len(pair.target_ids) < 5 if spelt else len(pair.target_ids) == 1
+        assert pair.target_ids[pair.contrast] in pair.answer_ids
         assert pair.distractor_ids
         assert not set(pair.answer_ids) & set(pair.distractor_ids)
         assert record["clean"].split("<predict>")[0] != record["corrupted"].split("<predict>")[0]
@@ -94,6 +96,70 @@ def test_induction_by_hand(tokenizer):
         assert record["clean"].endswith(f"<predict> {words[first + 1]}</predict>")
         assert record["distractor"].strip() in words
         assert prompt({"clean": record["corrupted"]}).split().index(last) == len(words) - 1
+
+
+FORMS = ("instruction", "few_shot")
+EXPRESSION = r"((?:not|and|or|True|False|[() ])+?)"
+LAST = re.compile(rf"(?:<</SYS>>\n\n|\[INST\] |\n){EXPRESSION}(?: is| \[/INST\] ')$")
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_boolean_expressions_by_hand(form, short):
+    """Python itself says what they evaluate to; one word is replaced, and the value turns."""
+    rng = random.Random(0)
+    replaced, answers = set(), []
+    for _ in range(200):
+        record = boolean_expressions.sample(rng, form, short)
+        prompts = [record[side].split("<predict>")[0] for side in ("clean", "corrupted")]
+        clean, corrupted = (LAST.search(prompt)[1] for prompt in prompts)
+        answer = record["clean"].split("<predict>")[1].removesuffix("</predict>").strip()
+        assert str(eval(clean)) == answer
+        assert str(eval(corrupted)) == record["distractor"].strip() != answer
+        words = (re.findall(r"\w+", prompt) for prompt in prompts)
+        (changed,) = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]
+        replaced.add(changed)
+        answers.append(answer)
+        gap = "'" if form == "instruction" else "is"
+        space = "" if form == "instruction" else " "
+        assert record["clean"].endswith(f"{gap}<predict>{space}{answer}</predict>")
+    assert replaced == set(boolean_expressions.OTHER.items())
+    assert 70 < answers.count("True") < 130
+
+
+def test_boolean_expressions_of_the_examples_are_right():
+    for example in boolean_expressions.EXAMPLES:
+        expression, answer = example.split(" is ")
+        assert str(eval(expression)) == answer
+
+
+def test_boolean_expressions_by_their_tree():
+    tree = ("or", ("and", ("not", "False"), "False"), "True")
+    assert boolean_expressions.text(tree) == "((not False) and False) or True"
+    assert boolean_expressions.value(tree)
+    changed = boolean_expressions.with_one_word_replaced(tree)
+    assert set(map(boolean_expressions.text, changed)) == {
+        "((not False) and False) and True",
+        "((not False) or False) or True",
+        "((not True) and False) or True",
+        "((not False) and True) or True",
+        "((not False) and False) or False",
+    }
+
+
+def test_long_forms_are_for_tokenizers_with_a_word_for_true():
+    """Enough distinct prompts for the published 8,000, all of equal length word by word."""
+    merges = []
+    for word in ("True", "False", "and", "or"):
+        merges += [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]
+    tokenizer = byte_tokenizer(merges)
+    records, report = make_records(
+        "boolean_expressions_instruction", tokenizer, {"train": 8000, "test": 1000}, seed=0
+    )
+    assert len(records) == 9000
+    assert not report.misfits
+    assert "<<SYS>>" in records[0]["clean"]
+    assert {len(encode_pair(tokenizer, record).target_ids) for record in records[:50]} == {1}
 
 
 def test_examples_that_do_not_fit_the_tokenizer_are_counted(tokenizer):

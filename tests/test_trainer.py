@@ -167,3 +167,16 @@ def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch)
         theirs = other.train_step()
         assert mine.kl == pytest.approx(theirs.kl, rel=1e-4)
         assert mine.sparsity == pytest.approx(theirs.sparsity, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch_size": 3}, {"recompute": True}], ids=str)
+def test_ways_to_save_memory_give_the_same_run(model, settings):
+    """Slices of 3 and 1 of a batch of 4: the KL is a mean over examples whatever the slices."""
+    whole, other = trainer(model), trainer(model, replace(CONFIG, **settings))
+    for _ in range(6):
+        one, two = whole.train_step(), other.train_step()
+        assert two.kl == pytest.approx(one.kl, rel=1e-4)
+        assert two.sparsity == pytest.approx(one.sparsity, rel=1e-5)
+    torch.testing.assert_close(
+        other.masks.edge_log_alpha, whole.masks.edge_log_alpha, atol=1e-4, rtol=1e-4
+    )

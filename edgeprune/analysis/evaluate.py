@@ -14,7 +14,7 @@ from edgeprune.ablation import Ablation
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig
 from edgeprune.dataset import Pair, iterate_batches
-from edgeprune.metrics import ExampleScores, score
+from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
 
 
@@ -23,7 +23,10 @@ class Scores:
     """Means over the examples of a data set; NaN where the data has no distractors.
 
     Attributes:
-        kl: faithfulness, KL from the full model, nats per predicted token.
+        kl: faithfulness, KL from the full model, nats per predicted token; NaN where outputs are
+            values.
+        error: the largest absolute difference from the full model's outputs in an example; NaN
+            where outputs are logits.
         exact_match: share of examples with the full model's most likely tokens.
         accuracy: share of examples whose most likely tokens are right.
         two_way_accuracy: share of examples where the answers are likelier than the distractors.
@@ -33,6 +36,7 @@ class Scores:
     """
 
     kl: float
+    error: float
     exact_match: float
     accuracy: float
     two_way_accuracy: float
@@ -43,10 +47,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class WorstExample:
-    """The example on which the circuit is least faithful."""
+    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`."""
 
     text: str
     kl: float
+    error: float
     full_prediction: str
     circuit_prediction: str
 
@@ -110,14 +115,16 @@ def evaluate(
         batch = batch.to(model.device)
         reference, corrupted = model.run_pair(batch)
         closed = ablation.values(batch, corrupted)
-        scores[0].append(score(batch, reference, reference))
+        scores[0].append(score(batch, reference, reference, model.output))
         for one, kept in zip(scores[1:], gates, strict=True):
-            one.append(score(batch, reference, model.run_circuit(batch, kept, closed)))
+            outputs = model.run_circuit(batch, kept, closed)
+            one.append(score(batch, reference, outputs, model.output))
         texts += [pair.text for pair in batch.pairs]
     full, of_circuit, *others = [_concatenate(one) for one in scores]
     full_difference = full.logit_difference.mean().item()
     summaries = [_summarise(one, full_difference) for one in (full, of_circuit, *others)]
-    worst = int(of_circuit.kl.argmax())
+    of_logits = model.output is Output.logits
+    worst = int((of_circuit.kl if of_logits else of_circuit.error).argmax())
     return Evaluation(
         circuit=summaries[1],
         full=summaries[0],
@@ -126,6 +133,7 @@ def evaluate(
         worst=WorstExample(
             text=texts[worst],
             kl=of_circuit.kl[worst].item(),
+            error=of_circuit.error[worst].item(),
             full_prediction=_decode(model, full.predicted[worst]),
             circuit_prediction=_decode(model, of_circuit.predicted[worst]),
         ),
@@ -147,6 +155,7 @@ def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
     two_way[difference.isnan()] = math.nan
     return Scores(
         kl=scores.kl.double().mean().item(),
+        error=scores.error.double().mean().item(),
         exact_match=scores.exact_match.double().mean().item(),
         accuracy=scores.correct.double().mean().item(),
         two_way_accuracy=two_way.nanmean().item(),
@@ -161,6 +170,8 @@ def _mean_scores(scores: list[Scores]) -> Scores:
 
 
 def _decode(model: CircuitModel, token: Tensor) -> str:
+    if model.output is Output.number:
+        return f"{token.item():.4g}"
     return "" if model.tokenizer is None else model.tokenizer.decode([int(token)])
 
 

@@ -17,26 +17,20 @@ class Export:
     Attributes:
         circuit: the kept edges, dangling ones among them.
         thresholds: of the binary search; None when the size was asked for.
+        ranking: the numbers of all edges, the most important first.
     """
 
     circuit: Circuit
     thresholds: Thresholds | None
+    ranking: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for circuit.json."""
-        connected = self.circuit.without_dangling()
         return {
             "chosen_by": "size" if self.thresholds is None else "threshold",
             "edge_threshold": None if self.thresholds is None else self.thresholds.edge,
             "node_threshold": None if self.thresholds is None else self.thresholds.node,
-            "all_edges": self.circuit.graph.num_edges,
-            "num_edges": len(self.circuit),
-            "sparsity": self.circuit.sparsity,
-            "without_dangling": {
-                "num_edges": len(connected),
-                "sparsity": connected.sparsity,
-                "num_nodes": len(connected.nodes),
-            },
+            **self.circuit.sizes(),
         }
 
 
@@ -59,6 +53,6 @@ def export_circuit(
     if sparsity is not None:
         num_edges = round((1 - sparsity) * masks.graph.num_edges)
     if num_edges is not None:
-        return Export(masks.circuit_of_size(num_edges), None)
+        return Export(masks.circuit_of_size(num_edges), None, masks.ranking())
     thresholds = masks.thresholds()
-    return Export(masks.circuit_above(thresholds), thresholds)
+    return Export(masks.circuit_above(thresholds), thresholds, masks.ranking())

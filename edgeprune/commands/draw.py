@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeprune.commands.shared import export_from, find_circuit, run_settings, show
+from edgeprune.commands.shared import (
+    export_from,
+    find_circuit,
+    known_graph,
+    read_circuit,
+    run_settings,
+    show,
+)
 from edgeprune.config import ConfigError, DrawConfig, check_size
 
 
 def draw(config: DrawConfig) -> None:
     """Draw a circuit by Graphviz."""
     check_size(config.sparsity, config.num_edges)
-    from edgeprune.circuit import Circuit, infer_graph, load_edges
     from edgeprune.drawing import draw_circuit
-    from edgeprune.training.run import EDGES, has_run, read_graph
+    from edgeprune.training.run import EDGES, has_run
 
     path = Path(config.circuit)
     from_masks = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
@@ -25,9 +31,7 @@ def draw(config: DrawConfig) -> None:
         edges_path, run_dir = find_circuit(config.circuit)
         if from_masks:
             raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
-        edges = load_edges(edges_path)
-        graph = read_graph(run_dir) if run_dir else infer_graph(edges, str(edges_path))
-        circuit = Circuit.from_edges_checked(graph, edges, str(edges_path))
+        circuit = read_circuit(edges_path, known_graph(edges_path, run_dir))
         folder = edges_path.parent
     shown = circuit if config.dangling else circuit.without_dangling()
     of_run = run_settings(run_dir)

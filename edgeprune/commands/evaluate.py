@@ -19,6 +19,7 @@ from edgeprune.commands.shared import (
     first_split,
     load_model,
     load_pairs,
+    read_circuit,
     run_settings,
     show,
 )
@@ -43,7 +44,6 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.circuit import Circuit
 
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         )
     if model is None:
         model = load_model(config.model or of_run["model"])
-    circuit = Circuit.load(edges_path, model.graph)
+    circuit = read_circuit(edges_path, model.graph)
     folder = edges_path.parent
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
@@ -113,8 +113,9 @@ def _print_evaluation(result: Any, title: str) -> None:
         table.add_row(field.name.replace("_", " "), *(f"{value:.3f}" for value in values))
     OUT.print(table)
     worst = result.worst
+    off = f"error {worst.error:.2g}" if worst.kl != worst.kl else f"KL {worst.kl:.2f}"
     show(
-        f"least faithful: KL {worst.kl:.2f} on {worst.text!r}: full model "
+        f"least faithful: {off} on {worst.text!r}: full model "
         f"{worst.full_prediction!r}, circuit {worst.circuit_prediction!r}"
     )
 

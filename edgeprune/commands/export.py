@@ -3,30 +3,109 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from edgeprune.commands.shared import export_from, show
-from edgeprune.config import ExportConfig, check_size
+from edgeprune.commands.shared import (
+    OUT,
+    data_file,
+    export_from,
+    find_circuit,
+    known_graph,
+    load_model,
+    load_pairs,
+    read_circuit,
+    run_settings,
+    show,
+)
+from edgeprune.config import CircuitFormat, ConfigError, ExportConfig, check_cleanup, check_size
 from edgeprune.files import write_text
 
 
-def export(config: ExportConfig) -> None:
-    """Make a circuit of a run's checkpoint and write edges.json."""
+def export(config: ExportConfig, model: Any = None) -> None:
+    """Make a circuit of a run's checkpoint, or read one from a file, and write it."""
     check_size(config.sparsity, config.num_edges)
-    from edgeprune.training.run import EDGES, REPORT
+    check_cleanup(config.cleanup)
+    from edgeprune.training.run import EDGES, REPORT, load_masks, read_manifest
 
+    if Path(config.run).is_file():
+        _convert(config)
+        return
     run_dir = Path(config.run)
     chosen, step = export_from(run_dir, config.checkpoint, config.sparsity, config.num_edges)
-    output = Path(config.output) if config.output else run_dir / EDGES
-    chosen.circuit.save(output)
+    cleaned = None
+    if config.cleanup is not None:
+        cleaned = _clean_up(run_dir, chosen, config.cleanup, model)
+        chosen = replace(chosen, circuit=cleaned.circuit)
+    format = _format(config)
+    names = {"edges": EDGES, "eap_json": "graph.json", "eap_pt": "graph.pt"}
+    output = Path(config.output) if config.output else run_dir / names[format]
+    if format == "edges":
+        chosen.circuit.save(output)
+    else:
+        scores = load_masks(run_dir, step)[0].scores()
+        d_model = read_manifest(run_dir)["model"].get("d_model")
+        chosen.circuit.save(output, format, scores=scores, d_model=d_model)
     report = {"checkpoint": step, **chosen.to_dict()}
-    if not config.output:
+    if cleaned is not None:
+        report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
+    if not config.output and format == "edges":
         write_text(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
     connected = report["without_dangling"]
     threshold = report["edge_threshold"]
     how = "exactly as asked" if threshold is None else f"at threshold {threshold:.4f}"
+    if cleaned is not None:
+        how = (
+            f"cleaned up from {cleaned.num_edges_before:,} ({how}; distance from the full model "
+            f"{cleaned.distance_before:.3g} before, {cleaned.distance_after:.3g} after)"
+        )
     show(
         f"circuit of step {step}: {report['num_edges']:,} of {report['all_edges']:,} edges "
         f"({report['sparsity']:.2%} sparse), {how}; without dangling edges "
         f"{connected['num_edges']:,} edges, {connected['num_nodes']} nodes -> {output}"
     )
+
+
+def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
+    """On the run's own training prompts, under its own ablation."""
+    from edgeprune.ablation import Ablation
+    from edgeprune.analysis.cleanup import clean_up
+
+    of_run = run_settings(run_dir)
+    if model is None:
+        model = load_model(of_run["model"])
+    task = of_run["task"]
+    pairs = load_pairs(data_file(task, model.tokenizer, run_dir), task, model, "train")
+    with OUT.status(f"cleaning up {len(chosen.circuit):,} edges"):
+        return clean_up(
+            model,
+            chosen.circuit,
+            pairs,
+            tolerance=tolerance,
+            ranking=chosen.ranking,
+            ablation=Ablation(model, of_run["ablation"], pairs),
+        )
+
+
+def _format(config: ExportConfig) -> str:
+    if config.format is not None:
+        return config.format.name
+    is_pt = config.output is not None and config.output.endswith(".pt")
+    return (CircuitFormat.eap_pt if is_pt else CircuitFormat.edges).name
+
+
+def _convert(config: ExportConfig) -> None:
+    """From a circuit's file to another."""
+    from edgeprune.training.run import read_manifest
+
+    path, run_dir = find_circuit(config.run)
+    of_run = (config.checkpoint, config.sparsity, config.num_edges, config.cleanup)
+    if of_run != (None,) * 4:
+        raise ConfigError("checkpoint=, sparsity=, num_edges= and cleanup= need a run directory")
+    if config.output is None:
+        raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
+    circuit = read_circuit(path, known_graph(path, run_dir))
+    manifest: dict[str, Any] = read_manifest(run_dir) if run_dir else {"model": {}}
+    circuit.save(config.output, _format(config), d_model=manifest["model"].get("d_model"))
+    show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {config.output}")

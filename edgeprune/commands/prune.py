@@ -103,8 +103,13 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    size = ExportConfig(run=str(run_dir), sparsity=config.sparsity, num_edges=config.num_edges)
-    processes.first_does(lambda: export(size))
+    size = ExportConfig(
+        run=str(run_dir),
+        sparsity=config.sparsity,
+        num_edges=config.num_edges,
+        cleanup=config.cleanup,
+    )
+    processes.first_does(lambda: export(size, model=model))
     if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
         evaluate(
             EvaluateConfig(
@@ -125,11 +130,20 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
     """
     from edgeprune.modeling.memory import in_gb, plan_memory
 
-    sharded = config.launcher.shard
+    sharded, trainer = config.launcher.shard, config.trainer
+    of_process = math.ceil(trainer.batch_size / processes.count)
+    at_a_time = min(of_process, trainer.micro_batch_size or of_process)
+    if sharded and trainer.micro_batch_size and trainer.batch_size % (processes.count * at_a_time):
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} cannot be run by {processes.count} processes "
+            f"in equally many parts of {at_a_time}, which launcher.shard=true needs, since all "
+            "gather the weights together; choose sizes that divide"
+        )
     plan = plan_memory(
         shape,
         pairs,
-        math.ceil(config.trainer.batch_size / processes.count),
+        at_a_time,
+        recompute=trainer.recompute,
         shares=processes.count if sharded else 1,
         offload=config.launcher.offload,
         bits=config.model.bits,
@@ -139,7 +153,8 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
     if plan.total > free:
         raise ConfigError(
             f"{config.model.name} needs about {plan}, but only {in_gb(free)} are free for a "
-            "process. Take fewer examples at a time (trainer.batch_size, or more processes), hold "
-            "the weights in less (model.dtype=bfloat16, model.bits=4), or split them over "
-            "processes (launcher.shard=true, launcher.offload=true)"
+            "process. Take fewer examples at a time (trainer.micro_batch_size, or more processes), "
+            "run blocks again (trainer.recompute=true), hold the weights in less "
+            "(model.dtype=bfloat16, model.bits=4), or split them over processes "
+            "(launcher.shard=true, launcher.offload=true)"
         )

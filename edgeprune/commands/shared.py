@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,19 @@ def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
 
 def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
     """A task's prompts, generated."""
-    from edgeprune.tasks import TASKS, make_records
+    from edgeprune.tasks import FROM_MODEL, TASKS, make_records, tracr
 
+    if task.name == FROM_MODEL:
+        if not hasattr(tokenizer, "folder"):
+            raise ConfigError(
+                f"task={FROM_MODEL} takes the prompts that come with a Tracr model; this model is "
+                "none, so choose another task"
+            )
+        return tracr.make_records(tokenizer.folder, tokenizer.config)
     if task.name not in TASKS:
         raise ConfigError(
-            f"unknown task {task.name!r}; choose {', '.join(TASKS)}, or give a file of your own "
-            "with task=custom task.path=FILE"
+            f"unknown task {task.name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or give a file "
+            "of your own with task=custom task.path=FILE"
         )
     sizes = {"train": task.train, "validation": task.validation, "test": task.test}
     records, report = make_records(task.name, tokenizer, sizes, task.seed)
@@ -101,19 +109,86 @@ def first_split(path: Path, wanted: Split) -> Split:
 
 
 def find_circuit(given: str) -> tuple[Path, Path | None]:
-    """(edges.json, its run directory if it lies in one) of a run directory or an edges.json."""
+    """(file, its run directory if there is one) of a run directory or a circuit's file.
+
+    A circuit made of others (by `compare` or `report`) has the run of the first of them.
+    """
     from edgeprune.training.run import EDGES, has_run
 
     path = Path(given)
     if not path.exists():
-        raise ConfigError(f"no such file or directory: {path}; give a run directory or edges.json")
+        raise ConfigError(
+            f"no such file or directory: {path}; give a run directory, an edges.json, or a graph "
+            "of EAP-IG or MIB"
+        )
     if path.is_dir():
         if not (path / EDGES).exists():
             if not has_run(path):
                 raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
             raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
         path = path / EDGES
-    return path, path.parent if has_run(path.parent) else None
+    if has_run(path.parent):
+        return path, path.parent
+    origin = _origin(path).get("run")
+    run_dir = path.parent / origin if isinstance(origin, str) else None
+    return path, run_dir if run_dir is not None and has_run(run_dir) else None
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """The circuit.json beside a circuit, if there is one."""
+    from edgeprune.training.run import REPORT
+
+    try:
+        found = json.loads((path.parent / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def known_graph(path: Path, run_dir: Path | None) -> Any:
+    """The graph of a circuit's file if it is known without reading the file, else None."""
+    from edgeprune.graph import CircuitGraph
+    from edgeprune.training.run import read_graph
+
+    if run_dir is not None:
+        return read_graph(run_dir)
+    try:
+        return CircuitGraph.from_dict(_origin(path)["graph"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def read_circuit(path: Path, graph: Any = None) -> Any:
+    """A circuit's file of any format; says what was lost in reading.
+
+    Args:
+        path: the file.
+        graph: the model's; None: the file's own or, for an edges.json, the smallest that fits.
+    """
+    from edgeprune.circuit import Circuit
+    from edgeprune.formats import infer_graph, read_circuit_file
+
+    file = read_circuit_file(path, graph)
+    for note in file.notes:
+        say(note)
+    graph = graph or file.graph or infer_graph(file.edges, str(path))
+    return Circuit.from_edges_checked(graph, file.edges, str(path))
+
+
+def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> Path:
+    """Write a circuit made of others: edges.json, and a circuit.json that says how and of what."""
+    from edgeprune.training.run import EDGES, REPORT
+
+    run = None if run_dir is None else os.path.relpath(run_dir, folder)
+    report = {
+        "chosen_by": chosen_by,
+        "run": run,
+        "graph": circuit.graph.to_dict(),
+        **circuit.sizes(),
+    }
+    circuit.save(folder / EDGES)
+    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    return folder / EDGES
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:

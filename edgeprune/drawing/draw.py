@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import graphviz
@@ -34,8 +35,53 @@ NAMES = {
 }  # fmt: skip
 MANY = 120
 """From so many edges on, nodes lie on a grid and lines are thin, straight and translucent."""
+DPI = 110
+"""Of .png files."""
 COLUMN, ROW = 100, 95
 """Distances of the grid, in points."""
+
+
+SHARED, PARTLY = "#4A4E57", "#A0A6B2"
+ONLY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9")
+"""Colours of a comparison: what all circuits have, what some have, what one has."""
+OUTLINE = "#6B6F78"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Edges drawn in one colour.
+
+    Attributes:
+        name: what the legend calls them.
+        color: such as "#0072B2".
+        edges: (writer, reader) names.
+    """
+
+    name: str
+    color: str
+    edges: Collection[Edge]
+
+
+def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[Group]:
+    """The edges that all circuits have, that several have, and that only one has.
+
+    Args:
+        circuits: edges by the circuit's name. Of more than six, what only one has is one group.
+    """
+    all_edges = set().union(*circuits.values())
+    holders = {edge: [n for n, edges in circuits.items() if edge in edges] for edge in all_edges}
+    groups = [
+        Group("shared", SHARED, {e for e, names in holders.items() if len(names) == len(circuits)})
+    ]
+    some = {e for e, names in holders.items() if 1 < len(names) < len(circuits)}
+    if len(circuits) > 2:
+        groups.append(Group("in several", PARTLY, some))
+    only = {e: names[0] for e, names in holders.items() if len(names) == 1 < len(circuits)}
+    if len(circuits) > len(ONLY):
+        return [*groups, Group("in one only", ONLY[1], set(only))]
+    for name, color in zip(circuits, ONLY, strict=False):
+        groups.append(Group(f"only {name}", color, {e for e, n in only.items() if n == name}))
+    return groups
 
 
 class GraphvizMissing(RuntimeError):
@@ -43,7 +89,12 @@ class GraphvizMissing(RuntimeError):
 
 
 def draw_circuit(
-    edges: Iterable[Edge], path: Path | str, *, title: str | None = None, heads_per_kv_head: int = 1
+    edges: Iterable[Edge],
+    path: Path | str,
+    *,
+    title: str | None = None,
+    heads_per_kv_head: int = 1,
+    groups: Sequence[Group] = (),
 ) -> None:
     """Draw a circuit into a file, in the format of its suffix.
 
@@ -52,6 +103,7 @@ def draw_circuit(
         path: ends in .pdf, .svg, .png or .dot; only .dot needs no Graphviz on the machine.
         title: a line of text above.
         heads_per_kv_head: query heads that share a key/value head (more than 1: GQA).
+        groups: colours for the edges, and a legend; none: the colour of the reader's kind.
 
     Raises:
         ValueError: another suffix, or a name which is none of a node.
@@ -62,12 +114,12 @@ def draw_circuit(
     if suffix not in SUFFIXES:
         known = ", .".join(SUFFIXES)
         raise ValueError(f"cannot draw {path.name}: its suffix must be one of .{known}")
-    source = circuit_dot(edges, title=title, heads_per_kv_head=heads_per_kv_head)
+    source = circuit_dot(edges, title=title, heads_per_kv_head=heads_per_kv_head, groups=groups)
     if suffix == "dot":
         write_text(path, source)
         return
     try:
-        rendered = graphviz.pipe("dot", suffix, source.encode(), quiet=True)
+        rendered = graphviz.pipe("dot", suffix, _at_dpi(source, suffix).encode(), quiet=True)
     except graphviz.ExecutableNotFound:
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
@@ -79,11 +131,20 @@ def draw_circuit(
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
 
 
+def _at_dpi(source: str, suffix: str) -> str:
+    """Pixels are asked for in pictures of pixels alone: with them Graphviz writes cropped SVGs."""
+    return source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
+
+
 # ------------------------------------------------------------------------------------- the source
 
 
 def circuit_dot(
-    edges: Iterable[Edge], *, title: str | None = None, heads_per_kv_head: int = 1
+    edges: Iterable[Edge],
+    *,
+    title: str | None = None,
+    heads_per_kv_head: int = 1,
+    groups: Sequence[Group] = (),
 ) -> str:
     """The DOT source of a circuit's drawing: the same for the same edges, in whatever order.
 
@@ -99,15 +160,20 @@ def circuit_dot(
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
-            "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18", "dpi": "110",
+            "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, len(edges), len(nodes)), "outputorder": "edgesfirst",
+            "label": _title(title, len(edges), len(nodes), _legend(edges, groups)),
+            "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45", "penwidth": "0.5" if many else "1.1"},
     )  # fmt: skip
     inputs = _inputs(edges, heads_per_kv_head)
-    labels = {node: _label(node, inputs.get(node, ())) for node in nodes}
+    colors = {edge: group.color for group in groups for edge in group.edges}
+    outlines = _outlines(edges, colors, heads_per_kv_head)
+    labels = {
+        node: _label(node, inputs.get(node, ()), outlines.get(node, OUTLINE)) for node in nodes
+    }
     if many:
         for node, (x, y) in _grid(nodes).items():
             dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
@@ -119,7 +185,11 @@ def circuit_dot(
         for node in _nodes_of(reader, heads_per_kv_head):
             head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
             tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
-            dot.edge(tail, head, color=LINE[kind] + opacity)
+            color = colors.get((writer, reader), LINE[kind])
+            if color in ONLY:  # what circuits differ in stands out
+                dot.edge(tail, head, color=color + "D0", penwidth="1.1")
+            else:
+                dot.edge(tail, head, color=color + opacity)
     return dot.source
 
 
@@ -167,27 +237,50 @@ def _inputs(edges: list[Edge], heads_per_kv_head: int) -> dict[str, set[str]]:
     return inputs
 
 
-def _title(title: str | None, num_edges: int, num_nodes: int) -> str:
+def _outlines(edges: list[Edge], colors: dict[Edge, str], heads_per_kv_head: int) -> dict[str, str]:
+    """A box all of whose edges have one colour has that colour too."""
+    seen: dict[str, set[str]] = {}
+    for writer, reader in edges:
+        for node in (writer, *_nodes_of(reader, heads_per_kv_head)):
+            seen.setdefault(node, set()).add(colors.get((writer, reader), OUTLINE))
+    return {node: found.pop() for node, found in seen.items() if len(found) == 1}
+
+
+def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
+    """What the colours mean, as an HTML-like label."""
+    kinds = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
+    entries = [(LINE[kind], text) for kind, text in kinds]
+    if groups:
+        drawn = set(edges)
+        counts = [(group, len(drawn & set(group.edges))) for group in groups]
+        entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts]
+    marks = " ".join(
+        f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
+        for color, text in entries
+    )
+    return marks if groups else f"edges into {marks}"
+
+
+def _title(title: str | None, num_edges: int, num_nodes: int, legend: str) -> str:
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
     counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'}"
-    legend = " ".join(
-        f'<FONT COLOR="{LINE[kind]}">&#9654;&#160;{text}&#160;&#160;</FONT>'
-        for kind, text in
-        (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
-    )  # fmt: skip
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
     small = '<FONT POINT-SIZE="13">'
-    return f"<{first}{small}{counts}</FONT>{gap}{small}edges into {legend}</FONT>{gap}&#160;>"
+    return f"<{first}{small}{counts}</FONT>{gap}{small}{legend}</FONT>{gap}&#160;>"
 
 
-def _label(node: str, inputs: Iterable[str]) -> str:
+def _label(node: str, inputs: Iterable[str], outline: str) -> str:
     """A box; a head's has a cell for each of its inputs under its name."""
     kind = _kind(node)
     name = NAMES.get(node) or ("MLP " if kind == "mlp" else "Head ") + _number(node)
     font = ' COLOR="white"' if kind == "output" else ""
-    start = '<<TABLE BORDER="0" CELLBORDER="1" CELLSPACING="0" CELLPADDING="5" COLOR="#6B6F78">'
+    width = 1 if outline == OUTLINE else 2
+    start = (
+        f'<<TABLE BORDER="0" CELLBORDER="{width}" CELLSPACING="0" CELLPADDING="5" '
+        f'COLOR="{outline}">'
+    )
     columns = [k for k in "qkv" if k in inputs]
     span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
     cells = f'<TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}</FONT></TD></TR>'

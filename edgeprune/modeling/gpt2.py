@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
 from edgeprune.modeling.heads import project_from_heads, project_to_heads
 
 
@@ -74,6 +75,8 @@ class GPT2:
     """A loaded GPT-2 with its parts named."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
+    output = Output.logits
+    may_pad = True
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.body = model.transformer

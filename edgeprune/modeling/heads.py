@@ -18,7 +18,8 @@ def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | 
 
     Args:
         x: [head, batch, pos, d_model].
-        norm: of the inputs; one that is neither a LayerNorm nor a plain RMSNorm is called as it is.
+        norm: of the inputs. It is called as it is where it is neither a LayerNorm nor a plain
+            RMSNorm, and in float16, which what is not normed would overflow.
         weight: [head, d_model, d_head].
         bias: [head, d_head] or None.
 
@@ -27,7 +28,8 @@ def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | 
     """
     num_heads, batch, pos, _ = x.shape
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    if is_layer_norm or hasattr(norm, "variance_epsilon"):
+    foldable = is_layer_norm or hasattr(norm, "variance_epsilon")
+    if foldable and x.dtype != torch.float16:
         if is_layer_norm and norm.bias is not None:
             shift = norm.bias @ weight  # [head, d_head]
             bias = shift if bias is None else bias + shift
@@ -56,7 +58,7 @@ class _ScaledProjection(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         variance = norm**2 / x.shape[-1]
         if centred:
-            variance = variance - mean**2
+            variance = (variance - mean**2).clamp(min=0)
         scale = torch.rsqrt(variance + eps)  # [head, token, 1]
         y = (torch.bmm(x, weight) * scale).to(x.dtype)
         ctx.save_for_backward(x, weight, scale, mean, y)

@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
 from edgeprune.modeling.heads import project_from_heads, project_to_heads
 
 MASKS = {
@@ -146,6 +147,8 @@ class Llama:
     """A loaded model of the Llama family with its parts named."""
 
     embedding_writers = ("embeds",)
+    output = Output.logits
+    may_pad = True
 
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, logging
 
 from edgeprune.dataset import Batch, Pair, collate
-from edgeprune.modeling import gpt2, llama
+from edgeprune.modeling import gpt2, llama, tracr
 from edgeprune.modeling.model import CircuitModel
 from edgeprune.paths import EMBEDDED_MODEL
 
@@ -65,7 +65,8 @@ def load_model(
 
     Args:
         name_or_path: a hub name, a folder with safetensors weights, a .gguf file (its weights are
-            expanded to `dtype`), or `embedded` for the small GPT-2 that comes with the project.
+            expanded to `dtype`), `embedded` for the small GPT-2 that comes with the project, the
+            folder of a Tracr model (see `tracr.py`), or `tracr/NAME` for one that comes with it.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...; `auto` is `sdpa`,
@@ -79,12 +80,15 @@ def load_model(
         ModelError: not found, no safetensors weights, a family which is not supported, or one that
             fails the parity check.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = tracr.find_folder(name_or_path)
+    if folder is not None:
+        return _load_tracr(folder, device, getattr(torch, dtype), embedding_writers)
     source = _source(name_or_path)
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if attention == "auto":
         caps = getattr(config, "attn_logit_softcapping", None) is not None
         attention = "eager" if caps else "sdpa"
@@ -125,6 +129,11 @@ def model_shape(
 
     Arguments and errors as `load_model`.
     """
+    folder = tracr.find_folder(name_or_path)
+    if folder is not None:
+        model = _build_tracr(folder, embedding_writers)
+        model.architecture.body.to(device="meta", dtype=getattr(torch, dtype))
+        return model
     config = _load_config(name_or_path, trust_remote_code)
     try:
         with torch.device("meta"):
@@ -154,6 +163,9 @@ def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
     """Load a model's tokenizer alone; arguments and errors as `load_model`."""
+    folder = tracr.find_folder(name_or_path)
+    if folder is not None:
+        return tracr.TracrTokenizer(folder, _tracr(tracr.read_config, folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             **_source(name_or_path), trust_remote_code=trust_remote_code
@@ -176,6 +188,28 @@ def wrap_model(
     model.requires_grad_(False).eval()
     graph = build_graph(model.config, embedding_writers=embedding_writers)
     return CircuitModel(architecture(model), graph, tokenizer, name)
+
+
+def _load_tracr(
+    folder: Path, device: str, dtype: torch.dtype, embedding_writers: bool
+) -> CircuitModel:
+    model = _build_tracr(folder, embedding_writers)
+    model.architecture.body.to(device=device, dtype=dtype)
+    verify_parity(model, collate(tracr.random_pairs(model.tokenizer.config)).to(device))
+    return model
+
+
+def _build_tracr(folder: Path, embedding_writers: bool) -> CircuitModel:
+    architecture, config = _tracr(tracr.build, folder)
+    graph = tracr.build_graph(config, embedding_writers=embedding_writers)
+    return CircuitModel(architecture, graph, tracr.TracrTokenizer(folder, config), str(folder))
+
+
+def _tracr(read: Callable[[Path], Any], folder: Path) -> Any:
+    try:
+        return read(folder)
+    except tracr.TracrError as error:
+        raise ModelError(f"cannot load model {str(folder)!r}: {error}") from None
 
 
 def _source(name_or_path: str | Path) -> dict[str, str]:
@@ -216,15 +250,16 @@ def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
 
 
 @torch.no_grad()
-def verify_parity(model: CircuitModel) -> None:
-    """Check on random prompts that all gates open give the model, all closed the corrupted prompt.
+def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
+    """Check that all gates open give the model, all closed the corrupted prompt.
 
+    By default on random prompts.
     Sliding windows are narrowed for the check, so that the prompts are longer.
 
     Raises:
         ModelError: the logits differ by more than `TOLERANCE`.
     """
-    batch = _random_batch(model)
+    batch = _random_batch(model) if batch is None else batch
     gates = torch.ones(model.graph.num_edges, device=model.device)
     with _narrow_window(model.architecture.body.config):
         reference, corrupted = model.run_pair(batch)
@@ -252,7 +287,7 @@ def _narrow_window(config: Any) -> Iterator[None]:
 
 
 def _compare(model: CircuitModel, got: Tensor, wanted: Tensor, meaning: str) -> None:
-    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).item()
     quantization = getattr(model.architecture.body.config, "quantization_config", None)
     in_8_bits = getattr(quantization, "load_in_8bit", False)
     tolerance = TOLERANCE_8_BITS if in_8_bits else TOLERANCE[got.dtype]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.dataset import Batch, Pair, collate
-from edgeprune.modeling.model import Activations, CircuitModel
+from edgeprune.modeling.model import Activations, CircuitModel, stretches
 from edgeprune.modeling.passes import MOST_KEPT, KeptPasses
 
 MASK_COPIES = 8
@@ -55,6 +55,7 @@ def plan_memory(
     pairs: Sequence[Pair],
     batch_size: int,
     *,
+    recompute: bool = False,
     shares: int = 1,
     offload: bool = False,
     bits: int | None = None,
@@ -68,6 +69,7 @@ def plan_memory(
         model: from `model_shape`.
         pairs: the training set.
         batch_size: pairs that this process runs at a time.
+        recompute: whether the backward pass runs blocks again.
         shares: processes over which the layers are split; 1: they are not.
         offload: whether the shares lie elsewhere.
         bits: of the layers' matrices; None: as the model's dtype.
@@ -101,16 +103,23 @@ def plan_memory(
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model.run_circuit(batch, gates, corrupted)
-    buffers = model.workspace.buffers
-    for buffer in buffers:
+    for buffer in model.workspace.buffers:
         saved.pop(buffer.untyped_storage()._cdata, None)
     blocks = sum(storage.nbytes() for storage in saved.values())
+    working = WORKING_COPIES * blocks // model.graph.num_layers
+    if recompute:  # only one stretch's are there at a time, and the inputs that it reads
+        of_stretch = max(len(layers) for layers in stretches(model.graph))
+        blocks = blocks * of_stretch // model.graph.num_layers
+        model.release()
+        with torch.enable_grad():
+            model.run_circuit(batch, gates, corrupted, recompute=True)
+    buffers = model.workspace.buffers
     kept = KeptPasses.size(model, pairs)
     return MemoryPlan(
         weights=outside + held,
         outboxes=sum(buffer.nbytes for buffer in buffers),
         blocks=blocks,
-        working=WORKING_COPIES * blocks // model.graph.num_layers,
+        working=working,
         corrupted=sum(s.nbytes() for s in _storages(corrupted).values())
         + 3 * logits.numel() * 4,  # the reference, the circuit's, and one's log-probabilities
         masks=MASK_COPIES * 4 * model.graph.num_edges,

@@ -15,14 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
 from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
 LOOK_AHEAD = 64
-"""Readers that are served in one product, at least (see `Outboxes.look_ahead`)."""
+"""Readers that are served in one product, at least: whole layers (see `Outboxes.look_ahead`)."""
 
 
 class Block(Protocol):
@@ -56,9 +58,16 @@ class Block(Protocol):
 
 
 class Architecture(Protocol):
-    """A loaded Hugging Face model with its parts named."""
+    """A loaded Hugging Face model with its parts named.
+
+    Attributes:
+        output: what `logits` gives.
+        may_pad: whether padding on the right leaves the positions before it as they are.
+    """
 
     embedding_writers: tuple[str, ...]
+    output: Output
+    may_pad: bool
     blocks: Sequence[Block]
     body: nn.Module
     final_norm: nn.Module
@@ -134,6 +143,25 @@ class CircuitModel:
         """The most tokens a prompt may have."""
         return self.architecture.body.config.max_position_embeddings
 
+    @property
+    def output(self) -> Output:
+        """What the model's outputs are."""
+        return self.architecture.output
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.architecture.embed(ids).shape[-1]
+
+    def _check_padding(self, batch: Batch) -> None:
+        lengths = sorted({len(pair.clean_ids) for pair in batch.pairs})
+        if not self.architecture.may_pad and len(lengths) > 1:
+            raise ValueError(
+                f"{self.name} attends to every position, padding too, but the batch has prompts of "
+                f"{lengths[0]} to {lengths[-1]} tokens; put only prompts of equal length together"
+            )
+
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every weight: tells whether a model is still the same."""
         if self._fingerprint is not None:
@@ -160,6 +188,15 @@ class CircuitModel:
             arch.body, [block.layer for block in arch.blocks], mesh, device, offload=offload
         )
         arch.unembed.to(device)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert weights, and so activations."""
+        self.architecture.body.to(dtype)
+        self.architecture.unembed.to(dtype)
+
+    def release(self) -> None:
+        """Give back the memory that is kept from one step to the next."""
+        self.workspace = Workspace()
 
     # ---------------------------------------------------------------------------- the whole model
 
@@ -208,7 +245,11 @@ class CircuitModel:
         Returns:
             The reference: logits on the clean prompts, [predicted, vocabulary]; and the activations
             on the corrupted prompts.
+
+        Raises:
+            ValueError: prompts of unequal length, where the model attends to padding.
         """
+        self._check_padding(batch)
         num_examples = len(batch.clean_ids)
         ids = torch.cat([batch.clean_ids, batch.corrupted_ids])
         states, corrupted = self.run_full(ids, slice(num_examples, None))
@@ -216,7 +257,14 @@ class CircuitModel:
 
     # -------------------------------------------------------------------------------- the circuit
 
-    def run_circuit(self, batch: Batch, gates: Tensor, corrupted: Activations | None) -> Tensor:
+    def run_circuit(
+        self,
+        batch: Batch,
+        gates: Tensor,
+        corrupted: Activations | None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """Run the model with a gate on every edge.
 
         Args:
@@ -224,24 +272,32 @@ class CircuitModel:
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
             corrupted: what closed edges carry: activations on the corrupted prompts, mean
                 activations (see `mean_activations`), or None for zeros.
+            recompute: whether the backward pass runs blocks again, which needs less memory: the
+                outboxes, their gradients and the blocks of one look-ahead.
 
         Returns:
             Logits, [predicted, vocabulary]. They depend differentiably on the gates; call backward
             before the next `run_circuit`.
         """
+        self._check_padding(batch)
         arch, graph = self.architecture, self.graph
         if gates.shape != (graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{graph.num_edges}]")
         site_gates = _split_by_site(gates, graph)
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
-        boxes = Outboxes(self.workspace, graph.num_writers, stream)
+        keep_inputs = torch.is_grad_enabled() and not recompute
+        boxes = Outboxes(self.workspace, graph.num_writers, stream, keep_inputs=keep_inputs)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         always_on = None
         if graph.embedding_writers:
             boxes.write(embedding_delta)
         else:
             always_on = embedding_delta.sum(0)
+        nothing = [None] * graph.num_layers
+        closed_heads = nothing if corrupted is None else corrupted.head_values
+        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
+        inputs = arch.attention_inputs(stream)
 
         def base(site: int) -> Tensor:
             stream_there = torch.zeros_like(stream) if corrupted is None else None
@@ -249,27 +305,34 @@ class CircuitModel:
                 stream_there = corrupted.residuals[site]
             return stream_there if always_on is None else stream_there + always_on
 
-        nothing = [None] * graph.num_layers
-        closed_heads = nothing if corrupted is None else corrupted.head_values
-        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
-        inputs = arch.attention_inputs(stream)
-        ahead = 2 * math.ceil(LOOK_AHEAD / (len(site_gates[0]) + 1))  # sites
-        for layer, block in enumerate(arch.blocks):
-            site = 2 * layer
-            if site % ahead == 0:
-                boxes.look_ahead(site_gates[site : site + ahead][: len(site_gates) - 2 - site])
-            x = boxes.read(site_gates[site], base(site))
-            begin_layer(block.layer, x)
-            values = block.attend(x, inputs)
-            if layer == graph.num_layers - 1:
-                break
-            boxes.write(block.head_delta(values, closed_heads[layer]))
-            x = boxes.read(site_gates[site + 1], base(site + 1))[0]
-            delta = _mlp_delta(block, x, closed_mlps[layer])
-            end_layer(block.layer, delta)
-            boxes.write(delta)
-        # Only the predicted tokens matter from here on.
-        at = (batch.rows, batch.cols)
+        def run_stretch(layers: range, num_written: int) -> Tensor:
+            """Returns the last one's heads' values."""
+            boxes.rewind(num_written)
+            sites = range(2 * layers.start, min(2 * layers.stop, 2 * graph.num_layers - 1))
+            boxes.look_ahead([site_gates[site] for site in sites])
+            for layer in layers:
+                block, site = arch.blocks[layer], 2 * layer
+                x = boxes.read(site_gates[site], base(site))
+                begin_layer(block.layer, x)
+                values = block.attend(x, inputs)
+                if layer < graph.num_layers - 1:
+                    boxes.write(block.head_delta(values, closed_heads[layer]))
+                    x = boxes.read(site_gates[site + 1], base(site + 1))[0]
+                    delta = _mlp_delta(block, x, closed_mlps[layer])
+                    end_layer(block.layer, delta)
+                    boxes.write(delta)
+            return values
+
+        for stretch in stretches(graph):
+            if recompute:
+                values = checkpoint(
+                    run_stretch, stretch, boxes.num_written,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                values = run_stretch(stretch, boxes.num_written)
+        # Of the last layer, only the predicted tokens matter from here on.
+        block, at = arch.blocks[-1], (batch.rows, batch.cols)
         closed = None if corrupted is None else closed_heads[-1][at]
         delta = torch.cat([boxes.at(*at), block.head_delta(values[at], closed)])
         x = mix(site_gates[-2], delta, base(-2)[at])[0]
@@ -294,6 +357,7 @@ class CircuitModel:
         counts = None
         width = max(len(pair.clean_ids) for pair in pairs)
         for batch in iterate_batches(pairs, batch_size):
+            self._check_padding(batch)
             batch = batch.to(self.device)
             _, activations = self.run_full(batch.clean_ids, slice(None))
             length = batch.clean_ids.shape[1]
@@ -349,6 +413,14 @@ def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
     """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
     output = block.mlp(block.mlp_norm(x))
     return (output if corrupted is None else output - corrupted)[None]
+
+
+def stretches(graph: CircuitGraph) -> list[range]:
+    """The layers of each look-ahead."""
+    readers = len(graph.sites[0].readers) + 1
+    length = math.ceil(LOOK_AHEAD / readers)
+    starts = range(0, graph.num_layers, length)
+    return [range(start, min(start + length, graph.num_layers)) for start in starts]
 
 
 def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:

@@ -10,7 +10,14 @@ from functools import partial
 from typing import Any
 
 from edgeprune.dataset import SPLITS, DataError, encode_pair
-from edgeprune.tasks import gendered_pronoun, greater_than, induction, ioi, ioi_t1
+from edgeprune.tasks import (
+    boolean_expressions,
+    gendered_pronoun,
+    greater_than,
+    induction,
+    ioi,
+    ioi_t1,
+)
 
 TASKS: dict[str, Callable[[random.Random], dict]] = {
     "ioi": ioi.sample,
@@ -18,8 +25,13 @@ TASKS: dict[str, Callable[[random.Random], dict]] = {
     "greater_than": greater_than.sample,
     "gendered_pronoun": gendered_pronoun.sample,
     "induction": induction.sample,
+    "boolean_expressions_instruction": boolean_expressions.sample_instruction,
+    "boolean_expressions_few_shot": boolean_expressions.sample_few_shot,
 }
 """Name -> function which draws one example."""
+
+FROM_MODEL = "tracr"
+"""The task whose prompts come with the model, see `tracr.py`."""
 
 PATIENCE = 2000
 """Give up after so many candidates in a row that cannot be used."""
@@ -73,8 +85,10 @@ def make_records(
             raise ValueError(f"cannot make {size} examples of split {split!r}; give 0 or more of "
                              f"{', '.join(SPLITS)}")  # fmt: skip
     draw = TASKS[task]
-    if task == "greater_than" and _reads_digit_by_digit(tokenizer):
-        draw = partial(greater_than.sample, digits=1)
+    if task == "greater_than" and _in_several_tokens("45", tokenizer):
+        draw = partial(draw, digits=1)
+    if task.startswith("boolean_expressions") and _in_several_tokens("True", tokenizer):
+        draw = partial(draw, short=True)
     rng = random.Random(f"{task}/{seed}")
     seen: set[str] = set()
     misfits: Counter[str] = Counter()
@@ -104,8 +118,8 @@ def make_records(
     return records, Report(written, duplicates, dict(misfits.most_common()))
 
 
-def _reads_digit_by_digit(tokenizer: Any) -> bool:
-    return len(tokenizer("45", add_special_tokens=False)["input_ids"]) > 1
+def _in_several_tokens(word: str, tokenizer: Any) -> bool:
+    return len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1
 
 
 def _exhausted(

@@ -7,11 +7,18 @@ from torch import Tensor, nn
 
 from edgeprune.config import TrainerConfig, Warmup
 from edgeprune.dataset import Batch
-from edgeprune.metrics import kl_per_token, mean_by_example
+from edgeprune.metrics import Output, kl_per_token, mean_by_example, unexplained_variance
 
 
-def faithfulness(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || circuit), mean over an example's predicted tokens and over examples, nats."""
+def faithfulness(
+    batch: Batch, reference: Tensor, logits: Tensor, output: Output = Output.logits
+) -> Tensor:
+    """KL(reference || circuit), mean over an example's predicted tokens and over examples, nats.
+
+    Where outputs are values in place of logits: the share of their variance that is unexplained.
+    """
+    if output is not Output.logits:
+        return unexplained_variance(reference, logits)
     return mean_by_example(kl_per_token(reference, logits), batch).mean()
 
 

@@ -67,7 +67,12 @@ def _log_lines(steps: int) -> Callable[[StepMetrics], None]:
 
 
 def _text(metrics: StepMetrics, per_second: float) -> str:
-    text = f"KL {metrics.kl:.3f}  sparsity {metrics.sparsity:.3f}  target {metrics.target:.3f}"
+    text = (
+        f"unexplained {metrics.unexplained:.3f}" if metrics.kl is None else f"KL {metrics.kl:.3f}"
+    )
+    text += f"  sparsity {metrics.sparsity:.3f}"
+    if metrics.target is not None:
+        text += f"  target {metrics.target:.3f}"
     if metrics.node_sparsity is not None:
         text += f"  nodes {metrics.node_sparsity:.3f}/{metrics.node_target:.3f}"
     return f"{text}  {per_second:.1f} steps/s"

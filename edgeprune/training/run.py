@@ -138,7 +138,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
-    old, new = _flatten(read_config(run_dir)), _flatten(config)
+    old, new = flatten(read_config(run_dir)), flatten(config)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
@@ -152,11 +152,12 @@ def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'trainer': {'steps': 600}} -> {'trainer.steps': 600}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -169,9 +170,13 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
         ConfigError: the data file or the model's weights have changed.
     """
     manifest = {
-        "graph": asdict(model.graph),
+        "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": file_digest(data_path)},
-        "model": {"name": model.name, "sha256": model.fingerprint()},
+        "model": {
+            "name": model.name,
+            "sha256": model.fingerprint(),
+            "d_model": model.d_model,
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -197,17 +202,25 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
         write_text(path, json.dumps(manifest, indent=1) + "\n")
 
 
-def read_graph(run_dir: Path) -> CircuitGraph:
-    """The graph of a run, without loading its model.
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """run.json, as written.
 
     Raises:
         ConfigError: not a run directory, or one whose training has not begun.
     """
     read_config(run_dir)
     try:
-        graph = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))["graph"]
-        return CircuitGraph(**{**graph, "embedding_writers": tuple(graph["embedding_writers"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
+
+
+def read_graph(run_dir: Path) -> CircuitGraph:
+    """The graph of a run, without loading its model; errors as `read_manifest`."""
+    manifest = read_manifest(run_dir)
+    try:
+        return CircuitGraph.from_dict(manifest["graph"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
-from edgeprune.config import TrainerConfig
+from edgeprune.config import ConfigError, TrainerConfig
 from edgeprune.dataset import Pair, collate, training_pairs
 from edgeprune.masks import CircuitMasks, combined_gates
+from edgeprune.metrics import Output
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
@@ -40,22 +41,25 @@ class StepMetrics:
     Attributes:
         step: steps done, this one included.
         loss: what was minimised.
-        kl: nats per predicted token.
-        sparsity, target: 1 - mean edge gate, and what it is driven to.
+        kl: nats per predicted token; None where outputs are not logits.
+        unexplained: share of the outputs' variance that is unexplained; None where they are logits.
+        sparsity, target: 1 - mean edge gate, and what it is driven to; no target where edges have
+            a price.
         node_sparsity, node_target: the same for nodes; None without node gates.
-        multiplier_1, multiplier_2: of the edge constraint.
+        multiplier_1, multiplier_2: of the edge constraint; None where edges have a price.
         learning_rate: of log alpha.
     """
 
     step: int
     loss: float
-    kl: float
+    kl: float | None
+    unexplained: float | None
     sparsity: float
-    target: float
+    target: float | None
     node_sparsity: float | None
     node_target: float | None
-    multiplier_1: float
-    multiplier_2: float
+    multiplier_1: float | None
+    multiplier_2: float | None
     learning_rate: float
 
 
@@ -66,14 +70,15 @@ class Trainer:
         model: the frozen model.
         pairs: training prompts.
         config: how.
-        target_sparsity: of the edges, after the warm-up.
+        target_sparsity: of the edges, after the warm-up; None where edges have a price.
         seed: of the start, the noise and the order of the data.
         ablation: what closed edges carry.
         processes: those that share the run, each with a trainer of its own; all take the step that
             one process would take.
 
     Raises:
-        ConfigError: a batch has fewer pairs than there are processes.
+        ConfigError: a batch has fewer pairs than there are processes, or is to be run in parts
+            where the model's outputs are values.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Trainer:
         pairs: Sequence[Pair],
         config: TrainerConfig,
         *,
-        target_sparsity: float,
+        target_sparsity: float | None,
         seed: int,
         ablation: Ablation,
         processes: Processes | None = None,
@@ -95,6 +100,13 @@ class Trainer:
         self.ablation = ablation
         self.processes = processes or Processes()
         self.processes.part(range(min(config.batch_size, len(pairs))))
+        if model.output is not Output.logits and (
+            config.micro_batch_size or self.processes.count > 1
+        ):
+            raise ConfigError(
+                f"the outputs of {model.name} are values, and their variance is taken over a whole "
+                "batch; leave out trainer.micro_batch_size, and start one process"
+            )
         self.step = 0
         self.masks = CircuitMasks(
             model.graph,
@@ -103,7 +115,9 @@ class Trainer:
             init_std=config.init_std,
             seed=seed,
         ).to(model.device)
-        constraints = {"edge": SparsityConstraint()}
+        constraints = {}
+        if config.edge_price is None:
+            constraints["edge"] = SparsityConstraint()
         if config.node_gates:
             constraints["node"] = SparsityConstraint()
         self.constraints = nn.ModuleDict(constraints).to(model.device)
@@ -113,6 +127,7 @@ class Trainer:
                 {"params": list(self.constraints.parameters()), "maximize": True},
             ],
             lr=config.learning_rate,
+            eps=config.adam_epsilon,
             weight_decay=0.0,
         )
 
@@ -125,56 +140,78 @@ class Trainer:
         """
         config = self.config
         pairs = training_pairs(self.pairs, config.batch_size, self.seed, self.step)
-        mine = self.processes.part(pairs)
-        batch = collate(mine).to(self.model.device)
-        reference, corrupted = self._passes.run_pair(batch)
-        closed = self.ablation.values(batch, corrupted)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        logits = self.model.run_circuit(batch, mixed, closed)
-        kl = faithfulness(batch, reference, logits) * (len(mine) / len(pairs))
+        distance, of_gates = self._differentiate(pairs, mixed.detach())
+        self.processes.sum([distance, of_gates])
         sparsity = hard_concrete.sparsity(gates.edge)
-        target = self._target(config.start_sparsity, self.target_sparsity)
-        constraint = self.constraints["edge"](sparsity, target)
+        target = None
+        if config.edge_price is not None:
+            is_open = hard_concrete.probability_open(self.masks.edge_log_alpha)
+            penalty = config.edge_price * is_open.sum()
+        else:
+            target = self._target(config.start_sparsity, self.target_sparsity)
+            penalty = self.constraints["edge"](sparsity, target)
         node_sparsity = node_target = None
         if gates.node is not None:
             node_sparsity = hard_concrete.sparsity(gates.node)
             node_target = self._target(config.start_node_sparsity, config.target_node_sparsity)
-            constraint = constraint + self.constraints["node"](node_sparsity, node_target)
-        self.optimizer.zero_grad(set_to_none=True)
-        # the constraint is the same on every process, so each adds a share of it
-        (kl + constraint / self.processes.count).backward()
-        kl = kl.detach()
-        self.processes.sum([kl, *(p.grad for p in self._named_parameters().values())])
-        loss = kl + constraint.detach()
+            penalty = penalty + self.constraints["node"](node_sparsity, node_target)
+        loss = distance + penalty
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.step + 1} (KL {kl.item()}), on the batch "
-                f"that begins with {pairs[0].text!r}; the state before this step is kept. "
-                "Lower trainer.learning_rate, or use model.dtype=float32"
+                f"the loss is {loss.item()} at step {self.step + 1} (distance {distance.item()}), "
+                f"on the batch that begins with {pairs[0].text!r}; the state before this step is "
+                "kept. Lower trainer.learning_rate, or use model.dtype=float32"
             )
         learning_rate = self._set_learning_rates()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([penalty, mixed], [None, of_gates])
         self.optimizer.step()
         self.step += 1
-        edge = self.constraints["edge"]
+        of_logits = self.model.output is Output.logits
+        multipliers = dict(self.constraints.named_parameters())
         return StepMetrics(
             step=self.step,
             loss=loss.item(),
-            kl=kl.item(),
+            kl=distance.item() if of_logits else None,
+            unexplained=None if of_logits else distance.item(),
             sparsity=sparsity.item(),
             target=target,
-            node_sparsity=None if node_sparsity is None else node_sparsity.item(),
+            node_sparsity=_item(node_sparsity),
             node_target=node_target,
-            multiplier_1=edge.multiplier_1.item(),
-            multiplier_2=edge.multiplier_2.item(),
+            multiplier_1=_item(multipliers.get("edge.multiplier_1")),
+            multiplier_2=_item(multipliers.get("edge.multiplier_2")),
             learning_rate=learning_rate,
         )
+
+    def _differentiate(self, pairs: Sequence[Pair], gates: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch's distance and of its gradient by the gates, [edge].
+
+        The part is run in slices of `micro_batch_size`, all with the same gates.
+        """
+        config = self.config
+        gates.requires_grad_()
+        total = torch.zeros((), device=gates.device)
+        mine = self.processes.part(pairs)
+        size = config.micro_batch_size or len(mine)
+        for start in range(0, len(mine), size):
+            batch = collate(mine[start : start + size]).to(gates.device)
+            reference, corrupted = self._passes.run_pair(batch)
+            closed = self.ablation.values(batch, corrupted)
+            outputs = self.model.run_circuit(batch, gates, closed, recompute=config.recompute)
+            share = len(batch.pairs) / len(pairs)
+            distance = share * faithfulness(batch, reference, outputs, self.model.output)
+            distance.backward()
+            total += distance.detach()
+        return total, gates.grad
 
     @cached_property
     def _passes(self) -> KeptPasses | CircuitModel:
         """What `run_pair` is asked of: a small training set is run once, before the first step."""
-        at_a_time = math.ceil(self.config.batch_size / self.processes.count)
-        return KeptPasses.where_they_fit(self.model, self.pairs, at_a_time)
+        size = self.config.micro_batch_size
+        size = size or math.ceil(self.config.batch_size / self.processes.count)
+        return KeptPasses.where_they_fit(self.model, self.pairs, size)
 
     def _target(self, start: float, target: float) -> float:
         config = self.config
@@ -225,3 +262,7 @@ class Trainer:
                     for key, value in found.items()
                 }
         self.step = checkpoint.step
+
+
+def _item(value: Tensor | None) -> float | None:
+    return None if value is None else value.item()

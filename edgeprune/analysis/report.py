@@ -1,0 +1,227 @@
+"""What many runs say together: frontiers of size against faithfulness, and stability over seeds.
+
+Runs of one model on one task under one ablation are a group. In it, runs whose settings differ only
+in seed and in how sparse they are asked to be are a series, one curve; and those of a series that
+are asked for the same size are a point, whose spread is that over seeds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+from edgeprune.analysis.compare import Overlap, consensus, times_kept
+from edgeprune.circuit import Circuit
+from edgeprune.graph import Edge
+
+SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
+"""Settings that say how sparse a circuit shall be."""
+IGNORED = (*SIZE, "seed", "run_dir", "resume", "overwrite", "tracker", "launcher", "model.device",
+           "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+"""Settings which do not make another series."""
+SPLITS = ("test", "validation", "train")
+"""Whose evaluation is preferred."""
+METRICS = ("kl", "exact_match", "accuracy")
+"""What a frontier shows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: its directory, for people.
+        settings: its config.yaml, flattened: 'trainer.steps' -> 600.
+        circuit: its edges.json.
+        evaluations: by split, as evaluation-<split>.json has them.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    circuit: Circuit
+    evaluations: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def size(self) -> tuple:
+        """What was asked for."""
+        return tuple(self.settings.get(key) for key in SIZE)
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get("seed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, lowest and highest of a number over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """None where there are no values."""
+        known = [value for value in values if value is not None]
+        return cls(sum(known) / len(known), min(known), max(known)) if known else None
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How alike the circuits of several seeds are.
+
+    Attributes:
+        edge_iou, node_iou: over every two circuits.
+        pairs: (run, run, overlap) of every two.
+        times_kept: for each edge that any keeps, how many keep it.
+        consensus: the edges that more than half keep.
+    """
+
+    edge_iou: Spread
+    node_iou: Spread
+    pairs: tuple[tuple[str, str, Overlap], ...]
+    times_kept: Mapping[Edge, int]
+    consensus: Circuit
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Stability:
+        pairs = tuple(
+            (a.name, b.name, Overlap.of(a.circuit, b.circuit)) for a, b in combinations(runs, 2)
+        )
+        circuits = [run.circuit for run in runs]
+        return cls(
+            edge_iou=Spread.of(overlap.edge_iou for *_, overlap in pairs),
+            node_iou=Spread.of(overlap.node_iou for *_, overlap in pairs),
+            pairs=pairs,
+            times_kept=times_kept(circuits),
+            consensus=consensus(circuits),
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs of a series that were asked for one size."""
+
+    runs: tuple[Run, ...]
+    split: str | None
+
+    @property
+    def num_edges(self) -> Spread:
+        return Spread.of(len(run.circuit) for run in self.runs)
+
+    @property
+    def asked(self) -> str:
+        """The size asked for, in words."""
+        named = zip((key.split(".")[-1] for key in SIZE), self.runs[0].size, strict=True)
+        given = {key: value for key, value in named if value is not None}
+        if "sparsity" in given or "num_edges" in given:
+            given.pop("target_sparsity", None)
+        return ", ".join(f"{key} {value:g}" for key, value in given.items()) or "by threshold"
+
+    def spread(self, metric: str) -> Spread | None:
+        """Of a metric of the circuits; None where no run has been evaluated."""
+        return Spread.of(score(run, self.split, "circuit", metric) for run in self.runs)
+
+    @cached_property
+    def stability(self) -> Stability | None:
+        """None for a single run."""
+        return Stability.of(self.runs) if len(self.runs) > 1 else None
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: points by size, largest circuit first, and what sets the series apart."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that can be shown in one plot.
+
+    Attributes:
+        task, model, ablation: their names.
+        num_edges: of the whole graph.
+        split: whose evaluations are shown: that which most runs have; None: there are none.
+        series: curves.
+    """
+
+    task: str
+    model: str
+    ablation: str
+    num_edges: int
+    split: str | None
+    series: tuple[Series, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} in {self.model}, {self.ablation} ablation"
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for series in self.series for point in series.points for run in point.runs]
+
+    def reference(self, of: str, metric: str) -> float | None:
+        """A metric of the `full` or the `corrupted` model, averaged over the runs."""
+        found = Spread.of(score(run, self.split, of, metric) for run in self.runs)
+        return None if found is None else found.mean
+
+
+def score(run: Run, split: str | None, of: str, metric: str) -> float | None:
+    """A metric of a run's `circuit`, `full` or `corrupted` model; None where it has none."""
+    scores = run.evaluations.get(split or "", {}).get(of, {})
+    value = scores.get(metric) if isinstance(scores, Mapping) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Sort runs into groups, series and points."""
+    groups = defaultdict(list)
+    for run in runs:
+        names = (run.settings.get(key, "") for key in ("task.name", "model.name", "ablation.kind"))
+        groups[(*names, run.circuit.graph)].append(run)
+    return [
+        Group(*key[:3], key[3].num_edges, split := _split(members), _series(members, split))
+        for key, members in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def _split(runs: Sequence[Run]) -> str | None:
+    """The split that most runs were evaluated on, `test` before `validation`."""
+    counts = Counter(split for run in runs for split in run.evaluations)
+    return max(SPLITS, key=lambda split: counts[split]) if counts else None
+
+
+def _series(runs: Sequence[Run], split: str | None) -> tuple[Series, ...]:
+    """Runs by the settings in which they differ, apart from size and seed."""
+    keys = sorted({key for run in runs for key in run.settings if not _ignored(key)})
+    differing = [k for k in keys if len({str(run.settings.get(k)) for run in runs}) > 1]
+    members = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        name = ", ".join(f"{key}={run.settings.get(key)}" for key in differing)
+        members[name][run.size].append(run)
+    return tuple(
+        Series(
+            name,
+            tuple(
+                sorted(
+                    (Point(tuple(sorted(some, key=_by_seed)), split) for some in by_size.values()),
+                    key=lambda point: -point.num_edges.mean,
+                )
+            ),
+        )
+        for name, by_size in sorted(members.items())
+    )
+
+
+def _by_seed(run: Run) -> tuple:
+    return (run.seed if isinstance(run.seed, int) else 0, run.name)
+
+
+def _ignored(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in IGNORED)

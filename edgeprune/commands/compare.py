@@ -1,0 +1,217 @@
+"""`edgeprune compare`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune.commands.shared import (
+    OUT,
+    find_circuit,
+    known_graph,
+    run_settings,
+    say,
+    show,
+    write_circuit,
+)
+from edgeprune.config import CompareConfig, ConfigError
+from edgeprune.files import write_text
+
+MOST_PAIRS = 15
+"""Rows of the table of pairs; the JSON has them all."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A circuit as it was named on the command line."""
+
+    path: Path
+    run_dir: Path | None
+    graph: Any
+    """Known without reading the file, or None."""
+
+
+def compare(config: CompareConfig) -> None:
+    """Compare circuits: what they share, what only one has, and how alike they are."""
+    from edgeprune.analysis import compare as analysis
+    from edgeprune.drawing import SUFFIXES
+
+    for suffix in config.formats:
+        if suffix not in SUFFIXES:
+            raise ConfigError(f"formats has {suffix!r}; choose of {', '.join(SUFFIXES)}")
+    names = list(config.circuits)
+    if config.reference is not None and config.reference not in names:
+        names.append(config.reference)
+    if len(names) < 2:
+        raise ConfigError(
+            f"got {len(names)} circuit to compare, expected two or more: edgeprune compare PATH "
+            "PATH ..., or one and reference=PATH"
+        )
+    given = []
+    for name in names:
+        path, run_dir = find_circuit(name)
+        given.append(Given(path, run_dir, known_graph(path, run_dir)))
+    labels = labels_of([one.path for one in given])
+    circuits = dict(zip(labels, _read(given), strict=True))
+    reference = None if config.reference is None else labels[names.index(config.reference)]
+
+    result = analysis.compare(circuits, reference)
+    for label, one in zip(labels, given, strict=True):
+        result["circuits"][label] = {"path": str(one.path), **result["circuits"][label]}
+    folder = Path(config.output)
+    run_dir = next((one.run_dir for one in given if one.run_dir), None)
+    parts = {
+        "intersection": analysis.intersection(circuits.values()),
+        "union": analysis.union(circuits.values()),
+        **{f"only-{label}": analysis.only_in(label, circuits) for label in labels},
+    }
+    for name, part in parts.items():
+        write_circuit(folder / name, part, f"{name} of {', '.join(labels)}", run_dir)
+    write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+    _print(result)
+    _draw(circuits, folder, config.formats, run_dir)
+    show(f"-> {folder}: comparison.json, {', '.join(parts)}")
+
+
+def labels_of(paths: list[Path]) -> list[str]:
+    """Short names that tell paths apart: a run directory's or a file's, as long as it must be.
+
+    Raises:
+        ConfigError: a path comes twice.
+    """
+    whole = [path.resolve() for path in paths]
+    for path in whole:
+        if whole.count(path) > 1:
+            raise ConfigError(f"{path} is given twice; give different circuits")
+    named = [path.parent if path.name == "edges.json" else path for path in whole]
+    for length in range(1, max(len(path.parts) for path in named)):
+        for bare in (True, False):
+            labels = [_label(path, length, bare and path in whole) for path in named]
+            if len(set(labels)) == len(labels):
+                return labels
+    return [f"{label}-{number}" for number, label in enumerate(labels, 1)]
+
+
+def _label(path: Path, length: int, bare: bool) -> str:
+    """The last parts of a path as a file name, the last one bare of its suffix if asked."""
+    parts = path.parts[-length:]
+    return re.sub(r"[^\w.=+-]", "-", "-".join((*parts[:-1], path.stem if bare else path.name)))
+
+
+def _read(given: list[Given]) -> list[Any]:
+    """The circuits, all of one graph: a run's, if there is one, else what the names suggest.
+
+    Raises:
+        ConfigError: two of them are known to be of different graphs.
+    """
+    from edgeprune.circuit import Circuit
+    from edgeprune.formats import infer_graph, read_circuit_file
+
+    known = {one.path: one.graph for one in given if one.graph}
+    for one in given:
+        if one.graph is None:
+            file = read_circuit_file(one.path)
+            if file.graph is not None and file.sure:
+                known[one.path] = file.graph
+    first = next(iter(known), None)
+    for path, graph in known.items():
+        if graph != known[first]:
+            raise ConfigError(
+                f"circuits of different graphs cannot be compared: {first} has {known[first]}, "
+                f"{path} has {graph}"
+            )
+    graph = known.get(first)
+    if graph is None:
+        files = [(one.path, read_circuit_file(one.path)) for one in given]
+        pairs = [edge for _, file in files if file.graph is None for edge in file.edges]
+        where = ", ".join(str(path) for path, file in files if file.graph is None)
+        graph = infer_graph(pairs, where) if pairs else None
+        larger = next((file.graph for _, file in files if file.graph is not None), None)
+        if larger is not None:
+            embeddings = graph.embedding_writers if graph else ()
+            graph = replace(larger, embedding_writers=embeddings or larger.embedding_writers)
+        graph = graph or infer_graph([], where)
+        say(
+            "none of these says which model it is of, so the graph is the smallest that has these "
+            f"edges ({graph.num_layers} layers of {graph.num_heads} heads, no grouped queries); "
+            "with a run directory among them sparsity and nodes are exact"
+        )
+    circuits = []
+    for one in given:
+        file = read_circuit_file(one.path, graph)
+        for note in file.notes:
+            say(note)
+        circuits.append(Circuit.from_edges_checked(graph, file.edges, str(one.path)))
+    return circuits
+
+
+def _print(result: dict[str, Any]) -> None:
+    """Tables for the console."""
+    some = next(iter(result["circuits"].values()))
+    columns = ("", "edges", "sparsity", "nodes", "without dangling edges", "only here")
+    sizes = _table(f"circuits, of {some['all_edges']:,} edges", *columns)
+    rows = {**result["circuits"], "all of them": result["intersection"],
+            "any of them": result["union"]}  # fmt: skip
+    for name, size in rows.items():
+        sizes.add_row(
+            Text(name), f"{size['num_edges']:,}", f"{size['sparsity']:.4f}",
+            str(size.get("num_nodes", "")),
+            f"{size['without_dangling']['num_edges']:,} edges, "
+            f"{size['without_dangling']['num_nodes']} nodes",
+            f"{size['only_here']:,}" if "only_here" in size else "",
+        )  # fmt: skip
+    OUT.print(sizes)
+    pairs = _table("overlap", "", "", "shared edges", "edge IoU", "shared nodes", "node IoU")
+    for pair in result["pairs"][:MOST_PAIRS]:
+        pairs.add_row(
+            Text(pair["a"]), Text(pair["b"]), f"{pair['shared_edges']:,}",
+            f"{pair['edge_iou']:.3f}", str(pair["shared_nodes"]), f"{pair['node_iou']:.3f}",
+        )  # fmt: skip
+    OUT.print(pairs)
+    if len(result["pairs"]) > MOST_PAIRS:
+        ious = [pair["edge_iou"] for pair in result["pairs"]]
+        show(
+            f"... {len(ious)} pairs in all; edge IoU {min(ious):.3f} to {max(ious):.3f}, on "
+            f"average {sum(ious) / len(ious):.3f}"
+        )
+    if "reference" in result:
+        against = _table(f"against {result['reference']}", "", "precision", "recall", "F1",
+                         "of nodes: precision", "recall", "F1")  # fmt: skip
+        for name, both in result["agreement"].items():
+            values = [both[of][key] for of in ("edges", "nodes")
+                      for key in ("precision", "recall", "f1")]  # fmt: skip
+            against.add_row(Text(name), *("–" if v is None else f"{v:.3f}" for v in values))
+        OUT.print(against)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not index)
+    return table
+
+
+def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], run_dir: Path | None) -> None:
+    """What lies on a path from input to output in any circuit, coloured by who has it."""
+    from edgeprune.drawing import comparison_groups, draw_circuit
+
+    edges = {edge for c in circuits.values() for edge in c.without_dangling().edge_set}
+    groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
+    of_run = run_settings(run_dir)
+    title = f"{of_run['task'].name} in {of_run['model'].name}" if of_run else None
+    for suffix in formats:
+        draw_circuit(
+            edges,
+            folder / f"comparison.{suffix}",
+            title=title,
+            heads_per_kv_head=next(iter(circuits.values())).graph.heads_per_kv_head,
+            groups=groups,
+        )
+    if formats:
+        show(f"drew {len(edges):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")

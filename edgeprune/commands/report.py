@@ -1,0 +1,264 @@
+"""`edgeprune report`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
+from edgeprune.commands.shared import OUT, say, show, write_circuit
+from edgeprune.config import ConfigError, ReportConfig
+from edgeprune.files import write_text
+
+LABELS = {"kl": "KL from the full model (nats)", "exact_match": "exact match with the full model",
+          "accuracy": "accuracy"}  # fmt: skip
+
+
+def report(config: ReportConfig) -> None:
+    """Sum up all runs below a folder: frontiers, and stability over seeds."""
+    from edgeprune.analysis.report import group_runs
+
+    folder = Path(config.folder)
+    output = Path(config.output) if config.output else folder / "report"
+    with OUT.status(f"reading the runs below {folder}"):
+        found = list(_read_runs(folder))
+        groups = group_runs([run for run, _ in found])
+    places = {run.name: run_dir for run, run_dir in found}
+
+    slugs = _slugs(groups)
+    consensus = _write_consensus(groups, slugs, output, places)
+    for name, rows in _csv_tables(groups).items():
+        _write_csv(output / name, rows)
+    pictures = []
+    for group, slug in zip(groups, slugs, strict=True):
+        pictures.append(_draw(group, output / f"frontier-{slug}"))
+        _print(group)
+    title = f"edgeprune: {len(found)} runs in {folder.resolve().name}"
+    write_text(output / "report.html", report_page(title, groups, pictures, consensus))
+    show(
+        f"{len(found)} runs -> {output}: report.html, frontier-*.png, .pdf and .svg, frontier.csv, "
+        f"runs.csv, stability.csv, edges.csv" + (", consensus/" if consensus else "")
+    )
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read_runs(folder: Path) -> Iterator[tuple[Any, Path]]:
+    """Every finished run below a folder, and where it lies.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from edgeprune.circuit import CircuitError
+    from edgeprune.training.run import CONFIG, EDGES, MANIFEST
+
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
+    number = 0
+    for manifest in sorted(folder.rglob(MANIFEST)):
+        run_dir = manifest.parent
+        if not (run_dir / CONFIG).exists():
+            continue
+        if not (run_dir / EDGES).exists():
+            say(f"{run_dir} is left out: it has no {EDGES} yet")
+            continue
+        try:
+            run = _read_run(run_dir, str(run_dir.relative_to(folder)))
+        except (ConfigError, CircuitError) as error:
+            say(f"{run_dir} is left out: {error}")
+            continue
+        number += 1
+        yield run, run_dir
+    if not number:
+        raise ConfigError(
+            f"no finished run below {folder}; make some with, for instance, `edgeprune prune "
+            "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun`, which leaves them below "
+            "runs/"
+        )
+
+
+def _read_run(run_dir: Path, name: str) -> Any:
+    from edgeprune.analysis.report import SPLITS, Run
+    from edgeprune.circuit import Circuit
+    from edgeprune.training.run import EDGES, flatten, read_config, read_graph
+
+    settings = read_config(run_dir)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{run_dir}/config.yaml is not a list of settings")
+    circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
+    evaluations = {}
+    for split in SPLITS:
+        path = run_dir / f"evaluation-{split}.json"
+        if not path.exists():
+            continue
+        try:
+            evaluation = json.loads(path.read_text(encoding="utf-8"))
+            num_edges = evaluation["num_edges"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"{path} is passed over: {type(error).__name__}: {error}")
+            continue
+        if num_edges != len(circuit):
+            say(
+                f"{path} is passed over: it is of a circuit of {num_edges} edges, and the run's "
+                f"has {len(circuit)}; evaluate it again"
+            )
+            continue
+        evaluations[split] = evaluation
+    return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def _slug(*parts: str) -> str:
+    """A file name made of words."""
+    return (
+        re.sub(r"[^\w.=+-]+", "-", "-".join(part for part in parts if part)).strip("-.") or "runs"
+    )
+
+
+def _slugs(groups: list) -> list[str]:
+    """A file name for every group; those of the same names differ in their graphs."""
+    slugs = [_slug(group.task, group.model, group.ablation) for group in groups]
+    return [
+        f"{slug}-{number}" if slugs.count(slug) > 1 else slug
+        for number, slug in enumerate(slugs, 1)
+    ]
+
+
+def _write_consensus(
+    groups: list, slugs: list[str], output: Path, places: dict[str, Path]
+) -> dict[int, Path]:
+    """The consensus circuit of every point of several seeds, by the point's id."""
+    written: dict[int, Path] = {}
+    for group, slug in zip(groups, slugs, strict=True):
+        for number, series in enumerate(group.series, 1):
+            curve = f"series-{number}" if len(group.series) > 1 else ""
+            for point in series.points:
+                if point.stability is None:
+                    continue
+                folder = output / "consensus" / _slug(slug, curve, point.asked)
+                runs = ", ".join(run.name for run in point.runs)
+                how = f"consensus of {len(point.runs)} runs: {runs}"
+                run_dir = places[point.runs[0].name]
+                write_circuit(folder, point.stability.consensus, how, run_dir)
+                written[id(point)] = folder
+    return written
+
+
+def _points(groups: list) -> Iterator[tuple[Any, Any, Any]]:
+    for group in groups:
+        for series in group.series:
+            for point in series.points:
+                yield group, series, point
+
+
+def _csv_tables(groups: list) -> dict[str, list[dict]]:
+    """Rows of each CSV file."""
+    from edgeprune.analysis.report import METRICS, score
+
+    runs, frontier, stability, edges = [], [], [], []
+    metrics = (*METRICS, "two_way_accuracy", "logit_difference", "logit_difference_ratio",
+               "probability_difference")  # fmt: skip
+    for group, series, point in _points(groups):
+        where = {"task": group.task, "model": group.model, "ablation": group.ablation,
+                 "series": series.name, "asked": point.asked}  # fmt: skip
+        for run in point.runs:
+            size = run.circuit.sizes()
+            runs.append({
+                **where, "run": run.name, "seed": run.seed, "num_edges": size["num_edges"],
+                "sparsity": size["sparsity"],
+                "num_edges_without_dangling": size["without_dangling"]["num_edges"],
+                "num_nodes_without_dangling": size["without_dangling"]["num_nodes"],
+                "split": group.split if group.split in run.evaluations else None,
+                **{metric: score(run, group.split, "circuit", metric) for metric in metrics},
+            })  # fmt: skip
+        size = point.num_edges.mean
+        row = {**where, "runs": len(point.runs), "num_edges": size,
+               "sparsity": 1 - size / group.num_edges, "split": group.split}  # fmt: skip
+        spreads = {metric: point.spread(metric) for metric in METRICS}
+        if point.stability:
+            spreads |= {"edge_iou": point.stability.edge_iou, "node_iou": point.stability.node_iou}
+        for metric in (*METRICS, "edge_iou", "node_iou"):
+            spread = spreads.get(metric)
+            row |= {f"{metric}_{part}": getattr(spread, part, None)
+                    for part in ("mean", "low", "high")}  # fmt: skip
+        frontier.append(row)
+        if point.stability is None:
+            continue
+        stability += [
+            {**where, "a": a, "b": b, "edge_iou": overlap.edge_iou, "node_iou": overlap.node_iou,
+             "shared_edges": overlap.shared_edges, "shared_nodes": overlap.shared_nodes}
+            for a, b, overlap in point.stability.pairs
+        ]  # fmt: skip
+        edges += [
+            {**where, "writer": writer, "reader": reader, "times_kept": count,
+             "runs": len(point.runs), "share": count / len(point.runs)}
+            for (writer, reader), count in point.stability.times_kept.items()
+        ]  # fmt: skip
+    return {"runs.csv": runs, "frontier.csv": frontier, "stability.csv": stability,
+            "edges.csv": edges}  # fmt: skip
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    """The header alone where there are no rows."""
+    text = io.StringIO()
+    columns = list(rows[0]) if rows else ["task", "model", "ablation", "series", "asked"]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _draw(group: Any, stem: Path) -> Path | None:
+    """The frontier as .png, .pdf and .svg; the last is returned. None without evaluations."""
+    from edgeprune.analysis.report import METRICS
+    from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
+
+    panels = []
+    for metric in METRICS:
+        curves = []
+        for series in group.series:
+            points = [(point.num_edges.mean, spread) for point in series.points
+                      if (spread := point.spread(metric)) is not None]  # fmt: skip
+            xs, spreads = [x for x, _ in points], [spread for _, spread in points]
+            curves.append(Curve(series.name, xs, [s.mean for s in spreads],
+                                [s.low for s in spreads], [s.high for s in spreads]))  # fmt: skip
+        of = {"all corrupted": "corrupted"} if metric == "kl" else {
+            "full model": "full", "all corrupted": "corrupted"}  # fmt: skip
+        levels = [(text, level) for text, one in of.items()
+                  if (level := group.reference(one, metric)) is not None]  # fmt: skip
+        panels.append(Panel(LABELS[metric], curves, levels, log=metric == "kl"))
+    if group.split is None:
+        say(f"{group.title}: no run has been evaluated, so there is no plot")
+        return None
+    title = f"{group.title}: {group.split} prompts"
+    for suffix in ("png", "pdf", "svg"):
+        path = stem.with_name(f"{stem.name}.{suffix}")
+        draw_frontier(panels, path, title=title, all_edges=group.num_edges)
+    return path
+
+
+# ------------------------------------------------------------------------------------- console
+
+
+def _print(group: Any) -> None:
+    split = f"{group.split} prompts" if group.split else "not evaluated"
+    for series in group.series:
+        name = f"; {series.name}" if series.name else ""
+        title = f"{group.title}, {group.num_edges:,} edges; {split}{name}"
+        table = Table(title=Text(title), title_justify="left")
+        for index, column in enumerate(COLUMNS[:-1]):
+            table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+        for row in frontier_rows(series, group.num_edges, ranges=False):
+            table.add_row(*map(Text, row[:-1]))
+        OUT.print(table)

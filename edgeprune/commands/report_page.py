@@ -1,0 +1,130 @@
+"""The page of `edgeprune report`, and its tables as texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from edgeprune.commands.shared import say
+from edgeprune.drawing import page as html
+
+COLUMNS = ("asked for", "runs", "edges", "KL", "exact match", "accuracy", "edge IoU", "sparsity")
+"""The console shows all but the last."""
+MOST_SEEDS = 24
+"""Up to so many runs their overlaps are shown one by one; stability.csv has all."""
+
+
+def report_page(
+    title: str, groups: list, pictures: list[Path | None], consensus: dict[int, Path]
+) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        title: text.
+        groups: from `group_runs`.
+        pictures: each group's frontier as SVG, or None.
+        consensus: where each point's consensus circuit was written, by the point's id.
+    """
+    return html.page(title, _body(groups, pictures, consensus))
+
+
+def _body(groups: list, pictures: list[Path | None], consensus: dict[int, Path]) -> Iterator:
+    yield html.note(
+        "Lines are means over seeds; bands, and brackets in tables, reach from the lowest seed to "
+        "the highest. KL is from the full model, in nats per predicted token. Exact match is the "
+        "share of prompts on which the circuit predicts what the full model predicts. Edge IoU is "
+        "the intersection over the union of two seeds' edges, averaged over every two seeds."
+    )
+    for group, picture in zip(groups, pictures, strict=True):
+        split = f"{group.split} prompts" if group.split else "not evaluated"
+        yield html.heading(f"{group.title}, {group.num_edges:,} edges; {split}")
+        if picture is not None:
+            yield html.picture(picture, "KL, exact match and accuracy against edges kept")
+        for series in group.series:
+            if series.name:
+                yield html.heading(series.name, 3)
+            yield html.table(COLUMNS, frontier_rows(series, group.num_edges, ranges=True))
+            for point in series.points:
+                if point.stability is not None:
+                    summary = f"Stability over {len(point.runs)} seeds at {point.asked}"
+                    yield html.details(summary, _stability(point, consensus[id(point)]))
+
+
+def _stability(point: Any, folder: Path) -> Iterator[str]:
+    names = [run.name for run in point.runs]
+    labels = [f"seed {run.seed}" for run in point.runs]
+    if len(set(labels)) < len(labels):
+        labels = names
+    if len(names) <= MOST_SEEDS:
+        ious = {frozenset((a, b)): overlap for a, b, overlap in point.stability.pairs}
+        matrix = [
+            [1.0 if a == b else ious[frozenset((a, b))].edge_iou for b in names] for a in names
+        ]
+        rows = [
+            (label, *(f"{value:.3f}" for value in row))
+            for label, row in zip(labels, matrix, strict=True)
+        ]
+        yield html.table(("edge IoU", *labels), rows, matrix)
+    yield html.table(("kept by", "edges"), times_rows(point))
+    circuit = point.stability.consensus
+    connected = circuit.without_dangling()
+    yield html.note(
+        f"The consensus circuit, of the {len(circuit):,} edges that more than half of the seeds "
+        f"keep, is in {folder.name}/edges.json. Shown are the {len(connected):,} of them on a path "
+        "from the input to the output."
+    )
+    drawing = _drawing(connected, f"consensus at {point.asked}")
+    if drawing is not None:
+        yield drawing
+
+
+def _drawing(circuit: Any, title: str) -> str | None:
+    """The circuit by Graphviz, or nothing where that is missing."""
+    from edgeprune.drawing import GraphvizMissing, draw_circuit
+
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "circuit.svg"
+        try:
+            draw_circuit(
+                circuit.edges,
+                path,
+                title=title,
+                heads_per_kv_head=circuit.graph.heads_per_kv_head,
+            )
+        except GraphvizMissing:
+            say("the page is without drawings of circuits: Graphviz is not on this machine")
+            return None
+        return html.picture(path, title)
+
+
+def frontier_rows(series: Any, all_edges: int, ranges: bool) -> list[Sequence[str]]:
+    """A series' points as texts, under `COLUMNS`: means over seeds, with or without ranges."""
+    rows = []
+    for point in series.points:
+        spreads = [point.spread("exact_match"), point.spread("accuracy")]
+        spreads.append(point.stability and point.stability.edge_iou)
+        rows.append((
+            point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
+            spread_text(point.spread("kl"), ".3g", ranges),
+            *(spread_text(spread, ".3f", ranges) for spread in spreads),
+            f"{1 - point.num_edges.mean / all_edges:.4f}",
+        ))  # fmt: skip
+    return rows
+
+
+def spread_text(spread: Any, format: str, ranges: bool) -> str:
+    """'0.061 (0.055–0.070)', or the mean alone."""
+    if spread is None:
+        return "–"
+    mean, low, high = (f"{value:{format}}" for value in (spread.mean, spread.low, spread.high))
+    return f"{mean} ({low}–{high})" if ranges and low != high else mean
+
+
+def times_rows(point: Any) -> list[tuple[str, str]]:
+    """How many edges how many seeds keep, as texts."""
+    counts = Counter(point.stability.times_kept.values())
+    number = len(point.runs)
+    return [(f"{times} of {number}", f"{counts[times]:,}") for times in range(number, 0, -1)]

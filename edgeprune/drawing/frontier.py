@@ -1,0 +1,145 @@
+"""Plots of faithfulness against size, by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.files import write_atomically
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4A4E57")
+MARKERS = "osD^vPX"
+MOST_TICKS = 8
+LEGEND_ROW = 0.22
+"""Inches that a line of the legend is high."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line with a band; all sequences are of one length.
+
+    Attributes:
+        name: in the legend; empty: none is shown.
+        num_edges: along x.
+        mid, low, high: along y; the band lies between the last two.
+    """
+
+    name: str
+    num_edges: Sequence[float]
+    mid: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Attributes:
+        label: of the y axis.
+        curves: lines.
+        levels: (text, y) of horizontal lines to compare with.
+        log: whether y is logarithmic; else it goes from 0 to 1.
+    """
+
+    label: str
+    curves: Sequence[Curve]
+    levels: Sequence[tuple[str, float]]
+    log: bool
+
+
+def draw_frontier(panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int) -> None:
+    """Draw panels side by side, edges along x, into a file of the format of its suffix.
+
+    Args:
+        panels: at least one.
+        path: ends in .png, .pdf or .svg.
+        title: a line of text above.
+        all_edges: of the whole graph, named on the x axis.
+    """
+    import matplotlib
+
+    # text is never math or TeX, and the same plot is the same file
+    settings = {
+        "text.parse_math": False, "svg.hashsalt": "edgeprune", "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#6B6F78",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = _figure(panels, title, all_edges)
+        path = Path(path)
+        format = path.suffix.removeprefix(".")
+        dated = {"pdf": "CreationDate", "svg": "Date"}.get(format)
+        metadata = {dated: None} if dated else None
+        write_atomically(
+            path,
+            lambda temporary: figure.savefig(temporary, format=format, dpi=150, metadata=metadata),
+        )
+
+
+def _figure(panels: Sequence[Panel], title: str, all_edges: int) -> Any:
+    from matplotlib.figure import Figure
+
+    names = [curve.name for curve in panels[0].curves if curve.name]
+    height = 3.6 + LEGEND_ROW * len(names)
+    figure = Figure(figsize=(4.0 * len(panels), height), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw_panel(ax, panel, all_edges)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    if names:
+        handles = axes[0].get_lines()[: len(panels[0].curves)]
+        figure.legend(
+            handles, [curve.name for curve in panels[0].curves], loc="outside lower center",
+            frameon=False, fontsize=9,
+        )  # fmt: skip
+    return figure
+
+
+def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+    sizes = sorted({x for curve in panel.curves for x in curve.num_edges})
+    for index, curve in enumerate(panel.curves):
+        color = COLORS[index % len(COLORS)]
+        ax.plot(
+            curve.num_edges, curve.mid, color=color, marker=MARKERS[index % len(MARKERS)],
+            markersize=5, linewidth=1.6, label=curve.name, zorder=3,
+        )  # fmt: skip
+        ax.fill_between(
+            curve.num_edges, curve.low, curve.high, color=color, alpha=0.18, linewidth=0
+        )
+        if len(curve.num_edges) == 1:  # a band of no width
+            ax.vlines(curve.num_edges, curve.low, curve.high, color=color, alpha=0.35, linewidth=5)
+    for text, level in panel.levels:
+        ax.axhline(level, color="#6B6F78", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        ax.annotate(
+            text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
+            textcoords="offset points", ha="right", va="bottom", fontsize=8, color="#6B6F78",
+        )  # fmt: skip
+    if sizes and sizes[0] > 0:
+        ax.set_xscale("log")
+    else:
+        ax.set_xscale("symlog", linthresh=1)
+    if len(sizes) <= MOST_TICKS:
+        ax.set_xticks(sizes)
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    if len(sizes) > 5:
+        ax.tick_params(axis="x", labelrotation=45)
+    ax.set_xlabel(f"edges kept, of {all_edges:,}")
+    ax.set_ylabel(panel.label)
+    if panel.log:
+        lowest = min((y for curve in panel.curves for y in curve.low), default=0)
+        if lowest > 0:
+            ax.set_yscale("log")
+        else:
+            ax.set_yscale("symlog", linthresh=1e-3)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.set_ylim(-0.03, 1.06)
+    ax.grid(axis="y", color="#E3E5EA", linewidth=0.8, zorder=0)
+    ax.set_axisbelow(True)

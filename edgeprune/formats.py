@@ -1,0 +1,469 @@
+"""Circuit files: `edges.json`, and the graphs of EAP-IG and MIB as JSON or `.pt`.
+
+`edges.json`, the published format of Edge Pruning, is a list of [writer, reader] pairs.
+
+The graph files (github.com/hannamw/EAP-IG, `Graph.to_json` and `Graph.to_pt`; the circuit track of
+MIB reads the same) give every edge a score and a flag `in_graph`. Their graph is coarser and finer
+than ours:
+
+- All embeddings together are one node, `input`. An edge from it is in the graph if any of our
+  embedding writers' is; read back, it stands for all of them. Where a model's embeddings are no
+  writers, its `input` edges are all in the graph, and are passed over when read.
+- Keys and values exist once per query head. A key/value head's edge is written for every query
+  head of its group; read back, it is kept if any of them is.
+- Only edges count. Flags and scores of nodes are written but not read: EAP-IG too works them out
+  from the edges. Graphs of single neurons are refused.
+
+What `input` cannot say, and how heads are grouped, is kept under a key of our own, `edgeprune`,
+which others pass over; so a circuit that we wrote is read back exactly. In a file that someone else
+wrote, or wrote anew, circuits that differ only in which of two embeddings a node reads are the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from edgeprune.files import write_atomically, write_text
+from edgeprune.graph import CircuitGraph, Edge
+
+FORMATS = ("edges", "eap_json", "eap_pt")
+INPUT, LOGITS = "input", "logits"
+OURS = "edgeprune"
+"""Key of what the graph formats have no room for."""
+
+
+class CircuitError(ValueError):
+    """A circuit file which cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class CircuitFile:
+    """What a circuit file says.
+
+    Attributes:
+        edges: kept, by our names; unchecked where the file is an `edges.json`.
+        graph: the one the edges belong to; None for an `edges.json`, which does not say.
+        sure: False if the embeddings and the grouping of heads in `graph` are a guess.
+        notes: what was lost or decided in reading, for people.
+    """
+
+    edges: list[Edge]
+    graph: CircuitGraph | None
+    sure: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
+    """Read a circuit in any of the formats, which is told by the content.
+
+    Args:
+        path: the file.
+        graph: that of the model, if known. Graph files are translated to it; without one, to the
+            graph they were written from, or else to one with a single embedding writer, `embeds`,
+            and as many key/value heads as heads.
+
+    Raises:
+        CircuitError: no such file, damaged, of no known format, or of another graph.
+    """
+    path = Path(path)
+    try:
+        start = path.open("rb").read(4)
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror}") from None
+    if start == b"PK\x03\x04" or path.suffix == ".pt":
+        return _read_pt(path, graph)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CircuitError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and {"cfg", "edges"} <= content.keys():
+        return _read_eap_json(path, content, graph)
+    if not isinstance(content, list) or not all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in content
+    ):
+        raise CircuitError(
+            f"{path} is not a list of [writer, reader] pairs of names, nor a graph of EAP-IG or "
+            "MIB with keys 'cfg' and 'edges'"
+        )
+    return CircuitFile([(writer, reader) for writer, reader in content], None)
+
+
+def write_circuit_file(
+    graph: CircuitGraph,
+    edges: Collection[Edge],
+    path: Path | str,
+    format: str = "edges",
+    *,
+    scores: Sequence[float] | None = None,
+    d_model: int | None = None,
+) -> None:
+    """Write a circuit.
+
+    Args:
+        graph: the circuit's.
+        edges: kept, in the graph's order.
+        path: the file.
+        format: one of `FORMATS`.
+        scores: [edge], in the graph's order, positive, higher for what matters more; None: 1 for
+            kept edges, 0 for others. Graph files alone hold them.
+        d_model: width of the model, which graph files name; None: unknown, written as 0.
+    """
+    path = Path(path)
+    if format == "edges":
+        lines = ",\n".join(json.dumps(list(edge)) for edge in edges)
+        write_text(path, f"[\n{lines}\n]\n")
+        return
+    exported = _Exported.of(graph, frozenset(edges), scores, d_model)
+    if format == "eap_json":
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", encoding="utf-8") as file:
+                _write_eap_json(exported, file)
+
+        write_atomically(path, write)
+    elif format == "eap_pt":
+        import torch
+
+        write_atomically(path, lambda temporary: torch.save(_as_tensors(exported), temporary))
+    else:
+        raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
+
+
+# ----------------------------------------------------------------------------------- edges.json
+
+
+def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
+    """The smallest graph without grouped-query attention that has these edges.
+
+    For an `edges.json` of which nothing else is known.
+
+    Raises:
+        CircuitError: a name that is none of a node.
+    """
+    layer, head = 0, 0
+    embeddings = set()
+    for name in {name for edge in edges for name in edge}:
+        found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.[qkv])?|m(\d+)", name)
+        if found:
+            layer = max(layer, int(found[1] or found[3]))
+            head = max(head, int(found[2] or 0))
+        elif name in ("embeds", "tok_embeds", "pos_embeds"):
+            embeddings.add(name)
+        elif name != "resid_post":
+            raise CircuitError(f"{where}: {name!r} is not the name of a node")
+    order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
+    return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())
+
+
+# ------------------------------------------------------------------------------- names and graphs
+
+
+def _their_graph(graph: CircuitGraph) -> CircuitGraph:
+    """The graph as those formats have it, in our terms."""
+    return replace(graph, num_kv_heads=graph.num_heads, embedding_writers=(INPUT,))
+
+
+def _their_reader(reader: str) -> str:
+    """'a0.h1.q' -> 'a0.h1<q>', 'resid_post' -> 'logits', 'm0' -> 'm0'."""
+    if reader == "resid_post":
+        return LOGITS
+    node, _, kind = reader.rpartition(".")
+    return f"{node}<{kind}>" if node else reader
+
+
+def _our_reader(reader: str) -> str:
+    """The inverse of `_their_reader`."""
+    if reader == LOGITS:
+        return "resid_post"
+    found = re.fullmatch(r"(a\d+\.h\d+)<([qkv])>", reader)
+    return f"{found[1]}.{found[2]}" if found else reader
+
+
+def _grouped(reader: str, graph: CircuitGraph) -> str:
+    """The reader of our graph which a query head's key or value input is part of."""
+    node, _, kind = reader.rpartition(".")
+    if kind not in ("k", "v"):
+        return reader
+    layer, _, head = node.partition(".h")
+    return f"{layer}.h{int(head) // graph.heads_per_kv_head}.{kind}"
+
+
+def _translate(theirs: list[Edge], graph: CircuitGraph) -> tuple[list[Edge], list[str]]:
+    """Edges of `_their_graph(graph)` as edges of the graph, in its order, and notes."""
+    kept: Counter[Edge] = Counter()
+    for writer, reader in theirs:
+        ours = _grouped(reader, graph)
+        for source in graph.embedding_writers if writer == INPUT else (writer,):
+            kept[(source, ours)] += 1
+    notes = []
+    size = graph.heads_per_kv_head
+    partly = sum(r.endswith((".k", ".v")) and count < size for (_, r), count in kept.items())
+    if partly:
+        notes.append(
+            f"{partly:,} edges into a shared key or value head are in the graph for some of its "
+            f"{size} query heads only; they are kept"
+        )
+    if not graph.embedding_writers:
+        readers = len(_their_graph(graph).readers)
+        from_input = sum(writer == INPUT for writer, _ in theirs)
+        if from_input < readers:
+            notes.append(
+                f"{readers - from_input:,} edges from the input are left out there, but this "
+                "model's embeddings always flow (model.embedding_writers=false)"
+            )
+    return sorted(kept, key=graph.edge_index), notes
+
+
+def _finish(
+    path: Path, size: tuple[int, int], theirs: list[Edge], ours: Any, graph: CircuitGraph | None
+) -> CircuitFile:
+    """Edges of a graph file as edges of the model's graph, or of the one they were written from."""
+    written_from, left_out = _read_ours(path, ours)
+    target = graph or written_from or CircuitGraph(size[0], size[1], size[1], ("embeds",))
+    if (target.num_layers, target.num_heads) != size:
+        raise CircuitError(
+            f"{path} is no circuit of this model: it has {size[0]} layers of {size[1]} heads, the "
+            f"model {target.num_layers} of {target.num_heads}"
+        )
+    edges, notes = _translate(theirs, target)
+    if target == written_from:
+        edges = [edge for edge in edges if edge not in left_out]
+    elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in theirs):
+        notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
+    if not edges:
+        notes.append("no edge is in the graph; if the file only holds scores, choose edges first")
+    notes = [f"{path}: {note}" for note in notes]
+    return CircuitFile(edges, target, bool(graph or written_from), tuple(notes))
+
+
+def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge]]:
+    if ours is None:
+        return None, set()
+    try:
+        left_out = {(writer, reader) for writer, reader in ours["left_out"]}
+        return CircuitGraph.from_dict(ours["graph"]), left_out
+    except (KeyError, TypeError, ValueError) as error:
+        raise CircuitError(
+            f"{path}: what stands under {OURS!r} cannot be read ({type(error).__name__}: {error}); "
+            "remove that key, or export the circuit again"
+        ) from None
+
+
+def _read_config(path: Path, config: Any) -> tuple[int, int]:
+    """(layers, heads) of `cfg`."""
+    if not isinstance(config, dict):
+        raise CircuitError(f"{path}: 'cfg' is {type(config).__name__}, expected a dictionary")
+    if config.get("parallel_attn_mlp"):
+        raise CircuitError(
+            f"{path}: parallel_attn_mlp is set; models whose MLP does not read its own layer's "
+            "heads are not supported"
+        )
+    size = config.get("n_layers"), config.get("n_heads")
+    if not all(isinstance(n, int) and n > 0 for n in size):
+        raise CircuitError(
+            f"{path}: 'cfg' has n_layers={size[0]!r} and n_heads={size[1]!r}, expected two whole "
+            "numbers above 0"
+        )
+    return size
+
+
+# ---------------------------------------------------------------------------------- graph as JSON
+
+
+def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> CircuitFile:
+    size = _read_config(path, content["cfg"])
+    theirs = CircuitGraph(size[0], size[1], size[1], (INPUT,))
+    nodes = content.get("nodes")
+    for name, node in nodes.items() if isinstance(nodes, dict) else ():
+        if isinstance(node, dict) and node.get("in_graph") and not all(node.get("neurons") or ()):
+            raise CircuitError(
+                f"{path}: node {name} is in the graph with some of its neurons only; circuits of "
+                "neurons are not supported"
+            )
+    if not isinstance(content["edges"], dict):
+        kind = type(content["edges"]).__name__
+        raise CircuitError(f"{path}: 'edges' is {kind}, expected a dictionary of names")
+    kept = []
+    for name, entry in content["edges"].items():
+        writer, _, reader = name.partition("->")
+        edge = (writer, _our_reader(reader))
+        try:
+            theirs.edge_index(edge)
+            if _their_reader(edge[1]) != reader:
+                raise ValueError("one of our names")
+        except ValueError:
+            raise CircuitError(
+                f"{path}: there is no edge {name!r} in a model of {size[0]} layers of {size[1]} "
+                "heads; expected names such as 'input->a0.h0<q>', 'a0.h0->m0' and 'm0->logits'"
+            ) from None
+        if not isinstance(entry, dict) or entry.get("in_graph") not in (True, False):
+            raise CircuitError(f"{path}: edge {name!r} has no 'in_graph' that is true or false")
+        if entry["in_graph"]:
+            kept.append(edge)
+    return _finish(path, size, kept, content.get(OURS), graph)
+
+
+def _write_eap_json(exported: _Exported, file: TextIO) -> None:
+    """Edge by edge: a model of 13 B parameters has four million."""
+    nodes = {name: {"in_graph": kept} for name, kept in exported.nodes.items()}
+    file.write(f'{{"cfg": {json.dumps(exported.config)},\n"nodes": {json.dumps(nodes)},\n')
+    file.write(f'"{OURS}": {json.dumps(exported.ours)},\n"edges": {{')
+    end = "\n"
+    for (writer, reader), kept, score in exported.edges():
+        entry = json.dumps({"score": score, "in_graph": kept})
+        file.write(f'{end}"{writer}->{_their_reader(reader)}": {entry}')
+        end = ",\n"
+    file.write("\n}}\n")
+
+
+# ------------------------------------------------------------------------------------ graph as .pt
+
+
+def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of a damaged or foreign file
+        reason = re.split(r"\n|\. ", str(error).strip())[0][:200]
+        raise CircuitError(
+            f"{path} cannot be read as a .pt of plain values and tensors, which alone are loaded "
+            f"since others may run code: {type(error).__name__}: {reason}"
+        ) from None
+    needed = ("cfg", "src_nodes", "dst_nodes", "edges_in_graph")
+    missing = [k for k in needed if not isinstance(content, dict) or k not in content]
+    if missing:
+        raise CircuitError(
+            f"{path} is no graph of EAP-IG or MIB: it lacks {', '.join(missing)}; expected a "
+            f"dictionary with {', '.join(needed)}"
+        )
+    size = _read_config(path, content["cfg"])
+    neurons, nodes = content.get("neurons_in_graph"), content.get("nodes_in_graph")
+    if isinstance(neurons, torch.Tensor) and isinstance(nodes, torch.Tensor):
+        some, every = neurons.bool().any(dim=-1), neurons.bool().all(dim=-1)
+        if (nodes.bool() & some & ~every).any():
+            raise CircuitError(
+                f"{path} keeps some nodes with some of their neurons only; circuits of neurons "
+                "are not supported"
+            )
+    writers, readers = content["src_nodes"], content["dst_nodes"]
+    theirs = CircuitGraph(size[0], size[1], size[1], (INPUT,))
+    if list(writers) != list(theirs.writers) or list(readers) != [
+        _their_reader(reader) for reader in theirs.readers
+    ]:
+        raise CircuitError(
+            f"{path}: src_nodes and dst_nodes are not those of a model of {size[0]} layers of "
+            f"{size[1]} heads, in their order"
+        )
+    flags = content["edges_in_graph"]
+    shape = (len(writers), len(readers))
+    if not isinstance(flags, torch.Tensor) or tuple(flags.shape) != shape:
+        got = tuple(flags.shape) if isinstance(flags, torch.Tensor) else type(flags).__name__
+        raise CircuitError(f"{path}: edges_in_graph is {got}, expected a tensor of shape {shape}")
+    exists = torch.zeros(shape, dtype=torch.bool)
+    row = 0
+    for site in theirs.sites:  # cells of no edge may be set there, and mean nothing
+        exists[: site.num_writers, row : row + len(site.readers)] = True
+        row += len(site.readers)
+    kept = (flags.bool() & exists).nonzero().tolist()
+    edges = [(theirs.writers[column], theirs.readers[row]) for column, row in kept]
+    return _finish(path, size, edges, content.get(OURS), graph)
+
+
+def _as_tensors(exported: _Exported) -> dict[str, Any]:
+    import torch
+
+    theirs = exported.theirs
+    columns = {writer: column for column, writer in enumerate(theirs.writers)}
+    rows = {reader: row for row, reader in enumerate(theirs.readers)}
+    shape = (len(columns), len(rows))
+    scores, flags = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    edges = list(exported.edges())
+    at = (
+        torch.tensor([columns[writer] for (writer, _), _, _ in edges]),
+        torch.tensor([rows[reader] for (_, reader), _, _ in edges]),
+    )
+    scores[at] = torch.tensor([score for _, _, score in edges], dtype=torch.float32)
+    flags[at] = torch.tensor([kept for _, kept, _ in edges])
+    return {
+        "cfg": exported.config,
+        "src_nodes": list(theirs.writers),
+        "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
+        "edges_scores": scores,
+        "edges_in_graph": flags,
+        "nodes_in_graph": torch.tensor([exported.nodes[writer] for writer in theirs.writers]),
+        OURS: exported.ours,
+    }
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A circuit in the terms of the graph formats."""
+
+    graph: CircuitGraph
+    theirs: CircuitGraph
+    kept: frozenset[Edge]
+    scores: Sequence[float] | None
+    config: dict[str, Any]
+    nodes: dict[str, bool]
+    ours: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        graph: CircuitGraph,
+        kept: frozenset[Edge],
+        scores: Sequence[float] | None,
+        d_model: int | None,
+    ) -> _Exported:
+        writes = {INPUT if writer in graph.embedding_writers else writer for writer, _ in kept}
+        reads = {node for _, reader in kept for node in graph.nodes_fed_by(reader)}
+        if not graph.embedding_writers:
+            writes, reads = writes | {INPUT}, reads | set(graph.writers)
+        theirs = _their_graph(graph)
+        nodes = {w: w in writes and (w == INPUT or w in reads) for w in theirs.writers}
+        embedding_edges = [(w, r) for w, r in kept if w in graph.embedding_writers]
+        from_input = {reader for _, reader in embedding_edges}
+        left_out = [
+            (writer, reader)
+            for reader in from_input
+            for writer in graph.embedding_writers
+            if (writer, reader) not in kept
+        ]
+        return cls(
+            graph=graph,
+            theirs=theirs,
+            kept=kept,
+            scores=scores,
+            config={
+                "n_layers": graph.num_layers,
+                "n_heads": graph.num_heads,
+                "parallel_attn_mlp": False,
+                "d_model": d_model or 0,
+            },
+            nodes={**nodes, LOGITS: True},
+            ours={
+                "graph": graph.to_dict(),
+                "left_out": [list(e) for e in sorted(left_out, key=graph.edge_index)],
+            },
+        )
+
+    def edges(self):
+        """((writer, reader), kept, score) of each of their edges, readers by our kind of name."""
+        for writer, reader in self.theirs.edges():
+            ours = _grouped(reader, self.graph)
+            sources = self.graph.embedding_writers if writer == INPUT else (writer,)
+            edges = [(source, ours) for source in sources]
+            kept = not edges or any(edge in self.kept for edge in edges)
+            if self.scores is None or not edges:
+                score = float(kept)
+            else:
+                score = max(self.scores[self.graph.edge_index(edge)] for edge in edges)
+            yield (writer, reader), kept, score

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# CodeLlama-13B on Boolean expressions, asked for by an instruction and by examples, and what the
+# two circuits share, as in Bhaskar et al. 2024.
+#
+#     bash run_scripts/boolean_expressions.sh              # needs a GPU with 80 GB, and hours
+#     bash run_scripts/boolean_expressions.sh rehearsal    # minutes on the embedded model
+#
+# Further arguments go to `edgeprune prune`, for instance trainer.steps=100. A stopped run goes on.
+set -euo pipefail
+
+family=codellama/ runs=runs/boolean_expressions
+if [ "${1:-}" = rehearsal ]; then
+  family="" runs=runs/boolean_expressions-rehearsal
+  shift
+fi
+for form in instruction few_shot; do
+  edgeprune prune experiment="${family}boolean_expressions_$form" run_dir="$runs/$form" \
+    resume=auto "$@"
+  edgeprune evaluate "$runs/$form"
+done
+edgeprune compare "$runs/instruction" "$runs/few_shot" output="$runs/comparison"
+for form in instruction few_shot; do # the shared circuit, on either form's prompts
+  edgeprune evaluate "$runs/comparison/intersection" task="boolean_expressions_$form" \
+    task.path="$runs/$form/data.jsonl" output="$runs/comparison/intersection-$form.json"
+done
+edgeprune draw "$runs/comparison/intersection"
+edgeprune report "$runs"

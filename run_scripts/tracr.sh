@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The circuits of the compiled transformers that come with the project, under both ablations and by
+# five seeds each, compared with the true edges (a few minutes).
+#
+#     run_scripts/tracr.sh                # further arguments go to `edgeprune prune`
+#
+# Runs go to runs/tracr/; what is there already is run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+is_true() { # program, key of its true edges, run
+  python - "$@" <<'END'
+import json, sys
+program, key, run = sys.argv[1:]
+true = json.load(open(f"data/tracr_models/{program}/ground_truth_edges.json"))[key]
+found = json.load(open(f"{run}/edges.json"))
+print(f"{run}: {len(found)} edges,", "true" if sorted(found) == sorted(true) else "NOT TRUE")
+END
+}
+
+for program in reverse xproportion neighbours brackets; do
+  for seed in 0 1 2 3 4; do
+    for ablation in zero interchange; do
+      run=runs/tracr/$program-$ablation-$seed
+      edgeprune prune "experiment=tracr/$program" "ablation=$ablation" "seed=$seed" \
+        "run_dir=$run" overwrite=true "$@" >/dev/null
+      key=edges
+      [ "$ablation" = zero ] || key=edges_patching
+      is_true "$program" "$key" "$run"
+    done
+  done
+done

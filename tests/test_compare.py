@@ -1,0 +1,272 @@
+"""Comparing circuits: by hand, as properties, and as a command."""
+
+import json
+import math
+
+import pytest
+from conftest import call, fake_run, run_cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.analysis.compare import (
+    Agreement,
+    Overlap,
+    compare,
+    consensus,
+    intersection,
+    only_in,
+    times_kept,
+    union,
+)
+from edgeprune.circuit import Circuit
+from edgeprune.commands.compare import labels_of
+from edgeprune.graph import CircuitGraph
+
+GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+ONE, TWO, THREE, FOUR = (
+    ("tok_embeds", "a0.h1.v"), ("a0.h1", "resid_post"), ("tok_embeds", "m0"), ("m0", "resid_post"),
+)  # fmt: skip
+
+
+def circuit(*edges) -> Circuit:
+    return Circuit.from_edges(GRAPH, edges)
+
+
+@st.composite
+def several(draw) -> list[Circuit]:
+    few = st.sets(st.sampled_from(list(GRAPH.edges())), max_size=12)
+    return [circuit(*edges) for edges in draw(st.lists(few, min_size=1, max_size=5))]
+
+
+# ---------------------------------------------------------------------------------------- by hand
+
+
+def test_overlap_and_agreement_by_hand():
+    a, b = circuit(ONE, TWO), circuit(ONE, THREE, FOUR)
+    overlap = Overlap.of(a, b)
+    assert (overlap.shared_edges, overlap.edge_iou) == (1, 1 / 4)
+    # tok_embeds and a0.h1 against tok_embeds, a0.h1 and m0
+    assert (overlap.shared_nodes, overlap.node_iou) == (2, 2 / 3)
+    assert Agreement.of(a.edge_set, b.edge_set) == Agreement(1 / 2, 1 / 3, 2 / 5)
+    assert Agreement.of(set(), b.edge_set) == Agreement(None, 0, 0)
+    assert Agreement.of(set(), set()) == Agreement(None, None, None)
+    assert Overlap.of(circuit(), circuit()).edge_iou == 1
+    assert Overlap.of(circuit(), a).edge_iou == 0
+
+
+def test_nodes_of_a_shared_key_value_head_count_as_nodes():
+    grouped = CircuitGraph(1, 4, 2, ("embeds",))
+    a = Circuit.from_edges(grouped, {("embeds", "a0.h1.k")})  # embeds, a0.h2, a0.h3
+    b = Circuit.from_edges(grouped, {("embeds", "a0.h3.q")})  # embeds, a0.h3
+    assert Overlap.of(a, b) == Overlap(0, 0.0, 2, 2 / 3)
+
+
+def test_three_circuits_by_hand():
+    circuits = {"a": circuit(ONE, TWO), "b": circuit(ONE, TWO, THREE), "c": circuit(ONE, FOUR)}
+    assert intersection(circuits.values()) == circuit(ONE)
+    assert union(circuits.values()) == circuit(ONE, TWO, THREE, FOUR)
+    assert only_in("a", circuits) == circuit()
+    assert only_in("b", circuits) == circuit(THREE)
+    assert consensus(list(circuits.values())) == circuit(ONE, TWO)
+    assert list(times_kept(list(circuits.values())).items())[:2] == [(ONE, 3), (TWO, 2)]
+    assert consensus([circuit(ONE, TWO), circuit(ONE)]) == circuit(
+        ONE
+    )  # half is not more than half
+    result = compare(circuits, reference="b")
+    assert [(p["a"], p["b"], p["edge_iou"]) for p in result["pairs"]] == [
+        ("a", "b", 2 / 3), ("a", "c", 1 / 3), ("b", "c", 1 / 4),
+    ]  # fmt: skip
+    assert result["agreement"]["a"]["edges"] == {"precision": 1.0, "recall": 2 / 3, "f1": 0.8}
+    assert set(result["agreement"]) == {"a", "c"}
+    assert {name: c["only_here"] for name, c in result["circuits"].items()} == {
+        "a": 0, "b": 1, "c": 1,
+    }  # fmt: skip
+
+
+def test_circuits_of_different_graphs_are_refused():
+    other = Circuit(CircuitGraph(3, 2, 2, ("tok_embeds", "pos_embeds")), frozenset())
+    with pytest.raises(ValueError, match="different graphs"):
+        compare({"a": circuit(), "b": other})
+    with pytest.raises(ValueError, match="different graphs"):
+        consensus([circuit(), other])
+
+
+@settings(deadline=None)
+@given(circuits=several())
+def test_parts_make_up_the_union(circuits):
+    named = {str(number): c for number, c in enumerate(circuits)}
+    shared, all_edges = intersection(circuits), union(circuits)
+    agreed = consensus(circuits)
+    assert shared.edge_set <= agreed.edge_set <= all_edges.edge_set
+    assert times_kept(circuits).total() == sum(map(len, circuits))
+    only = [only_in(name, named).edge_set for name in named]
+    assert sum(map(len, only)) == sum(count == 1 for count in times_kept(circuits).values())
+    for a in circuits:
+        for b in circuits:
+            ab, ba = Overlap.of(a, b), Overlap.of(b, a)
+            assert ab == ba
+            assert 0 <= ab.edge_iou <= 1
+            assert (ab.edge_iou == 1) == (a == b)
+            found = Agreement.of(a.edge_set, b.edge_set)
+            if found.f1 is not None and ab.edge_iou:  # Dice and Jaccard
+                assert math.isclose(found.f1, 2 * ab.edge_iou / (1 + ab.edge_iou))
+
+
+def test_labels_tell_paths_apart(tmp_path):
+    def labels(*names: str) -> list[str]:
+        return labels_of([tmp_path / name for name in names])
+
+    assert labels("seed-0/edges.json", "seed-1/edges.json") == ["seed-0", "seed-1"]
+    assert labels("a/seed-0/edges.json", "b/seed-0/edges.json") == ["a-seed-0", "b-seed-0"]
+    assert labels("a/g.json", "a/other.pt") == ["g", "other"]
+    assert labels("<a>/edges.json", "g v2.json") == ["-a-", "g-v2"]
+    with pytest.raises(ValueError, match="given twice"):
+        labels("a/edges.json", "b/../a/edges.json")
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def test_compare_runs_files_and_graphs(tmp_path):
+    """In a fresh process: a grouped graph, of which the run alone knows how it is grouped."""
+    graph = CircuitGraph(1, 4, 2, ("embeds",))
+    shared = ("embeds", "a0.h1.k")
+    a = Circuit.from_edges(graph, {shared, ("embeds", "a0.h0.q"), ("a0.h2", "resid_post")})
+    b = Circuit.from_edges(graph, {shared, ("a0.h2", "resid_post"), ("a0.h3", "resid_post")})
+    run = fake_run(tmp_path / "runs/a", a)
+    b.save(tmp_path / "b.json")
+    b.save(tmp_path / "b.pt", "eap_pt")
+    output = tmp_path / "comparison"
+    done = run_cli("compare", run, tmp_path / "b.pt", f"reference={tmp_path / 'b.json'}",
+                   f"output={output}", "formats=[dot,svg]")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((output / "comparison.json").read_text())
+    assert list(result["circuits"]) == ["a", "b.pt", "b.json"]
+    assert result["reference"] == "b.json"
+    assert [pair["edge_iou"] for pair in result["pairs"]] == [1 / 2, 1 / 2, 1]
+    assert result["agreement"]["a"]["edges"] == {
+        "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3,
+    }  # fmt: skip
+    for name, edges in {"intersection": a & b, "union": a | b, "only-a": a - b}.items():
+        assert Circuit.load(output / name / "edges.json", graph) == edges
+    dot = (output / "comparison.dot").read_text()
+    assert "embeds -> a0_h2:k" in dot  # the group's heads
+    assert "embeds -> a0_h3:k" in dot
+    assert "shared (2)" in dot
+    assert "edge IoU" in done.stdout
+    # a part knows its run, and so how heads are grouped
+    done = run_cli("draw", output / "intersection", "formats=[dot]", "dangling=true")
+    assert done.returncode == 0, done.stderr
+    dot = (output / "intersection/circuit.dot").read_text()
+    assert "ioi in tiny" in dot
+    assert "embeds -> a0_h3:k" in dot
+
+
+def test_without_a_run_the_graph_is_the_smallest_that_fits_all(tmp_path, capsys, monkeypatch):
+    circuit(ONE, TWO).save(tmp_path / "a.json")
+    circuit(ONE, ("a1.h1", "resid_post")).save(tmp_path / "b.json")
+    code, out, err = call(capsys, monkeypatch, "compare", tmp_path / "a.json", tmp_path / "b.json",
+                          f"output={tmp_path / 'c'}", "formats=[]")  # fmt: skip
+    assert code == 0, err
+    assert "2 layers of 2 heads" in err
+    assert f"of {GRAPH.num_edges} edges" in out
+    content = {
+        "cfg": {"n_layers": 2, "n_heads": 2},
+        "edges": {"input->a0.h1<v>": {"in_graph": True}},
+    }
+    (tmp_path / "eap.json").write_text(json.dumps(content))
+    code, _, err = call(capsys, monkeypatch, "compare", tmp_path / "a.json", tmp_path / "eap.json",
+                        f"output={tmp_path / 'd'}", "formats=[]")  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "d/comparison.json").read_text())
+    assert [c["num_edges"] for c in result["circuits"].values()] == [2, 2]
+    assert result["pairs"][0]["shared_edges"] == 1
+
+
+def test_wrong_usage(tmp_path, capsys, monkeypatch):
+    def refused(code: int, *wanted: str, paths=(), **settings) -> None:
+        given = [f"{key}={value}" for key, value in settings.items()]
+        got, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[]", *given,
+                           f"output={tmp_path / 'out'}")  # fmt: skip
+        assert got == code, err
+        lines = [line for line in err.splitlines() if line.startswith("edgeprune: ")]
+        assert len(lines) == 1
+        for text in wanted:
+            assert text in lines[0]
+
+    run = fake_run(tmp_path / "run", circuit(ONE))
+    grouped = fake_run(
+        tmp_path / "grouped", Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
+    )
+    pt = tmp_path / "other.pt"
+    Circuit(CircuitGraph(3, 2, 2, ("embeds",)), frozenset()).save(pt, "eap_pt")
+    (tmp_path / "broken.json").write_text("[[")
+    (tmp_path / "unknown.json").write_text('[["a7.h0", "resid_post"]]')
+    refused(2, "give paths: edgeprune compare PATH PATH")
+    refused(2, "formats has 'gif'; choose of pdf, svg, png, dot", paths=[run, pt], formats="[gif]")
+    refused(2, "got 1 circuit to compare, expected two or more", paths=[run])
+    refused(2, "no such file or directory", "nowhere", paths=[run, "nowhere"])
+    refused(2, "is given twice", paths=[run, run / "edges.json"])
+    refused(2, "different graphs", "num_kv_heads=2", paths=[run, grouped])
+    refused(2, "different graphs", "num_layers=3", paths=[run, pt])
+    refused(1, "broken.json is not JSON", paths=[run, tmp_path / "broken.json"])
+    refused(1, "unknown.json is no circuit of this model", "'a7.h0'",
+            paths=[run, tmp_path / "unknown.json"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_with_spaces_commas_and_equals_signs(tmp_path, capsys, monkeypatch):
+    paths = [fake_run(tmp_path / name, circuit(ONE)) for name in ("a b, [c]", "seed=1", "it's")]
+    code, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[]",
+                        f"output={tmp_path / 'out'}")  # fmt: skip
+    assert code == 0, err
+    names = json.loads((tmp_path / "out/comparison.json").read_text())["circuits"]
+    assert list(names) == ["a-b---c-", "seed=1", "it-s"]
+
+
+def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
+    whole = circuit(ONE, TWO, ("pos_embeds", "m0"))
+    run = fake_run(tmp_path / "run", whole)
+
+    def export(*arguments) -> None:
+        code, _, err = call(capsys, monkeypatch, "export", *arguments)
+        assert code == 0, err
+
+    export(run / "edges.json", f"output={tmp_path / 'g.pt'}")
+    export(tmp_path / "g.pt", "format=eap_json", f"output={tmp_path / 'g.json'}")
+    export(tmp_path / "g.json", f"output={tmp_path / 'edges.json'}")
+    assert Circuit.load(tmp_path / "edges.json", GRAPH) == whole
+    assert (tmp_path / "edges.json").read_text() == (run / "edges.json").read_text()
+    assert json.loads((tmp_path / "g.json").read_text())["cfg"]["n_layers"] == 2
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt")
+    assert code == 2
+    assert "Give output=FILE" in err
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
+    assert code == 2
+    assert "need a run directory" in err
+
+
+def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
+    """What is done to CodeLlama, small; the embedded model has no idea of the task."""
+
+    def run(*arguments) -> str:
+        code, out, err = call(capsys, monkeypatch, *arguments)
+        assert code == 0, err
+        return out
+
+    sizes = ("task.train=8", "task.validation=4", "task.test=4")
+    for form in ("instruction", "few_shot"):
+        data = tmp_path / f"{form}.jsonl"
+        run("prepare", f"task=boolean_expressions_{form}", *sizes, f"output={data}")
+        run("prune", f"experiment=boolean_expressions_{form}", f"task.path={data}",
+            "trainer.steps=1", "trainer.batch_size=4", f"run_dir={tmp_path / form}")  # fmt: skip
+        assert len(json.loads((tmp_path / form / "edges.json").read_text())) == 276
+    run("compare", tmp_path / "instruction", tmp_path / "few_shot", "formats=[]",
+        f"output={tmp_path / 'both'}")  # fmt: skip
+    result = json.loads((tmp_path / "both/comparison.json").read_text())
+    assert list(result["circuits"]) == ["instruction", "few_shot"]
+    out = run("evaluate", tmp_path / "both/intersection", "task=boolean_expressions_few_shot",
+              f"task.path={tmp_path / 'few_shot.jsonl'}")  # fmt: skip
+    assert f"circuit, {result['intersection']['num_edges']} edges" in out
+    written = json.loads((tmp_path / "both/intersection/evaluation-test.json").read_text())
+    assert written["num_examples"] == 4

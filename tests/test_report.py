@@ -1,0 +1,262 @@
+"""Reports over many runs: groups, series, points and spreads by hand, the files, the page."""
+
+import csv
+import json
+import re
+import xml.dom.minidom
+from html.parser import HTMLParser
+
+import pytest
+from conftest import call, fake_run, run_cli
+
+from edgeprune.analysis.report import Run, Spread, group_runs
+from edgeprune.circuit import Circuit
+from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
+from edgeprune.graph import CircuitGraph
+
+GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+EDGES = list(GRAPH.edges())
+
+
+def first(count: int, *others: int) -> Circuit:
+    """The graph's first edges, and others by number."""
+    return Circuit.from_edges(GRAPH, [*EDGES[:count], *(EDGES[other] for other in others)])
+
+
+def evaluation(num_edges: int, kl: float, accuracy: float = 1.0) -> dict:
+    return {
+        "num_edges": num_edges,
+        "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy},
+        "full": {"kl": 0.0, "exact_match": 1.0, "accuracy": 0.9},
+        "corrupted": {"kl": 8.0, "exact_match": 0.1, "accuracy": 0.05},
+    }
+
+
+def a_run(name: str, circuit: Circuit, kl: float | None = None, split="test", **settings) -> Run:
+    flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange", **settings}
+    evaluations = {} if kl is None else {split: evaluation(len(circuit), kl)}
+    return Run(name, flat, circuit, evaluations)
+
+
+# ---------------------------------------------------------------------------------------- by hand
+
+
+def test_seeds_of_one_size_are_a_point():
+    runs = [
+        a_run("c", first(4), 0.9, seed=0, sparsity=0.98),
+        a_run("b", first(8, 9), 0.3, seed=10, sparsity=0.9),
+        a_run("a", first(8, 10), 0.1, seed=2, sparsity=0.9),
+    ]
+    (group,) = group_runs(runs)
+    assert group.title == "ioi in tiny, interchange ablation"
+    (series,) = group.series
+    assert series.name == ""
+    large, small = series.points
+    assert [run.name for run in large.runs] == ["a", "b"]  # by seed, as numbers
+    assert large.asked == "sparsity 0.9"
+    assert large.num_edges == Spread(9, 9, 9)
+    assert large.spread("kl") == Spread(0.2, 0.1, 0.3)
+    assert small.spread("kl") == Spread(0.9, 0.9, 0.9)
+    assert small.stability is None
+    stability = large.stability
+    assert stability.edge_iou == Spread(8 / 10, 8 / 10, 8 / 10)
+    assert stability.consensus == first(8)
+    assert sorted(stability.times_kept.values()) == [1, 1, *[2] * 8]
+    assert group.reference("corrupted", "kl") == 8
+    assert group.reference("full", "accuracy") == 0.9
+
+
+def test_runs_that_differ_otherwise_are_other_series_and_groups():
+    base = {"seed": 0, "sparsity": 0.9, "trainer.steps": 10, "run_dir": "x", "tracker.kind": "none"}
+    runs = [
+        a_run("a", first(4), 0.1, **base),
+        a_run("b", first(4), 0.2, **{**base, "trainer.steps": 20, "run_dir": "y"}),
+        a_run("c", first(4), 0.3, **{**base, "seed": 1, "tracker.kind": "wandb"}),
+        a_run("d", first(4), 0.4, **{**base, "ablation.kind": "zero"}),
+        a_run("e", first(4), 0.5, **{**base, "model.name": "other"}),
+        a_run("f", Circuit(CircuitGraph(3, 2, 2, ()), frozenset()), 0.6, **base),
+    ]
+    groups = group_runs(runs)
+    assert [sorted(run.name for run in group.runs) for group in groups] == [
+        ["e"], ["a", "b", "c"], ["f"], ["d"],
+    ]  # fmt: skip
+    assert [(s.name, len(s.points[0].runs)) for s in groups[1].series] == [
+        ("trainer.steps=10", 2), ("trainer.steps=20", 1),
+    ]  # fmt: skip
+
+
+def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():
+    runs = [
+        a_run(str(edges), first(edges), 0.1, seed=seed, **{"trainer.target_sparsity": 1.05})
+        for seed, edges in enumerate((6, 8))
+    ]
+    (point,) = group_runs(runs)[0].series[0].points
+    assert point.asked == "target_sparsity 1.05"
+    assert point.num_edges == Spread(7, 6, 8)
+
+
+def test_the_split_that_most_runs_have_is_shown():
+    runs = [
+        a_run("a", first(4), 0.1, "validation"),
+        a_run("b", first(4), 0.2, "validation", seed=1),
+        a_run("c", first(4), 0.3, "test", seed=2),
+    ]
+    (group,) = group_runs(runs)
+    assert group.split == "validation"
+    assert group.series[0].points[0].spread("kl").high == 0.2
+    (group,) = group_runs([a_run("a", first(4))])
+    assert group.split is None
+    assert group.series[0].points[0].spread("kl") is None
+
+
+# -------------------------------------------------------------------------------------- the files
+
+
+def sweep(folder, task: str = "ioi") -> None:
+    """Two sizes, three seeds each, and one run of another model."""
+    for sparsity, count in ((0.9, 12), (0.95, 6)):
+        for seed in range(3):
+            run = fake_run(
+                folder / f"s{sparsity}-{seed}", first(count, 30 + seed),
+                task={"name": task}, seed=seed, sparsity=sparsity,
+            )  # fmt: skip
+            kl = (20 - count) / 10 + seed / 10
+            text = json.dumps(evaluation(count + 1, kl, 1 - kl / 4))
+            (run / "evaluation-validation.json").write_text(text)
+    empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
+    other = fake_run(folder / "deep/other", empty, model={"name": "other"})
+    (other / "evaluation-test.json").write_text(json.dumps(evaluation(0, 5.0)))
+
+
+class Page(HTMLParser):
+    """Tags, what they fetch, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.sources, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attributes if key in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def rows(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
+
+
+def test_report_of_a_sweep(tmp_path):
+    """In a fresh process: every file, from a task whose name would like to be markup."""
+    sweep(tmp_path, HOSTILE)
+    done = run_cli("report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "7 runs ->" in done.stdout
+    output = tmp_path / "report"
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+    runs = rows(output / "runs.csv")
+    assert len(runs) == 7
+    assert {row["task"] for row in runs} == {HOSTILE, "ioi"}
+    (frontier,) = [row for row in rows(output / "frontier.csv") if row["asked"] == "sparsity 0.95"]
+    assert float(frontier["num_edges"]) == 7
+    assert float(frontier["kl_mean"]) == pytest.approx(1.5)
+    assert [float(frontier[f"kl_{end}"]) for end in ("low", "high")] == pytest.approx([1.4, 1.6])
+    assert float(frontier["edge_iou_mean"]) == pytest.approx(6 / 8)
+    assert len(rows(output / "stability.csv")) == 6
+    edges = [row for row in rows(output / "edges.csv") if row["asked"] == "sparsity 0.95"]
+    assert [int(row["times_kept"]) for row in edges] == [3] * 6 + [1] * 3
+
+    consensus = sorted((output / "consensus").iterdir())
+    assert len(consensus) == 2
+    sizes = {len(Circuit.load(folder / "edges.json", GRAPH)) for folder in consensus}
+    assert sizes == {12, 6}
+    plots = sorted(output.glob("frontier-*"))
+    assert [plot.suffix for plot in plots] == [".pdf", ".png", ".svg"] * 2
+    magic = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml"}
+    assert all(plot.read_bytes().startswith(magic[plot.suffix]) for plot in plots)
+
+    text = (output / "report.html").read_text()
+    page = Page(text)
+    assert page.sources
+    assert all(re.match(r"data:image/svg\+xml;base64,", source) for source in page.sources)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
+    assert HOSTILE in "".join(page.text)
+    assert page.tags.count("img") == 4  # two frontiers, two consensus circuits
+
+    # a consensus circuit can be used as one's own
+    done = run_cli("draw", consensus[0], "formats=[dot]", "dangling=true")
+    assert "drew" in done.stdout
+
+
+def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
+    sweep(tmp_path)
+    (tmp_path / "s0.9-0/edges.json").unlink()
+    (tmp_path / "s0.9-1/edges.json").write_text('[["a9.h0", "m0"]]')
+    (tmp_path / "s0.9-2/evaluation-validation.json").write_text("{")
+    stale = json.dumps(evaluation(99, 1.0))
+    (tmp_path / "s0.95-0/evaluation-validation.json").write_text(stale)
+    (tmp_path / "s0.95-1/config.yaml").write_text("[")
+    code, out, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    assert "4 runs ->" in out
+    for wanted in (
+        "s0.9-0 is left out: it has no edges.json yet",
+        "s0.9-1 is left out",
+        "s0.9-2/evaluation-validation.json is passed over: JSONDecodeError",
+        "a circuit of 99 edges, and the run's has 7",
+        "s0.95-1 is left out",
+    ):
+        assert wanted in err
+    assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda folder: None, "no such folder"),
+        (lambda folder: folder.mkdir(), "no finished run below"),
+        (lambda folder: folder.write_text("x"), "no such folder"),
+    ],
+)
+def test_without_runs_there_is_one_error(tmp_path, capsys, monkeypatch, make, wanted):
+    make(tmp_path / "runs")
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path / "runs")
+    assert code == 2
+    assert err.startswith("edgeprune: ")
+    assert wanted in err
+    assert not (tmp_path / "runs/report").exists()
+
+
+# -------------------------------------------------------------------------------------- the plots
+
+
+@pytest.mark.parametrize("name", ["", "<b> $x_1$ & \\n {} %"])
+def test_plots_show_names_as_they_are_and_are_the_same_each_time(tmp_path, name):
+    curves = [
+        Curve(name, [10, 0], [0.1, 0.0], [0.0, 0.0], [0.2, 0.0]),
+        Curve("b", [5], [1], [1], [1]),
+    ]
+    panels = [
+        Panel("KL", curves, [("full", 1.0)], log=True), Panel("accuracy", curves, [], log=False),
+    ]  # fmt: skip
+    for number in (1, 2):
+        for suffix in ("svg", "pdf", "png"):
+            path = tmp_path / f"{number}.{suffix}"
+            draw_frontier(panels, path, title=name or "t", all_edges=100)
+    for suffix in ("svg", "pdf", "png"):
+        assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
+    document = xml.dom.minidom.parse(str(tmp_path / "1.svg"))
+    comments = [
+        node.data for group in document.getElementsByTagName("g") for node in group.childNodes
+        if node.nodeType == node.COMMENT_NODE
+    ]  # fmt: skip
+    if name:  # matplotlib notes the text that it drew as outlines
+        assert any("$x_1$" in comment for comment in comments)

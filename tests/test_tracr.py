@@ -1,0 +1,450 @@
+"""Compiled transformers: they compute what their programs say, and pruning finds their true edges.
+
+The folders are those that come with the project, those of ../shared/tracr (where it is there), and
+those named in the environment variable EDGEPRUNE_TRACR_CASES, joined by `:`. All are pruned with
+the settings of the experiment `tracr/reverse`.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_refused, run_cli
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from edgeprune import evaluate, load_model, prune
+from edgeprune.ablation import Ablation
+from edgeprune.circuit import Circuit
+from edgeprune.commands.shared import task_records
+from edgeprune.config import COMMANDS, AblationConfig, AblationKind, ConfigError, TaskConfig
+from edgeprune.dataset import DataError, collate, encode_ids, encode_records
+from edgeprune.metrics import Output, score, unexplained_variance
+from edgeprune.modeling import ModelError, load_tokenizer
+from edgeprune.paths import CONF, TRACR_MODELS
+from edgeprune.tasks.tracr import make_records
+from edgeprune.tracr_builder import (
+    Head,
+    Layer,
+    Program,
+    Unit,
+    above,
+    make_weights,
+    structural_edges,
+    write_folder,
+)
+
+ROOT = Path(__file__).parents[1]
+BESIDE = ROOT.parent / "shared/tracr"
+NAMED = [Path(name) for name in os.environ.get("EDGEPRUNE_TRACR_CASES", "").split(":") if name]
+FOLDERS = {
+    **{path.name: path for path in sorted(TRACR_MODELS.iterdir())},
+    **{f"shared-{name}": BESIDE / name for name in ("hist", "reverse", "sort", "xproportion")},
+    **{f"case-{number}-{path.name}": path for number, path in enumerate(NAMED)},
+}
+ABLATIONS = ("zero", "interchange")
+SAME = 1e-3
+"""Outputs that differ by no more are the same."""
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request) -> Path:
+    path = FOLDERS[request.param]
+    if not path.is_dir() and request.param.startswith("shared-"):
+        pytest.skip("../shared/tracr is not here")
+    assert path.is_dir(), f"EDGEPRUNE_TRACR_CASES names {path}, which is no folder"
+    return path
+
+
+@pytest.fixture(scope="module")
+def script():
+    """run_scripts/make_tracr_models.py"""
+    path = ROOT / "run_scripts/make_tracr_models.py"
+    spec = importlib.util.spec_from_file_location("make_tracr_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def experiment(name: str):
+    ConfigStore.instance().store(name="prune_schema", node=COMMANDS["prune"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_object(compose("prune", [f"experiment=tracr/{name}"]))
+
+
+def load_edges(path: Path) -> list[tuple[str, str]]:
+    return [(writer, reader) for writer, reader in json.loads(path.read_text())]
+
+
+def read_pairs(model, **choice):
+    records = make_records(model.tokenizer.folder, model.tokenizer.config, **choice)
+    return encode_records(records, model.tokenizer)[0]
+
+
+# ------------------------------------------------------------------------------------ recovery
+
+
+def true_edges(folder: Path, ablation: str) -> tuple[dict, list[set]]:
+    """What the folder says: which inputs and outputs count, and the set of true edges.
+
+    Where several sets are equally small, the folder lists the others, and each is right.
+    """
+    truth = json.loads((folder / "ground_truth_edges.json").read_text())
+    if ablation == "zero":
+        key = "edges"
+        lengths = truth.get("primary_lengths")
+        scored_from = truth.get("primary_scored_from_position")
+        searches = [
+            search
+            for search in truth.get("zero_ablation", {}).values()
+            if search["lengths"] == lengths and search["scored_from_position"] == scored_from
+        ]
+    else:
+        key, search = "edges_patching", truth["counterfactual_patching"]
+        lengths, scored_from = search["lengths"], search["scored_from_position"]
+        searches = [search]
+    others = [edges for search in searches for edges in search.get("other_minimal_sets", [])]
+    sets = [{tuple(edge) for edge in edges} for edges in (truth[key], *others)]
+    return {"lengths": lengths, "scored_from": scored_from}, sets
+
+
+def check_recovery(folder: Path, ablation: str, seed: int) -> None:
+    """Prune with the experiment's settings: the circuit is true, and computes the program."""
+    choice, wanted = true_edges(folder, ablation)
+    config = experiment("reverse")
+    model = load_model(folder)
+    pairs = read_pairs(model, **choice)
+    found = prune(
+        model,
+        pairs,
+        ablation=ablation,
+        cleanup=config.cleanup,
+        seed=seed,
+        progress=False,
+        **asdict(config.trainer),
+    ).circuit.without_dangling()
+    closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs)
+    scores = evaluate(model, found, pairs, ablation=closed)
+    assert scores.circuit.exact_match == 1
+    assert scores.worst.error <= SAME
+    missing, extra = wanted[0] - found.edge_set, found.edge_set - wanted[0]
+    assert found.edge_set in wanted, f"missing {sorted(missing)}, too many {sorted(extra)}"
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_true_edges_are_found(folder, ablation):
+    check_recovery(folder, ablation, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_true_edges_are_found_by_every_seed(folder, ablation, seed):
+    check_recovery(folder, ablation, seed)
+
+
+def test_the_comparison_can_fail(tmp_path):
+    shutil.copytree(TRACR_MODELS / "neighbours", tmp_path / "wrong")
+    path = tmp_path / "wrong/ground_truth_edges.json"
+    truth = json.loads(path.read_text())
+    path.write_text(json.dumps({**truth, "edges": truth["edges"][1:]}))
+    with pytest.raises(AssertionError, match="too many"):
+        check_recovery(tmp_path / "wrong", "zero", seed=0)
+
+
+def test_programs_differ_in_name_alone():
+    configs = {path.name: experiment(path.name) for path in TRACR_MODELS.iterdir()}
+    for name, config in configs.items():
+        assert (config.model.name, config.model.path) == (name, f"tracr/{name}")
+        same = replace(config, model=configs["reverse"].model, run_dir="")
+        assert same == replace(configs["reverse"], run_dir="")
+
+
+# ------------------------------------------------------------------------------- the forward pass
+
+
+def test_outputs_are_right_on_every_input(folder):
+    model = load_model(folder)
+    opened = torch.ones(model.graph.num_edges)
+    for length in range(1, model.tokenizer.config["max_seq_len"] + 1):
+        batch = collate(read_pairs(model, lengths=[length], scored_from=1))
+        reference, corrupted = model.run_pair(batch)
+        for outputs in (
+            reference,
+            model.run_circuit(batch, opened, None),
+            model.run_circuit(batch, opened, corrupted),
+        ):
+            assert score(batch, reference, outputs, model.output).correct.all()
+            assert (outputs - reference).abs().max() < SAME
+
+
+@pytest.mark.parametrize("interchange", [False, True])
+def test_circuits_agree_with_a_pass_written_from_the_definition(folder, script, interchange):
+    if folder in NAMED:
+        pytest.skip("what a broken circuit gives depends on rounding in some programs")
+    model = load_model(folder)
+    weights = load_file(folder / "weights.safetensors")
+    batch = collate(read_pairs(model)[:40])
+    _, corrupted = model.run_pair(batch)
+    config, edges = model.tokenizer.config, model.graph.num_edges
+    noise = torch.Generator().manual_seed(0)
+    masks = (torch.rand(6, edges, generator=noise) < 0.8).double()
+    whole = torch.ones(1, edges, dtype=torch.double)
+    closed = None
+    if interchange:
+        closed = [x[0] for x in script.run_masks(config, weights, batch.corrupted_ids, whole)[1]]
+    wanted, _ = script.run_masks(config, weights, batch.clean_ids, masks, closed)
+    for mask, outputs in zip(masks, wanted, strict=True):
+        got = model.run_circuit(batch, mask.float(), corrupted if interchange else None)
+        torch.testing.assert_close(
+            got.double(), outputs[batch.rows, batch.cols], atol=1e-3, rtol=1e-3
+        )
+
+
+def test_padding_is_refused_where_it_would_be_attended_to():
+    bidirectional, causal = load_model("tracr/reverse"), load_model("tracr/brackets")
+    for model in (bidirectional, causal):
+        pairs = read_pairs(model, lengths=[2])[:1] + read_pairs(model, lengths=[3])[:1]
+        batch = collate(pairs)
+        if model is causal:
+            short = model.run_pair(batch)[0][:2]
+            assert torch.equal(short, model.run_pair(collate(pairs[:1]))[0])
+            continue
+        with pytest.raises(ValueError, match="prompts of 3 to 4 tokens"):
+            model.run_pair(batch)
+        with pytest.raises(ValueError, match="equal length"):
+            model.run_circuit(batch, torch.ones(model.graph.num_edges), None)
+
+
+def test_masks_by_mean_ablation_and_without_embedding_writers():
+    model = load_model("tracr/xproportion", embedding_writers=False)
+    assert model.graph.num_edges < load_model("tracr/xproportion").graph.num_edges
+    pairs = read_pairs(model)
+    mean = Ablation(model, AblationConfig(AblationKind.mean, per_position=True), pairs)
+    whole = Circuit.from_mask(model.graph, [True] * model.graph.num_edges)
+    assert evaluate(model, whole, pairs, ablation=mean).worst.error < 1e-5
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+
+def test_every_token_of_a_corrupted_input_is_another():
+    model = load_model("tracr/xproportion")
+    pairs = read_pairs(model)
+    assert len(set(pairs)) == len(pairs) == 4 * 4**4
+    for pair in pairs:
+        assert pair.clean_ids[0] == pair.corrupted_ids[0]
+        assert all(a != b for a, b in zip(pair.clean_ids[1:], pair.corrupted_ids[1:], strict=True))
+
+
+def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_there():
+    model = load_model("tracr/xproportion")
+    assert len(read_pairs(model)[0].target_values) == 5
+    assert len(read_pairs(model, scored_from=1)[0].target_values) == 4
+    batch = collate(read_pairs(model)[:1])
+    reference, _ = model.run_pair(batch)
+    off = reference.clone()
+    off[0] += 1
+    result = score(batch, reference, off, Output.number)
+    assert (result.correct.item(), result.exact_match.item()) == (True, False)
+    record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [-1, 1]}
+    batch = collate([encode_ids(record)])
+    outputs = torch.eye(2)
+    assert score(batch, outputs, outputs, Output.one_hot).correct.item()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corrupted_ids": [0]}, "unequal lengths: 2 and 1"),
+        ({"clean_ids": "0 1"}, "'clean_ids' must be a list of numbers"),
+        ({"target_ids": [1, 1, 1]}, "3 targets are more than the 2 tokens"),
+        ({"target_ids": []}, "'target_ids' must be a list of numbers"),
+    ],
+)
+def test_lines_of_ids_are_checked(change, message):
+    record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [1], **change}
+    with pytest.raises(DataError, match=message):
+        encode_ids(record)
+
+
+def test_the_prompts_of_a_program_need_a_program(tokenizer):
+    with pytest.raises(ConfigError, match="this model is none"):
+        task_records(TaskConfig(name="tracr"), tokenizer)
+
+
+def test_no_input_of_that_length():
+    tokenizer = load_tokenizer("tracr/reverse")
+    with pytest.raises(ValueError, match="no input of length 9"):
+        make_records(tokenizer.folder, tokenizer.config, lengths=[9])
+
+
+# ---------------------------------------------------------------------------------------- measures
+
+
+def test_unexplained_variance_by_hand():
+    reference = torch.tensor([[1.0], [3.0]])  # mean 2, variance summed: 2
+    assert unexplained_variance(reference, reference) == 0
+    assert unexplained_variance(reference, torch.tensor([[2.0], [2.0]])) == 1
+    assert unexplained_variance(reference, torch.tensor([[1.0], [4.0]])) == 0.5
+    constant = torch.ones(2, 1)
+    assert unexplained_variance(constant, torch.zeros(2, 1)) == 1
+
+
+def test_values_are_scored_by_their_largest_error():
+    model = load_model("tracr/neighbours")
+    batch = collate(read_pairs(model)[:2])
+    reference, _ = model.run_pair(batch)
+    outputs = reference.clone()
+    outputs[1, 0] += 0.25  # still the same answer
+    outputs[4] = 1 - outputs[4]
+    result = score(batch, reference, outputs, model.output)
+    assert result.error.tolist() == pytest.approx([0.25, 1], abs=1e-6)
+    assert result.exact_match.tolist() == [True, False]
+    assert result.kl.isnan().all()
+
+
+# --------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gelu"}, "only ReLU"),
+        ({"layer_norm": True}, "without layer norm"),
+        ({"output_type": "mixed"}, "'mixed', expected categorical or numerical"),
+        ({"n_heads": None}, "lacks n_heads"),
+        ({"d_mlp": 3}, "mlp.W_in is .* expected .*3"),
+        ({"n_layers": 2}, "has no tensor 'blocks.1"),
+        ("weights", "cannot be read"),
+        ("config", "cannot be read"),
+        ("tensor", "unexpected tensors extra"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(TRACR_MODELS / "neighbours", folder)
+    config, weights = folder / "config.json", folder / "weights.safetensors"
+    if change == "weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif change == "config":
+        config.write_text("{")
+    elif change == "tensor":
+        save_file({**load_file(weights), "extra": torch.ones(1)}, weights)
+    else:
+        changed = {**json.loads(config.read_text()), **change}
+        config.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+    with pytest.raises(ModelError, match=message):
+        load_model(folder)
+
+
+def test_building_again_gives_the_same_bytes(tmp_path, script):
+    for name, make in script.PROGRAMS.items():
+        write_folder(make(), tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            assert file.read_bytes() == (TRACR_MODELS / name / file.name).read_bytes(), file
+    assert set(script.PROGRAMS) == {path.name for path in TRACR_MODELS.iterdir()}
+
+
+@pytest.mark.slow
+def test_searching_again_gives_the_same_true_edges(tmp_path, script):
+    for name, make in script.PROGRAMS.items():
+        script.write_model(make(), tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            assert file.read_bytes() == (TRACR_MODELS / name / file.name).read_bytes(), file
+
+
+# -------------------------------------------------------------------------------------- the builder
+
+
+def swap_case() -> Program:
+    """a -> b, b -> a, by one MLP; a head that no one reads."""
+    return Program(
+        name="swap",
+        description="",
+        tokens=("a", "b"),
+        max_length=2,
+        reference_length=2,
+        layers=(
+            Layer(
+                (Head((), (("tokens:a", "unread", 1.0),)),),
+                (
+                    Unit({"tokens:a": 1.0}, {"out:b": 1.0}),
+                    Unit({"tokens:b": 1.0}, {"out:a": 1.0}),
+                ),
+            ),
+        ),
+        output={"out:a": "a", "out:b": "b"},
+        compute=lambda x: ["b" if token == "a" else "a" for token in x],
+    )
+
+
+def test_builder_by_hand(tmp_path):
+    program = swap_case()
+    assert structural_edges(program) == [("tok_embeds", "m0"), ("m0", "resid_post")]
+    weights = make_weights(program)
+    # labels: indices:0, indices:1, one, out:a, out:b, tokens:BOS, tokens:a, tokens:b, ...
+    assert weights["tok_embed"][0].nonzero()[:, 0].tolist() == [2, 6]
+    assert weights["pos_embed"].nonzero().tolist() == [[1, 0], [2, 1]]
+    assert weights["blocks.0.mlp.W_in"].nonzero().tolist() == [[6, 0], [7, 1]]
+    assert weights["blocks.0.mlp.W_out"].nonzero().tolist() == [[0, 4], [1, 3]]
+    assert weights["unembed"].nonzero().tolist() == [[3, 0], [4, 1]]
+    write_folder(program, tmp_path / "swap")
+    model = load_model(tmp_path / "swap")
+    pairs = read_pairs(model)
+    assert [pair.clean_ids for pair in pairs] == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
+    assert [pair.target_ids for pair in pairs] == [(1, 1), (1, 0), (0, 1), (0, 0)]
+    reference, _ = model.run_pair(collate(pairs))
+    assert reference.argmax(-1).tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
+
+
+def test_a_step_by_hand():
+    units = above("x", 0.5, {"y": 2.0}, width=0.2)
+
+    def y(x: float) -> float:
+        total = 0.0
+        for unit in units:
+            inner = unit.reads["x"] * x + unit.reads["one"]
+            total += max(0.0, inner) * unit.writes["y"]
+        return total
+
+    assert [y(x) for x in (0.0, 0.4, 0.5, 0.6, 1.0)] == pytest.approx([0, 0, 1, 2, 2])
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_from_the_command_line(tmp_path):
+    run = tmp_path / "run"
+    quick = ("trainer.steps=60", "trainer.checkpoint_every=30", f"run_dir={run}")
+    done = run_cli("prune", "experiment=tracr/neighbours", "ablation=interchange", *quick)
+    assert done.returncode == 0, done.stderr
+    _, (wanted,) = true_edges(TRACR_MODELS / "neighbours", "interchange")
+    assert set(load_edges(run / "edges.json")) == wanted
+    report = json.loads((run / "circuit.json").read_text())["cleanup"]
+    assert report["num_edges_after"] == len(wanted) and report["tolerance"] == 0.001
+    result = json.loads((run / "evaluation-validation.json").read_text())
+    assert result["circuit"]["kl"] is None
+    assert result["circuit"]["error"] < 1e-5 < result["corrupted"]["error"]
+    shutil.rmtree(run / "checkpoints/step-00000060")
+    (run / "edges.json").unlink()
+    again = run_cli(
+        "prune", "experiment=tracr/neighbours", "ablation=interchange", *quick, "resume=auto"
+    )
+    assert "resuming from step 30" in again.stderr, again.stderr
+    assert set(load_edges(run / "edges.json")) == wanted
+    drawn = run_cli("draw", run, "formats=[dot]")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (run / "circuit.dot").read_text().count("->") >= len(wanted)
+
+
+def test_a_negative_tolerance_is_refused(tmp_path):
+    result = run_cli("prune", "experiment=tracr/reverse", "cleanup=-1", f"run_dir={tmp_path}/run")
+    assert_refused(result, 2, "cleanup=-1")
