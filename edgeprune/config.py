@@ -429,6 +429,11 @@ def check_prune(config: PruneConfig) -> None:
             "again would find its weights gone; give one, and take fewer pairs at a time "
             "(trainer.micro_batch_size)"
         )
+    if config.launcher.shard and config.cleanup is not None:
+        raise ConfigError(
+            "launcher.shard=true and cleanup= do not go together, since one process cleans up; do "
+            "that afterwards: edgeprune export RUN cleanup=..."
+        )
     if config.launcher.shard and config.model.bits is not None:
         raise ConfigError(
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "

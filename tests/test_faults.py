@@ -35,7 +35,7 @@ def start(*arguments: object, **settings) -> subprocess.Popen:
     )
 
 
-def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -45,7 +45,7 @@ def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> None
 
 @pytest.mark.slow
 def test_killed_twenty_times_at_random_moments_a_run_ends_at_the_same_bits(tmp_path):
-    settings = (*SMALL, "trainer.steps=300", "trainer.checkpoint_every=3", "resume=auto")
+    settings = (*SMALL, "trainer.steps=160", "trainer.checkpoint_every=2", "resume=auto")
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     assert run_cli("prune", *settings, f"run_dir={whole}").returncode == 0
     rng = random.Random(0)
@@ -59,7 +59,7 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_at_the_same_bits(tmp_p
         else:  # while it trains or writes
             wait_for(lambda before=before: list_checkpoints(run_dir) != before, process)
             startup = time.monotonic() - began
-            time.sleep(rng.uniform(0, 0.25))
+            time.sleep(rng.uniform(0, 0.15))
         assert process.poll() is None, "it was over before it was killed"
         process.kill()
         process.communicate()
@@ -68,8 +68,8 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_at_the_same_bits(tmp_p
     assert len(set(reached)) >= 15
     done = run_cli("prune", *settings, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
-    assert f"resuming from step {reached[-1]} of 300" in done.stderr
-    last = "checkpoints/step-00000300"
+    assert f"resuming from step {reached[-1]} of 160" in done.stderr
+    last = "checkpoints/step-00000160"
     for name in (f"{last}/masks.safetensors", f"{last}/optimizer.safetensors", "metrics.jsonl",
                  "edges.json", "circuit.json"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
