@@ -53,6 +53,20 @@ def test_exponents():
     assert benchmark.exponent([0.5, 1, 2], [3 * f**1.7 for f in (0.5, 1, 2)]) == pytest.approx(1.7)
 
 
+def test_growth_is_predicted_from_the_shapes(monkeypatch):
+    monkeypatch.setattr(
+        benchmark, "GROWTH_BASE", {"layers": 2, "heads": 2, "tokens": 4, "batch": 2}
+    )
+    rows = {row["quantity"]: row for row in benchmark.growth("cpu", "float32", repetitions=1)}
+    assert list(rows) == ["layers", "heads", "tokens", "batch"]
+    assert rows["heads"]["values"] == [1, 2, 4]
+    assert rows["batch"]["predicted_time_exponent"] == pytest.approx(1)
+    assert rows["tokens"]["predicted_memory_exponent"] == pytest.approx(1)
+    # attention grows faster than the tokens, the logits of the one predicted token do not grow
+    assert rows["tokens"]["predicted_time_exponent"] == pytest.approx(1, abs=0.1)
+    assert all(len(row["seconds"]) == 3 for row in rows.values())
+
+
 def test_the_command_measures_any_shape(tmp_path):
     shape = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 20}
     (tmp_path / "config.json").write_text(json.dumps(shape))

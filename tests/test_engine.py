@@ -236,10 +236,10 @@ def test_a_norm_folded_into_a_projection_is_that_norm():
     rms_norm.weight.data = draw(16)
     for norm in (layer_norm, rms_norm):
         norm.requires_grad_(False)
-        x, weight, bias = 3 * draw(2, 3, 5, 16) + 2, draw(2, 16, 4), draw(2, 4)
+        x, weight, bias = 3 * draw(2, 3, 5, 16) + 2, draw(2, 4, 16), draw(2, 4)
         x.requires_grad_()
-        out = project_to_heads(x, norm, weight, bias)
-        plain = torch.einsum("hbpd,hde->hbpe", norm(x), weight) + bias[:, None, None]
+        out = project_to_heads(x, norm, weight.split(1), bias)
+        plain = torch.einsum("hbpd,hed->hbpe", norm(x), weight) + bias[:, None, None]
         torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-4)
         direction = draw(*out.shape)
         got, wanted = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, plain))

@@ -173,7 +173,12 @@ def growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
             )["ours"]  # fmt: skip
             predicted = predicted_memory(model, size["batch"], size["tokens"])
             points.append(
-                (measured.seconds, measured.count.operations, measured.memory or 1, predicted)
+                (
+                    measured.seconds,
+                    measured.count.operations,
+                    max(measured.memory or 0, 1),
+                    predicted,
+                )
             )
         values = (0.5, 1, 2)
         seconds, operations, memory, predicted = (

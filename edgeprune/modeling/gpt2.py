@@ -50,9 +50,9 @@ class GPT2Block:
         """
         num_readers, batch, pos, d_model = x.shape
         project = self.attention.c_attn
-        weight = project.weight.view(d_model, num_readers, self.d_head).transpose(0, 1)
+        weight = project.weight.view(d_model, num_readers, self.d_head).permute(1, 2, 0)
         bias = project.bias.view(num_readers, self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, weight, bias)
+        qkv = project_to_heads(x, self.attention_norm, [weight], bias)
         qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project_to_heads(
+    x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None
+) -> Tensor:
     """Queries, keys or values of heads with an input of their own each.
 
     A norm's scale and shift are folded into the projection, and so is the taking of the mean: what
@@ -20,7 +23,7 @@ def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | 
         x: [head, batch, pos, d_model].
         norm: of the inputs. It is called as it is where it is neither a LayerNorm nor a plain
             RMSNorm, and in float16, which what is not normed would overflow.
-        weight: [head, d_model, d_head].
+        weights: [head, d_head, d_model] each, of all heads when put together.
         bias: [head, d_head] or None.
 
     Returns:
@@ -31,50 +34,58 @@ def project_to_heads(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | 
     foldable = is_layer_norm or hasattr(norm, "variance_epsilon")
     if foldable and x.dtype != torch.float16:
         if is_layer_norm and norm.bias is not None:
-            shift = norm.bias @ weight  # [head, d_head]
+            shift = torch.cat([weight @ norm.bias for weight in weights])  # [head, d_head]
             bias = shift if bias is None else bias + shift
-        weight = norm.weight[:, None] * weight
-        if is_layer_norm:
-            weight = weight - weight.mean(1, keepdim=True)
         eps = norm.eps if is_layer_norm else norm.variance_epsilon
-        projected = _ScaledProjection.apply(x.flatten(1, 2), weight, eps, is_layer_norm)
+        projected = _ScaledProjection.apply(
+            x.flatten(1, 2), eps, is_layer_norm, norm.weight, *weights
+        )
     else:
-        projected = torch.bmm(norm(x).flatten(1, 2), weight)
+        projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
     if bias is not None:
         projected = projected + bias[:, None]
     return projected.view(num_heads, batch, pos, -1)
 
 
 class _ScaledProjection(torch.autograd.Function):
-    """y = (x @ weight) / sqrt(variance(x) + eps); without a gradient of the weight.
+    """y = (x - mean) / sqrt(variance + eps) * scale @ weight.T, for x of [head, token, d_model].
 
-    x: [head, token, d_model]; weight: [head, d_model, d_head], whose sum over d_model is 0 if the
-    variance is to be `centred`, that is, taken about the mean.
+    Mean and variance are over d_model; if not `centred`, the mean is taken to be 0. Scale and
+    weights get no gradients. The backward pass folds them again, for what is folded takes as much
+    memory as the model's own weights.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, centred: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, eps: float, centred: bool, scale: Tensor, *weights: Tensor
+    ) -> Tensor:
         mean = x.mean(-1, keepdim=True, dtype=torch.float32) if centred else None
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         variance = norm**2 / x.shape[-1]
         if centred:
             variance = (variance - mean**2).clamp(min=0)
-        scale = torch.rsqrt(variance + eps)  # [head, token, 1]
-        y = (torch.bmm(x, weight) * scale).to(x.dtype)
-        ctx.save_for_backward(x, weight, scale, mean, y)
+        factor = torch.rsqrt(variance + eps)  # [head, token, 1]
+        y = (torch.bmm(x, _fold(centred, scale, weights).transpose(1, 2)) * factor).to(x.dtype)
+        ctx.save_for_backward(x, factor, mean, y, scale, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight, scale, mean, y = ctx.saved_tensors
-        of_x = torch.bmm((grad * scale).to(x.dtype), weight.transpose(1, 2))
-        # The scale falls by scale^3 (x - mean) / d_model.
-        fall = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) * scale**2 / x.shape[-1]
+        x, factor, mean, y, scale, *weights = ctx.saved_tensors
+        of_x = torch.bmm((grad * factor).to(x.dtype), _fold(mean is not None, scale, weights))
+        # The factor falls by factor^3 (x - mean) / d_model.
+        fall = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) * factor**2 / x.shape[-1]
         of_x.addcmul_(x, fall.to(x.dtype), value=-1)
         if mean is not None:
             of_x += (fall * mean).to(x.dtype)
-        return of_x, None, None, None
+        return of_x, *[None] * (3 + len(weights))
+
+
+def _fold(centred: bool, scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A norm's scale, and the taking of the mean, as part of the weights of all heads."""
+    folded = scale * weights[0] if len(weights) == 1 else torch.cat([scale * w for w in weights])
+    return folded - folded.mean(-1, keepdim=True) if centred else folded
 
 
 def project_from_heads(

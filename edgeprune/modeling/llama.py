@@ -93,12 +93,13 @@ class LlamaBlock:
         attention = self.attention
         _, batch, pos, _ = x.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weight = torch.cat([_weight(linear).to(x.dtype) for linear in projections])
-        weight = weight.view(len(x), self.d_head, -1).transpose(1, 2)
+        weights = [
+            _weight(linear).to(x.dtype).view(-1, self.d_head, x.shape[-1]) for linear in projections
+        ]
         bias = None
         if attention.q_proj.bias is not None:
             bias = torch.cat([linear.bias for linear in projections]).view(len(x), self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, weight, bias).transpose(0, 1)
+        qkv = project_to_heads(x, self.attention_norm, weights, bias).transpose(0, 1)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
