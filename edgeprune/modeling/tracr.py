@@ -114,9 +114,9 @@ class TracrLayer(nn.Module):
         self.num_heads, self.d_head = config["n_heads"], config["d_head"]
         self.scaling = config.get("attn_scale", config["d_head"] ** -0.5)
         self.causal = config["causal"]
-        # [3 * head, d_model, d_head] and [3 * head, d_head]: all heads' q, then k, then v.
-        qkv = torch.cat([weight(f"attn.W_{part}") for part in "QKV"])
-        self.qkv_weight = nn.Parameter(qkv)
+        # [3 * head, d_head, d_model] and [3 * head, d_head]: all heads' q, then k, then v.
+        qkv = torch.cat([weight(f"attn.W_{part}") for part in "QKV"]).transpose(1, 2)
+        self.qkv_weight = nn.Parameter(qkv.contiguous())
         self.qkv_bias = nn.Parameter(torch.cat([weight(f"attn.b_{part}") for part in "QKV"]))
         self.attention_norm = nn.Identity()
         self.attention_output = _linear(weight("attn.W_O").flatten(0, 1), weight("attn.b_O"))
@@ -144,7 +144,7 @@ class TracrLayer(nn.Module):
             The heads' values, [batch, pos, head * d_head].
         """
         _, batch, pos, _ = x.shape
-        qkv = project_to_heads(x, NO_NORM, self.qkv_weight, self.qkv_bias)
+        qkv = project_to_heads(x, NO_NORM, [self.qkv_weight], self.qkv_bias)
         q, k, v = qkv.view(3, self.num_heads, batch, pos, self.d_head)
         scores = q @ k.transpose(-1, -2) * self.scaling  # [head, batch, pos, pos]
         if self.causal:
