@@ -63,7 +63,9 @@ def overview() -> str:
 def command_help(command: str) -> str:
     """The help of one command: settings with their defaults and meanings, choices, examples."""
     config = COMMANDS[command]
-    path = {"compare": " PATH PATH ...", "prune": "", "prepare": ""}.get(command, " PATH")
+    path = {"compare": " PATH PATH ...", "prune": "", "prepare": "", "benchmark": ""}.get(
+        command, " PATH"
+    )
     lines = [f"usage: edgeprune {command}{path} [name=value ...]", "", str(config.__doc__), ""]
     lines += ["Settings:"]
     lines += [f"  {name}\n      {text}" for name, text in _described(config, "")]
