@@ -27,4 +27,5 @@ circuit gendered_pronoun-95 gendered_pronoun
 circuit induction-95 induction
 circuit ioi-99 ioi sparsity=0.99 trainer.target_sparsity=1.05
 circuit ioi-90 ioi sparsity=0.9
-.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-95
+"$edgeprune" draw runs/smollm2/ioi-98 num_edges=150 output=runs/smollm2/ioi-98/strongest
+.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-98
