@@ -9,6 +9,7 @@ from test_micro_model import CIRCUIT, induction_pairs, micro_model
 
 from edgeprune import clean_up, evaluate, prune
 from edgeprune.ablation import Ablation
+from edgeprune.analysis import cleanup
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, AblationKind, ConfigError
 from edgeprune.dataset import encode_records
@@ -83,6 +84,18 @@ def test_never_too_far_always_a_part_and_nothing_more_can_go(seed, share, tolera
     for edge in result.circuit.edge_set:
         less = Circuit(graph, result.circuit.edge_set - {edge})
         assert kl(model, less, pairs, ablation) > limit - slack
+
+
+def test_a_large_circuit_is_tried_in_parts(monkeypatch):
+    """Every part of a random model matters: each is tried once, however many edges there are."""
+    monkeypatch.setattr(cleanup, "SMALL", 16)
+    model, pairs = wrap_model(random_gpt2()), random_pairs(4)
+    result = clean_up(
+        model, whole(model), pairs, tolerance=0.0, ranking=list(range(model.graph.num_edges))
+    )
+    parts = -(-model.graph.num_edges // (model.graph.num_edges // 16))
+    assert len(result.circuit) > 0.9 * model.graph.num_edges > 16
+    assert result.passes <= parts + 10
 
 
 def test_a_circuit_that_misses_something_is_completed():

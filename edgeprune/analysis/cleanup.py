@@ -3,9 +3,9 @@
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
 Here each is really cut, and what the circuit then does decides. Edges are tried cheapest first,
 many at once where that goes well (twice as many after each success) and ever fewer where it does
-not: a sweep costs about one pass over the data for each edge that has to stay, and a few for each
-run of edges that go together. A pass stops as soon as it is known to fail. Sweeps are repeated
-until one removes nothing.
+not, down to one by one in a small circuit and to a 256th of a large one at a time: so a sweep costs
+some hundreds of passes over the data at the most, however many edges there are. A pass stops as
+soon as it is known to fail. Sweeps of a small circuit are repeated until one removes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from edgeprune.graph import Edge
 from edgeprune.metrics import Output, error_per_token, kl_per_token, mean_by_example
 from edgeprune.modeling import Activations, CircuitModel
 from edgeprune.modeling.passes import MOST_KEPT, KeptPasses
+
+SMALL = 256
+"""Edges of a circuit up to which each is tried by itself; of a larger one, so many parts are."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def clean_up(
         batch_size: pairs a forward pass.
 
     Returns:
-        A circuit of which no single edge can be removed. It is a subset of the one given, unless
-        that one had to be completed.
+        A circuit of which, if it has up to `SMALL` edges, no single one can be removed. It is a
+        subset of the one given, unless that one had to be completed.
 
     Raises:
         ConfigError: the tolerance is negative.
@@ -121,7 +124,7 @@ class _CleaningUp:
         elif before > self.limit:
             self._complete()
         self._try(self.circuit.without_dangling())
-        while self._sweep():
+        while self._sweep() and len(self.circuit) <= SMALL:
             pass
         self._try(self.circuit.without_dangling())
         return CleanUp(
@@ -188,15 +191,16 @@ class _CleaningUp:
         """Try every edge once, cheapest first; whether any went."""
         edges = [edge for edge in reversed(self.ranked) if edge in self.circuit.edge_set]
         before = len(edges)
-        count = max(1, len(edges) // 4)
+        fewest = max(1, before // SMALL)
+        count = max(1, before // 4)
         while edges:
             if self._remove(edges[:count]):
                 edges = [edge for edge in edges[count:] if edge in self.circuit.edge_set]
                 count *= 2
-            elif count == 1 or len(edges) == 1:
-                edges = edges[1:]
+            elif min(count, len(edges)) <= fewest:
+                edges = edges[fewest:]
             else:
-                count = max(1, min(count, len(edges)) // 2)
+                count = max(fewest, min(count, len(edges)) // 2)
         return len(self.circuit) < before
 
     def _remove(self, edges: list[Edge]) -> bool:
