@@ -58,8 +58,8 @@ class ModelConfig:
     name: str = ""
     """For people and for the run directory."""
     path: str = ""
-    """Hub name; a folder with config.json, tokenizer.json and safetensors; a .gguf file; or
-    `embedded`."""
+    """Hub name; a folder with config.json, tokenizer.json and safetensors; a .gguf file; a Tracr
+    folder; or what comes with the project: `embedded`, `tracr/NAME`."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = "float32"
@@ -403,7 +403,13 @@ def check_prune(config: PruneConfig) -> None:
     """Raises ConfigError where a setting is out of range or two contradict each other."""
     check_size(config.sparsity, config.num_edges)
     check_cleanup(config.cleanup)
+    if config.overwrite and config.resume is Resume.auto:
+        raise ConfigError(
+            "overwrite=true throws away what resume=auto would go on from; give one of them"
+        )
     trainer = config.trainer
+    if trainer.init_std < 0:
+        raise ConfigError(f"trainer.init_std={trainer.init_std} must not be negative")
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
@@ -464,6 +470,12 @@ def check_prune(config: PruneConfig) -> None:
                 f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets must be "
                 f"below 1, got {max(targets)}; use trainer.warmup=linear"
             )
+
+
+def evaluation_batch_size(trainer: TrainerConfig) -> int:
+    """Pairs of a pass without gradients, which takes half of the memory of one with them."""
+    in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
+    return min(EvaluateConfig.batch_size, 2 * in_training)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -32,6 +32,10 @@ class DataError(ValueError):
     """A prompt, a line or a file which cannot be used; the message says why and what to do."""
 
 
+class MisfitError(DataError):
+    """Clean and corrupted have different numbers of tokens."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """One example as token ids.
@@ -108,7 +112,7 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
             length, or a distractor equals the answer.
     """
     if "clean_ids" in record:
-        return encode_ids(record)
+        return encode_ids(record, len(tokenizer))
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
     prediction, corrupted_prediction = gap + prediction, other_gap + corrupted_prediction
@@ -118,13 +122,13 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     target = options[0]
     other_prompt, (other_target,) = _tokenize(tokenizer, corrupted_prompt, [corrupted_prediction])
     if len(prompt) != len(other_prompt):
-        raise DataError(
+        raise MisfitError(
             f"clean and corrupted prompts have unequal lengths: {len(prompt)} and "
             f"{len(other_prompt)} tokens; every token of the one stands in for that of the other, "
             "so choose words with equally many tokens"
         )
     if len(target) > 1 and len(other_target) != len(target):
-        raise DataError(
+        raise MisfitError(
             f"clean and corrupted predictions have unequal lengths: {len(target)} and "
             f"{len(other_target)} tokens; choose predictions with equally many tokens"
         )
@@ -141,19 +145,20 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     )
 
 
-def encode_ids(record: dict) -> Pair:
+def encode_ids(record: dict, num_tokens: int) -> Pair:
     """A pair from a line that gives token ids.
 
     Args:
         record: `clean_ids` and `corrupted_ids`, as many; and what the last positions have to give:
             `target_ids` (-1 where nothing is known to be right) or `target_values` (null likewise).
+        num_tokens: that the model knows; ids are below.
 
     Raises:
         DataError: a field is missing or malformed, or the lengths do not fit.
     """
     clean, corrupted = _numbers(record, "clean_ids", int), _numbers(record, "corrupted_ids", int)
     if len(clean) != len(corrupted):
-        raise DataError(
+        raise MisfitError(
             f"clean_ids and corrupted_ids have unequal lengths: {len(clean)} and {len(corrupted)}"
         )
     values: tuple = ()
@@ -167,13 +172,20 @@ def encode_ids(record: dict) -> Pair:
         raise DataError(
             f"{len(targets)} targets are more than the {len(clean)} tokens of clean_ids"
         )
-    text = record.get("clean", " ".join(map(str, clean)))
+    for field, ids in (("clean_ids", clean), ("corrupted_ids", corrupted)):
+        if not all(0 <= number < num_tokens for number in ids):
+            raise DataError(f"field {field!r} has ids outside of 0 to {num_tokens - 1}: {ids}")
+    text = str(record.get("clean", " ".join(map(str, clean))))
     return Pair(clean, corrupted, targets, (), (), 0, text, values)
 
 
 def _numbers(record: dict, field: str, kind: Any) -> tuple:
     value = record.get(field)
-    if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+    ):
         raise DataError(f"field {field!r} must be a list of numbers, got {value!r}")
     return tuple(value)
 
@@ -316,7 +328,10 @@ class PairDataset(Sequence):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index += len(self) if index < 0 else 0
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         start, end = self._ends[index : index + 2]
@@ -430,11 +445,11 @@ def _encode(
         where = record.get("_where", f"example {number}")
         try:
             pair = encode_pair(tokenizer, record)
-        except DataError as error:
-            if "unequal lengths" not in str(error):
-                raise DataError(f"{where}: {error}") from None
+        except MisfitError as error:
             skipped.append(f"{where}: {error}")
             continue
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         if max_length is not None and len(pair.clean_ids) > max_length:
             skipped.append(
                 f"{where}: {len(pair.clean_ids)} tokens are more than the {max_length} allowed"

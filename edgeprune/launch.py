@@ -43,14 +43,23 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     process = subprocess.Popen(command, env={**threads, **os.environ, "WORLD_SIZE": str(count)})
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    old = {n: signal.signal(n, lambda *_: process.terminate()) for n in numbers}
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        process.terminate()
+
+    old = {number: signal.signal(number, stop) for number in numbers}
     try:
         code = process.wait()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
     if code != 0:
-        raise JobFailed(
+        error = JobFailed(
             f"the {count} processes of the run ended with code {code}; what they said is above. "
             "Go on with the same command and resume=auto"
         )
+        if received:
+            error.exit_code = 128 + received[0]
+        raise error

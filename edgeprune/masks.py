@@ -67,7 +67,7 @@ class CircuitMasks(nn.Module):
         )
 
     def sample(self, step: int) -> Gates:
-        """Training gates of one step: the same on every rank and on every repetition.
+        """Training gates of one step: the same on every process and on every repetition.
 
         The noise comes from a CPU generator seeded by (seed, step), so it does not depend on the
         device, on the number of processes or on what ran before.

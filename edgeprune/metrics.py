@@ -45,6 +45,7 @@ def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
     0: the same outputs; 1: as bad as always giving the mean. Without a unit, so that a price on an
     edge means the same for fractions and for counts.
     """
+    reference, outputs = reference.float(), outputs.float()
     variance = (reference - reference.mean(0)).square().sum()
     constant = variance < 1e-6 * len(reference)  # outputs that never vary are measured as they are
     scale = torch.where(constant, float(len(reference)), variance)
@@ -104,7 +105,7 @@ def score(
     if output is not Output.logits:
         return _score_values(batch, reference, logits, output)
     best = logits.argmax(-1)
-    right = best == batch.target_ids
+    right = (best == batch.target_ids) | (batch.target_ids < 0)
     for pair, at in zip(batch.pairs, batch.contrasts.tolist(), strict=True):
         if best[at].item() in pair.answer_ids:
             right[at] = True

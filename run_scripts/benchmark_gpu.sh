@@ -2,6 +2,7 @@
 # All benchmarks that need a GPU, in under ten minutes: run_scripts/benchmark_gpu.sh [folder]
 # One GPU of 80 GB or more; weights are random, nothing is downloaded.
 set -euo pipefail
+PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
 out=${1:-benchmark_gpu}
 mkdir -p "$out"
 

@@ -7,6 +7,8 @@
 #
 # Further arguments go to `edgeprune prune`, for instance trainer.steps=100. A stopped run goes on.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
 
 family=codellama/ runs=runs/boolean_expressions
 if [ "${1:-}" = rehearsal ]; then

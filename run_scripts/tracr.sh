@@ -7,6 +7,7 @@
 # Runs go to runs/tracr/; what is there already is run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
 
 is_true() { # program, key of its true edges, run
   python - "$@" <<'END'

@@ -328,6 +328,10 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ["prune", "experiment=ioi", "trainer.steps=5", "trainer.lr_warmup_steps=6"],
             ["trainer.lr_warmup_steps=6 must lie between 0 and trainer.steps=5"],
         ),
+        (
+            ["prune", "experiment=ioi", "overwrite=true", "resume=auto"],
+            ["overwrite=true throws away what resume=auto would go on from"],
+        ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["export"], ["give one path: edgeprune export PATH"]),
         (["export", "nowhere"], ["nowhere is no run directory"]),

@@ -11,7 +11,7 @@ from edgeprune.config import AblationConfig, AblationKind
 from edgeprune.dataset import collate
 from edgeprune.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import ModelError, load, verify_parity, wrap_model
+from edgeprune.modeling import ModelError, load, pick_device, verify_parity, wrap_model
 from edgeprune.modeling import model as engine
 from edgeprune.modeling.heads import project_to_heads
 
@@ -179,6 +179,13 @@ def test_parity_check_catches_nan():
     )
     with pytest.raises(ModelError, match="parity check failed"):
         verify_parity(model)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense", "cpu:x", "cuda:-1"])
+def test_devices_that_are_not_there_are_refused_by_name(device):
+    with pytest.raises(ModelError, match=f"no device '{device}' on this machine"):
+        pick_device(device)
+    assert pick_device("cpu") == "cpu"
 
 
 def test_unsupported_model_is_refused_by_name(tmp_path):

@@ -90,6 +90,6 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path):
     done = run_cli("prune", "model=custom", "model.name=giant", f"model.path={model}",
                    "task.train=8", "sparsity=0.9", f"run_dir={tmp_path / 'run'}")  # fmt: skip
     assert_refused(
-        done, 2, "giant needs about", "weights 550.", "outboxes", "are free for a process",
+        done, 2, "giant needs about", "weights 550.", "outboxes", "less are free for a process",
         "Take fewer examples at a time", "launcher.shard=true",
     )  # fmt: skip

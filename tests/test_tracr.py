@@ -255,7 +255,7 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
     result = score(batch, reference, off, Output.number)
     assert (result.correct.item(), result.exact_match.item()) == (True, False)
     record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [-1, 1]}
-    batch = collate([encode_ids(record)])
+    batch = collate([encode_ids(record, 10)])
     outputs = torch.eye(2)
     assert score(batch, outputs, outputs, Output.one_hot).correct.item()
 
@@ -265,6 +265,9 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
     [
         ({"corrupted_ids": [0]}, "unequal lengths: 2 and 1"),
         ({"clean_ids": "0 1"}, "'clean_ids' must be a list of numbers"),
+        ({"clean_ids": [0, 10]}, "ids outside of 0 to 9"),
+        ({"corrupted_ids": [-1, 0]}, "ids outside of 0 to 9"),
+        ({"clean_ids": [True, 1]}, "'clean_ids' must be a list of numbers"),
         ({"target_ids": [1, 1, 1]}, "3 targets are more than the 2 tokens"),
         ({"target_ids": []}, "'target_ids' must be a list of numbers"),
     ],
@@ -272,7 +275,13 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
 def test_lines_of_ids_are_checked(change, message):
     record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [1], **change}
     with pytest.raises(DataError, match=message):
-        encode_ids(record)
+        encode_ids(record, 10)
+
+
+def test_a_program_takes_no_text():
+    record = {"clean": "a b <predict>c</predict>", "corrupted": "a d <predict>c</predict>"}
+    with pytest.raises(DataError, match="takes token ids, not text"):
+        encode_records([record], load_model("tracr/reverse").tokenizer)
 
 
 def test_the_prompts_of_a_program_need_a_program(tokenizer):

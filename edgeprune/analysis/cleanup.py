@@ -10,6 +10,7 @@ soon as it is known to fail. Sweeps of a small circuit are repeated until one re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,13 +121,20 @@ class _CleaningUp:
         before = self.distance(given)
         self.limit = tolerance
         if self.model.output is Output.logits:
+            if not math.isfinite(before):
+                raise ValueError(
+                    "the circuit's distance from the full model is not a finite number, so nothing "
+                    "can be compared with it; use model.dtype=float32"
+                )
             self.limit += before
         elif before > self.limit:
             self._complete()
         self._try(self.circuit.without_dangling())
-        while self._sweep() and len(self.circuit) <= SMALL:
-            pass
-        self._try(self.circuit.without_dangling())
+        while True:
+            removed = self._sweep()
+            removed = self._try(self.circuit.without_dangling()) or removed
+            if not removed or len(self.circuit) > SMALL:
+                break
         return CleanUp(
             circuit=self.circuit,
             num_edges_before=len(given),

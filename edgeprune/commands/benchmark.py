@@ -20,10 +20,9 @@ def benchmark(config: BenchmarkConfig) -> None:
     import torch
 
     from edgeprune.analysis.benchmark import ceilings
+    from edgeprune.modeling import pick_device
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(config.device)
     with OUT.status("measuring the machine"):
         found = ceilings(torch.device(device), getattr(torch, config.dtype))
     report = {

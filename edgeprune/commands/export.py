@@ -19,7 +19,14 @@ from edgeprune.commands.shared import (
     run_settings,
     show,
 )
-from edgeprune.config import CircuitFormat, ConfigError, ExportConfig, check_cleanup, check_size
+from edgeprune.config import (
+    CircuitFormat,
+    ConfigError,
+    ExportConfig,
+    check_cleanup,
+    check_size,
+    evaluation_batch_size,
+)
 from edgeprune.files import write_text
 
 
@@ -77,6 +84,7 @@ def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
         model = load_model(of_run["model"])
     task = of_run["task"]
     pairs = load_pairs(data_file(task, model.tokenizer, run_dir), task, model, "train")
+    batch_size = evaluation_batch_size(of_run["trainer"])
     with OUT.status(f"cleaning up {len(chosen.circuit):,} edges"):
         return clean_up(
             model,
@@ -84,7 +92,8 @@ def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
             pairs,
             tolerance=tolerance,
             ranking=chosen.ranking,
-            ablation=Ablation(model, of_run["ablation"], pairs),
+            ablation=Ablation(model, of_run["ablation"], pairs, batch_size),
+            batch_size=batch_size,
         )
 
 

@@ -22,6 +22,7 @@ from edgeprune.config import (
     TrackerConfig,
     check_model,
     check_prune,
+    evaluation_batch_size,
     target_sparsity,
     to_dict,
 )
@@ -83,13 +84,14 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     processes.check_same("the data", run.file_digest(data_path))
     processes.check_same("the models", model.fingerprint())
     processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
+    batch_size = evaluation_batch_size(config.trainer)
     trainer = Trainer(
         model,
         pairs,
         config.trainer,
         target_sparsity=target_sparsity(config, model.graph.num_edges),
         seed=config.seed,
-        ablation=Ablation(model, config.ablation, pairs),
+        ablation=Ablation(model, config.ablation, pairs, batch_size),
         processes=processes,
     )
     number = f", {processes.count} processes" if processes.count > 1 else ""
@@ -103,23 +105,28 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
+    if not processes.is_first and not config.launcher.shard:
+        return  # what is left may take long; only a sharded model needs all to run it
+    model.release()
     size = ExportConfig(
         run=str(run_dir),
         sparsity=config.sparsity,
         num_edges=config.num_edges,
         cleanup=config.cleanup,
     )
-    processes.first_does(lambda: export(size, model=model))
-    if processes.is_first or config.launcher.shard:  # a sharded model needs all to run it
-        evaluate(
-            EvaluateConfig(
-                circuit=str(run_dir),
-                split=first_split(data_path, Split.validation),
-                batch_size=min(EvaluateConfig.batch_size, config.trainer.batch_size),
-            ),
-            model=model,
-            writes=processes.is_first,
-        )
+    if config.launcher.shard:
+        processes.first_does(lambda: export(size, model=model))
+    else:
+        export(size, model=model)
+    evaluate(
+        EvaluateConfig(
+            circuit=str(run_dir),
+            split=first_split(data_path, Split.validation),
+            batch_size=batch_size,
+        ),
+        model=model,
+        writes=processes.is_first,
+    )
 
 
 def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Processes) -> None:
@@ -131,13 +138,14 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
     from edgeprune.modeling.memory import in_gb, plan_memory
 
     sharded, trainer = config.launcher.shard, config.trainer
-    of_process = math.ceil(trainer.batch_size / processes.count)
+    batch_size = min(trainer.batch_size, len(pairs))
+    of_process = math.ceil(batch_size / processes.count)
     at_a_time = min(of_process, trainer.micro_batch_size or of_process)
-    if sharded and trainer.micro_batch_size and trainer.batch_size % (processes.count * at_a_time):
+    if sharded and trainer.micro_batch_size and batch_size % (processes.count * at_a_time):
         raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} cannot be run by {processes.count} processes "
-            f"in equally many parts of {at_a_time}, which launcher.shard=true needs, since all "
-            "gather the weights together; choose sizes that divide"
+            f"the {batch_size} pairs of a step cannot be run by {processes.count} processes in "
+            f"equally many parts of {at_a_time}, which launcher.shard=true needs, since all gather "
+            "the weights together; choose trainer.batch_size and .micro_batch_size that divide"
         )
     plan = plan_memory(
         shape,
@@ -150,11 +158,12 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
     )
     free = processes.free_memory()
     say(f"memory for each process: about {plan}; {in_gb(free)} are free")
-    if plan.total > free:
+    if processes.any(plan.total > free):
         raise ConfigError(
-            f"{config.model.name} needs about {plan}, but only {in_gb(free)} are free for a "
-            "process. Take fewer examples at a time (trainer.micro_batch_size, or more processes), "
-            "run blocks again (trainer.recompute=true), hold the weights in less "
-            "(model.dtype=bfloat16, model.bits=4), or split them over processes "
-            "(launcher.shard=true, launcher.offload=true)"
+            f"{config.model.name} needs about {plan}, but less are free for a process "
+            f"({in_gb(free)} for this one). Take fewer examples at a time "
+            "(trainer.micro_batch_size, or more processes), run blocks again "
+            "(trainer.recompute=true), hold the weights in less (model.dtype=bfloat16, "
+            "model.bits=4), or split them over processes (launcher.shard=true, "
+            "launcher.offload=true)"
         )

@@ -192,14 +192,17 @@ def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | No
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:
-    """Model, task and ablation settings of a run; nothing without a run."""
+    """Model, task, ablation and trainer settings of a run; nothing without a run."""
     if run_dir is None:
         return {}
     from edgeprune.training.run import read_config
 
     try:
         settings = OmegaConf.merge(OmegaConf.structured(PruneConfig), read_config(run_dir))
-        return {key: OmegaConf.to_object(settings[key]) for key in ("model", "task", "ablation")}
+        return {
+            key: OmegaConf.to_object(settings[key])
+            for key in ("model", "task", "ablation", "trainer")
+        }
     except Exception as error:  # whatever OmegaConf finds wrong with a file edited by hand
         raise ConfigError(f"{run_dir}/config.yaml cannot be used: {error}") from None
 

@@ -5,6 +5,7 @@ from edgeprune.modeling.load import (
     load_model,
     load_tokenizer,
     model_shape,
+    pick_device,
     verify_parity,
     wrap_model,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_shape",
+    "pick_device",
     "verify_parity",
     "wrap_model",
 ]

@@ -63,6 +63,8 @@ class LlamaBlock:
         self.attention_norm = layer.input_layernorm
         self.attention_output = attention.o_proj
         if hasattr(layer, "pre_feedforward_layernorm"):  # what is written is normed too
+            if attention.o_proj.bias is not None:
+                raise ValueError("a norm of what heads write is not supported beside their bias")
             self.heads_norm = layer.post_attention_layernorm
             self.mlp_norm = layer.pre_feedforward_layernorm
             self.mlp_output = layer.post_feedforward_layernorm

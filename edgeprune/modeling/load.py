@@ -80,8 +80,7 @@ def load_model(
         ModelError: not found, no safetensors weights, a family which is not supported, or one that
             fails the parity check.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
         return _load_tracr(folder, device, getattr(torch, dtype), embedding_writers)
@@ -89,9 +88,11 @@ def load_model(
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    caps = getattr(config, "attn_logit_softcapping", None) is not None
     if attention == "auto":
-        caps = getattr(config, "attn_logit_softcapping", None) is not None
         attention = "eager" if caps else "sdpa"
+    if caps and attention == "sdpa":
+        raise ModelError(f"{name_or_path} caps its attention scores, which sdpa cannot; use eager")
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)
@@ -116,6 +117,26 @@ def load_model(
     )
     verify_parity(circuit_model)
     return circuit_model
+
+
+def pick_device(device: str) -> str:
+    """The device meant; `auto` is a GPU if there is one.
+
+    Raises:
+        ModelError: this machine has no such device.
+    """
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    kind, _, number = device.partition(":")
+    index = int(number) if number.isdecimal() else 0 if not number else -1
+    there = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    if not 0 <= index < there:
+        raise ModelError(
+            f"there is no device {device!r} on this machine, which has a CPU (cpu) and {gpus} GPUs "
+            "(cuda, cuda:0, ...); auto takes a GPU if there is one"
+        )
+    return device
 
 
 def model_shape(
@@ -153,12 +174,16 @@ def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
         )
     except LOAD_ERRORS as error:
         raise ModelError(_cannot_load(name_or_path, error)) from None
+    _check_family(config, name_or_path)
+    return config
+
+
+def _check_family(config: Any, name_or_path: str | Path) -> None:
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"model type {config.model_type!r} of {name_or_path} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
-    return config
 
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -183,7 +208,12 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 def wrap_model(
     model: Any, tokenizer: Any = None, *, name: str = "model", embedding_writers: bool = True
 ) -> CircuitModel:
-    """Make a circuit model of a loaded Hugging Face model, which is frozen by it."""
+    """Make a circuit model of a loaded Hugging Face model, which is frozen by it.
+
+    Raises:
+        ModelError: a family which is not supported.
+    """
+    _check_family(model.config, name)
     architecture, build_graph = FAMILIES[model.config.model_type]
     model.requires_grad_(False).eval()
     graph = build_graph(model.config, embedding_writers=embedding_writers)

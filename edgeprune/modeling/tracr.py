@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgeprune.dataset import Pair
+from edgeprune.dataset import DataError, Pair
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 from edgeprune.modeling.heads import project_from_heads, project_to_heads
@@ -93,6 +93,16 @@ class TracrTokenizer:
         """The output of each column."""
         values = self.config.get("output_decoding", {}).get("values")
         return values or [str(column) for column in range(self.config["d_out"])]
+
+    def __call__(self, *arguments: Any, **settings: Any) -> None:
+        """Refuses text."""
+        raise DataError(
+            "this Tracr model takes token ids, not text: use task=tracr, or lines with clean_ids, "
+            "corrupted_ids and target_ids"
+        )
+
+    def __len__(self) -> int:
+        return self.config["d_vocab"]
 
     def decode(self, ids: list[int]) -> str:
         """The names of outputs given by column."""

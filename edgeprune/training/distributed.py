@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from edgeprune.config import ConfigError
-from edgeprune.modeling import CircuitModel
+from edgeprune.modeling import CircuitModel, pick_device
 
 Item = TypeVar("Item")
 
@@ -116,9 +116,7 @@ class Processes:
 
     def free_memory(self) -> int:
         """Bytes that this process may still take: of its GPU, or its share of the machine's."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device(self.device)
         if device.startswith("cuda"):
             return torch.cuda.mem_get_info(torch.device(device))[0]
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -151,7 +149,7 @@ class Processes:
         if self.count == 1:
             return
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        self._exchange(lambda: dist.all_reduce(flat))
+        self.guard(lambda: dist.all_reduce(flat))
         parts = flat.split([tensor.numel() for tensor in tensors])
         with torch.no_grad():
             for tensor, part in zip(tensors, parts, strict=True):
@@ -206,12 +204,19 @@ class Processes:
             return [number]
         numbers = torch.zeros(self.count, dtype=torch.long, device=PartialState().device)
         numbers[self.rank] = number
-        self._exchange(lambda: dist.all_reduce(numbers))
+        self.guard(lambda: dist.all_reduce(numbers))
         return numbers.tolist()
 
-    def _exchange(self, function: Callable[[], object]) -> None:
+    def guard(self, function: Callable[[], Item]) -> Item:
+        """Do something that waits for other processes.
+
+        Raises:
+            ProcessError: another process died, or did not answer in time.
+        """
         try:
-            function()
+            return function()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ProcessError(
                 f"another process of the run died or did not answer: {_first_line(error)}. "

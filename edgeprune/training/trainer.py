@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import Output
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.passes import KeptPasses
+from edgeprune.modeling.sharding import is_sharded
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
 from edgeprune.training.distributed import Processes
 from edgeprune.training.objective import (
@@ -107,6 +108,7 @@ class Trainer:
                 f"the outputs of {model.name} are values, and their variance is taken over a whole "
                 "batch; leave out trainer.micro_batch_size, and start one process"
             )
+        self._sharded = is_sharded(model.architecture.blocks[0].layer)
         self.step = 0
         self.masks = CircuitMasks(
             model.graph,
@@ -142,7 +144,11 @@ class Trainer:
         pairs = training_pairs(self.pairs, config.batch_size, self.seed, self.step)
         gates = self.masks.sample(self.step)
         mixed = combined_gates(gates, self.masks.edge_writers)
-        distance, of_gates = self._differentiate(pairs, mixed.detach())
+        differentiate = partial(self._differentiate, pairs, mixed.detach())
+        if self._sharded:  # its layers are gathered from other processes
+            distance, of_gates = self.processes.guard(differentiate)
+        else:
+            distance, of_gates = differentiate()
         self.processes.sum([distance, of_gates])
         sparsity = hard_concrete.sparsity(gates.edge)
         target = None
