@@ -78,20 +78,20 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_at_the_same_bits(tmp_p
 
 def test_a_second_run_in_the_same_place_is_refused_until_the_first_is_dead(tmp_path):
     run_dir = tmp_path / "run"
-    arguments = ("prune", *SMALL, "trainer.steps=2000", f"run_dir={run_dir}", "resume=auto")
+    arguments = ("prune", *SMALL, "trainer.steps=2000", f"run_dir={run_dir}")
     first = start(*arguments, "trainer.checkpoint_every=5")
     try:
         wait_for(lambda: list_checkpoints(run_dir), first)
         os.kill(first.pid, signal.SIGSTOP)  # a run that is stuck still holds its place
         before = {path: path.stat().st_mtime for path in run_dir.rglob("*")}
-        for more in ((), ("overwrite=true",)):
-            second = run_cli(*arguments, *more)
+        for more in ("resume=auto", "overwrite=true"):
+            second = run_cli(*arguments, more)
             assert_refused(second, 2, f"another run is at work in {run_dir}", "run_dir=")
         assert {path: path.stat().st_mtime for path in run_dir.rglob("*")} == before
     finally:
         first.kill()
         first.communicate()
-    second = start(*arguments, "trainer.checkpoint_every=5")
+    second = start(*arguments, "resume=auto", "trainer.checkpoint_every=5")
     last = list_checkpoints(run_dir)[-1]
     wait_for(lambda: list_checkpoints(run_dir)[-1] > last, second)
     second.kill()
