@@ -40,7 +40,7 @@ def prune(config: PruneConfig) -> None:
         launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
         return
     from edgeprune.training import run
-    from edgeprune.training.distributed import Processes
+    from edgeprune.training.distributed import FirstFailed, ProcessError, Processes
 
     run_dir = Path(config.run_dir)
     processes = Processes.join(config.model.device, config.launcher.timeout)
@@ -53,8 +53,17 @@ def prune(config: PruneConfig) -> None:
             held.enter_context(run.locked(run_dir))
             run.claim(run_dir, config)
 
-        processes.first_does(claim)
-        _prune(config, run_dir, processes)
+        try:
+            processes.first_does(claim)
+            _prune(config, run_dir, processes)
+        except ProcessError as error:
+            if isinstance(error, FirstFailed):
+                processes.part_company()
+            raise  # else another process is dead, and letting go of it might wait for it
+        except Exception:
+            processes.part_company()
+            raise
+        processes.part_company()
 
 
 def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
@@ -105,8 +114,10 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    if not processes.is_first and not config.launcher.shard:
-        return  # what is left may take long; only a sharded model needs all to run it
+    if not config.launcher.shard:  # only a sharded model needs all of them to the end
+        processes.part_company()
+        if not processes.is_first:
+            return
     model.release()
     size = ExportConfig(
         run=str(run_dir),

@@ -122,6 +122,11 @@ class Processes:
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return psutil.virtual_memory().available // on_this_machine
 
+    def part_company(self) -> None:
+        """Let go of the others. A process that exits still joined may be aborted by their exit."""
+        if self.count > 1 and dist.is_initialized():
+            PartialState().destroy_process_group()
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
