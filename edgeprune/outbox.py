@@ -10,15 +10,22 @@ rewritten). All deltas lie in one buffer, filled in write order; all their gradi
 into which every read's backward pass accumulates by the product itself. No copy of the residual
 array is made at any layer.
 
+Buffers go token by token, [token, writer, d_model] with batch and pos in one axis: mixing is then
+one small product a token, all with the same gates, each within a processor's cache.
+
 A layer has few readers for many writers, and products that thin use a processor badly. So reads
-look ahead: the writers that are there already are mixed for the readers of several layers in one
-product, and each read adds only what has been written since.
+look ahead: the writers that are there already are mixed for the readers of several layers at once.
+What they write is added for the later half of these layers when the first half is done, and so on
+by halves: the blocked product with a triangular matrix.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,16 +77,18 @@ class Outboxes:
         self, workspace: Workspace, num_writers: int, like: Tensor, *, keep_inputs: bool
     ) -> None:
         workspace.generation += 1
-        self._workspace = workspace
+        self.workspace = workspace
         self._generation = workspace.generation
-        self.delta = workspace.take("delta", (num_writers, *like.shape), like)
-        self.gradient = None
-        if torch.is_grad_enabled():
-            self.gradient = workspace.take("gradient", self.delta.shape, like).zero_()
+        self._shape = like.shape
+        shape = (like.shape[0] * like.shape[1], num_writers, like.shape[2])
+        self.delta = workspace.take("delta", shape, like)
+        self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
         self.num_written = 0
-        self._num_read = 0
-        self._ahead = _Ahead(0, self.delta[:0])
+        self._num_inputs = 0
+        self._inputs = self.delta[:, :0]  # of the latest buffer of readers' inputs
+        self._num_read = 0  # of these
+        self._levels: list[_Level] = []
         self._link = torch.empty(0, device=like.device)  # orders writes and reads for autograd
 
     def write(self, delta: Tensor) -> None:
@@ -88,26 +97,46 @@ class Outboxes:
         Args:
             delta: [writer, batch, pos, d_model].
         """
-        self._link = _Write.apply(self._link, delta, self, self.num_written)
-        self.num_written += delta.shape[0]
+        writers = slice(self.num_written, self.num_written + len(delta))
+        self.num_written = writers.stop
+        if self.gradients is None or delta.requires_grad:
+            self._link = _Write.apply(self._link, delta, self, writers)
+        else:
+            self.gradients.leave_out(writers)
+            _store(self, delta, writers)
 
     def look_ahead(self, gates: Sequence[Tensor]) -> None:
-        """Mix the deltas written so far for several reads to come, in one product.
+        """Mix the deltas written so far for several reads to come.
 
-        Those reads add only what is written after. Mixing for many readers at once is faster: the
-        buffer is gone through once for all of them, forward and backward.
+        Those reads, or look-aheads for some of them, add only what is written after. Mixing for
+        many readers at once is faster: the buffer is gone through once for all of them, forward and
+        backward.
 
         Args:
             gates: of each of the next reads, [reader, writer] in [0, 1], in their order.
         """
         num_readers = sum(len(g) for g in gates)
-        shape = (num_readers, *self.delta.shape[1:])
-        name = f"inputs {self._num_read}" if self.keep_inputs else "inputs"
-        inputs = self._workspace.take(name, shape, self.delta)
-        self._num_read += num_readers
-        self._ahead = _Ahead(self.num_written, inputs)
-        covered = [g[:, : self.num_written] for g in gates]
-        self._link = _LookAhead.apply(self._link, self, self._ahead, *covered)
+        first = 0  # of the writers that are not yet mixed in
+        is_new = self._num_read == self._inputs.shape[1]
+        if is_new:
+            shape = (len(self.delta), num_readers, self.delta.shape[2])
+            name = f"inputs {self._num_inputs}" if self.keep_inputs else "inputs"
+            self._inputs = self.workspace.take(name, shape, self.delta)
+            self._num_inputs += num_readers
+            self._num_read = 0
+            if self.gradients is not None:
+                self.gradients.begin(self.num_written)
+        else:
+            while self._levels[-1].num_readers <= self._num_read:
+                self._levels.pop()
+            first = self._levels[-1].num_writers
+        stop = self._num_read + num_readers
+        self._levels.append(_Level(stop, self.num_written))
+        if is_new or first < self.num_written:
+            writers = slice(first, self.num_written)
+            inputs = self._inputs[:, self._num_read : stop]
+            columns = [g[:, writers] for g in gates]
+            self._link = _Mix.apply(self._link, self, inputs, writers, is_new, *columns)
 
     def read(self, gates: Tensor, base: Tensor) -> Tensor:
         """Mix the deltas written so far into one input per reader.
@@ -120,8 +149,9 @@ class Outboxes:
             base: [batch, pos, d_model], the stream when every gate is 0.
 
         Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next look-ahead
-            or, if inputs are kept, the next forward pass.
+            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next new
+            look-ahead or, if inputs are kept, the next forward pass. The backward pass may put its
+            gradient in its place.
 
         Raises:
             ValueError: gates has not one column per written outbox.
@@ -131,13 +161,13 @@ class Outboxes:
                 f"gates are {list(gates.shape)}, expected [reader, {self.num_written}]: "
                 "one column per written outbox"
             )
-        if self._ahead.num_read == len(self._ahead.inputs):
-            self.look_ahead([gates])
-        ahead = self._ahead
-        rows = slice(ahead.num_read, ahead.num_read + len(gates))
-        ahead.num_read = rows.stop
-        later = gates[:, ahead.num_writers :]
-        return _Read.apply(later, self._link, base, self, ahead, rows)
+        self.look_ahead([gates])
+        rows = slice(self._num_read, self._num_read + len(gates))
+        self._num_read = rows.stop
+        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
+        inputs = self._inputs[:, rows].data
+        mixed = _Read.apply(self._link, self, inputs, base.reshape(-1, base.shape[-1]))
+        return mixed.unflatten(1, self._shape[:2])
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
         """The deltas written so far at some tokens, differentiable.
@@ -148,8 +178,7 @@ class Outboxes:
         Returns:
             [writer, token, d_model].
         """
-        index = (slice(0, self.num_written), rows, cols)
-        return _At.apply(self._link, self, index)
+        return _At.apply(self._link, self, rows * self._shape[1] + cols)
 
     def rewind(self, num_written: int) -> None:
         """Go back to where so many writers had written, to run again what came after.
@@ -157,31 +186,95 @@ class Outboxes:
         What is written again must be the same as before.
         """
         self.num_written = num_written
-        self._ahead = _Ahead(num_written, self.delta[:0])
+        self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
 
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""
-        assert self._generation == self._workspace.generation, (
+        assert self._generation == self.workspace.generation, (
             "these outboxes were overwritten by a later forward pass: "
             "call backward before the next one"
         )
 
-    def input_gradient(self, num_readers: int) -> Tensor:
-        """[reader, batch * pos * d_model], where the readers of one look-ahead leave theirs."""
-        shape = (num_readers, self.delta[0].numel())
-        return self._workspace.take("input_gradient", shape, self.delta)
+
+@dataclass(frozen=True)
+class _Level:
+    """A look-ahead: for which readers' inputs (up to a row), which first writers are mixed in."""
+
+    num_readers: int
+    num_writers: int
 
 
-@dataclass
-class _Ahead:
-    """A look-ahead: inputs of reads to come, [reader, batch, pos, d_model].
+class _Gradients:
+    """Gradients of the deltas: an array, [token, writer, d_model], for what each look-ahead adds.
 
-    The first `num_writers` are mixed in already; the first `num_read` have been read.
+    Products add into whole arrays faster than into parts of one.
+
+    Args:
+        workspace: where they live.
+        delta: [token, writer, d_model].
     """
 
-    num_writers: int
-    inputs: Tensor
-    num_read: int = 0
+    def __init__(self, workspace: Workspace, delta: Tensor) -> None:
+        self._workspace = workspace
+        self._delta = delta
+        self._starts = [0]
+
+    def leave_out(self, writers: slice) -> None:
+        """The first writers, embeddings, depend on no gate and need no gradient."""
+        if writers.start == self._starts[0]:
+            self._starts[0] = writers.stop
+
+    def begin(self, writer: int) -> None:
+        """A look-ahead has been at these writers; called in order, and again when recomputing."""
+        if writer > self._starts[-1]:
+            self._starts.append(writer)
+
+    @cached_property
+    def _parts(self) -> list[tuple[slice, Tensor]]:
+        """The writers of each array; made when the forward pass is over."""
+        num_tokens, num_writers, d_model = self._delta.shape
+        spans = [slice(*pair) for pair in pairwise([*self._starts, num_writers])]
+        shapes = [(num_tokens, span.stop - span.start, d_model) for span in spans]
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = self._workspace.take("gradient", (sum(sizes),), self._delta).zero_()
+        parts = zip(flat.split(sizes), shapes, strict=True)
+        return list(zip(spans, (part.view(shape) for part, shape in parts), strict=True))
+
+    def of(self, writers: slice) -> Tensor:
+        """Those of some writers of one write."""
+        return next(
+            part[:, writers.start - span.start : writers.stop - span.start]
+            for span, part in self._parts
+            if span.start <= writers.start < span.stop
+        )
+
+    def add_mixed(self, writers: slice, gates: Tensor, of_inputs: Tensor) -> None:
+        """Add what inputs give of theirs to some writers.
+
+        Args:
+            writers: all of some arrays, or some of one.
+            gates: [reader, writer], only theirs.
+            of_inputs: [token, reader, d_model].
+        """
+        for span, part in self._parts:
+            start, stop = max(span.start, writers.start), min(span.stop, writers.stop)
+            if start >= stop:
+                continue
+            mixing = gates[:, start - writers.start : stop - writers.start].T
+            if (start, stop) == (span.start, span.stop):
+                part.baddbmm_(mixing.expand(len(part), *mixing.shape), of_inputs)
+            elif len(gates) == 1:
+                part[:, start - span.start : stop - span.start].addcmul_(mixing, of_inputs)
+            else:
+                new = _mixed(self._workspace, mixing, of_inputs)
+                part[:, start - span.start : stop - span.start] += new
+
+    def add_at(self, tokens: Tensor, of_values: Tensor) -> None:
+        """Add [writer, token, d_model] at some tokens, for the first writers."""
+        for span, part in self._parts:
+            if span.start < len(of_values):
+                new = of_values[span]
+                part[:, : len(new)].index_add_(0, tokens, new.transpose(0, 1))
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
@@ -195,21 +288,16 @@ def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
     Returns:
         [reader, token, d_model].
     """
-    mixed = torch.addmm(base.reshape(1, -1), gates.to(delta.dtype), _flat(delta))
+    mixed = torch.addmm(base.reshape(1, -1), gates.to(delta.dtype), delta.flatten(1))
     return mixed.view(len(gates), *base.shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[n, batch, pos, d_model] -> [n, batch * pos * d_model]."""
-    return x.flatten(1)
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, start: int) -> Tensor:
+    def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
         boxes.check_current()
-        ctx.boxes, ctx.span = boxes, slice(start, start + delta.shape[0])
-        boxes.delta[ctx.span].copy_(delta)
+        ctx.boxes, ctx.writers, ctx.shape = boxes, writers, delta.shape
+        _store(boxes, delta, writers)
         return torch.empty(0, device=delta.device)
 
     @staticmethod
@@ -218,80 +306,92 @@ class _Write(torch.autograd.Function):
         # Every later read has added its part by now: the link made autograd run them first.
         boxes, ctx.boxes = ctx.boxes, None
         boxes.check_current()
-        return None, boxes.gradient[ctx.span], None, None
+        of_delta = boxes.gradients.of(ctx.writers).transpose(0, 1)
+        return None, of_delta.unflatten(1, ctx.shape[1:3]), None, None
 
 
-class _LookAhead(torch.autograd.Function):
+def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
+    boxes.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
+
+
+class _Mix(torch.autograd.Function):
+    """Adds some writers, or if `is_new` puts them, into inputs, [token, reader, d_model]."""
+
     @staticmethod
-    def forward(ctx: Any, link: Tensor, boxes: Outboxes, ahead: _Ahead, *gates: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        link: Tensor,
+        boxes: Outboxes,
+        inputs: Tensor,
+        writers: slice,
+        is_new: bool,
+        *gates: Tensor,
+    ) -> Tensor:
         boxes.check_current()
-        delta = _flat(boxes.delta[: ahead.num_writers])
-        ctx.boxes, ctx.counts = boxes, [len(g) for g in gates]
-        ctx.gates = torch.cat(gates).to(delta.dtype)
-        torch.mm(ctx.gates, delta, out=_flat(ahead.inputs))
-        return torch.empty(0, device=delta.device)
+        ctx.boxes, ctx.inputs, ctx.writers = boxes, inputs, writers
+        ctx.counts = [len(g) for g in gates]
+        ctx.gates = torch.cat(gates).to(inputs.dtype)
+        values = boxes.delta[:, writers]
+        if is_new:
+            torch.bmm(ctx.gates.expand(len(values), *ctx.gates.shape), values, out=inputs)
+        else:
+            inputs += _mixed(boxes.workspace, ctx.gates, values)
+        return torch.empty(0, device=link.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        # Its reads have left their gradients by now.
-        boxes, ctx.boxes = ctx.boxes, None
+        # The reads have put their gradients in their inputs' places by now.
+        boxes, of_inputs = ctx.boxes, ctx.inputs
+        ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        num_readers, num_writers = ctx.gates.shape
-        grad = boxes.input_gradient(num_readers)
-        of_gates = _differentiate(boxes, slice(0, num_writers), ctx.gates, grad)
-        return None, None, None, *of_gates.split(ctx.counts)
+        boxes.gradients.add_mixed(ctx.writers, ctx.gates, of_inputs)
+        values = boxes.delta[:, ctx.writers].transpose(1, 2)
+        shape = (len(values), *ctx.gates.shape)
+        products = boxes.workspace.take("of_gates", shape, values)
+        of_gates = torch.bmm(of_inputs, values, out=products).sum(0, dtype=torch.float32)
+        return *[None] * 5, *of_gates.split(ctx.counts)
+
+
+def _mixed(workspace: Workspace, gates: Tensor, values: Tensor) -> Tensor:
+    """[reader, writer] times [token, writer, d_model] -> [token, reader, d_model], until the next.
+
+    Into memory of its own: products write whole arrays faster than parts of one.
+    """
+    shape = (len(values), len(gates), values.shape[2])
+    out = workspace.take("mixed", shape, values)
+    return torch.bmm(gates.expand(len(values), *gates.shape), values, out=out)
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        gates: Tensor,
-        link: Tensor,
-        base: Tensor,
-        boxes: Outboxes,
-        ahead: _Ahead,
-        rows: slice,
-    ) -> Tensor:
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor, base: Tensor) -> Tensor:
         boxes.check_current()
-        ctx.boxes, ctx.ahead, ctx.rows = boxes, ahead, rows
-        ctx.gates = gates.to(boxes.delta.dtype)
-        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
-        mixed = ahead.inputs[rows].data.add_(base)
-        ctx.writers = slice(ahead.num_writers, ahead.num_writers + gates.shape[1])
-        _flat(mixed).addmm_(ctx.gates, _flat(boxes.delta[ctx.writers]))
-        return mixed
+        ctx.boxes, ctx.inputs = boxes, inputs
+        return inputs.add_(base[:, None]).data.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, ahead = ctx.boxes, ctx.ahead
-        ctx.boxes = None
+        boxes, inputs = ctx.boxes, ctx.inputs
+        ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        grad = grad.reshape(len(grad), -1)
-        boxes.input_gradient(len(ahead.inputs))[ctx.rows].copy_(grad)
-        of_gates = _differentiate(boxes, ctx.writers, ctx.gates, grad)
-        return of_gates, None, None, None, None, None
+        if grad.data_ptr() != inputs.data_ptr():
+            inputs.copy_(grad.transpose(0, 1))
+        return None, None, None, None
 
 
 class _At(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Tensor, boxes: Outboxes, index: tuple) -> Tensor:
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, tokens: Tensor) -> Tensor:
         boxes.check_current()
-        ctx.boxes, ctx.index = boxes, index
-        return boxes.delta[index]
+        ctx.boxes, ctx.tokens = boxes, tokens
+        return boxes.delta[tokens, : boxes.num_written].transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         boxes, ctx.boxes = ctx.boxes, None
         boxes.check_current()
-        boxes.gradient[ctx.index] += grad
+        boxes.gradients.add_at(ctx.tokens, grad)
         return None, None, None
-
-
-def _differentiate(boxes: Outboxes, writers: slice, gates: Tensor, grad: Tensor) -> Tensor:
-    """Backward of `gates @ delta[writers]`: adds to the writers' gradients, returns the gates'."""
-    _flat(boxes.gradient[writers]).addmm_(gates.T, grad)
-    return (grad @ _flat(boxes.delta[writers]).T).float()

@@ -67,7 +67,7 @@ def test_the_plan_of_a_small_model_is_that_of_the_real_one():
 
 
 def test_running_blocks_again_takes_less_and_fewer_pairs_at_a_time_too():
-    shape = shape_of(random_gpt2(n_layer=12).config)
+    shape = shape_of(random_gpt2(n_layer=24).config)
     pairs = random_pairs(8)
     whole, again = (plan_memory(shape, pairs, 8, recompute=flag) for flag in (False, True))
     assert again.blocks < whole.blocks / 2

@@ -2,18 +2,22 @@
 
 All outboxes lie in one array over all writers, which every write copies. A read is two products
 over all of them, one with the clean values and the gates, one with the corrupted values and what
-the gates leave; gates of writers that are not there yet are masked. Logits are taken everywhere.
+the gates leave; gates of writers that are not there yet are masked. Every reader's input is normed.
+Logits are taken everywhere.
 (Bhaskar et al. 2024, arXiv:2406.16778.)
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeprune.dataset import Batch
 from edgeprune.graph import Site
 from edgeprune.modeling import Activations, CircuitModel
+from edgeprune.modeling.model import Block
 
 
 def run_pair(model: CircuitModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -67,8 +71,17 @@ def run(model: CircuitModel, batch: Batch, gates: Tensor, corrupted: Tensor) -> 
 
     write(embeddings)
     for layer, block in enumerate(architecture.blocks):
-        values = block.attend(read(graph.sites[2 * layer]), inputs)
+        values = _attend(block, read(graph.sites[2 * layer]), inputs)
         write(block.head_delta(values, None))
         x = read(graph.sites[2 * layer + 1])
         write(block.mlp(block.mlp_norm(x)))
     return architecture.logits(architecture.final_norm(read(graph.sites[-1])[0]))
+
+
+def _attend(block: Block, x: Tensor, inputs: Any) -> Tensor:
+    """With a norm that is called for every reader, not folded into the projections."""
+    norm, block.attention_norm = block.attention_norm, nn.Sequential(block.attention_norm)
+    try:
+        return block.attend(x, inputs)
+    finally:
+        block.attention_norm = norm

@@ -15,12 +15,12 @@ def project_to_heads(
 ) -> Tensor:
     """Queries, keys or values of heads with an input of their own each.
 
-    A norm's scale and shift are folded into the projection, and so is the taking of the mean: what
-    is left is one number an input, by which what has been projected is multiplied. No normed copy
-    of the inputs is made.
+    A norm's scale and shift are folded into the projection: what is left is one number an input,
+    by which what has been projected is multiplied. No normed copy of the inputs is made, and where
+    the norm is folded, the backward pass puts their gradient in their place.
 
     Args:
-        x: [head, batch, pos, d_model].
+        x: [head, batch, pos, d_model], less its mean over d_model if the norm is a LayerNorm.
         norm: of the inputs. It is called as it is where it is neither a LayerNorm nor a plain
             RMSNorm, and in float16, which what is not normed would overflow.
         weights: [head, d_head, d_model] each, of all heads when put together.
@@ -37,9 +37,7 @@ def project_to_heads(
             shift = torch.cat([weight @ norm.bias for weight in weights])  # [head, d_head]
             bias = shift if bias is None else bias + shift
         eps = norm.eps if is_layer_norm else norm.variance_epsilon
-        projected = _ScaledProjection.apply(
-            x.flatten(1, 2), eps, is_layer_norm, norm.weight, *weights
-        )
+        projected = _ScaledProjection.apply(x.flatten(1, 2), eps, norm.weight, *weights)
     else:
         projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
     if bias is not None:
@@ -48,48 +46,43 @@ def project_to_heads(
 
 
 class _ScaledProjection(torch.autograd.Function):
-    """y = (x - mean) / sqrt(variance + eps) * scale @ weight.T, for x of [head, token, d_model].
+    """y = x / sqrt(mean square + eps) * scale @ weight.T, for x of [head, token, d_model].
 
-    Mean and variance are over d_model; if not `centred`, the mean is taken to be 0. Scale and
-    weights get no gradients. The backward pass folds them again, for what is folded takes as much
-    memory as the model's own weights.
+    The mean is over d_model. Scale and weights get no gradients. The backward pass folds them
+    again, for what is folded takes as much memory as the model's own weights.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, eps: float, centred: bool, scale: Tensor, *weights: Tensor
-    ) -> Tensor:
-        mean = x.mean(-1, keepdim=True, dtype=torch.float32) if centred else None
+    def forward(ctx: Any, x: Tensor, eps: float, scale: Tensor, *weights: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        variance = norm**2 / x.shape[-1]
-        if centred:
-            variance = (variance - mean**2).clamp(min=0)
-        factor = torch.rsqrt(variance + eps)  # [head, token, 1]
-        y = (torch.bmm(x, _fold(centred, scale, weights).transpose(1, 2)) * factor).to(x.dtype)
-        ctx.save_for_backward(x, factor, mean, y, scale, *weights)
+        factor = torch.rsqrt(norm**2 / x.shape[-1] + eps)  # [head, token, 1]
+        y = (torch.bmm(x, _fold(scale, weights).transpose(1, 2)) * factor).to(x.dtype)
+        ctx.save_for_backward(x, factor, y, scale, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, factor, mean, y, scale, *weights = ctx.saved_tensors
-        of_x = torch.bmm((grad * factor).to(x.dtype), _fold(mean is not None, scale, weights))
-        # The factor falls by factor^3 (x - mean) / d_model.
+        x, factor, y, scale, *weights = ctx.saved_tensors
+        # The factor falls by factor^3 x / d_model.
         fall = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) * factor**2 / x.shape[-1]
-        of_x.addcmul_(x, fall.to(x.dtype), value=-1)
-        if mean is not None:
-            of_x += (fall * mean).to(x.dtype)
-        return of_x, *[None] * (3 + len(weights))
+        of_x = x.mul_(-fall.to(x.dtype))
+        of_x.baddbmm_((grad * factor).to(x.dtype), _fold(scale, weights))
+        return of_x, *[None] * (2 + len(weights))
 
 
-def _fold(centred: bool, scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """A norm's scale, and the taking of the mean, as part of the weights of all heads."""
-    folded = scale * weights[0] if len(weights) == 1 else torch.cat([scale * w for w in weights])
-    return folded - folded.mean(-1, keepdim=True) if centred else folded
+def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A norm's scale as part of the weights of all heads."""
+    return scale * weights[0] if len(weights) == 1 else torch.cat([scale * w for w in weights])
 
 
 def project_from_heads(
-    values: Tensor, corrupted: Tensor | None, weight: Tensor, bias: Tensor | None
+    values: Tensor,
+    corrupted: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    centred: bool = False,
 ) -> Tensor:
     """Outboxes of the heads, less the corrupted ones.
 
@@ -99,11 +92,15 @@ def project_from_heads(
         values, corrupted: [..., head * d_head]; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
+        centred: whether outboxes are wanted less their mean over d_model.
 
     Returns:
         [head, ..., d_model].
     """
     num_heads, d_head, d_model = weight.shape
+    if centred:
+        weight = weight - weight.mean(-1, keepdim=True)
+        bias = None if bias is None else bias - bias.mean()
     difference = values if corrupted is None else values - corrupted
     by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:

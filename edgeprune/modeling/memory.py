@@ -103,6 +103,7 @@ def plan_memory(
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model.run_circuit(batch, gates, corrupted)
+        logits.sum().backward()  # takes buffers too
     for buffer in model.workspace.buffers:
         saved.pop(buffer.untyped_storage()._cdata, None)
     blocks = sum(storage.nbytes() for storage in saved.values())
@@ -112,7 +113,7 @@ def plan_memory(
         blocks = blocks * of_stretch // model.graph.num_layers
         model.release()
         with torch.enable_grad():
-            model.run_circuit(batch, gates, corrupted, recompute=True)
+            model.run_circuit(batch, gates, corrupted, recompute=True).sum().backward()
     buffers = model.workspace.buffers
     kept = KeptPasses.size(model, pairs)
     return MemoryPlan(

@@ -23,7 +23,7 @@ from edgeprune.metrics import Output
 from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
-LOOK_AHEAD = 64
+LOOK_AHEAD = 96
 """Readers that are served in one product, at least: whole layers (see `Outboxes.look_ahead`)."""
 
 
@@ -45,15 +45,24 @@ class Block(Protocol):
     mlp_output: nn.Module
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
-        """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head]."""
+        """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head].
+
+        Where the norm is a LayerNorm, x has no mean over d_model. The backward pass may put the
+        gradient of x in its place.
+        """
         ...
 
     def scale(self, values: Tensor) -> Tensor:
         """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model]."""
+    def head_delta(
+        self, values: Tensor, corrupted: Tensor | None, *, centred: bool = False
+    ) -> Tensor:
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model].
+
+        If `centred`, less their mean over d_model.
+        """
         ...
 
 
@@ -132,6 +141,8 @@ class CircuitModel:
         self.tokenizer = tokenizer
         self.name = name
         self.workspace = Workspace()
+        # A LayerNorm takes the mean away from whatever it reads, so outboxes are kept without.
+        self._centred = isinstance(architecture.final_norm, nn.LayerNorm)
         self._fingerprint: str | None = None
 
     @property
@@ -289,6 +300,7 @@ class CircuitModel:
         keep_inputs = torch.is_grad_enabled() and not recompute
         boxes = Outboxes(self.workspace, graph.num_writers, stream, keep_inputs=keep_inputs)
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
+        embedding_delta = self._centre(embedding_delta)
         always_on = None
         if graph.embedding_writers:
             boxes.write(embedding_delta)
@@ -303,22 +315,26 @@ class CircuitModel:
             stream_there = torch.zeros_like(stream) if corrupted is None else None
             if corrupted is not None:
                 stream_there = corrupted.residuals[site]
-            return stream_there if always_on is None else stream_there + always_on
+            return self._centre(stream_there if always_on is None else stream_there + always_on)
+
+        def head_delta(block: Block, values: Tensor, closed: Tensor | None) -> Tensor:
+            return block.head_delta(values, closed, centred=self._centred)
 
         def run_stretch(layers: range, num_written: int) -> Tensor:
             """Returns the last one's heads' values."""
             boxes.rewind(num_written)
-            sites = range(2 * layers.start, min(2 * layers.stop, 2 * graph.num_layers - 1))
-            boxes.look_ahead([site_gates[site] for site in sites])
-            for layer in layers:
+            for index, layer in enumerate(layers):
+                ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
+                stop = min(2 * (layer + ahead), 2 * layers.stop, 2 * graph.num_layers - 1)
+                boxes.look_ahead(site_gates[2 * layer : stop])
                 block, site = arch.blocks[layer], 2 * layer
                 x = boxes.read(site_gates[site], base(site))
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
-                    boxes.write(block.head_delta(values, closed_heads[layer]))
+                    boxes.write(head_delta(block, values, closed_heads[layer]))
                     x = boxes.read(site_gates[site + 1], base(site + 1))[0]
-                    delta = _mlp_delta(block, x, closed_mlps[layer])
+                    delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
                     boxes.write(delta)
             return values
@@ -334,7 +350,7 @@ class CircuitModel:
         # Of the last layer, only the predicted tokens matter from here on.
         block, at = arch.blocks[-1], (batch.rows, batch.cols)
         closed = None if corrupted is None else closed_heads[-1][at]
-        delta = torch.cat([boxes.at(*at), block.head_delta(values[at], closed)])
+        delta = torch.cat([boxes.at(*at), head_delta(block, values[at], closed)])
         x = mix(site_gates[-2], delta, base(-2)[at])[0]
         closed = None if corrupted is None else closed_mlps[-1][at]
         mlp_delta = _mlp_delta(block, x, closed)
@@ -342,6 +358,9 @@ class CircuitModel:
         delta = torch.cat([delta, mlp_delta])
         x = mix(site_gates[-1], delta, base(-1)[at])[0]
         return arch.logits(arch.final_norm(x))
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self._centred else x
 
     @torch.no_grad()
     def mean_activations(
