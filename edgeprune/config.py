@@ -429,12 +429,6 @@ def check_prune(config: PruneConfig) -> None:
             raise ConfigError(f"launcher.{name}={given} must be at least 1")
     if config.launcher.offload and not config.launcher.shard:
         raise ConfigError("launcher.offload=true needs launcher.shard=true")
-    if config.launcher.shard and trainer.recompute:
-        raise ConfigError(
-            "launcher.shard=true and trainer.recompute=true do not go together: a block that runs "
-            "again would find its weights gone; give one, and take fewer pairs at a time "
-            "(trainer.micro_batch_size)"
-        )
     if config.launcher.shard and config.cleanup is not None:
         raise ConfigError(
             "launcher.shard=true and cleanup= do not go together, since one process cleans up; do "

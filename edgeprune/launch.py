@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from edgeprune.config import ConfigError
+
 
 class JobFailed(RuntimeError):
     """A run failed in a job or in processes of its own; they have said why."""
@@ -16,6 +18,20 @@ class JobFailed(RuntimeError):
 def in_processes() -> bool:
     """Whether a launcher has started this process as one of several."""
     return "WORLD_SIZE" in os.environ
+
+
+def check_launched(count: int | None) -> None:
+    """In a process that a launcher started: refuse another count than it started.
+
+    Raises:
+        ConfigError: `count` is neither 1 (not asked for) nor None nor what was started.
+    """
+    started = os.environ["WORLD_SIZE"]
+    if count not in (None, 1) and str(count) != started:
+        raise ConfigError(
+            f"launcher.processes={count}, but {started} were started; leave it out where "
+            "`accelerate launch`, `torchrun` or a batch script starts the processes"
+        )
 
 
 def launch_processes(count: int | None, overrides: Sequence[str]) -> None:

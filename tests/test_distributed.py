@@ -33,6 +33,8 @@ SHARDED = [
     {**JOBS[2], "shard": "on the device"},
     {**JOBS[2], "shard": "offload"},
     {**JOBS[3], "shard": "on the device"},
+    {**JOBS[2], "shard": "on the device", "recompute": True},
+    {**JOBS[3], "shard": "on the device", "recompute": True, "look_ahead": 1},
 ]
 
 
@@ -234,6 +236,13 @@ def test_a_refusal_by_the_first_process_ends_all(one_process):
     assert (code, other) == (2, 1)
     assert "already holds a run" in error
     assert quiet == ["", ""]
+
+
+def test_another_number_of_processes_than_was_started_is_refused(tmp_path):
+    command = ("prune", *SMALL, f"run_dir={tmp_path}/run", "launcher.processes=3")
+    done = run_cli(*command, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2
+    assert "launcher.processes=3, but 2 were started" in done.stderr
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from edgeprune.config import (
     target_sparsity,
     to_dict,
 )
-from edgeprune.launch import in_processes, launch_processes
+from edgeprune.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
     from edgeprune.training.distributed import Processes
@@ -36,7 +36,9 @@ def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
-    if config.launcher.processes != 1 and not in_processes():
+    if in_processes():
+        check_launched(config.launcher.processes)
+    elif config.launcher.processes != 1:
         launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
         return
     from edgeprune.training import run
@@ -78,6 +80,7 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     shape = model_shape(
         config.model.path,
         dtype=config.model.dtype,
+        attention=config.model.attention,
         embedding_writers=config.model.embedding_writers,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -85,13 +88,13 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
     data_path = data_file(config.task, shape.tokenizer, run_dir)
     pairs = load_pairs(data_path, config.task, shape, "train")
     _plan_memory(config, shape, pairs, processes)
+    processes.check_same("the data", run.file_digest(data_path))
     if config.launcher.shard:
         on_cpu = replace(config.model, device="cpu")
-        model = processes.shard(lambda: load_model(on_cpu), offload=config.launcher.offload)
+        model = processes.shard(lambda: load_model(on_cpu), shape, offload=config.launcher.offload)
     else:
         model = load_model(replace(config.model, device=processes.device))
-    processes.check_same("the data", run.file_digest(data_path))
-    processes.check_same("the models", model.fingerprint())
+        processes.check_same("the models", model.fingerprint())
     processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
     batch_size = evaluation_batch_size(config.trainer)
     trainer = Trainer(

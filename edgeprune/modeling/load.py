@@ -88,11 +88,6 @@ def load_model(
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    caps = getattr(config, "attn_logit_softcapping", None) is not None
-    if attention == "auto":
-        attention = "eager" if caps else "sdpa"
-    if caps and attention == "sdpa":
-        raise ModelError(f"{name_or_path} caps its attention scores, which sdpa cannot; use eager")
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)
@@ -101,7 +96,7 @@ def load_model(
             **source,
             dtype=getattr(torch, dtype),
             device_map=device,
-            attn_implementation=attention,
+            attn_implementation=_attention(attention, config, name_or_path),
             quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -143,10 +138,11 @@ def model_shape(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
+    attention: str = "auto",
     embedding_writers: bool = True,
     trust_remote_code: bool = False,
 ) -> CircuitModel:
-    """A model without its weights (on the meta device), with its tokenizer, to plan with.
+    """A model without its weights (on the meta device), with its tokenizer.
 
     Arguments and errors as `load_model`.
     """
@@ -159,12 +155,24 @@ def model_shape(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=_attention(attention, config, name_or_path),
+                trust_remote_code=trust_remote_code,
             )
     except LOAD_ERRORS as error:
         raise ModelError(_cannot_load(name_or_path, error)) from None
     tokenizer = load_tokenizer(name_or_path, trust_remote_code)
     return wrap_model(model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers)
+
+
+def _attention(wanted: str, config: Any, name_or_path: str | Path) -> str:
+    caps = getattr(config, "attn_logit_softcapping", None) is not None
+    if caps and wanted == "sdpa":
+        raise ModelError(f"{name_or_path} caps its attention scores, which sdpa cannot; use eager")
+    if wanted == "auto":
+        return "eager" if caps else "sdpa"
+    return wanted
 
 
 def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.modeling.sharding import begin_layer, end_layer, shard_layers
+from edgeprune.modeling.sharding import begin_layer, end_layer, receive, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
 LOOK_AHEAD = 96
@@ -185,20 +185,29 @@ class CircuitModel:
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def shard(self, mesh: Any, device: str, *, offload: bool) -> None:
+    def shard(self, whole: CircuitModel | None, mesh: Any, device: str, *, offload: bool) -> None:
         """Split the layers' weights over processes; see `shard_layers`.
 
         Args:
+            whole: in the first process, the same model on the CPU; None in the others. This one has
+                no weights yet (it is on the meta device).
             mesh: of all the processes.
-            device: where this process runs; the model must still be on the CPU.
+            device: where this process runs.
             offload: whether its share of the weights stays in the CPU's memory.
         """
-        self.fingerprint()  # while all the weights are here
         arch = self.architecture
+        embeddings = arch.body.get_input_embeddings()
+        tied = arch.unembed.weight is embeddings.weight
+        layers = [block.layer for block in arch.blocks]
         shard_layers(
-            arch.body, [block.layer for block in arch.blocks], mesh, device, offload=offload
+            arch.body, layers, whole and whole.architecture.body, mesh, device, offload=offload
         )
-        arch.unembed.to(device)
+        if tied:
+            arch.unembed.weight = embeddings.weight
+        else:
+            unembed = whole and whole.architecture.unembed
+            receive(arch.unembed.to_empty(device=device), unembed, mesh, device)
+        self._fingerprint = whole and whole.fingerprint()
 
     def to(self, dtype: torch.dtype) -> None:
         """Convert weights, and so activations."""

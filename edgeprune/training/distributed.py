@@ -88,31 +88,33 @@ class Processes:
         own = "cpu" if state.device.type == "cpu" else str(state.device)
         return cls(state.num_processes, state.process_index, own)
 
-    def shard(self, load: Callable[[], CircuitModel], *, offload: bool) -> CircuitModel:
-        """Load a model and split its layers over the processes.
+    def shard(
+        self, load: Callable[[], CircuitModel], shape: CircuitModel, *, offload: bool
+    ) -> CircuitModel:
+        """Have a model whose layers are split over the processes.
 
-        Those of a machine load one after another, since each holds the whole model meanwhile.
+        The first process alone loads it, and gives each of the others its share.
 
         Args:
             load: loads it on the CPU.
+            shape: the same model without weights, see `model_shape`; it gets them.
             offload: whether the shares stay in the CPU's memory.
 
         Raises:
             ConfigError: there is only one process.
+            FirstFailed: in the others, if it cannot be loaded.
         """
         if self.count == 1:
             raise ConfigError(
                 "launcher.shard=true splits the model over several processes, but there is one; "
                 "start more (launcher.processes=N, torchrun, run_scripts/), or leave it out"
             )
+        loaded: list[CircuitModel] = []
+        self.first_does(lambda: loaded.append(load()))
         mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
-        model = None
-        for turn in range(self.count):
-            if turn == PartialState().local_process_index:
-                model = load()
-                model.shard(mesh, self.device, offload=offload)
-            self.any(False)
-        return model
+        whole = loaded.pop() if loaded else None
+        self.guard(lambda: shape.shard(whole, mesh, self.device, offload=offload))
+        return shape
 
     def free_memory(self) -> int:
         """Bytes that this process may still take: of its GPU, or its share of the machine's."""
