@@ -121,6 +121,9 @@ class TrainerConfig:
     """Of log alpha."""
     adam_epsilon: float = 1e-8
     """Adam divides a gradient by its size plus this, so gradients far below this move slowly."""
+    weight_decay: float = 0.0
+    """AdamW's, of log alpha and the multipliers; a share of the learning rate by which they shrink
+    each step."""
     multiplier_learning_rate: float = 3.0
     """Of the multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
@@ -442,6 +445,8 @@ def check_prune(config: PruneConfig) -> None:
     for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
         if not getattr(trainer, name) > 0:
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
+    if not trainer.weight_decay >= 0:
+        raise ConfigError(f"trainer.weight_decay={trainer.weight_decay} must be 0 or more")
     if trainer.edge_price is not None:
         if not trainer.edge_price > 0:
             raise ConfigError(f"trainer.edge_price={trainer.edge_price} must be positive")

@@ -10,8 +10,10 @@ rewritten). All deltas lie in one buffer, filled in write order; all their gradi
 into which every read's backward pass accumulates by the product itself. No copy of the residual
 array is made at any layer.
 
-Buffers go token by token, [token, writer, d_model] with batch and pos in one axis: mixing is then
-one small product a token, all with the same gates, each within a processor's cache.
+Buffers are [token, writer, d_model] with batch and pos in one axis, and lie token by token: mixing
+is then one small product a token, all with the same gates, each within a processor's cache. Only in
+16 bits on a CPU, whose library is slow at that, they lie writer by writer, and mixing is one wide
+product.
 
 A layer has few readers for many writers, and products that thin use a processor badly. So reads
 look ahead: the writers that are there already are mixed for the readers of several layers at once.
@@ -21,7 +23,6 @@ by halves: the blocked product with a triangular matrix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,8 +81,7 @@ class Outboxes:
         self.workspace = workspace
         self._generation = workspace.generation
         self._shape = like.shape
-        shape = (like.shape[0] * like.shape[1], num_writers, like.shape[2])
-        self.delta = workspace.take("delta", shape, like)
+        self.delta = self._take("delta", num_writers, like.flatten(0, 1))
         self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
         self.num_written = 0
@@ -119,12 +119,11 @@ class Outboxes:
         first = 0  # of the writers that are not yet mixed in
         is_new = self._num_read == self._inputs.shape[1]
         if is_new:
-            shape = (len(self.delta), num_readers, self.delta.shape[2])
             name = f"inputs {self._num_inputs}" if self.keep_inputs else "inputs"
-            self._inputs = self.workspace.take(name, shape, self.delta)
+            self._inputs = self._take(name, num_readers, self.delta[:, 0])
             self._num_inputs += num_readers
             self._num_read = 0
-            if self.gradients is not None:
+            if self.gradients is not None and not _is_wide(self.delta):
                 self.gradients.begin(self.num_written)
         else:
             while self._levels[-1].num_readers <= self._num_read:
@@ -188,6 +187,13 @@ class Outboxes:
         self.num_written = num_written
         self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
 
+    def _take(self, name: str, count: int, like: Tensor) -> Tensor:
+        """[token, count, d_model], uninitialised; `like` is [token, d_model]."""
+        num_tokens, d_model = like.shape
+        if like.device.type == "cpu" and like.element_size() == 2:
+            return self.workspace.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
+        return self.workspace.take(name, (num_tokens, count, d_model), like)
+
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""
         assert self._generation == self.workspace.generation, (
@@ -207,7 +213,7 @@ class _Level:
 class _Gradients:
     """Gradients of the deltas: an array, [token, writer, d_model], for what each look-ahead adds.
 
-    Products add into whole arrays faster than into parts of one.
+    Where they lie token by token, products add into whole arrays faster than into parts of one.
 
     Args:
         workspace: where they live.
@@ -234,11 +240,14 @@ class _Gradients:
         """The writers of each array; made when the forward pass is over."""
         num_tokens, num_writers, d_model = self._delta.shape
         spans = [slice(*pair) for pair in pairwise([*self._starts, num_writers])]
-        shapes = [(num_tokens, span.stop - span.start, d_model) for span in spans]
-        sizes = [math.prod(shape) for shape in shapes]
+        counts = [span.stop - span.start for span in spans]
+        sizes = [num_tokens * count * d_model for count in counts]
         flat = self._workspace.take("gradient", (sum(sizes),), self._delta).zero_()
-        parts = zip(flat.split(sizes), shapes, strict=True)
-        return list(zip(spans, (part.view(shape) for part, shape in parts), strict=True))
+        shape = (-1, num_tokens, d_model) if _is_wide(self._delta) else (num_tokens, -1, d_model)
+        parts = [part.view(shape) for part in flat.split(sizes)]
+        if _is_wide(self._delta):
+            parts = [part.transpose(0, 1) for part in parts]
+        return list(zip(spans, parts, strict=True))
 
     def of(self, writers: slice) -> Tensor:
         """Those of some writers of one write."""
@@ -261,20 +270,15 @@ class _Gradients:
             if start >= stop:
                 continue
             mixing = gates[:, start - writers.start : stop - writers.start].T
-            if (start, stop) == (span.start, span.stop):
-                part.baddbmm_(mixing.expand(len(part), *mixing.shape), of_inputs)
-            elif len(gates) == 1:
-                part[:, start - span.start : stop - span.start].addcmul_(mixing, of_inputs)
-            else:
-                new = _mixed(self._workspace, mixing, of_inputs)
-                part[:, start - span.start : stop - span.start] += new
+            part = part[:, start - span.start : stop - span.start]
+            _add_mixed(self._workspace, part, mixing, of_inputs)
 
     def add_at(self, tokens: Tensor, of_values: Tensor) -> None:
         """Add [writer, token, d_model] at some tokens, for the first writers."""
         for span, part in self._parts:
             if span.start < len(of_values):
                 new = of_values[span]
-                part[:, : len(new)].index_add_(0, tokens, new.transpose(0, 1))
+                part[tokens, : len(new)] += new.transpose(0, 1)
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
@@ -332,10 +336,7 @@ class _Mix(torch.autograd.Function):
         ctx.counts = [len(g) for g in gates]
         ctx.gates = torch.cat(gates).to(inputs.dtype)
         values = boxes.delta[:, writers]
-        if is_new:
-            torch.bmm(ctx.gates.expand(len(values), *ctx.gates.shape), values, out=inputs)
-        else:
-            inputs += _mixed(boxes.workspace, ctx.gates, values)
+        _add_mixed(boxes.workspace, inputs, ctx.gates, values, onto_nothing=is_new)
         return torch.empty(0, device=link.device)
 
     @staticmethod
@@ -346,21 +347,55 @@ class _Mix(torch.autograd.Function):
         ctx.boxes = ctx.inputs = None
         boxes.check_current()
         boxes.gradients.add_mixed(ctx.writers, ctx.gates, of_inputs)
-        values = boxes.delta[:, ctx.writers].transpose(1, 2)
-        shape = (len(values), *ctx.gates.shape)
-        products = boxes.workspace.take("of_gates", shape, values)
-        of_gates = torch.bmm(of_inputs, values, out=products).sum(0, dtype=torch.float32)
+        of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.writers])
         return *[None] * 5, *of_gates.split(ctx.counts)
 
 
-def _mixed(workspace: Workspace, gates: Tensor, values: Tensor) -> Tensor:
-    """[reader, writer] times [token, writer, d_model] -> [token, reader, d_model], until the next.
+def _is_wide(x: Tensor) -> bool:
+    """Whether [token, writer, d_model] lies writer by writer."""
+    return x.stride(1) > x.stride(0)
 
-    Into memory of its own: products write whole arrays faster than parts of one.
+
+def _rows(x: Tensor) -> Tensor:
+    """[token, writer, d_model] that lies writer by writer -> [writer, token * d_model]."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _add_mixed(
+    workspace: Workspace,
+    target: Tensor,
+    gates: Tensor,
+    values: Tensor,
+    *,
+    onto_nothing: bool = False,
+) -> None:
+    """target + gates @ values, or only the latter, into target.
+
+    Args:
+        target: [token, reader, d_model].
+        gates: [reader, writer].
+        values: [token, writer, d_model].
     """
-    shape = (len(values), len(gates), values.shape[2])
-    out = workspace.take("mixed", shape, values)
-    return torch.bmm(gates.expand(len(values), *gates.shape), values, out=out)
+    kept = 0 if onto_nothing else 1  # what is there is multiplied by it
+    if _is_wide(target):
+        _rows(target).addmm_(gates, _rows(values), beta=kept)
+    elif gates.shape[1] == 1 and kept:
+        target.addcmul_(gates, values)
+    elif target.is_contiguous():
+        target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=kept)
+    else:  # a product into a part of an array would take a slow path
+        shape = (len(values), len(gates), values.shape[2])
+        mixed = workspace.take("mixed", shape, values)
+        target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)
+
+
+def _of_gates(workspace: Workspace, of_inputs: Tensor, values: Tensor) -> Tensor:
+    """[token, reader, d_model] and [token, writer, d_model] -> the gates', [reader, writer]."""
+    if _is_wide(values):
+        return (_rows(of_inputs) @ _rows(values).T).float()
+    shape = (len(values), of_inputs.shape[1], values.shape[1])
+    products = workspace.take("of_gates", shape, values)
+    return torch.bmm(of_inputs, values.transpose(1, 2), out=products).sum(0, dtype=torch.float32)
 
 
 class _Read(torch.autograd.Function):

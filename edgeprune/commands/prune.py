@@ -42,40 +42,32 @@ def prune(config: PruneConfig) -> None:
         launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
         return
     from edgeprune.training import run
-    from edgeprune.training.distributed import FirstFailed, ProcessError, Processes
+    from edgeprune.training.distributed import Processes
 
     run_dir = Path(config.run_dir)
-    processes = Processes.join(config.model.device, config.launcher.timeout)
-    if not processes.is_first:
-        be_quiet()
-    processes.check_same("the settings", str(config))
-    with ExitStack() as held:
+    with Processes.join(config.model.device, config.launcher.timeout) as processes:
+        if not processes.is_first:
+            be_quiet()
+        processes.check_same("the settings", str(config))
+        with ExitStack() as held:
 
-        def claim() -> None:
-            held.enter_context(run.locked(run_dir))
-            run.claim(run_dir, config)
+            def claim() -> None:
+                held.enter_context(run.locked(run_dir))
+                run.claim(run_dir, config)
 
-        try:
             processes.first_does(claim)
-            _prune(config, run_dir, processes)
-        except ProcessError as error:
-            if isinstance(error, FirstFailed):
+            model, pairs, data_path = _load(config, run_dir, processes)
+            _train(config, run_dir, processes, model, pairs)
+            if not config.launcher.shard:  # only a sharded model needs all of them to the end
                 processes.part_company()
-            raise  # else another process is dead, and letting go of it might wait for it
-        except Exception:
-            processes.part_company()
-            raise
-        processes.part_company()
+            if config.launcher.shard or processes.is_first:
+                _finish(config, run_dir, processes, model, data_path)
 
 
-def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
-    """On each process, with the run directory ready; the first one writes there."""
-    from edgeprune.ablation import Ablation
+def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any, Any, Path]:
+    """The model, the training prompts and the file they are in, the same on each process."""
     from edgeprune.modeling import model_shape
     from edgeprune.training import run
-    from edgeprune.training.progress import training_progress
-    from edgeprune.training.tracker import Tracker
-    from edgeprune.training.trainer import Trainer
 
     shape = model_shape(
         config.model.path,
@@ -96,14 +88,25 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         model = load_model(replace(config.model, device=processes.device))
         processes.check_same("the models", model.fingerprint())
     processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
-    batch_size = evaluation_batch_size(config.trainer)
+    return model, pairs, data_path
+
+
+def _train(
+    config: PruneConfig, run_dir: Path, processes: Processes, model: Any, pairs: Any
+) -> None:
+    from edgeprune.ablation import Ablation
+    from edgeprune.training import run
+    from edgeprune.training.progress import training_progress
+    from edgeprune.training.tracker import Tracker
+    from edgeprune.training.trainer import Trainer
+
     trainer = Trainer(
         model,
         pairs,
         config.trainer,
         target_sparsity=target_sparsity(config, model.graph.num_edges),
         seed=config.seed,
-        ablation=Ablation(model, config.ablation, pairs, batch_size),
+        ablation=Ablation(model, config.ablation, pairs, evaluation_batch_size(config.trainer)),
         processes=processes,
     )
     number = f", {processes.count} processes" if processes.count > 1 else ""
@@ -117,10 +120,12 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
         run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
-    if not config.launcher.shard:  # only a sharded model needs all of them to the end
-        processes.part_company()
-        if not processes.is_first:
-            return
+
+
+def _finish(
+    config: PruneConfig, run_dir: Path, processes: Processes, model: Any, data_path: Path
+) -> None:
+    """Export the circuit, and measure it on the validation prompts."""
     model.release()
     size = ExportConfig(
         run=str(run_dir),
@@ -136,7 +141,7 @@ def _prune(config: PruneConfig, run_dir: Path, processes: Processes) -> None:
         EvaluateConfig(
             circuit=str(run_dir),
             split=first_split(data_path, Split.validation),
-            batch_size=batch_size,
+            batch_size=evaluation_batch_size(config.trainer),
         ),
         model=model,
         writes=processes.is_first,

@@ -54,7 +54,8 @@ class _ScaledProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, scale: Tensor, *weights: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
+        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
         factor = torch.rsqrt(norm**2 / x.shape[-1] + eps)  # [head, token, 1]
         y = (torch.bmm(x, _fold(scale, weights).transpose(1, 2)) * factor).to(x.dtype)
         ctx.save_for_backward(x, factor, y, scale, *weights)

@@ -42,6 +42,8 @@ class FirstFailed(ProcessError):
 class Processes:
     """The processes that share a run, seen from one of them. By default there is only one.
 
+    As a context: at its end they part company, unless one is dead.
+
     Attributes:
         count: how many.
         rank: which one this is, from 0.
@@ -128,6 +130,15 @@ class Processes:
         """Let go of the others. A process that exits still joined may be aborted by their exit."""
         if self.count > 1 and dist.is_initialized():
             PartialState().destroy_process_group()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, ProcessError) and not isinstance(error, FirstFailed):
+            return  # another process is dead, and letting go of it might wait for it
+        if error is None or isinstance(error, Exception):
+            self.part_company()
 
     @property
     def is_first(self) -> bool:

@@ -130,7 +130,7 @@ class Trainer:
             ],
             lr=config.learning_rate,
             eps=config.adam_epsilon,
-            weight_decay=0.0,
+            weight_decay=config.weight_decay,
         )
 
     def train_step(self) -> StepMetrics:
