@@ -6,9 +6,8 @@ both values of every edge:
     sum_w g x_w + (1 - g) c_w  =  base + sum_w g delta_w
 
 where `base` is the corrupted residual stream at that point (Bhaskar et al. 2024, arXiv:2406.16778,
-rewritten). All deltas lie in one buffer, filled in write order; all their gradients in another,
-into which every read's backward pass accumulates by the product itself. No copy of the residual
-array is made at any layer.
+rewritten). All deltas lie in one buffer, filled in write order, and their gradients in others, to
+which every read's backward pass adds. No copy of the residual array is made at any layer.
 
 Buffers are [token, writer, d_model] with batch and pos in one axis, and lie token by token: mixing
 is then one small product a token, all with the same gates, each within a processor's cache. Only in
@@ -23,7 +22,7 @@ by halves: the blocked product with a triangular matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -179,18 +178,32 @@ class Outboxes:
         """
         return _At.apply(self._link, self, rows * self._shape[1] + cols)
 
-    def rewind(self, num_written: int) -> None:
-        """Go back to where so many writers had written, to run again what came after.
+    def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function that writes and reads, to be called twice: by the backward pass, too.
 
-        What is written again must be the same as before.
+        The second call begins where the first did and has to write the same again.
         """
-        self.num_written = num_written
-        self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
+        begin, called = self.num_written, False
+
+        def run() -> Tensor:
+            nonlocal called
+            if not called:
+                called = True
+                return function()
+            self.num_written = begin
+            self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
+            link = self._link
+            try:
+                return function()
+            finally:  # what is run again is never differentiated, so nothing may lead there
+                self._link = link
+
+        return run
 
     def _take(self, name: str, count: int, like: Tensor) -> Tensor:
         """[token, count, d_model], uninitialised; `like` is [token, d_model]."""
         num_tokens, d_model = like.shape
-        if like.device.type == "cpu" and like.element_size() == 2:
+        if _is_better_wide(like):
             return self.workspace.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
         return self.workspace.take(name, (num_tokens, count, d_model), like)
 
@@ -211,9 +224,10 @@ class _Level:
 
 
 class _Gradients:
-    """Gradients of the deltas: an array, [token, writer, d_model], for what each look-ahead adds.
+    """Gradients of the deltas, in arrays of [token, writer, d_model].
 
-    Where they lie token by token, products add into whole arrays faster than into parts of one.
+    Each has the writers between two new look-aheads, or, where they lie writer by writer, all:
+    token by token, products add into whole arrays faster than into parts of one.
 
     Args:
         workspace: where they live.
@@ -349,6 +363,11 @@ class _Mix(torch.autograd.Function):
         boxes.gradients.add_mixed(ctx.writers, ctx.gates, of_inputs)
         of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.writers])
         return *[None] * 5, *of_gates.split(ctx.counts)
+
+
+def _is_better_wide(like: Tensor) -> bool:
+    """Whether such buffers should lie writer by writer."""
+    return like.device.type == "cpu" and like.element_size() == 2
 
 
 def _is_wide(x: Tensor) -> bool:

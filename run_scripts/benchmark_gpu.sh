@@ -17,6 +17,8 @@ measure gpt2 shape=gpt2 dtype=bfloat16 batch_size=32 length=64 repetitions=20 \
 measure gpt2-naive shape=gpt2 dtype=bfloat16 batch_size=8 length=32 repetitions=3
 measure codellama-13b shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=8 \
     length=72 repetitions=3 recompute=true engines=[ours,stock]
+measure codellama-13b-kept shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=4 \
+    length=72 repetitions=3 engines=[ours]
 measure llama-8b shape=llama-8b dtype=bfloat16 batch_size=32 micro_batch_size=16 \
     length=72 repetitions=3 recompute=true engines=[ours,stock]
 measure growth growth=true dtype=bfloat16 repetitions=10

@@ -22,8 +22,18 @@ from edgeprune.training.checkpoint import load_latest, save_checkpoint
 from edgeprune.training.distributed import Processes
 from edgeprune.training.trainer import Trainer
 
+
+def with_a_head_of_its_own():
+    """As a checkpoint may be whose configuration, and so its shape, ties the matrices."""
+    hf_model = random_gpt2()
+    if hf_model.device.type != "meta":
+        hf_model.lm_head.weight = torch.nn.Parameter(1.5 * hf_model.lm_head.weight.detach())
+    return wrap_model(hf_model)
+
+
 MODELS = {
     "gpt2": lambda: wrap_model(random_gpt2()),
+    "untied": with_a_head_of_its_own,
     "qwen3": lambda: wrap_model(test_llama.random_llama(test_llama.FAMILIES["qwen3"])),
 }
 

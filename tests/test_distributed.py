@@ -28,6 +28,7 @@ JOBS = [
     {"batch_size": 7, "node_gates": True},
     {"batch_size": 5, "keep": False},
     {"batch_size": 6, "model": "qwen3"},
+    {"batch_size": 6, "model": "untied"},
 ]
 SHARDED = [
     {**JOBS[2], "shard": "on the device"},
@@ -35,6 +36,7 @@ SHARDED = [
     {**JOBS[3], "shard": "on the device"},
     {**JOBS[2], "shard": "on the device", "recompute": True},
     {**JOBS[3], "shard": "on the device", "recompute": True, "look_ahead": 1},
+    {**JOBS[4], "shard": "on the device"},
 ]
 
 

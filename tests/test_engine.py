@@ -1,11 +1,14 @@
 """The fast engine against the naive one and against Hugging Face."""
 
+import gc
+
 import pytest
 import torch
 from conftest import random_gpt2, random_pairs
 from naive import all_open, run_gpt2
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from edgeprune import outbox
 from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, AblationKind
 from edgeprune.dataset import collate
@@ -209,17 +212,44 @@ def gate_gradient(model, batch, gates, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("look_ahead", [1, 26, 1000])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_neither_look_ahead_nor_recomputing_changes_gradients(look_ahead, recompute, monkeypatch):
-    """Stretches of one layer, of two and one, and of all three."""
-    model = wrap_model(random_gpt2())
+    """Stretches of one layer, of two, and of all seven, by halves."""
+    model = wrap_model(random_gpt2(n_layer=7))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()
+    monkeypatch.setattr(engine, "LOOK_AHEAD", 39)
     wanted = gate_gradient(model, batch, gates)
     monkeypatch.setattr(engine, "LOOK_AHEAD", look_ahead)
     got = gate_gradient(model, batch, gates, recompute=recompute)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_bfloat16_gradients_point_where_float32_ones_do():
+@pytest.mark.parametrize("recompute", [True, False])
+def test_writer_by_writer_is_token_by_token(recompute, monkeypatch):
+    model = wrap_model(random_gpt2(n_layer=7))
+    batch = collate(mixed_lengths())
+    gates = random_gates(model.graph, node=False).edge.detach()
+    gradients = []
+    for is_better_wide in (True, False):
+        monkeypatch.setattr(outbox, "_is_better_wide", lambda like, wide=is_better_wide: wide)
+        gradients.append(gate_gradient(model, batch, gates, recompute=recompute))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_nothing_of_a_step_outlives_it(recompute, monkeypatch):
+    monkeypatch.setattr(engine, "LOOK_AHEAD", 26)
+    model = wrap_model(random_gpt2(n_layer=4))
+    batch = collate(mixed_lengths())
+    gates = random_gates(model.graph, node=False).edge.detach()
+    gate_gradient(model, batch, gates, recompute=recompute)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is outbox.Outboxes]
+
+
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_bfloat16_gradients_point_where_float32_ones_do(is_wide, monkeypatch):
+    """In either layout: on a GPU they lie token by token."""
+    monkeypatch.setattr(outbox, "_is_better_wide", lambda like: is_wide)
     batch = collate(mixed_lengths())
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -87,6 +87,17 @@ def test_multipliers_are_maximised_and_gates_learn(model):
     assert (run.masks.edge_log_alpha != before).float().mean() > 0.9
 
 
+def test_weight_decay_shrinks_log_alpha_by_its_share_of_the_learning_rate(model):
+    """The first of two warm-up steps has half the rate: 0.25 of it times 10."""
+    with_decay, without = (
+        trainer(model, replace(CONFIG, init_mean=10.0, weight_decay=decay)) for decay in (0.1, 0.0)
+    )
+    for one in (with_decay, without):
+        one.train_step()
+    shrunk = without.masks.edge_log_alpha - with_decay.masks.edge_log_alpha
+    torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("node_gates", [False, True])
 @pytest.mark.parametrize("stop", [1, 7])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model, node_gates, stop):

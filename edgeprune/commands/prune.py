@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,14 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
     from edgeprune.modeling import model_shape
     from edgeprune.training import run
 
-    shape = model_shape(
+    make_shape = partial(
+        model_shape,
         config.model.path,
         dtype=config.model.dtype,
-        attention=config.model.attention,
         embedding_writers=config.model.embedding_writers,
         trust_remote_code=config.model.trust_remote_code,
     )
+    shape = make_shape()  # not every attention can be planned with
     processes.first_does(lambda: data_file(config.task, shape.tokenizer, run_dir))
     data_path = data_file(config.task, shape.tokenizer, run_dir)
     pairs = load_pairs(data_path, config.task, shape, "train")
@@ -83,6 +85,7 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
     processes.check_same("the data", run.file_digest(data_path))
     if config.launcher.shard:
         on_cpu = replace(config.model, device="cpu")
+        shape = make_shape(attention=config.model.attention)
         model = processes.shard(lambda: load_model(on_cpu), shape, offload=config.launcher.offload)
     else:
         model = load_model(replace(config.model, device=processes.device))

@@ -78,12 +78,7 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def project_from_heads(
-    values: Tensor,
-    corrupted: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    centred: bool = False,
+    values: Tensor, corrupted: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Outboxes of the heads, less the corrupted ones.
 
@@ -93,15 +88,11 @@ def project_from_heads(
         values, corrupted: [..., head * d_head]; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
-        centred: whether outboxes are wanted less their mean over d_model.
 
     Returns:
         [head, ..., d_model].
     """
     num_heads, d_head, d_model = weight.shape
-    if centred:
-        weight = weight - weight.mean(-1, keepdim=True)
-        bias = None if bias is None else bias - bias.mean()
     difference = values if corrupted is None else values - corrupted
     by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -56,13 +57,8 @@ class Block(Protocol):
         """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
-    def head_delta(
-        self, values: Tensor, corrupted: Tensor | None, *, centred: bool = False
-    ) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model].
-
-        If `centred`, less their mean over d_model.
-        """
+    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model]."""
         ...
 
 
@@ -142,7 +138,9 @@ class CircuitModel:
         self.name = name
         self.workspace = Workspace()
         # A LayerNorm takes the mean away from whatever it reads, so outboxes are kept without.
-        self._centred = isinstance(architecture.final_norm, nn.LayerNorm)
+        norms = [architecture.final_norm]
+        norms += [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
+        self._centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
         self._fingerprint: str | None = None
 
     @property
@@ -178,14 +176,34 @@ class CircuitModel:
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256()
-        for name, weight in self.architecture.body.named_parameters():
+        arch = self.architecture
+        weights = dict(arch.body.named_parameters())
+        weights |= {f"unembed.{name}": weight for name, weight in arch.unembed.named_parameters()}
+        for name, weight in weights.items():
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
             digest.update(f"{name} {list(weight.shape)}".encode())
             digest.update(sample.numpy().tobytes())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def shard(self, whole: CircuitModel | None, mesh: Any, device: str, *, offload: bool) -> None:
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output projection is the embeddings' matrix."""
+        return self.architecture.unembed.weight is self._embeddings.weight
+
+    @property
+    def _embeddings(self) -> nn.Module:
+        return self.architecture.body.get_input_embeddings()
+
+    def shard(
+        self,
+        whole: CircuitModel | None,
+        mesh: Any,
+        device: str,
+        *,
+        is_tied: bool,
+        offload: bool,
+    ) -> None:
         """Split the layers' weights over processes; see `shard_layers`.
 
         Args:
@@ -193,21 +211,27 @@ class CircuitModel:
                 no weights yet (it is on the meta device).
             mesh: of all the processes.
             device: where this process runs.
+            is_tied: whether the whole model is; its weights decide, not its configuration.
             offload: whether its share of the weights stays in the CPU's memory.
         """
         arch = self.architecture
-        embeddings = arch.body.get_input_embeddings()
-        tied = arch.unembed.weight is embeddings.weight
-        layers = [block.layer for block in arch.blocks]
+        of_whole = None if whole is None else whole.architecture
         shard_layers(
-            arch.body, layers, whole and whole.architecture.body, mesh, device, offload=offload
+            arch.body,
+            [block.layer for block in arch.blocks],
+            None if of_whole is None else of_whole.body,
+            mesh,
+            device,
+            offload=offload,
         )
-        if tied:
-            arch.unembed.weight = embeddings.weight
+        if is_tied:
+            arch.unembed.weight = self._embeddings.weight
         else:
-            unembed = whole and whole.architecture.unembed
+            own = torch.empty_like(arch.unembed.weight, device="meta")
+            arch.unembed.weight = nn.Parameter(own, requires_grad=False)
+            unembed = None if of_whole is None else of_whole.unembed
             receive(arch.unembed.to_empty(device=device), unembed, mesh, device)
-        self._fingerprint = whole and whole.fingerprint()
+        self._fingerprint = None if whole is None else whole.fingerprint()
 
     def to(self, dtype: torch.dtype) -> None:
         """Convert weights, and so activations."""
@@ -327,11 +351,10 @@ class CircuitModel:
             return self._centre(stream_there if always_on is None else stream_there + always_on)
 
         def head_delta(block: Block, values: Tensor, closed: Tensor | None) -> Tensor:
-            return block.head_delta(values, closed, centred=self._centred)
+            return self._centre(block.head_delta(values, closed))
 
-        def run_stretch(layers: range, num_written: int) -> Tensor:
+        def run_stretch(layers: range) -> Tensor:
             """Returns the last one's heads' values."""
-            boxes.rewind(num_written)
             for index, layer in enumerate(layers):
                 ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
                 stop = min(2 * (layer + ahead), 2 * layers.stop, 2 * graph.num_layers - 1)
@@ -350,12 +373,10 @@ class CircuitModel:
 
         for stretch in stretches(graph):
             if recompute:
-                values = checkpoint(
-                    run_stretch, stretch, boxes.num_written,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+                run_again = boxes.repeatable(partial(run_stretch, stretch))
+                values = checkpoint(run_again, use_reentrant=False, preserve_rng_state=False)
             else:
-                values = run_stretch(stretch, boxes.num_written)
+                values = run_stretch(stretch)
         # Of the last layer, only the predicted tokens matter from here on.
         block, at = arch.blocks[-1], (batch.rows, batch.cols)
         closed = None if corrupted is None else closed_heads[-1][at]

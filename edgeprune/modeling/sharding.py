@@ -50,6 +50,7 @@ def shard_layers(
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         layer.to_empty(device="cpu" if offload else device)
+    body.to_empty(device=device, recurse=False)
     for child in body.children():
         if not isinstance(child, nn.ModuleList):  # the layers are where they belong
             child.to_empty(device=device)

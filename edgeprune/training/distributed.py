@@ -115,7 +115,8 @@ class Processes:
         self.first_does(lambda: loaded.append(load()))
         mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
         whole = loaded.pop() if loaded else None
-        self.guard(lambda: shape.shard(whole, mesh, self.device, offload=offload))
+        is_tied = bool(self.from_first(int(whole is not None and whole.is_tied)))
+        shape.shard(whole, mesh, self.device, is_tied=is_tied, offload=offload)
         return shape
 
     def free_memory(self) -> int:
