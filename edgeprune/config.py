@@ -506,7 +506,7 @@ def check_benchmark(config: BenchmarkConfig) -> None:
 
 
 def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
-    """What the multipliers drive the edges' sparsity to: as set, or a little above what was asked for.
+    """What the multipliers drive the edges' sparsity to: as set, or `LEAD` above what is asked for.
 
     None where edges have a price instead.
 
