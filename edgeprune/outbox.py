@@ -22,6 +22,7 @@ by halves: the blocked product with a triangular matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,9 +48,7 @@ class Workspace:
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor; it lasts until the next forward pass takes the same name."""
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if (
             buffer is None
@@ -60,6 +59,13 @@ class Workspace:
             self._buffers.pop(name, None)  # free the old one first
             buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(shape)
+
+    def take_outboxes(self, name: str, count: int, like: Tensor) -> Tensor:
+        """[token, count, d_model], in the order that suits; `like` is [token, d_model]."""
+        num_tokens, d_model = like.shape
+        if _is_better_wide(like):
+            return self.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
+        return self.take(name, (num_tokens, count, d_model), like)
 
 
 class Outboxes:
@@ -80,7 +86,7 @@ class Outboxes:
         self.workspace = workspace
         self._generation = workspace.generation
         self._shape = like.shape
-        self.delta = self._take("delta", num_writers, like.flatten(0, 1))
+        self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
         self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
         self.num_written = 0
@@ -119,7 +125,7 @@ class Outboxes:
         is_new = self._num_read == self._inputs.shape[1]
         if is_new:
             name = f"inputs {self._num_inputs}" if self.keep_inputs else "inputs"
-            self._inputs = self._take(name, num_readers, self.delta[:, 0])
+            self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
             self._num_inputs += num_readers
             self._num_read = 0
             if self.gradients is not None and not _is_wide(self.delta):
@@ -200,13 +206,6 @@ class Outboxes:
 
         return run
 
-    def _take(self, name: str, count: int, like: Tensor) -> Tensor:
-        """[token, count, d_model], uninitialised; `like` is [token, d_model]."""
-        num_tokens, d_model = like.shape
-        if _is_better_wide(like):
-            return self.workspace.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
-        return self.workspace.take(name, (num_tokens, count, d_model), like)
-
     def check_current(self) -> None:
         """Guards against differentiating a pass whose buffers a later one has taken."""
         assert self._generation == self.workspace.generation, (
@@ -252,16 +251,13 @@ class _Gradients:
     @cached_property
     def _parts(self) -> list[tuple[slice, Tensor]]:
         """The writers of each array; made when the forward pass is over."""
-        num_tokens, num_writers, d_model = self._delta.shape
-        spans = [slice(*pair) for pair in pairwise([*self._starts, num_writers])]
-        counts = [span.stop - span.start for span in spans]
-        sizes = [num_tokens * count * d_model for count in counts]
-        flat = self._workspace.take("gradient", (sum(sizes),), self._delta).zero_()
-        shape = (-1, num_tokens, d_model) if _is_wide(self._delta) else (num_tokens, -1, d_model)
-        parts = [part.view(shape) for part in flat.split(sizes)]
-        if _is_wide(self._delta):
-            parts = [part.transpose(0, 1) for part in parts]
-        return list(zip(spans, parts, strict=True))
+
+        def zeros(start: int, stop: int) -> Tensor:
+            name, like = f"gradient {start}", self._delta[:, 0]
+            return self._workspace.take_outboxes(name, stop - start, like).zero_()
+
+        bounds = pairwise([*self._starts, self._delta.shape[1]])
+        return [(slice(start, stop), zeros(start, stop)) for start, stop in bounds]
 
     def of(self, writers: slice) -> Tensor:
         """Those of some writers of one write."""

@@ -325,6 +325,10 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
         (["prune"], ["nothing says how sparse", "sparsity="]),
         (
+            ["prune", "sparsity=0.9", "trainer.weight_decay=-1"],
+            ["trainer.weight_decay=-1.0 must be 0 or more"],
+        ),
+        (
             ["prune", "experiment=ioi", "trainer.steps=5", "trainer.lr_warmup_steps=6"],
             ["trainer.lr_warmup_steps=6 must lie between 0 and trainer.steps=5"],
         ),

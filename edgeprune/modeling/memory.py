@@ -25,7 +25,8 @@ class MemoryPlan:
 
     Attributes:
         weights: of the model; with shares, its own and one whole layer.
-        outboxes: the writers' deltas and their gradients, and the readers' inputs.
+        outboxes: the writers' deltas and their gradients, the readers' inputs, and what products
+            are put into on their way there.
         blocks: what the blocks keep for the backward pass.
         working: what comes and goes while one block runs or is differentiated.
         corrupted: what closed edges carry, and the logits.

@@ -201,6 +201,7 @@ class CircuitModel:
         mesh: Any,
         device: str,
         *,
+        send: Callable[[Tensor], object],
         is_tied: bool,
         offload: bool,
     ) -> None:
@@ -211,6 +212,7 @@ class CircuitModel:
                 no weights yet (it is on the meta device).
             mesh: of all the processes.
             device: where this process runs.
+            send: see `receive`.
             is_tied: whether the whole model is; its weights decide, not its configuration.
             offload: whether its share of the weights stays in the CPU's memory.
         """
@@ -222,6 +224,7 @@ class CircuitModel:
             None if of_whole is None else of_whole.body,
             mesh,
             device,
+            send,
             offload=offload,
         )
         if is_tied:
@@ -230,7 +233,7 @@ class CircuitModel:
             own = torch.empty_like(arch.unembed.weight, device="meta")
             arch.unembed.weight = nn.Parameter(own, requires_grad=False)
             unembed = None if of_whole is None else of_whole.unembed
-            receive(arch.unembed.to_empty(device=device), unembed, mesh, device)
+            receive(arch.unembed.to_empty(device=device), unembed, mesh, device, send)
         self._fingerprint = None if whole is None else whole.fingerprint()
 
     def to(self, dtype: torch.dtype) -> None:
@@ -345,13 +348,8 @@ class CircuitModel:
         inputs = arch.attention_inputs(stream)
 
         def base(site: int) -> Tensor:
-            stream_there = torch.zeros_like(stream) if corrupted is None else None
-            if corrupted is not None:
-                stream_there = corrupted.residuals[site]
-            return self._centre(stream_there if always_on is None else stream_there + always_on)
-
-        def head_delta(block: Block, values: Tensor, closed: Tensor | None) -> Tensor:
-            return self._centre(block.head_delta(values, closed))
+            there = torch.zeros_like(stream) if corrupted is None else corrupted.residuals[site]
+            return self._centre(there if always_on is None else there + always_on)
 
         def run_stretch(layers: range) -> Tensor:
             """Returns the last one's heads' values."""
@@ -364,7 +362,7 @@ class CircuitModel:
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
-                    boxes.write(head_delta(block, values, closed_heads[layer]))
+                    boxes.write(self._centre(block.head_delta(values, closed_heads[layer])))
                     x = boxes.read(site_gates[site + 1], base(site + 1))[0]
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
@@ -380,7 +378,7 @@ class CircuitModel:
         # Of the last layer, only the predicted tokens matter from here on.
         block, at = arch.blocks[-1], (batch.rows, batch.cols)
         closed = None if corrupted is None else closed_heads[-1][at]
-        delta = torch.cat([boxes.at(*at), head_delta(block, values[at], closed)])
+        delta = torch.cat([boxes.at(*at), self._centre(block.head_delta(values[at], closed))])
         x = mix(site_gates[-2], delta, base(-2)[at])[0]
         closed = None if corrupted is None else closed_mlps[-1][at]
         mlp_delta = _mlp_delta(block, x, closed)

@@ -8,12 +8,11 @@ then stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -30,6 +29,7 @@ def shard_layers(
     whole: nn.Module | None,
     mesh: Any,
     device: str,
+    send: Callable[[Tensor], object],
     *,
     offload: bool,
 ) -> None:
@@ -44,6 +44,7 @@ def shard_layers(
         whole: in the first process, the same model on the CPU; None in the others.
         mesh: of all the processes.
         device: where this process runs.
+        send: see `receive`.
         offload: whether its share stays in the CPU's memory while it is not used.
     """
     policy = CPUOffloadPolicy(pin_memory=device != "cpu") if offload else OffloadPolicy()
@@ -54,23 +55,30 @@ def shard_layers(
     for child in body.children():
         if not isinstance(child, nn.ModuleList):  # the layers are where they belong
             child.to_empty(device=device)
-    receive(body, whole, mesh, device)
+    receive(body, whole, mesh, device, send)
 
 
-def receive(module: nn.Module, whole: nn.Module | None, mesh: Any, device: str) -> None:
+def receive(
+    module: nn.Module,
+    whole: nn.Module | None,
+    mesh: Any,
+    device: str,
+    send: Callable[[Tensor], object],
+) -> None:
     """Fill parameters and buffers with the first process's, or with this process's share of them.
 
     Args:
         module: sharded or not, with memory of its own.
         whole: in the first process, the same module on the CPU; None in the others.
         mesh, device: see `shard_layers`.
+        send: fills a tensor with the first process's, when all call it.
     """
     of_first = {} if whole is None else dict(_tensors(whole))
     for name, tensor in _tensors(module):
         received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if whole is not None:
             received.copy_(of_first[name])
-        dist.broadcast(received, 0)
+        send(received)
         if isinstance(tensor, DTensor):
             received = distribute_tensor(received, mesh, tensor.placements, src_data_rank=None)
             tensor, received = tensor.to_local(), received.to_local()

@@ -105,6 +105,7 @@ class Processes:
         Raises:
             ConfigError: there is only one process.
             FirstFailed: in the others, if it cannot be loaded.
+            ProcessError: another process died, or did not answer in time.
         """
         if self.count == 1:
             raise ConfigError(
@@ -116,7 +117,11 @@ class Processes:
         mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
         whole = loaded.pop() if loaded else None
         is_tied = bool(self.from_first(int(whole is not None and whole.is_tied)))
-        shape.shard(whole, mesh, self.device, is_tied=is_tied, offload=offload)
+
+        def send(tensor: Tensor) -> None:
+            self.guard(lambda: dist.broadcast(tensor, 0))
+
+        shape.shard(whole, mesh, self.device, send=send, is_tied=is_tied, offload=offload)
         return shape
 
     def free_memory(self) -> int:
