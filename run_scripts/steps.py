@@ -2,7 +2,7 @@
 
     .venv/bin/python run_scripts/steps.py     # about 15 minutes on one core
 
-Prunes the embedded model's ioi at 98 % by the published schedule and by the default's with fewer and
+Prunes the embedded model's ioi at 98 % by the published schedule, and by the default with fewer and
 more steps. Runs go to runs/steps/; what is there already is not run again.
 """
 
