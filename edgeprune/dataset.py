@@ -467,9 +467,8 @@ def _none_usable(skipped: list[str]) -> DataError:
 
 def collate(pairs: Sequence[Pair]) -> Batch:
     """Pad pairs to the longest and index their predicted tokens."""
-    lengths = torch.tensor([len(pair.clean_ids) for pair in pairs])
-    width = int(lengths.max())
-    clean = torch.zeros(len(pairs), width, dtype=torch.long)  # padding is never looked at
+    lengths = [len(pair.clean_ids) for pair in pairs]
+    clean = torch.zeros(len(pairs), max(lengths), dtype=torch.long)  # padding is never looked at
     corrupted = torch.zeros_like(clean)
     rows, cols, targets, values, contrasts = [], [], [], [], []
     for row, pair in enumerate(pairs):
@@ -485,7 +484,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     return Batch(
         clean_ids=clean,
         corrupted_ids=corrupted,
-        lengths=lengths,
+        lengths=torch.tensor(lengths),
         rows=torch.tensor(rows),
         cols=torch.tensor(cols),
         target_ids=torch.tensor(targets),

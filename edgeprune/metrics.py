@@ -59,11 +59,9 @@ def error_per_token(reference: Tensor, outputs: Tensor) -> Tensor:
 
 def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
     """[predicted] -> [batch], the mean over each example's predicted tokens."""
-    num_examples = len(batch.clean_ids)
-    sums = torch.zeros(num_examples, dtype=values.dtype, device=values.device)
-    sums = sums.index_add(0, batch.rows, values)
-    counts = torch.bincount(batch.rows, minlength=num_examples)
-    return sums / counts
+    nothing = values.new_zeros(len(batch.clean_ids))
+    counts = nothing.index_add(0, batch.rows, torch.ones_like(values))
+    return nothing.index_add(0, batch.rows, values) / counts
 
 
 @dataclass(frozen=True)

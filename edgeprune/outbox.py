@@ -287,8 +287,8 @@ class _Gradients:
         """Add [writer, token, d_model] at some tokens, for the first writers."""
         for span, part in self._parts:
             if span.start < len(of_values):
-                new = of_values[span]
-                part[tokens, : len(new)] += new.transpose(0, 1)
+                new = of_values[span].transpose(0, 1)
+                part[:, : new.shape[1]].index_add_(0, tokens, new)
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
@@ -310,6 +310,7 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
         boxes.check_current()
+        ctx.set_materialize_grads(False)  # the link has none
         ctx.boxes, ctx.writers, ctx.shape = boxes, writers, delta.shape
         _store(boxes, delta, writers)
         return torch.empty(0, device=delta.device)
@@ -342,6 +343,7 @@ class _Mix(torch.autograd.Function):
         *gates: Tensor,
     ) -> Tensor:
         boxes.check_current()
+        ctx.set_materialize_grads(False)  # the link has none
         ctx.boxes, ctx.inputs, ctx.writers = boxes, inputs, writers
         ctx.counts = [len(g) for g in gates]
         ctx.gates = torch.cat(gates).to(inputs.dtype)
@@ -396,9 +398,9 @@ def _add_mixed(
         _rows(target).addmm_(gates, _rows(values), beta=kept)
     elif gates.shape[1] == 1 and kept:
         target.addcmul_(gates, values)
-    elif target.is_contiguous():
+    elif target.is_contiguous() or target.device.type != "cpu":
         target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=kept)
-    else:  # a product into a part of an array would take a slow path
+    else:  # a processor's product into a part of an array would take a slow path
         shape = (len(values), len(gates), values.shape[2])
         mixed = workspace.take("mixed", shape, values)
         target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)

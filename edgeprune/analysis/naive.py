@@ -32,7 +32,7 @@ def outboxes(model: CircuitModel, activations: Activations) -> Tensor:
     """[writer, batch, pos, d_model] of a pass of the whole model."""
     written = list(activations.embeddings)
     for layer, block in enumerate(model.architecture.blocks):
-        written += block.head_delta(activations.head_values[layer], None)
+        written += block.head_delta(activations.head_values[layer], None, centred=False)
         written.append(activations.mlp_outputs[layer])
     return torch.stack(written)
 
@@ -72,7 +72,7 @@ def run(model: CircuitModel, batch: Batch, gates: Tensor, corrupted: Tensor) -> 
     write(embeddings)
     for layer, block in enumerate(architecture.blocks):
         values = _attend(block, read(graph.sites[2 * layer]), inputs)
-        write(block.head_delta(values, None))
+        write(block.head_delta(values, None, centred=False))
         x = read(graph.sites[2 * layer + 1])
         write(block.mlp(block.mlp_norm(x)))
     return architecture.logits(architecture.final_norm(read(graph.sites[-1])[0]))

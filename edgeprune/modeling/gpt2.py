@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
@@ -33,7 +34,12 @@ class GPT2Block:
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2
-        self.mlp = self.mlp_output = layer.mlp
+        # Of the library's own GELU each product and sum is an operation of its own.
+        activation = layer.mlp.act
+        if isinstance(activation, NewGELUActivation):
+            activation = nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(layer.mlp.c_fc, activation, layer.mlp.c_proj)
+        self.mlp_output = layer.mlp
         self.attention = layer.attn
         self.num_heads = layer.attn.num_heads
         self.d_head = layer.attn.head_dim
@@ -64,11 +70,11 @@ class GPT2Block:
     def scale(self, values: Tensor) -> Tensor:
         return values
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
+    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         project = self.attention_output
         weight = project.weight.view(self.num_heads, self.d_head, -1)
-        return project_from_heads(values, corrupted, weight, project.bias)
+        return project_from_heads(values, corrupted, weight, project.bias, centred=centred)
 
 
 class GPT2:

@@ -56,19 +56,21 @@ class _ScaledProjection(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float, scale: Tensor, *weights: Tensor) -> Tensor:
         exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
-        factor = torch.rsqrt(norm**2 / x.shape[-1] + eps)  # [head, token, 1]
-        y = (torch.bmm(x, _fold(scale, weights).transpose(1, 2)) * factor).to(x.dtype)
-        ctx.save_for_backward(x, factor, y, scale, *weights)
+        d_model = x.shape[-1]
+        negated = -d_model * eps - norm.square_()  # [head, token, 1]: -(sum of squares + eps ...)
+        factor = (negated / -d_model).rsqrt_()
+        y = torch.bmm(x, _fold(scale, weights).transpose(1, 2)).mul_(factor)
+        ctx.save_for_backward(x, negated, factor, y, scale, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, factor, y, scale, *weights = ctx.saved_tensors
-        # The factor falls by factor^3 x / d_model.
-        fall = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) * factor**2 / x.shape[-1]
-        of_x = x.mul_(-fall.to(x.dtype))
-        of_x.baddbmm_((grad * factor).to(x.dtype), _fold(scale, weights))
+        x, negated, factor, y, scale, *weights = ctx.saved_tensors
+        # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
+        change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
+        of_x = x.mul_(change)
+        of_x.baddbmm_(torch.mul(grad, factor, out=torch.empty_like(grad)), _fold(scale, weights))
         return of_x, *[None] * (2 + len(weights))
 
 
@@ -78,7 +80,12 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def project_from_heads(
-    values: Tensor, corrupted: Tensor | None, weight: Tensor, bias: Tensor | None
+    values: Tensor,
+    corrupted: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    centred: bool,
 ) -> Tensor:
     """Outboxes of the heads, less the corrupted ones.
 
@@ -88,11 +95,15 @@ def project_from_heads(
         values, corrupted: [..., head * d_head]; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
+        centred: whether the outboxes are to have no mean over d_model.
 
     Returns:
         [head, ..., d_model].
     """
     num_heads, d_head, d_model = weight.shape
+    if centred:  # what writes them is smaller than what is written
+        weight = weight - weight.mean(-1, keepdim=True)
+        bias = None if bias is None else bias - bias.mean()
     difference = values if corrupted is None else values - corrupted
     by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:

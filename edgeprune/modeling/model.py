@@ -57,8 +57,11 @@ class Block(Protocol):
         """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model]."""
+    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
+        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model].
+
+        `centred`: without their mean over d_model.
+        """
         ...
 
 
@@ -99,7 +102,8 @@ class Activations:
         embeddings: [embedding writer, batch, pos, d_model].
         head_values: a layer each, [batch, pos, head * d_head], scaled, before the projection.
         mlp_outputs: a layer each, [batch, pos, d_model].
-        residuals: a site each, [batch, pos, d_model], the stream that is read there.
+        residuals: a site each, [batch, pos, d_model], the stream that is read there, less its mean
+            over d_model where all norms are LayerNorms.
     """
 
     embeddings: Tensor
@@ -269,16 +273,17 @@ class CircuitModel:
         with ExitStack() as stack:
             for block in arch.blocks:
                 for module, hook in (
-                    (block.attention_norm, keep_input(residuals)),
+                    (block.attention_norm, keep_input(residuals, self._centre)),
                     (block.attention_output, keep_input(head_values, block.scale)),
-                    (block.mlp_norm, keep_input(residuals)),
+                    (block.mlp_norm, keep_input(residuals, self._centre)),
                 ):
                     stack.enter_context(_hook(module.register_forward_pre_hook(hook)))
                 handle = block.mlp_output.register_forward_hook(
                     lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
                 )
                 stack.enter_context(_hook(handle))
-            handle = arch.final_norm.register_forward_pre_hook(keep_input(residuals))
+            keep_last = keep_input(residuals, self._centre)
+            handle = arch.final_norm.register_forward_pre_hook(keep_last)
             stack.enter_context(_hook(handle))
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
@@ -349,7 +354,7 @@ class CircuitModel:
 
         def base(site: int) -> Tensor:
             there = torch.zeros_like(stream) if corrupted is None else corrupted.residuals[site]
-            return self._centre(there if always_on is None else there + always_on)
+            return there if always_on is None else there + always_on
 
         def run_stretch(layers: range) -> Tensor:
             """Returns the last one's heads' values."""
@@ -362,7 +367,8 @@ class CircuitModel:
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
-                    boxes.write(self._centre(block.head_delta(values, closed_heads[layer])))
+                    closed = closed_heads[layer]
+                    boxes.write(block.head_delta(values, closed, centred=self._centred))
                     x = boxes.read(site_gates[site + 1], base(site + 1))[0]
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
@@ -378,7 +384,8 @@ class CircuitModel:
         # Of the last layer, only the predicted tokens matter from here on.
         block, at = arch.blocks[-1], (batch.rows, batch.cols)
         closed = None if corrupted is None else closed_heads[-1][at]
-        delta = torch.cat([boxes.at(*at), self._centre(block.head_delta(values[at], closed))])
+        heads_delta = block.head_delta(values[at], closed, centred=self._centred)
+        delta = torch.cat([boxes.at(*at), heads_delta])
         x = mix(site_gates[-2], delta, base(-2)[at])[0]
         closed = None if corrupted is None else closed_mlps[-1][at]
         mlp_delta = _mlp_delta(block, x, closed)

@@ -78,7 +78,7 @@ class KeptPasses:
         device = self._reference.device
         rows = [self._row[pair] for pair in batch.pairs]
         tokens = torch.cat([self._tokens[row] for row in rows]).to(device)
-        index = torch.tensor(rows, device=device)
+        index = torch.tensor(rows).to(device)
         length = batch.clean_ids.shape[1]
         activations = self._activations.map(
             lambda x: x[..., :length, :].index_select(x.dim() - 3, index)
