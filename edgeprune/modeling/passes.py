@@ -48,7 +48,8 @@ class KeptPasses:
             first = sum(len(r) for r in references)
             for row, pair in enumerate(batch.pairs):
                 self._row[pair] = start + row
-                self._tokens.append(first + (batch.rows == row).nonzero()[:, 0])
+                self._tokens.append(torch.arange(first, first + len(pair.target_ids)))
+                first += len(pair.target_ids)
             references.append(reference)
         self._reference = torch.cat(references)
 
