@@ -100,7 +100,7 @@ def test_a_large_circuit_is_tried_in_parts(monkeypatch):
 
 def test_a_distance_that_is_no_number_is_refused():
     model, pairs = wrap_model(random_gpt2()), random_pairs(2)
-    model.architecture.blocks[0].mlp.c_fc.weight.data[0] = float("nan")
+    model.architecture.blocks[0].layer.mlp.c_fc.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="not a finite number"):
         clean_up(model, whole(model), pairs, tolerance=0.1, ranking=range(model.graph.num_edges))
 
