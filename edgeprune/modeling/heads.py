@@ -59,7 +59,7 @@ class _ScaledProjection(torch.autograd.Function):
         d_model = x.shape[-1]
         negated = -d_model * eps - norm.square_()  # [head, token, 1]: -(sum of squares + eps ...)
         factor = (negated / -d_model).rsqrt_()
-        y = torch.bmm(x, _fold(scale, weights).transpose(1, 2)).mul_(factor)
+        y = (torch.bmm(x, _fold(scale, weights).transpose(1, 2)) * factor).to(x.dtype)
         ctx.save_for_backward(x, negated, factor, y, scale, *weights)
         return y
 
@@ -69,8 +69,8 @@ class _ScaledProjection(torch.autograd.Function):
         x, negated, factor, y, scale, *weights = ctx.saved_tensors
         # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
         change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
-        of_x = x.mul_(change)
-        of_x.baddbmm_(torch.mul(grad, factor, out=torch.empty_like(grad)), _fold(scale, weights))
+        of_x = x.mul_(change.to(x.dtype))
+        of_x.baddbmm_((grad * factor).to(x.dtype), _fold(scale, weights))
         return of_x, *[None] * (2 + len(weights))
 
 
