@@ -38,36 +38,36 @@ MODELS = {
 }
 
 torch.set_num_threads(1)
-processes = Processes.join("cpu", timeout=1)
-for argument in sys.argv[1:]:
-    job = json.loads(argument)
-    output, resume, until = (job.pop(key, None) for key in ("output", "resume", "until"))
-    passes.MOST_KEPT = 2**30 if job.pop("keep", True) else 0
-    modeling.model.LOOK_AHEAD = job.pop("look_ahead", LOOK_AHEAD)
-    make = MODELS[job.pop("model", "gpt2")]
-    if shard := job.pop("shard", None):
-        with torch.device("meta"):
-            shape = make()
-        model = processes.shard(make, shape, offload=shard == "offload")
-    else:
-        model = make()
-    pairs = random_pairs(13) + random_pairs(10, length=5, seed=1, predicted=2)
-    config = TrainerConfig(**{"steps": 20, "sparsity_warmup_steps": 10, **job})
-    trainer = Trainer(
-        model, pairs, config, target_sparsity=0.9, seed=3,
-        ablation=Ablation(model, AblationConfig(), pairs), processes=processes,
-    )  # fmt: skip
-    if resume is not None:
-        trainer.restore(load_latest(Path(resume))[0])
-    kl = 0.0
-    while trainer.step < (until or config.steps):
-        kl = trainer.train_step().kl
-    if shard:  # nothing stays gathered
-        for parameter in model.architecture.blocks[0].layer.parameters():
-            assert parameter.to_local().numel() < parameter.numel()
-    state = trainer.checkpoint()
-    if processes.is_first:
-        save_checkpoint(Path(output), state)
-    tensors = {**state.masks, "kl": torch.tensor(kl), **state.optimizer}
-    save_file(tensors, f"{output}-{processes.rank}.safetensors")
-    processes.any(False)
+with Processes.join("cpu", timeout=1) as processes:
+    for argument in sys.argv[1:]:
+        job = json.loads(argument)
+        output, resume, until = (job.pop(key, None) for key in ("output", "resume", "until"))
+        passes.MOST_KEPT = 2**30 if job.pop("keep", True) else 0
+        modeling.model.LOOK_AHEAD = job.pop("look_ahead", LOOK_AHEAD)
+        make = MODELS[job.pop("model", "gpt2")]
+        if shard := job.pop("shard", None):
+            with torch.device("meta"):
+                shape = make()
+            model = processes.shard(make, shape, offload=shard == "offload")
+        else:
+            model = make()
+        pairs = random_pairs(13) + random_pairs(10, length=5, seed=1, predicted=2)
+        config = TrainerConfig(**{"steps": 20, "sparsity_warmup_steps": 10, **job})
+        trainer = Trainer(
+            model, pairs, config, target_sparsity=0.9, seed=3,
+            ablation=Ablation(model, AblationConfig(), pairs), processes=processes,
+        )  # fmt: skip
+        if resume is not None:
+            trainer.restore(load_latest(Path(resume))[0])
+        kl = 0.0
+        while trainer.step < (until or config.steps):
+            kl = trainer.train_step().kl
+        if shard:  # nothing stays gathered
+            for parameter in model.architecture.blocks[0].layer.parameters():
+                assert parameter.to_local().numel() < parameter.numel()
+        state = trainer.checkpoint()
+        if processes.is_first:
+            save_checkpoint(Path(output), state)
+        tensors = {**state.masks, "kl": torch.tensor(kl), **state.optimizer}
+        save_file(tensors, f"{output}-{processes.rank}.safetensors")
+        processes.any(False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,9 +134,15 @@ class Processes:
         return psutil.virtual_memory().available // on_this_machine
 
     def part_company(self) -> None:
-        """Let go of the others. A process that exits still joined may be aborted by their exit."""
+        """Let go of the others. A process that exits still joined may be aborted by their exit.
+
+        What is sharded keeps gloo's threads alive. One that is just letting go of the last
+        exchange's tensor needs the interpreter for that, and aborts the process if it finds it
+        gone; so it gets a moment.
+        """
         if self.count > 1 and dist.is_initialized():
             PartialState().destroy_process_group()
+            time.sleep(0.1)
 
     def __enter__(self) -> Processes:
         return self
