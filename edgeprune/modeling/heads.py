@@ -79,6 +79,11 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return scale * weights[0] if len(weights) == 1 else torch.cat([scale * w for w in weights])
 
 
+def centre(x: Tensor) -> Tensor:
+    """Less its mean over the last axis."""
+    return x - x.mean(-1, keepdim=True)
+
+
 def project_from_heads(
     values: Tensor,
     corrupted: Tensor | None,
@@ -102,8 +107,8 @@ def project_from_heads(
     """
     num_heads, d_head, d_model = weight.shape
     if centred:  # what writes them is smaller than what is written
-        weight = weight - weight.mean(-1, keepdim=True)
-        bias = None if bias is None else bias - bias.mean()
+        weight = centre(weight)
+        bias = None if bias is None else centre(bias)
     difference = values if corrupted is None else values - corrupted
     by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
+from edgeprune.modeling.heads import centre
 from edgeprune.modeling.sharding import begin_layer, end_layer, receive, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix
 
@@ -395,7 +396,7 @@ class CircuitModel:
         return arch.logits(arch.final_norm(x))
 
     def _centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self._centred else x
+        return centre(x) if self._centred else x
 
     @torch.no_grad()
     def mean_activations(

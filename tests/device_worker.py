@@ -1,0 +1,53 @@
+"""Training steps on a device of which only shapes are computed, for test_device.py.
+
+Arguments: the model family and `micro_batch_size`. It is a process of its own, since the device's
+name is registered for good. Blocks are not run again here: PyTorch's engine aborts at that on a
+device without a library of its own.
+"""
+
+import sys
+
+import torch
+from conftest import random_gpt2, random_pairs
+from test_llama import FAMILIES, random_llama
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from edgeprune.ablation import Ablation
+from edgeprune.config import AblationConfig, TrainerConfig
+from edgeprune.modeling import wrap_model
+from edgeprune.training.trainer import Trainer
+
+
+def move(module: nn.Module) -> None:
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device="gpu")
+                    if isinstance(tensor, nn.Parameter):
+                        there = nn.Parameter(there, requires_grad=tensor.requires_grad)
+                    tensors[name] = there
+
+
+family, micro_batch_size = sys.argv[1], int(sys.argv[2])
+_setup_privateuseone_for_python_backend("gpu")
+hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
+model = wrap_model(hf_model.to(torch.bfloat16))
+pairs = random_pairs(6, 7) + random_pairs(6, 8)
+config = TrainerConfig(batch_size=8, micro_batch_size=micro_batch_size)
+ablation = Ablation(model, AblationConfig(), pairs)
+trainer = Trainer(model, pairs, config, target_sparsity=0.9, seed=0, ablation=ablation)
+# The engine's own threads may abort on a device without a library of its own.
+one_thread = torch.autograd.set_multithreading_enabled(False)
+with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
+    for module in (model.architecture.body, model.architecture.unembed, trainer.masks):
+        move(module)
+    assert model.device.type == "gpu"
+    for step in range(2):  # the second uses what the first has taken
+        gates = trainer.masks.sample(step).edge
+        distance, of_gates = trainer._differentiate(pairs[:8], gates.detach())
+        gates.backward(of_gates)
+    assert distance.device.type == of_gates.device.type == "gpu"
+    assert trainer.masks.edge_log_alpha.grad.shape == (model.graph.num_edges,)
