@@ -489,6 +489,14 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
 
 
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Raises ConfigError for a number out of range."""
+    if config.batch_size < 1:
+        raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
+    if config.random_circuits < 0:
+        raise ConfigError(f"random_circuits={config.random_circuits} must be 0 or more")
+
+
 def check_benchmark(config: BenchmarkConfig) -> None:
     """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
     known = BenchmarkConfig().engines

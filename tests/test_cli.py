@@ -324,6 +324,8 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5 is out of range"]),
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
         (["prune"], ["nothing says how sparse", "sparsity="]),
+        (["evaluate", "runs", "batch_size=0"], ["batch_size=0 must be at least 1"]),
+        (["evaluate", "runs", "random_circuits=-1"], ["random_circuits=-1 must be 0 or more"]),
         (
             ["prune", "sparsity=0.9", "trainer.weight_decay=-1"],
             ["trainer.weight_decay=-1.0 must be 0 or more"],

@@ -29,6 +29,7 @@ from edgeprune.config import (
     ConfigError,
     EvaluateConfig,
     Split,
+    check_evaluate,
     to_dict,
 )
 from edgeprune.files import write_text
@@ -45,6 +46,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
 
+    check_evaluate(config)
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
     task = config.task or of_run.get("task")
