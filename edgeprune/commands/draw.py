@@ -49,4 +49,6 @@ def draw(config: DrawConfig) -> None:
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
     files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
-    show(f"drew {len(shown):,} edges between {len(shown.nodes)} nodes and the output{note} -> {files}")
+    show(
+        f"drew {len(shown):,} edges between {len(shown.nodes)} nodes and the output{note} -> {files}"
+    )
