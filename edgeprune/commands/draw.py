@@ -49,6 +49,5 @@ def draw(config: DrawConfig) -> None:
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
     files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
-    show(
-        f"drew {len(shown):,} edges between {len(shown.nodes)} nodes and the output{note} -> {files}"
-    )
+    counts = f"{len(shown):,} edges between {len(shown.nodes)} nodes and the output"
+    show(f"drew {counts}{note} -> {files}")
