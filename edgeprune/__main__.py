@@ -30,19 +30,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
+        _tell(overview())
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         from importlib.metadata import version
 
-        print(f"edgeprune {version('edgeprune')}")
+        _tell(f"edgeprune {version('edgeprune')}")
         sys.exit(0)
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS) or f"; choose {', '.join(COMMANDS)}"
         _fail(f"unknown command {command!r}{hint}", 2)
     if "-h" in rest or "--help" in rest:
-        print(command_help(command))
+        _tell(command_help(command))
         sys.exit(0)
     try:
         _run(command, _name_path(command, rest))
@@ -52,6 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("EDGEPRUNE_TRACEBACK"):
             raise
         _report(command, rest, error)
+
+
+def _tell(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _name_path(command: str, arguments: list[str]) -> list[str]:

@@ -189,6 +189,15 @@ def test_help_names_every_setting_without_loading_anything_heavy():
     assert run_cli().returncode == 2
 
 
+def test_help_may_be_cut_short():
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does when it has enough
+    command = [sys.executable, "-m", "edgeprune", "prune", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ------------------------------------------------------------------------------ interruptions
 
 
