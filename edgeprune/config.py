@@ -10,7 +10,10 @@ from enum import Enum
 from typing import Any
 
 LEAD = 0.07
-"""How far the target sparsity is above the sparsity asked for, if it is not set."""
+"""How far a Lagrangian's target is above the sparsity asked for, if it is not set."""
+
+MOST_EVALUATED = 64
+"""Pairs of a pass without gradients, unless more are asked for."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -259,8 +262,8 @@ class EvaluateConfig:
     """null: the run's, or interchange."""
     split: Split = Split.test
     """Which prompts."""
-    batch_size: int = 64
-    """Pairs a forward pass."""
+    batch_size: int | None = None
+    """Pairs a forward pass; null: twice as many as in the run's training, or 64."""
     random_circuits: int = 0
     """Measure so many random circuits of equal size too."""
     output: str | None = None
@@ -475,10 +478,16 @@ def check_prune(config: PruneConfig) -> None:
             )
 
 
-def evaluation_batch_size(trainer: TrainerConfig) -> int:
-    """Pairs of a pass without gradients, which takes half of the memory of one with them."""
+def evaluation_batch_size(trainer: TrainerConfig | None) -> int:
+    """Pairs of a pass without gradients, which takes half of the memory of one with them.
+
+    Args:
+        trainer: of the run; None where there is none.
+    """
+    if trainer is None:
+        return MOST_EVALUATED
     in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-    return min(EvaluateConfig.batch_size, 2 * in_training)
+    return min(MOST_EVALUATED, 2 * in_training)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -491,7 +500,7 @@ def check_model(model: ModelConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raises ConfigError for a number out of range."""
-    if config.batch_size < 1:
+    if config.batch_size is not None and config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
     if config.random_circuits < 0:
         raise ConfigError(f"random_circuits={config.random_circuits} must be 0 or more")

@@ -71,6 +71,7 @@ class Batch:
         clean_ids, corrupted_ids: [batch, pos], padded on the right.
         lengths: [batch], tokens without padding.
         rows, cols: [predicted], batch and position indices of the tokens that predict.
+        shares: [predicted], of the mean over an example's predicted tokens: 1 over their number.
         target_ids: [predicted], what they have to predict; -1 where nothing is known to be right.
         target_values: [predicted], the numbers to predict; NaN where there are none.
         contrasts: [batch], index into `predicted` of the token that tells answer and distractor
@@ -83,6 +84,7 @@ class Batch:
     lengths: Tensor
     rows: Tensor
     cols: Tensor
+    shares: Tensor
     target_ids: Tensor
     target_values: Tensor
     contrasts: Tensor
@@ -470,7 +472,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     lengths = [len(pair.clean_ids) for pair in pairs]
     clean = torch.zeros(len(pairs), max(lengths), dtype=torch.long)  # padding is never looked at
     corrupted = torch.zeros_like(clean)
-    rows, cols, targets, values, contrasts = [], [], [], [], []
+    rows, cols, shares, targets, values, contrasts = [], [], [], [], [], []
     for row, pair in enumerate(pairs):
         length = len(pair.clean_ids)
         clean[row, :length] = torch.tensor(pair.clean_ids)
@@ -479,6 +481,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         count = len(pair.target_ids)
         rows += [row] * count
         cols += range(length - count, length)
+        shares += [1 / count] * count
         targets += pair.target_ids
         values += pair.target_values or [math.nan] * count
     return Batch(
@@ -487,6 +490,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         lengths=torch.tensor(lengths),
         rows=torch.tensor(rows),
         cols=torch.tensor(cols),
+        shares=torch.tensor(shares),
         target_ids=torch.tensor(targets),
         target_values=torch.tensor(values),
         contrasts=torch.tensor(contrasts),

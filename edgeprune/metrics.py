@@ -60,8 +60,7 @@ def error_per_token(reference: Tensor, outputs: Tensor) -> Tensor:
 def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
     """[predicted] -> [batch], the mean over each example's predicted tokens."""
     nothing = values.new_zeros(len(batch.clean_ids))
-    counts = nothing.index_add(0, batch.rows, torch.ones_like(values))
-    return nothing.index_add(0, batch.rows, values) / counts
+    return nothing.index_add(0, batch.rows, values * batch.shares)
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,12 @@ def score(
         return _score_values(batch, reference, logits, output)
     best = logits.argmax(-1)
     right = (best == batch.target_ids) | (batch.target_ids < 0)
-    for pair, at in zip(batch.pairs, batch.contrasts.tolist(), strict=True):
-        if best[at].item() in pair.answer_ids:
-            right[at] = True
-
-    at_contrast = logits[batch.contrasts].float()
+    at_contrast = logits[batch.contrasts].float().cpu()  # fetched once, not number by number
+    of_contrast = best[batch.contrasts].tolist()
+    also_right = [
+        token in pair.answer_ids for pair, token in zip(batch.pairs, of_contrast, strict=True)
+    ]
+    right[batch.contrasts] |= torch.tensor(also_right, device=right.device)
     differences = torch.full((len(batch.pairs), 2), float("nan"))
     for row, pair in enumerate(batch.pairs):
         if pair.distractor_ids:
@@ -157,7 +157,7 @@ def _score_values(
 
 def _every(flags: Tensor, batch: Batch) -> Tensor:
     """[predicted] -> [batch], whether all of an example's are true."""
-    return mean_by_example(flags.float(), batch) == 1
+    return mean_by_example((~flags).float(), batch) == 0
 
 
 def _log_odds(logits: Tensor, answers: tuple[int, ...], distractors: tuple[int, ...]) -> Tensor:

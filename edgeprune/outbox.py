@@ -128,7 +128,7 @@ class Outboxes:
             self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
             self._num_inputs += num_readers
             self._num_read = 0
-            if self.gradients is not None and not _is_wide(self.delta):
+            if self.gradients is not None and _wants_whole_arrays(self.delta):
                 self.gradients.begin(self.num_written)
         else:
             while self._levels[-1].num_readers <= self._num_read:
@@ -225,8 +225,8 @@ class _Level:
 class _Gradients:
     """Gradients of the deltas, in arrays of [token, writer, d_model].
 
-    Each has the writers between two new look-aheads, or, where they lie writer by writer, all:
-    token by token, products add into whole arrays faster than into parts of one.
+    Each has the writers between two new look-aheads where a product adds faster into a whole array
+    than into a part of one; else there is one array.
 
     Args:
         workspace: where they live.
@@ -368,6 +368,11 @@ def _is_better_wide(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.element_size() == 2
 
 
+def _wants_whole_arrays(x: Tensor) -> bool:
+    """Whether a product into a part of such an array, [token, writer, d_model], is slow."""
+    return x.device.type == "cpu" and not _is_wide(x)
+
+
 def _is_wide(x: Tensor) -> bool:
     """Whether [token, writer, d_model] lies writer by writer."""
     return x.stride(1) > x.stride(0)
@@ -398,9 +403,9 @@ def _add_mixed(
         _rows(target).addmm_(gates, _rows(values), beta=kept)
     elif gates.shape[1] == 1 and kept:
         target.addcmul_(gates, values)
-    elif target.is_contiguous() or target.device.type != "cpu":
+    elif target.is_contiguous() or not _wants_whole_arrays(target):
         target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=kept)
-    else:  # a processor's product into a part of an array would take a slow path
+    else:
         shape = (len(values), len(gates), values.shape[2])
         mixed = workspace.take("mixed", shape, values)
         target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)

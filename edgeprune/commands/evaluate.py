@@ -30,6 +30,7 @@ from edgeprune.config import (
     EvaluateConfig,
     Split,
     check_evaluate,
+    evaluation_batch_size,
     to_dict,
 )
 from edgeprune.files import write_text
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             circuit,
             pairs,
             ablation=Ablation(model, ablation_config, reference_set),
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or evaluation_batch_size(of_run.get("trainer")),
             random_circuits=config.random_circuits,
         )
     output = Path(config.output) if config.output else folder / f"evaluation-{split}.json"

@@ -108,11 +108,11 @@ def project_from_heads(
     num_heads, d_head, d_model = weight.shape
     if centred:  # what writes them is smaller than what is written
         weight = centre(weight)
-        bias = None if bias is None else centre(bias)
     difference = values if corrupted is None else values - corrupted
     by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
     if corrupted is None and bias is not None:
-        share = (bias / num_heads).expand(num_heads, 1, d_model)
+        share = centre(bias) if centred else bias
+        share = (share / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)
     else:
         outboxes = torch.bmm(by_head, weight)

@@ -224,8 +224,18 @@ def wrap_model(
     _check_family(model.config, name)
     architecture, build_graph = FAMILIES[model.config.model_type]
     model.requires_grad_(False).eval()
+    _prepare_gpus()
     graph = build_graph(model.config, embedding_writers=embedding_writers)
     return CircuitModel(architecture(model), graph, tokenizer, name)
+
+
+def _prepare_gpus() -> None:
+    """Have 16-bit products added up in float32, and leave out cuDNN's attention.
+
+    That plans each shape anew, and need not give the same bits again.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _load_tracr(

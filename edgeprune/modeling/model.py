@@ -26,7 +26,7 @@ from edgeprune.modeling.sharding import begin_layer, end_layer, receive, shard_l
 from edgeprune.outbox import Outboxes, Workspace, mix
 
 LOOK_AHEAD = 96
-"""Readers that are served in one product, at least: whole layers (see `Outboxes.look_ahead`)."""
+"""Readers that are served in one product, at least: whole layers, two or more of them."""
 
 
 class Block(Protocol):
@@ -243,8 +243,11 @@ class CircuitModel:
 
     def to(self, dtype: torch.dtype) -> None:
         """Convert weights, and so activations."""
-        self.architecture.body.to(dtype)
-        self.architecture.unembed.to(dtype)
+        modules = (self.architecture.body, self.architecture.unembed)
+        for weight in (p for module in modules for p in module.parameters()):
+            weight.data = weight.data.to(
+                dtype
+            )  # not rotation's frequencies, which stay as they are
 
     def release(self) -> None:
         """Give back the memory that is kept from one step to the next."""
@@ -370,7 +373,7 @@ class CircuitModel:
                 if layer < graph.num_layers - 1:
                     closed = closed_heads[layer]
                     boxes.write(block.head_delta(values, closed, centred=self._centred))
-                    x = boxes.read(site_gates[site + 1], base(site + 1))[0]
+                    x = boxes.read(site_gates[site + 1], base(site + 1)).squeeze(0)
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
                     boxes.write(delta)
@@ -473,7 +476,7 @@ def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
 def stretches(graph: CircuitGraph) -> list[range]:
     """The layers of each look-ahead."""
     readers = len(graph.sites[0].readers) + 1
-    length = math.ceil(LOOK_AHEAD / readers)
+    length = max(2, math.ceil(LOOK_AHEAD / readers))
     starts = range(0, graph.num_layers, length)
     return [range(start, min(start + length, graph.num_layers)) for start in starts]
 

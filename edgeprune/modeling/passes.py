@@ -78,8 +78,8 @@ class KeptPasses:
         """See `CircuitModel.run_pair`."""
         device = self._reference.device
         rows = [self._row[pair] for pair in batch.pairs]
-        tokens = torch.cat([self._tokens[row] for row in rows]).to(device)
-        index = torch.tensor(rows).to(device)
+        tokens = torch.cat([self._tokens[row] for row in rows]).to(device, non_blocking=True)
+        index = torch.tensor(rows).to(device, non_blocking=True)
         length = batch.clean_ids.shape[1]
         activations = self._activations.map(
             lambda x: x[..., :length, :].index_select(x.dim() - 3, index)

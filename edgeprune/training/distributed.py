@@ -70,6 +70,7 @@ class Processes:
             ProcessError: the others did not come.
         """
         on_cpu = device == "cpu" or not torch.cuda.is_available()
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else the dead are waited for
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         try:
             state = PartialState(cpu=on_cpu, timeout=timedelta(minutes=timeout))

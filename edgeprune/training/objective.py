@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from edgeprune.config import TrainerConfig, Warmup
 from edgeprune.dataset import Batch
-from edgeprune.metrics import Output, kl_per_token, mean_by_example, unexplained_variance
+from edgeprune.metrics import Output, kl_per_token, unexplained_variance
 
 
 def faithfulness(
@@ -19,7 +19,7 @@ def faithfulness(
     """
     if output is not Output.logits:
         return unexplained_variance(reference, logits)
-    return mean_by_example(kl_per_token(reference, logits), batch).mean()
+    return (kl_per_token(reference, logits) * batch.shares).sum() / len(batch.pairs)
 
 
 class SparsityConstraint(nn.Module):
