@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks that need a GPU, in under ten minutes: run_scripts/benchmark_gpu.sh [folder]
+# All benchmarks that need a GPU, in some minutes: run_scripts/benchmark_gpu.sh [folder]
 # One GPU of 80 GB or more; weights are random, nothing is downloaded.
 set -euo pipefail
 PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
@@ -17,7 +17,7 @@ measure gpt2 shape=gpt2 dtype=bfloat16 batch_size=32 length=64 repetitions=20 \
 measure gpt2-naive shape=gpt2 dtype=bfloat16 batch_size=8 length=32 repetitions=3
 measure codellama-13b shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=8 \
     length=72 repetitions=3 recompute=true engines=[ours,stock]
-measure codellama-13b-kept shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=4 \
+measure codellama-13b-stored shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=4 \
     length=72 repetitions=3 engines=[ours]
 measure llama-8b shape=llama-8b dtype=bfloat16 batch_size=32 micro_batch_size=16 \
     length=72 repetitions=3 recompute=true engines=[ours,stock]

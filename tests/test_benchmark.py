@@ -54,9 +54,8 @@ def test_exponents():
 
 
 def test_growth_is_predicted_from_the_shapes(monkeypatch):
-    monkeypatch.setattr(
-        benchmark, "GROWTH_BASE", {"layers": 2, "heads": 2, "tokens": 4, "batch": 2}
-    )
+    middle = {"d_model": 512, "layers": 2, "heads": 2, "tokens": 4, "batch": 2}
+    monkeypatch.setitem(benchmark.GROWTH_BASE, "cpu", middle)
     rows = {row["quantity"]: row for row in benchmark.growth("cpu", "float32", repetitions=1)}
     assert list(rows) == ["layers", "heads", "tokens", "batch"]
     assert rows["heads"]["values"] == [1, 2, 4]

@@ -144,23 +144,31 @@ def measure(
     return measured
 
 
-GROWTH_BASE = {"layers": 8, "heads": 8, "tokens": 32, "batch": 8}
-"""What is halved and doubled, one at a time, to see how time and memory grow."""
+GROWTH_BASE = {
+    "cpu": {"d_model": 512, "layers": 8, "heads": 8, "tokens": 32, "batch": 8},
+    "cuda": {"d_model": 2048, "layers": 8, "heads": 16, "tokens": 128, "batch": 32},
+}
+"""What is halved and doubled, one at a time, to see how time and memory grow; large enough that the
+device has something to do."""
 
 
 def growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
-    """Exponents of ours on a Llama of 512 dimensions and heads of 32, one row a quantity.
+    """Exponents of ours on a Llama with heads of 32, one row a quantity.
 
     Time's prediction comes from the operations, memory's from outboxes, gradients and inputs.
     """
     rows = []
-    for name, base in GROWTH_BASE.items():
+    middle = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
+    for name, base in middle.items():
+        if name == "d_model":
+            continue
         points: list[tuple[float, float, float, float]] = []
         for factor in (0.5, 1, 2):
-            size = GROWTH_BASE | {name: int(base * factor)}
+            size = middle | {name: int(base * factor)}
             model = random_model(
                 {
-                    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,
+                    "model_type": "llama", "hidden_size": size["d_model"],
+                    "intermediate_size": 2 * size["d_model"],
                     "head_dim": 32, "vocab_size": 1000, "num_hidden_layers": size["layers"],
                     "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
                 },
