@@ -30,6 +30,11 @@ class AblationKind(Enum):
     mean = "mean"
 
 
+class Constraint(Enum):
+    exact = "exact"
+    lagrangian = "lagrangian"
+
+
 class Warmup(Enum):
     linear = "linear"
     logarithmic = "logarithmic"
@@ -115,7 +120,7 @@ class AblationConfig:
 class TrainerConfig:
     """How the gates are learned."""
 
-    steps: int = 600
+    steps: int = 300
     """Optimisation steps."""
     batch_size: int = 16
     """Pairs a step."""
@@ -123,22 +128,26 @@ class TrainerConfig:
     """Pairs run at a time, for less memory; null: the whole batch."""
     recompute: bool = False
     """Run blocks again in the backward pass: slower, for less memory."""
-    learning_rate: float = 0.1
+    learning_rate: float = 2.0
     """Of log alpha."""
-    adam_epsilon: float = 1e-8
-    """Adam divides a gradient by its size plus this, so gradients far below this move slowly."""
+    adam_epsilon: float | None = None
+    """Adam divides a gradient by its size plus this, so gradients far below this move slowly. null:
+    10 with constraint=exact, where gradients have a mean size of 1, and 1e-8 elsewhere."""
     weight_decay: float = 0.0
     """AdamW's, of log alpha and the multipliers; a share of the learning rate by which they shrink
     each step."""
+    constraint: Constraint = Constraint.exact
+    """How gates are held at the target. exact: at each step one number is added to all log alphas,
+    so that the sampled gates are just so sparse; lagrangian: by learned multipliers."""
     multiplier_learning_rate: float = 3.0
-    """Of the multipliers, which are maximised."""
+    """Of a Lagrangian's multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
     """Both learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
-    start_sparsity: float = 0.25
+    start_sparsity: float = 0.0
     """Target at step 0."""
     target_sparsity: float | None = None
-    """Target after the warm-up; above 1 pushes harder. null: the sparsity asked for plus 0.07 (only
-    in a linear warm-up), since gates lag behind, and to cut more than is closed costs."""
+    """Target after the warm-up. null: the sparsity asked for; a Lagrangian's is 0.07 more (in a
+    linear warm-up), since its gates lag behind, and above 1 it pushes harder."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
     edge_price: float | None = None
@@ -160,6 +169,14 @@ class TrainerConfig:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+
+    @property
+    def epsilon(self) -> float:
+        """`adam_epsilon`, or its default for this constraint."""
+        if self.adam_epsilon is not None:
+            return self.adam_epsilon
+        is_scaled = self.constraint is Constraint.exact and self.edge_price is None
+        return 10.0 if is_scaled else 1e-8
 
     @property
     def lr_warmup(self) -> int:
@@ -450,8 +467,9 @@ def check_prune(config: PruneConfig) -> None:
             "leave out one of them"
         )
     for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
-        if not getattr(trainer, name) > 0:
-            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
+        given = getattr(trainer, name)
+        if given is not None and not given > 0:
+            raise ConfigError(f"trainer.{name}={given} must be positive")
     if not trainer.weight_decay >= 0:
         raise ConfigError(f"trainer.weight_decay={trainer.weight_decay} must be 0 or more")
     if trainer.edge_price is not None:
@@ -467,6 +485,17 @@ def check_prune(config: PruneConfig) -> None:
             "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
             "trainer.target_sparsity= or trainer.edge_price="
         )
+    if trainer.edge_price is None and trainer.constraint is Constraint.exact:
+        names = ["start_sparsity", "target_sparsity"]
+        if trainer.node_gates:
+            names += ["start_node_sparsity", "target_node_sparsity"]
+        for name in names:
+            given = getattr(trainer, name)
+            if given is not None and not 0 <= given <= 1:
+                raise ConfigError(
+                    f"trainer.{name}={given} must lie between 0 and 1, for that is where the gates "
+                    "are held; trainer.constraint=lagrangian may have targets beyond"
+                )
     if trainer.warmup is Warmup.logarithmic:
         targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
         if trainer.node_gates:
@@ -523,7 +552,7 @@ def check_benchmark(config: BenchmarkConfig) -> None:
 
 
 def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
-    """What the multipliers drive the edges' sparsity to: as set, or `LEAD` above what is asked for.
+    """Where the edges' sparsity is to end: as set, or as follows from what is asked for.
 
     None where edges have a price instead.
 
@@ -541,7 +570,8 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     asked = config.sparsity
     if asked is None:
         asked = 1 - config.num_edges / all_edges
-    return asked if config.trainer.warmup is Warmup.logarithmic else asked + LEAD
+    lags = config.trainer.constraint is Constraint.lagrangian
+    return asked + LEAD if lags and config.trainer.warmup is Warmup.linear else asked
 
 
 def trainer_settings(settings: dict[str, Any]) -> TrainerConfig:

@@ -23,6 +23,12 @@ DETERMINISTIC_SCALE = 0.8
 """Steepness of deterministic gates, as published."""
 SEARCH_TOLERANCE = 1e-5
 """Width at which the binary search for a threshold stops, as published."""
+CORRECTIONS = 5
+"""Newton steps towards a sparsity; from one training step to the next, three are enough."""
+LARGEST_CORRECTION = 4.0
+"""Of log alpha, by one of them."""
+QUADRATURE = 16
+"""Points of an integral over a gate's values."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -35,6 +41,63 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     logistic = torch.log(uniform) - torch.log1p(-uniform)
     concrete = torch.sigmoid((logistic + log_alpha) / BETA)
     return torch.clamp(concrete * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def slope(gates: Tensor) -> Tensor:
+    """The derivative of sampled gates by their log alphas; 0 where they are clamped."""
+    inside = (gates > 0) & (gates < 1)
+    return inside * (gates - GAMMA) * (ZETA - gates) / ((ZETA - GAMMA) * BETA)
+
+
+def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tensor:
+    """What to add to all log alphas for gates sampled with this noise to have this sparsity.
+
+    By Newton's method, without waiting for the device. From far away one call gets nearer only.
+
+    Args:
+        log_alpha, uniform: see `sample`.
+        target: sparsity, in [0, 1].
+    """
+    shift = log_alpha.new_zeros(())
+    for _ in range(CORRECTIONS):
+        gates = sample(log_alpha + shift, uniform)
+        missing = sparsity(gates) - target
+        steps = missing / slope(gates).mean().clamp(min=1e-6)
+        shift = shift + steps.clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
+    return shift
+
+
+def mean_slope(log_alpha: Tensor) -> Tensor:
+    """The derivative of the expected gate by log alpha; any shape.
+
+    The expected gate is the integral over t from 0 to 1 of the probability that a gate is above t.
+    """
+    t = (
+        torch.arange(QUADRATURE, device=log_alpha.device, dtype=log_alpha.dtype) + 0.5
+    ) / QUADRATURE
+    needed = BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA))  # log alpha and noise for a gate of t
+    above = torch.sigmoid(log_alpha[..., None] - needed)
+    return (above * (1 - above)).mean(-1)
+
+
+def project(of_gates: Tensor, log_alpha: Tensor) -> Tensor:
+    """A gradient by log alphas whose shift keeps the gates' sparsity, from that by the gates.
+
+    With mean slopes in place of those of the sample, gates learn in every step, not only where they
+    happen to be half open. From each gate's gradient comes off the Lagrange multiplier of a given
+    sparsity: what one more open gate is worth.
+
+    Args:
+        of_gates: gradient of the loss by the gates.
+        log_alpha: theirs.
+
+    Returns:
+        Numbers with sum 0 and a mean size of 1.
+    """
+    slopes, tiny = mean_slope(log_alpha), torch.finfo(log_alpha.dtype).tiny
+    price = (of_gates * slopes).sum() / slopes.sum().clamp(min=tiny)
+    gradient = slopes * (of_gates - price)
+    return gradient / gradient.abs().mean().clamp(min=tiny)
 
 
 def probability_open(log_alpha: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Gates:
     """
 
     edge: Tensor
-    node: Tensor | None
+    node: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,43 @@ class CircuitMasks(nn.Module):
         The noise comes from a CPU generator seeded by (seed, step), so it does not depend on the
         device, on the number of processes or on what ran before.
         """
+        return Gates(*(hard_concrete.sample(*kind) for kind in self._with_noise(step)))
+
+    @torch.no_grad()
+    def shift(self, step: int, edge: float | None, node: float | None) -> None:
+        """Shift all log alphas of a kind by one number, so that a step's gates are so sparse.
+
+        Args:
+            step: see `sample`.
+            edge, node: sparsity of the kind, in [0, 1]; None: it stays as it is.
+        """
+        for kind, target in zip(self._with_noise(step), (edge, node), strict=False):
+            if target is not None:
+                kind[0].add_(hard_concrete.shift_to_sparsity(*kind, target))
+
+    @torch.no_grad()
+    def project_gradients(self, gates: Gates, edge: float | None, node: float | None) -> None:
+        """Make the gradients of log alpha those of shifted gates, see `gates.project`.
+
+        Args:
+            gates: as sampled, with gradients.
+            edge, node: see `shift`; None: the gradients stay as they are.
+        """
+        for name, target in (("edge", edge), ("node", node)):
+            if target is not None:
+                log_alpha = getattr(self, f"{name}_log_alpha")
+                log_alpha.grad = hard_concrete.project(getattr(gates, name).grad, log_alpha)
+
+    def _with_noise(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Log alphas of the edges and, with node gates, of the nodes, each with its noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         low, high = hard_concrete.EPSILON, 1 - hard_concrete.EPSILON
 
         def draw(log_alpha: Tensor) -> Tensor:
             uniform = torch.rand(log_alpha.shape, generator=generator) * (high - low) + low
-            return hard_concrete.sample(log_alpha, uniform.to(log_alpha.device))
+            return uniform.to(log_alpha.device, non_blocking=True)
 
-        edge = draw(self.edge_log_alpha)
-        node = None if self.node_log_alpha is None else draw(self.node_log_alpha)
-        return Gates(edge, node)
+        return [(log_alpha, draw(log_alpha)) for log_alpha in self.parameters()]
 
     @torch.no_grad()
     def deterministic(self) -> Gates:

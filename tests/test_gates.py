@@ -33,6 +33,73 @@ def test_sample_by_hand():
     torch.testing.assert_close(got, torch.tensor([0.5, middle, 0.0, 1.0]))
 
 
+def noisy(count: int = 500, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(count, generator=noise).clamp(1e-6, 1 - 1e-6)
+    return torch.randn(count, generator=noise), uniform
+
+
+def test_slopes_are_the_derivatives():
+    log_alpha, uniform = noisy()
+    log_alpha.requires_grad_()
+    gates = hard_concrete.sample(log_alpha, uniform)
+    (derivatives,) = torch.autograd.grad(gates.sum(), log_alpha)
+    assert (derivatives == 0).any()
+    torch.testing.assert_close(hard_concrete.slope(gates.detach()), derivatives)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.02, 0.25, 0.5, 0.9, 0.98, 1.0])
+def test_a_shift_gives_the_sparsity_asked_for(target):
+    log_alpha, uniform = noisy()
+    for _ in range(1 if 0.02 <= target <= 0.9 else 4):  # far away takes a few
+        log_alpha = log_alpha + hard_concrete.shift_to_sparsity(log_alpha, uniform, target)
+    assert log_alpha.isfinite().all()
+    gates = hard_concrete.sample(log_alpha, uniform)
+    assert hard_concrete.sparsity(gates).item() == pytest.approx(target, abs=1e-5)
+
+
+def test_mean_slopes_are_the_mean_of_slopes():
+    log_alpha = torch.tensor([-6.0, -2.0, 0.0, 1.0, 5.0])
+    noise = torch.Generator().manual_seed(0)
+    uniform = torch.rand(400_000, 5, generator=noise).clamp(1e-6, 1 - 1e-6)
+    wanted = hard_concrete.slope(hard_concrete.sample(log_alpha, uniform)).mean(0)
+    torch.testing.assert_close(hard_concrete.mean_slope(log_alpha), wanted, atol=1e-3, rtol=0.01)
+
+
+def test_projected_gradients_by_hand():
+    """Equal slopes: the price is the mean, 2; what is left, -1, 0 and 1, has a mean size of 2/3."""
+    got = hard_concrete.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 0.7))
+    torch.testing.assert_close(got, torch.tensor([-1.5, 0.0, 1.5]))
+    got = hard_concrete.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 300.0))
+    assert torch.equal(got, torch.zeros(3))  # where no gate can move
+
+
+def test_projected_gradients_are_those_of_shifted_expected_gates():
+    """Where the loss is linear in the gates: its change when the rest makes room for one gate."""
+    noise = torch.Generator().manual_seed(0)
+    log_alpha = torch.randn(40, generator=noise, dtype=torch.float64)
+    weights = torch.randn(40, generator=noise, dtype=torch.float64)
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        shift = torch.zeros((), dtype=torch.float64)
+        for _ in range(8):
+            excess = (expected(values + shift) - expected(log_alpha)).sum()
+            shift -= excess / hard_concrete.mean_slope(values + shift).sum()
+        return (weights * expected(values + shift)).sum()
+
+    def expected(values: torch.Tensor) -> torch.Tensor:
+        """The integral of the slopes from far below, in small steps."""
+        steps = torch.linspace(-25, 0, 20_001, dtype=torch.float64)[:, None]
+        return hard_concrete.mean_slope(values + steps).sum(0) * (25 / 20_000)
+
+    nudges = 1e-3 * torch.eye(40, dtype=torch.float64)[:4]
+    wanted = torch.stack([(loss(log_alpha + e) - loss(log_alpha - e)) / 2e-3 for e in nudges])
+    got = hard_concrete.project(weights, log_alpha)
+    assert got.sum().item() == pytest.approx(0, abs=1e-9)
+    assert got.abs().mean().item() == pytest.approx(1)
+    torch.testing.assert_close(got[:4] / got[0], wanted / wanted[0], atol=1e-3, rtol=1e-3)
+
+
 def test_probability_open_is_the_share_of_open_samples():
     log_alpha = torch.tensor([-3.0, -1.5, 0.0, 2.0])
     noise = torch.Generator().manual_seed(0)

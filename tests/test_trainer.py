@@ -7,7 +7,7 @@ from conftest import random_gpt2, random_pairs
 
 from edgeprune.ablation import Ablation
 from edgeprune.api import prune
-from edgeprune.config import AblationConfig, ConfigError, TrainerConfig, Warmup
+from edgeprune.config import AblationConfig, ConfigError, Constraint, TrainerConfig, Warmup
 from edgeprune.dataset import collate
 from edgeprune.modeling import passes, wrap_model
 from edgeprune.modeling.passes import KeptPasses
@@ -19,8 +19,10 @@ from edgeprune.training.objective import (
 from edgeprune.training.trainer import Trainer, TrainingError
 
 CONFIG = TrainerConfig(
-    steps=12, batch_size=4, learning_rate=0.5, lr_warmup_steps=2, sparsity_warmup_steps=8
-)
+    steps=12, batch_size=4, learning_rate=0.5, lr_warmup_steps=2, start_sparsity=0.25,
+    sparsity_warmup_steps=8,
+)  # fmt: skip
+LAGRANGIAN = replace(CONFIG, constraint=Constraint.lagrangian)
 
 
 def trainer(model, config: TrainerConfig = CONFIG, seed: int = 0) -> Trainer:
@@ -75,9 +77,9 @@ def test_constraint_by_hand():
 
 
 def test_multipliers_are_maximised_and_gates_learn(model):
-    run = trainer(model, replace(CONFIG, init_mean=0.0, start_sparsity=0.9))
+    run = trainer(model, replace(LAGRANGIAN, init_mean=0.0, start_sparsity=0.9))
+    assert run.train_step().sparsity < 0.9
     first = run.train_step()
-    assert first.sparsity < first.target
     assert first.multiplier_1 < 0  # ascent along s - t < 0
     assert first.multiplier_2 > 0  # ascent along (s - t)^2 > 0
     before = run.masks.edge_log_alpha.detach().clone()
@@ -87,10 +89,32 @@ def test_multipliers_are_maximised_and_gates_learn(model):
     assert (run.masks.edge_log_alpha != before).float().mean() > 0.9
 
 
+def test_gates_are_as_sparse_as_the_target_at_every_step(model):
+    nodes = {"node_gates": True, "start_node_sparsity": 0.1, "target_node_sparsity": 0.5}
+    run = trainer(model, replace(CONFIG, **nodes))
+    for _ in range(CONFIG.steps):
+        metrics = run.train_step()
+        assert metrics.multiplier_1 is None
+        assert metrics.loss == metrics.kl
+        assert metrics.sparsity == pytest.approx(metrics.target, abs=1e-5)
+        assert metrics.node_sparsity == pytest.approx(metrics.node_target, abs=1e-5)
+    assert (metrics.target, metrics.node_target) == (0.9, 0.5)
+
+
+def test_nodes_are_held_where_edges_have_a_price(model):
+    run = trainer(model, replace(CONFIG, node_gates=True, edge_price=0.01))
+    for _ in range(3):
+        metrics = run.train_step()
+    assert metrics.target is None
+    assert metrics.loss > metrics.kl
+    assert metrics.node_sparsity == pytest.approx(metrics.node_target, abs=1e-5)
+
+
 def test_weight_decay_shrinks_log_alpha_by_its_share_of_the_learning_rate(model):
     """The first of two warm-up steps has half the rate: 0.25 of it times 10."""
     with_decay, without = (
-        trainer(model, replace(CONFIG, init_mean=10.0, weight_decay=decay)) for decay in (0.1, 0.0)
+        trainer(model, replace(LAGRANGIAN, init_mean=10.0, weight_decay=decay))
+        for decay in (0.1, 0.0)
     )
     for one in (with_decay, without):
         one.train_step()

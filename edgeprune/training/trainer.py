@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
-from edgeprune.config import ConfigError, TrainerConfig
+from edgeprune.config import ConfigError, Constraint, TrainerConfig
 from edgeprune.dataset import Pair, collate, training_pairs
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import Output
@@ -47,7 +47,8 @@ class StepMetrics:
         sparsity, target: 1 - mean edge gate, and what it is driven to; no target where edges have
             a price.
         node_sparsity, node_target: the same for nodes; None without node gates.
-        multiplier_1, multiplier_2: of the edge constraint; None where edges have a price.
+        multiplier_1, multiplier_2: of the edges' Lagrangian, with which the loss was made; None
+            without.
         learning_rate: of log alpha.
     """
 
@@ -117,10 +118,11 @@ class Trainer:
             init_std=config.init_std,
             seed=seed,
         ).to(model.device)
+        self._is_exact = config.constraint is Constraint.exact
         constraints = {}
-        if config.edge_price is None:
+        if not self._is_exact and config.edge_price is None:
             constraints["edge"] = SparsityConstraint()
-        if config.node_gates:
+        if not self._is_exact and config.node_gates:
             constraints["node"] = SparsityConstraint()
         self.constraints = nn.ModuleDict(constraints).to(model.device)
         self.optimizer = torch.optim.AdamW(
@@ -129,9 +131,10 @@ class Trainer:
                 {"params": list(self.constraints.parameters()), "maximize": True},
             ],
             lr=config.learning_rate,
-            eps=config.adam_epsilon,
+            eps=config.epsilon,
             weight_decay=config.weight_decay,
         )
+        self._hold()
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -150,44 +153,49 @@ class Trainer:
         else:
             distance, of_gates = differentiate()
         self.processes.sum([distance, of_gates])
-        sparsity = hard_concrete.sparsity(gates.edge)
-        target = None
+        sparsity = {k: hard_concrete.sparsity(g) for k, g in vars(gates).items() if g is not None}
+        targets = self._targets()
+        loss = distance
         if config.edge_price is not None:
             is_open = hard_concrete.probability_open(self.masks.edge_log_alpha)
-            penalty = config.edge_price * is_open.sum()
-        else:
-            target = self._target(config.start_sparsity, self.target_sparsity)
-            penalty = self.constraints["edge"](sparsity, target)
-        node_sparsity = node_target = None
-        if gates.node is not None:
-            node_sparsity = hard_concrete.sparsity(gates.node)
-            node_target = self._target(config.start_node_sparsity, config.target_node_sparsity)
-            penalty = penalty + self.constraints["node"](node_sparsity, node_target)
-        loss = distance + penalty
-        if not torch.isfinite(loss):
+            loss = loss + config.edge_price * is_open.sum()
+        for kind, constraint in self.constraints.items():
+            loss = loss + constraint(sparsity[kind], targets[kind])
+        multipliers = dict(self.constraints.named_parameters())
+        values = {"loss": loss, "distance": distance, **sparsity, **multipliers}
+        values = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.step + 1} (distance {distance.item()}), "
-                f"on the batch that begins with {pairs[0].text!r}; the state before this step is "
-                "kept. Lower trainer.learning_rate, or use model.dtype=float32"
+                f"the loss is {values['loss']} at step {self.step + 1} (distance "
+                f"{values['distance']}), on the batch that begins with {pairs[0].text!r}; the "
+                "state before this step is kept. Lower trainer.learning_rate, or use "
+                "model.dtype=float32"
             )
         learning_rate = self._set_learning_rates()
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([penalty, mixed], [None, of_gates])
+        for of_kind in vars(gates).values():
+            if of_kind is not None:
+                of_kind.retain_grad()
+        mixed.backward(of_gates, retain_graph=loss.requires_grad)
+        if loss.requires_grad:
+            loss.backward()
+        if self._is_exact:
+            self.masks.project_gradients(gates, **targets)
         self.optimizer.step()
         self.step += 1
+        self._hold()
         of_logits = self.model.output is Output.logits
-        multipliers = dict(self.constraints.named_parameters())
         return StepMetrics(
             step=self.step,
-            loss=loss.item(),
-            kl=distance.item() if of_logits else None,
-            unexplained=None if of_logits else distance.item(),
-            sparsity=sparsity.item(),
-            target=target,
-            node_sparsity=_item(node_sparsity),
-            node_target=node_target,
-            multiplier_1=_item(multipliers.get("edge.multiplier_1")),
-            multiplier_2=_item(multipliers.get("edge.multiplier_2")),
+            loss=values["loss"],
+            kl=values["distance"] if of_logits else None,
+            unexplained=None if of_logits else values["distance"],
+            sparsity=values["edge"],
+            target=targets["edge"],
+            node_sparsity=values.get("node"),
+            node_target=targets["node"],
+            multiplier_1=values.get("edge.multiplier_1"),
+            multiplier_2=values.get("edge.multiplier_2"),
             learning_rate=learning_rate,
         )
 
@@ -219,9 +227,24 @@ class Trainer:
         size = size or math.ceil(self.config.batch_size / self.processes.count)
         return KeptPasses.where_they_fit(self.model, self.pairs, size)
 
-    def _target(self, start: float, target: float) -> float:
+    def _targets(self) -> dict[str, float | None]:
+        """The next step's target sparsity of edges and nodes; None where there is none."""
         config = self.config
-        return scheduled_target(self.step, start, target, config.sparsity_warmup, config.warmup)
+
+        def scheduled(start: float, target: float) -> float:
+            return scheduled_target(self.step, start, target, config.sparsity_warmup, config.warmup)
+
+        edge = node = None
+        if config.edge_price is None:
+            edge = scheduled(config.start_sparsity, self.target_sparsity)
+        if config.node_gates:
+            node = scheduled(config.start_node_sparsity, config.target_node_sparsity)
+        return {"edge": edge, "node": node}
+
+    def _hold(self) -> None:
+        """Bring the gates to the next step's targets."""
+        if self._is_exact:
+            self.masks.shift(self.step, **self._targets())
 
     def _set_learning_rates(self) -> float:
         config = self.config
@@ -268,7 +291,3 @@ class Trainer:
                     for key, value in found.items()
                 }
         self.step = checkpoint.step
-
-
-def _item(value: Tensor | None) -> float | None:
-    return None if value is None else value.item()
