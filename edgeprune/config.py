@@ -153,8 +153,9 @@ class TrainerConfig:
     edge_price: float | None = None
     """In place of a target sparsity, where the circuit's size is to be found too: what each edge
     that is expected to be open adds to the loss. null: there is a target."""
-    warmup: Warmup = Warmup.linear
-    """Shape of that rise: linear, or logarithmic in 1 - target."""
+    warmup: Warmup = Warmup.logarithmic
+    """Shape of that rise: logarithmic in 1 - target, so that the number of open edges falls by the
+    same share each step; or linear."""
     node_gates: bool = False
     """Whether writers have gates too."""
     start_node_sparsity: float = 0.0
@@ -500,10 +501,10 @@ def check_prune(config: PruneConfig) -> None:
         targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
         if trainer.node_gates:
             targets += [trainer.start_node_sparsity, trainer.target_node_sparsity]
-        if max(targets) >= 1:
+        if max(targets) > 1:
             raise ConfigError(
-                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets must be "
-                f"below 1, got {max(targets)}; use trainer.warmup=linear"
+                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets may be 1 at "
+                f"most, got {max(targets)}; use trainer.warmup=linear"
             )
 
 

@@ -27,8 +27,8 @@ CORRECTIONS = 5
 """Newton steps towards a sparsity; from one training step to the next, three are enough."""
 LARGEST_CORRECTION = 4.0
 """Of log alpha, by one of them."""
-QUADRATURE = 16
-"""Points of an integral over a gate's values."""
+FAINT = 0.01
+"""Nats; while all gates together matter less than this, none of them has to move."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -67,37 +67,24 @@ def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tens
     return shift
 
 
-def mean_slope(log_alpha: Tensor) -> Tensor:
-    """The derivative of the expected gate by log alpha; any shape.
+def project(gradient: Tensor, gates: Tensor) -> Tensor:
+    """A gradient by log alphas where a shift of them all keeps the gates' sparsity, scaled.
 
-    The expected gate is the integral over t from 0 to 1 of the probability that a gate is above t.
-    """
-    t = (
-        torch.arange(QUADRATURE, device=log_alpha.device, dtype=log_alpha.dtype) + 0.5
-    ) / QUADRATURE
-    needed = BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA))  # log alpha and noise for a gate of t
-    above = torch.sigmoid(log_alpha[..., None] - needed)
-    return (above * (1 - above)).mean(-1)
-
-
-def project(of_gates: Tensor, log_alpha: Tensor) -> Tensor:
-    """A gradient by log alphas whose shift keeps the gates' sparsity, from that by the gates.
-
-    With mean slopes in place of those of the sample, gates learn in every step, not only where they
-    happen to be half open. From each gate's gradient comes off the Lagrange multiplier of a given
-    sparsity: what one more open gate is worth.
+    It is the plain gradient less the slopes times the Lagrange multiplier of a given sparsity: what
+    one more open gate is worth.
 
     Args:
-        of_gates: gradient of the loss by the gates.
-        log_alpha: theirs.
+        gradient: of the loss by log alpha, in nats.
+        gates: as sampled.
 
     Returns:
-        Numbers with sum 0 and a mean size of 1.
+        Numbers with sum 0 and a mean size of 1; less where the plain sizes add up to less than
+        `FAINT`.
     """
-    slopes, tiny = mean_slope(log_alpha), torch.finfo(log_alpha.dtype).tiny
-    price = (of_gates * slopes).sum() / slopes.sum().clamp(min=tiny)
-    gradient = slopes * (of_gates - price)
-    return gradient / gradient.abs().mean().clamp(min=tiny)
+    slopes = slope(gates)
+    price = gradient.sum() / slopes.sum().clamp(min=torch.finfo(slopes.dtype).tiny)
+    projected = gradient - slopes * price
+    return projected / projected.abs().mean().clamp(min=FAINT / len(gates))
 
 
 def probability_open(log_alpha: Tensor) -> Tensor:

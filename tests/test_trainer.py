@@ -47,6 +47,11 @@ def test_targets_rise_and_stay(shape, values):
     assert got == pytest.approx(values)
 
 
+def test_a_logarithmic_rise_to_1_is_at_once():
+    got = [scheduled_target(step, 0.25, 1.0, 2, Warmup.logarithmic) for step in range(4)]
+    assert got == [0.25, 1, 1, 1]
+
+
 def test_without_warmup_the_target_is_there_at_once():
     assert scheduled_target(0, 0.0, 1.1, 0, Warmup.linear) == 1.1
 

@@ -44,12 +44,12 @@ def scheduled_target(
 ) -> float:
     """The target sparsity of a step: from `start` to `target` over `warmup_steps`.
 
-    Logarithmic: 1 - t falls by the same factor each step.
+    Logarithmic: 1 - t falls by the same factor each step (at once if the target is 1).
     """
     progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
     if shape is Warmup.linear:
         return start + (target - start) * progress
-    return 1 - (1 - start) * ((1 - target) / (1 - start)) ** progress
+    return 1 - (1 - start) ** (1 - progress) * (1 - target) ** progress
 
 
 def learning_rate_factor(step: int, config: TrainerConfig) -> float:
