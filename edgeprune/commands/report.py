@@ -92,8 +92,6 @@ def _read_run(run_dir: Path, name: str) -> Any:
     from edgeprune.training.run import EDGES, flatten, read_config, read_graph
 
     settings = read_config(run_dir)
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{run_dir}/config.yaml is not a list of settings")
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
     evaluations = {}
     for split in SPLITS:

@@ -47,6 +47,8 @@ METRICS = "metrics.jsonl"
 DATA = "data.jsonl"
 EDGES = "edges.json"
 REPORT = "circuit.json"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluation-*.json"
 LOCK = ".lock"
 
 FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
@@ -101,7 +103,7 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
     """Make the run directory ready for this config, before anything slow is done.
 
     Raises:
-        ConfigError: it holds another run, or one that is not to be resumed.
+        ConfigError: it holds another run, one that is not to be resumed, or files of no run.
     """
     if has_run(run_dir) and not config.overwrite:
         if config.resume is Resume.never:
@@ -111,30 +113,73 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
             )
         _check_same(run_dir, to_dict(config))
         return
-    if (run_dir / CONFIG).exists():  # an earlier run, or one that failed before it began
-        for name in (MANIFEST, METRICS, DATA, EDGES, REPORT, "checkpoints"):
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    _clear(run_dir, config.task.path)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def _clear(run_dir: Path, task_path: str | None) -> None:
+    """Delete what an earlier run left, or one that failed before it began, and nothing else.
+
+    Raises:
+        ConfigError: files that no run left are in the way, or the task's prompts are among them.
+    """
+    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, CHECKPOINTS, DATA, MANIFEST)
+    found = [path for name in names for path in run_dir.glob(name)]
+    foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
+    if foreign:
+        raise ConfigError(
+            f"{run_dir} holds files that no run left there, but would be taken for one's: "
+            f"{', '.join(foreign)}; choose another run_dir="
+        )
+    if task_path is not None and any(
+        Path(task_path).resolve().is_relative_to(path.resolve()) for path in found
+    ):
+        raise ConfigError(
+            f"task.path={task_path} would be deleted with the earlier run in {run_dir}; copy it to "
+            "another place, or choose another run_dir="
+        )
+    for path in found:  # run.json, by which a run is known, last
+        if path.name != CONFIG:  # which is written over
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
+    """Which of these files are a run's: its settings and run.json tell, not their names alone."""
+    try:
+        settings = read_config(run_dir)
+    except ConfigError:
+        return set()
+    task = settings.get("task")
+    if not isinstance(task, dict) or not {"model", "ablation", "run_dir"} <= settings.keys():
+        return set()
+    try:
+        begun = {"graph", "data", "model"} <= read_manifest(run_dir).keys()
+    except (ConfigError, AttributeError):
+        begun = False
+    ours = {path.name for path in found} if begun else {CONFIG, DATA}
+    return ours if task.get("path") is None else ours - {DATA}
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings of a run, as plain values.
 
     Raises:
-        ConfigError: not a run directory.
+        ConfigError: not a run directory, or a config.yaml of something else.
     """
     path = run_dir / CONFIG
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(
             f"{run_dir} is no run directory: it has no {CONFIG}; give the run_dir of a "
             "`edgeprune prune`"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is no list of settings, as `edgeprune prune` writes it")
+    return settings
 
 
 def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
