@@ -284,7 +284,8 @@ class EvaluateConfig:
     random_circuits: int = 0
     """Measure so many random circuits of equal size too."""
     output: str | None = None
-    """JSON to write; null: evaluation-<split>.json beside the circuit."""
+    """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
+    (another circuit's file, task or ablation) is named before the split."""
 
 
 @dataclass

@@ -94,6 +94,26 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     assert "digraph" in (copied / "circuit.dot").read_text()
 
 
+def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
+    """Another task, ablation or circuit leaves the run's own prompts and evaluation alone."""
+    assert run_cli("evaluate", copied).returncode == 0
+    own = (copied / "evaluation-test.json").read_text()
+    done = run_cli("evaluate", copied, "task=greater_than", "task.train=2", "task.validation=2",
+                   "task.test=5", "ablation=zero")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    other = json.loads((copied / "evaluation-greater_than-zero-test.json").read_text())
+    assert (other["data"], other["num_examples"]) == ("data.jsonl [test]", 5)
+    assert other["edges_sha256"] == json.loads(own)["edges_sha256"]
+    small = copied / "small.json"
+    run_cli("export", copied, "num_edges=40", f"output={small}")
+    assert run_cli("evaluate", small).returncode == 0
+    other = json.loads((copied / "evaluation-small-test.json").read_text())
+    assert other["circuit_file"] == str(small)
+    assert other["num_edges"] == 40
+    assert other["edges_sha256"] != json.loads(own)["edges_sha256"]
+    assert (copied / "evaluation-test.json").read_text() == own
+
+
 def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
     edges = shutil.copy(finished / "edges.json", tmp_path / "edges.json")
     done = run_cli("evaluate", edges, "model=embedded", "task=ioi_t1", "task.test=5",

@@ -100,15 +100,13 @@ def _read_run(run_dir: Path, name: str) -> Any:
             continue
         try:
             evaluation = json.loads(path.read_text(encoding="utf-8"))
-            num_edges = evaluation["num_edges"]
+            edges, ablation = evaluation["edges_sha256"], evaluation["ablation"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"{path} is passed over: {type(error).__name__}: {error}")
+            say(f"{path} is passed over: {type(error).__name__}: {error}; evaluate it again")
             continue
-        if num_edges != len(circuit):
-            say(
-                f"{path} is passed over: it is of a circuit of {num_edges} edges, and the run's "
-                f"has {len(circuit)}; evaluate it again"
-            )
+        if (edges, ablation) != (circuit.digest(), settings.get("ablation")):
+            what = "ablation" if edges == circuit.digest() else "circuit"
+            say(f"{path} is passed over: it is of another {what} than the run's; evaluate it again")
             continue
         evaluations[split] = evaluation
     return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)
