@@ -253,7 +253,9 @@ class ExportConfig:
     sparsity: float | None = None
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
-    """Exactly so many edges. Neither: threshold by binary search."""
+    """Exactly so many edges. Neither: as the run asked for."""
+    threshold: bool = False
+    """By a threshold found by binary search, as where the run asked for no size."""
     cleanup: float | None = None
     """Then remove each edge without which the circuit comes no farther from the full model, on the
     training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute

@@ -73,7 +73,11 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     }  # fmt: skip
     kept = graph["edges_scores"][graph["edges_in_graph"]]
     assert kept.min() >= graph["edges_scores"][~graph["edges_in_graph"]].max()
-    done = run_cli("export", copied)
+    asked_for = json.loads((copied / "edges.json").read_text())
+    done = run_cli("export", copied)  # of the size that the run asked for
+    assert "60 of 5,524 edges" in done.stdout
+    assert json.loads((copied / "edges.json").read_text()) == asked_for
+    done = run_cli("export", copied, "threshold=true")
     report = json.loads((copied / "circuit.json").read_text())
     assert report["chosen_by"] == "threshold"
     assert f"at threshold {report['edge_threshold']:.4f}" in done.stdout
@@ -369,6 +373,10 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["export"], ["give one path: edgeprune export PATH"]),
+        (
+            ["export", "nowhere", "num_edges=3", "threshold=true"],
+            ["threshold=true finds the size itself; leave out sparsity= or num_edges="],
+        ),
         (["export", "nowhere"], ["nowhere is no run directory"]),
         (["draw", "nowhere"], ["no such file or directory: nowhere"]),
         (["evaluate", "nowhere"], ["no such file or directory: nowhere"]),
