@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from edgeprune.config import ConfigError, PruneConfig, TaskConfig
+from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Resume, TaskConfig
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
 from edgeprune.training.run import claim
@@ -193,6 +194,22 @@ def test_prompts_of_ones_own_are_not_taken_for_generated_ones(tmp_path):
     with pytest.raises(ConfigError, match="no run left there.*: data.jsonl; choose"):
         claim(run_dir, PruneConfig(run_dir=str(run_dir), overwrite=True))
     assert contents(run_dir) == before
+
+
+def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my-model").mkdir()
+    run_dir = Path("run")
+    for model, wanted in (("my-model", str(tmp_path / "my-model")), ("org/model", "org/model")):
+        config = PruneConfig(
+            model=ModelConfig(path=model), task=TaskConfig(path="my.jsonl"), run_dir="run"
+        )
+        claim(run_dir, config)
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+        assert settings["task"]["path"] == str(tmp_path / "my.jsonl")
+        assert settings["model"]["path"] == wanted
+    (run_dir / "run.json").write_text("{}")
+    claim(run_dir, replace(config, resume=Resume.auto))  # the same settings
 
 
 def test_an_empty_run_dir_is_refused(tmp_path, capsys, monkeypatch):

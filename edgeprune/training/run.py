@@ -111,11 +111,21 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
                 f"{run_dir} already holds a run; go on with resume=auto, start anew with "
                 "overwrite=true, or choose another run_dir="
             )
-        _check_same(run_dir, to_dict(config))
+        _check_same(run_dir, _settings(config))
         return
     _clear(run_dir, config.task.path)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(run_dir / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+
+
+def _settings(config: PruneConfig) -> dict[str, Any]:
+    """What config.yaml holds: the settings, with paths that can be found from any directory."""
+    settings = to_dict(config)
+    for part in ("task", "model"):
+        path = settings[part]["path"]
+        if path and path != "embedded" and (part == "task" or Path(path).exists()):  # or a hub name
+            settings[part]["path"] = str(Path(path).absolute())
+    return settings
 
 
 def _clear(run_dir: Path, task_path: str | None) -> None:
