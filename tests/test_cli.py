@@ -118,6 +118,14 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     assert (copied / "evaluation-test.json").read_text() == own
 
 
+def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
+    target = finished / "run.json/evaluation.json"  # below a file
+    done = run_cli("evaluate", finished, f"output={target}")
+    assert "two way accuracy" in done.stdout
+    assert "in words: " in done.stdout
+    assert_refused(done, 1, f"{target}: ", "writes elsewhere with output=FILE")
+
+
 def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
     edges = shutil.copy(finished / "edges.json", tmp_path / "edges.json")
     done = run_cli("evaluate", edges, "model=embedded", "task=ioi_t1", "task.test=5",

@@ -268,10 +268,18 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, size):
     )
     error = process.communicate(timeout=120)[1].strip().splitlines()
     assert process.returncode == 1
-    assert error[-1].startswith("edgeprune: ")
-    assert "File too large" in error[-1]
+    assert error[-1] == f"edgeprune: {tmp_path / 'run/config.yaml'}: File too large"
     left = [path.name for path in (tmp_path / "run").rglob("*")]
     assert set(left) <= {".lock"}
+
+
+def test_a_disk_that_is_full_says_which_file_of_torch_cannot_be_written(tmp_path):
+    (tmp_path / "edges.json").write_text('[["a0.h0", "resid_post"]]')
+    target = tmp_path / "graph.pt"
+    process = start("export", tmp_path / "edges.json", f"output={target}", preexec_fn=limited(300))
+    error = process.communicate(timeout=120)[1]
+    assert (process.returncode, error) == (1, f"edgeprune: {target}: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["edges.json"]
 
 
 def as_one_who_may_not_write_everywhere() -> list[str]:

@@ -94,11 +94,15 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         "split": split,
         "ablation": to_dict(ablation_config),
     }
-    text = json.dumps({**settings, **result.to_dict()}, indent=1)
-    if writes:
-        write_text(output, text + "\n")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
+    if writes:
+        text = json.dumps({**settings, **result.to_dict()}, indent=1)
+        try:
+            write_text(output, text + "\n")
+        except OSError as error:
+            hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
+            raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
     show(f"-> {output}")
 
 
