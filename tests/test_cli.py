@@ -15,6 +15,7 @@ from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file
 
 from edgeprune.config import COMMANDS
+from edgeprune.launch import stop_signals
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -233,7 +234,7 @@ def test_help_may_be_cut_short():
 # ------------------------------------------------------------------------------ interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
     run_dir = tmp_path / "run"
     arguments = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
@@ -259,6 +260,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
     assert masks(run_dir) == masks(finished)
     for name in ("metrics.jsonl", "edges.json"):
         assert (run_dir / name).read_text() == (finished / name).read_text()
+
+
+def test_a_hangup_is_not_heard_under_nohup():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_full_disk_loses_nothing(copied, finished):

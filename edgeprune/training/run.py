@@ -30,6 +30,7 @@ import yaml
 from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
 from edgeprune.files import write_text
 from edgeprune.graph import CircuitGraph
+from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
 from edgeprune.modeling import CircuitModel
 from edgeprune.training.checkpoint import (
@@ -327,7 +328,7 @@ def train(
         say: called with what a person should know.
 
     Raises:
-        Interrupted: by SIGINT, SIGTERM or SIGUSR1, after saving a checkpoint.
+        Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after saving a checkpoint.
         TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
         CheckpointError: a checkpoint cannot be saved.
     """
@@ -395,7 +396,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 @contextmanager
 def _stop_signals(alone: bool):
-    """Collect SIGINT, SIGTERM and SIGUSR1 for the loop to act on.
+    """Collect the signals that stop a run, for the loop to act on.
 
     Args:
         alone: whether this is the run's only process; then a second signal acts at once. Launchers
@@ -407,12 +408,11 @@ def _stop_signals(alone: bool):
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received and alone:
+        if received and alone and number != signal.SIGHUP:  # which shell and terminal both send
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    old = {number: signal.signal(number, receive) for number in numbers}
+    old = {number: signal.signal(number, receive) for number in stop_signals()}
     completed = False
     try:
         yield received
