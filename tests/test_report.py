@@ -227,6 +227,16 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
     assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
 
 
+def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):
+    for name in ("a", "copy"):
+        fake_run(tmp_path / name, first(4), seed=0, sparsity=0.9)
+    fake_run(tmp_path / "b", first(4), seed=0, sparsity=0.8)
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    (said,) = [line for line in err.splitlines() if "same seed" in line]
+    assert "sparsity 0.9: runs of the same seed count as several seeds (a, copy)" in said
+
+
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [

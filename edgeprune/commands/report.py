@@ -33,6 +33,14 @@ def report(config: ReportConfig) -> None:
         groups = group_runs([run for run, _ in found])
     places = {run.name: run_dir for run, run_dir in found}
 
+    for group, _, point in _points(groups):
+        seeds = [str(run.seed) for run in point.runs]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(run.name for run in point.runs)
+            say(
+                f"{group.title}, {point.asked}: runs of the same seed count as several seeds "
+                f"({names}); leave out copies"
+            )
     slugs = _slugs(groups)
     consensus = _write_consensus(groups, slugs, output, places)
     for name, rows in _csv_tables(groups).items():
