@@ -307,7 +307,7 @@ def test_a_run_directory_of_another_run(copied):
     assert_refused(run_cli(*again), 2, "already holds a run", "resume=auto", "overwrite=true")
     assert_refused(
         run_cli(*again, "resume=auto", "trainer.learning_rate=0.3"),
-        2, "run of another config", "trainer.learning_rate: 0.1 there, 0.3 here",
+        2, "run of another config", "trainer.learning_rate: 2.0 there, 0.3 here",
     )  # fmt: skip
     with (copied / "data.jsonl").open("a") as file:
         file.write("\n")
