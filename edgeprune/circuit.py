@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -48,6 +50,10 @@ class Circuit:
     def edges(self) -> list[Edge]:
         """In the graph's order."""
         return sorted(self.edge_set, key=self.graph.edge_index)
+
+    def digest(self) -> str:
+        """SHA-256 of the edges, by which a measurement says what it is of."""
+        return hashlib.sha256(json.dumps(self.edges).encode()).hexdigest()
 
     def mask(self) -> list[bool]:
         """One boolean an edge, in the graph's order; the inverse of `from_mask`."""

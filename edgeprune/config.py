@@ -254,7 +254,9 @@ class ExportConfig:
     sparsity: float | None = None
     """Exactly this fraction less of the edges."""
     num_edges: int | None = None
-    """Exactly so many edges. Neither: threshold by binary search."""
+    """Exactly so many edges. Neither: as the run asked for."""
+    threshold: bool = False
+    """By a threshold found by binary search, as where the run asked for no size."""
     cleanup: float | None = None
     """Then remove each edge without which the circuit comes no farther from the full model, on the
     training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
@@ -285,7 +287,8 @@ class EvaluateConfig:
     random_circuits: int = 0
     """Measure so many random circuits of equal size too."""
     output: str | None = None
-    """JSON to write; null: evaluation-<split>.json beside the circuit."""
+    """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
+    (another circuit's file, task or ablation) is named before the split."""
 
 
 @dataclass

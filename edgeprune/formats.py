@@ -22,6 +22,7 @@ same.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -131,7 +132,9 @@ def write_circuit_file(
     elif format == "eap_pt":
         import torch
 
-        write_atomically(path, lambda temporary: torch.save(_as_tensors(exported), temporary))
+        buffer = io.BytesIO()  # torch reports a failed write without saying why
+        torch.save(_as_tensors(exported), buffer)
+        write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     else:
         raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
 

@@ -15,6 +15,13 @@ class JobFailed(RuntimeError):
     """A run failed in a job or in processes of its own; they have said why."""
 
 
+def stop_signals() -> list[int]:
+    """Signals that stop a run; a SIGHUP that is ignored, as under nohup, stays so."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return numbers if is_ignored else [*numbers, signal.SIGHUP]
+
+
 def in_processes() -> bool:
     """Whether a launcher has started this process as one of several."""
     return "WORLD_SIZE" in os.environ
@@ -58,14 +65,13 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     process = subprocess.Popen(command, env={**threads, **os.environ, "WORLD_SIZE": str(count)})
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
         received.append(number)
         process.terminate()
 
-    old = {number: signal.signal(number, stop) for number in numbers}
+    old = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         code = process.wait()
     finally:

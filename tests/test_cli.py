@@ -15,6 +15,7 @@ from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file
 
 from edgeprune.config import COMMANDS
+from edgeprune.launch import stop_signals
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -73,7 +74,11 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     }  # fmt: skip
     kept = graph["edges_scores"][graph["edges_in_graph"]]
     assert kept.min() >= graph["edges_scores"][~graph["edges_in_graph"]].max()
-    done = run_cli("export", copied)
+    asked_for = json.loads((copied / "edges.json").read_text())
+    done = run_cli("export", copied)  # of the size that the run asked for
+    assert "60 of 5,524 edges" in done.stdout
+    assert json.loads((copied / "edges.json").read_text()) == asked_for
+    done = run_cli("export", copied, "threshold=true")
     report = json.loads((copied / "circuit.json").read_text())
     assert report["chosen_by"] == "threshold"
     assert f"at threshold {report['edge_threshold']:.4f}" in done.stdout
@@ -92,6 +97,34 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     assert (copied / "circuit.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (copied / "circuit.svg").read_text()
     assert "digraph" in (copied / "circuit.dot").read_text()
+
+
+def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
+    """Another task, ablation or circuit leaves the run's own prompts and evaluation alone."""
+    assert run_cli("evaluate", copied).returncode == 0
+    own = (copied / "evaluation-test.json").read_text()
+    done = run_cli("evaluate", copied, "task=greater_than", "task.train=2", "task.validation=2",
+                   "task.test=5", "ablation=zero")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    other = json.loads((copied / "evaluation-greater_than-zero-test.json").read_text())
+    assert (other["data"], other["num_examples"]) == ("data.jsonl [test]", 5)
+    assert other["edges_sha256"] == json.loads(own)["edges_sha256"]
+    small = copied / "small.json"
+    run_cli("export", copied, "num_edges=40", f"output={small}")
+    assert run_cli("evaluate", small).returncode == 0
+    other = json.loads((copied / "evaluation-small-test.json").read_text())
+    assert other["circuit_file"] == str(small)
+    assert other["num_edges"] == 40
+    assert other["edges_sha256"] != json.loads(own)["edges_sha256"]
+    assert (copied / "evaluation-test.json").read_text() == own
+
+
+def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
+    target = finished / "run.json/evaluation.json"  # below a file
+    done = run_cli("evaluate", finished, f"output={target}")
+    assert "two way accuracy" in done.stdout
+    assert "in words: " in done.stdout
+    assert_refused(done, 1, f"{target}: ", "writes elsewhere with output=FILE")
 
 
 def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
@@ -201,7 +234,7 @@ def test_help_may_be_cut_short():
 # ------------------------------------------------------------------------------ interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
     run_dir = tmp_path / "run"
     arguments = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
@@ -227,6 +260,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
     assert masks(run_dir) == masks(finished)
     for name in ("metrics.jsonl", "edges.json"):
         assert (run_dir / name).read_text() == (finished / name).read_text()
+
+
+def test_a_hangup_is_not_heard_under_nohup():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_full_disk_loses_nothing(copied, finished):
@@ -264,7 +307,7 @@ def test_a_run_directory_of_another_run(copied):
     assert_refused(run_cli(*again), 2, "already holds a run", "resume=auto", "overwrite=true")
     assert_refused(
         run_cli(*again, "resume=auto", "trainer.learning_rate=0.3"),
-        2, "run of another config", "trainer.learning_rate: 0.1 there, 0.3 here",
+        2, "run of another config", "trainer.learning_rate: 2.0 there, 0.3 here",
     )  # fmt: skip
     with (copied / "data.jsonl").open("a") as file:
         file.write("\n")
@@ -349,6 +392,10 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["export"], ["give one path: edgeprune export PATH"]),
+        (
+            ["export", "nowhere", "num_edges=3", "threshold=true"],
+            ["threshold=true finds the size itself; leave out sparsity= or num_edges="],
+        ),
         (["export", "nowhere"], ["nowhere is no run directory"]),
         (["draw", "nowhere"], ["no such file or directory: nowhere"]),
         (["evaluate", "nowhere"], ["no such file or directory: nowhere"]),

@@ -10,14 +10,18 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, run_cli, write_jsonl
+import yaml
+from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Resume, TaskConfig
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
+from edgeprune.training.run import claim
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -98,6 +102,124 @@ def test_a_second_run_in_the_same_place_is_refused_until_the_first_is_dead(tmp_p
     assert f"resuming from step {last}" in second.communicate()[1]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file below a folder, but for the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def put(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("lr: 0.1\n")
+    return folder
+
+
+def leave_run(folder: Path, **settings) -> Path:
+    """What a run leaves, as far as names go."""
+    claim(folder, PruneConfig(run_dir=str(folder), **settings))
+    put(folder, "metrics.jsonl", "edges.json", "circuit.json", "evaluation-test.json",
+        "checkpoints/step-00000001/masks.safetensors", "circuit.pdf")  # fmt: skip
+    (folder / "run.json").write_text('{"graph": {}, "data": {}, "model": {}}')
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_files_that_no_run_left_are_not_touched(tmp_path, overwrite, capsys, monkeypatch):
+    names = ("config.yaml", "metrics.jsonl", "data.jsonl", "checkpoints/best.pt")
+    proj = put(tmp_path / "proj", *names)
+    before = contents(proj)
+    code, _, err = call(
+        capsys, monkeypatch, "prune", "experiment=ioi", "task=custom",
+        f"task.path={proj / 'data.jsonl'}", f"run_dir={proj}", f"overwrite={overwrite}",
+    )  # fmt: skip
+    assert code == 2
+    assert "files that no run left there" in err
+    assert "config.yaml, metrics.jsonl, checkpoints, data.jsonl; choose another run_dir=" in err
+    assert contents(proj) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "edges.json",
+             "evaluation-test.json", "checkpoints/best.pt"]
+)  # fmt: skip
+def test_one_file_of_a_runs_names_is_enough_to_be_refused(tmp_path, name):
+    put(tmp_path, name)
+    with pytest.raises(ConfigError, match="files that no run left there"):
+        claim(tmp_path, PruneConfig(run_dir=str(tmp_path), overwrite=True))
+    assert list(contents(tmp_path)) == [name]
+
+
+def test_a_folder_of_other_files_may_be_a_run_directory(tmp_path):
+    claim(put(tmp_path, "notes.txt"), PruneConfig(run_dir=str(tmp_path)))
+    assert set(contents(tmp_path)) == {"notes.txt", "config.yaml"}
+
+
+def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
+    """A run writes run.json before it leaves anything but settings and prompts."""
+    run_dir = leave_run(tmp_path / "run")
+    (run_dir / "run.json").unlink()
+    before = contents(run_dir)
+    with pytest.raises(ConfigError, match="files that no run left there"):
+        claim(run_dir, PruneConfig(run_dir=str(run_dir)))
+    assert contents(run_dir) == before
+
+
+def test_overwriting_throws_away_a_run_and_nothing_else(tmp_path):
+    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl", "mine/edges.json", "notes.txt")
+    claim(run_dir, PruneConfig(run_dir=str(run_dir), seed=1, overwrite=True))
+    left = {"config.yaml", "circuit.pdf", "mine/edges.json", "notes.txt"}
+    assert set(contents(run_dir)) == left
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["seed"] == 1
+
+
+def test_overwriting_does_not_throw_away_the_prompts_to_be_read(tmp_path):
+    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl")
+    before = contents(run_dir)
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
+    for folder in (run_dir, link):
+        task = TaskConfig(name="custom", path=str(folder / "data.jsonl"))
+        with pytest.raises(ConfigError, match="data.jsonl would be deleted .* copy it"):
+            claim(run_dir, PruneConfig(run_dir=str(run_dir), task=task, overwrite=True))
+    assert contents(run_dir) == before
+
+
+def test_prompts_of_ones_own_are_not_taken_for_generated_ones(tmp_path):
+    """Beside a run whose prompts lie elsewhere."""
+    run_dir = leave_run(tmp_path / "run", task=TaskConfig(name="custom", path="my.jsonl"))
+    put(run_dir, "data.jsonl")
+    before = contents(run_dir)
+    with pytest.raises(ConfigError, match="no run left there.*: data.jsonl; choose"):
+        claim(run_dir, PruneConfig(run_dir=str(run_dir), overwrite=True))
+    assert contents(run_dir) == before
+
+
+def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my-model").mkdir()
+    run_dir = Path("run")
+    for model, wanted in (("my-model", str(tmp_path / "my-model")), ("org/model", "org/model")):
+        config = PruneConfig(
+            model=ModelConfig(path=model), task=TaskConfig(path="my.jsonl"), run_dir="run"
+        )
+        claim(run_dir, config)
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+        assert settings["task"]["path"] == str(tmp_path / "my.jsonl")
+        assert settings["model"]["path"] == wanted
+    (run_dir / "run.json").write_text("{}")
+    claim(run_dir, replace(config, resume=Resume.auto))  # the same settings
+
+
+def test_an_empty_run_dir_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, "prune", "experiment=ioi", "run_dir=''")
+    assert code == 2
+    assert "run_dir is empty; name a folder" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     """A model whose weights are damaged from position 30 on, and one prompt as long as that."""
     model, run_dir = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), tmp_path / "run"
@@ -146,10 +268,18 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, size):
     )
     error = process.communicate(timeout=120)[1].strip().splitlines()
     assert process.returncode == 1
-    assert error[-1].startswith("edgeprune: ")
-    assert "File too large" in error[-1]
+    assert error[-1] == f"edgeprune: {tmp_path / 'run/config.yaml'}: File too large"
     left = [path.name for path in (tmp_path / "run").rglob("*")]
     assert set(left) <= {".lock"}
+
+
+def test_a_disk_that_is_full_says_which_file_of_torch_cannot_be_written(tmp_path):
+    (tmp_path / "edges.json").write_text('[["a0.h0", "resid_post"]]')
+    target = tmp_path / "graph.pt"
+    process = start("export", tmp_path / "edges.json", f"output={target}", preexec_fn=limited(300))
+    error = process.communicate(timeout=120)[1]
+    assert (process.returncode, error) == (1, f"edgeprune: {target}: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["edges.json"]
 
 
 def as_one_who_may_not_write_everywhere() -> list[str]:

@@ -23,9 +23,14 @@ def first(count: int, *others: int) -> Circuit:
     return Circuit.from_edges(GRAPH, [*EDGES[:count], *(EDGES[other] for other in others)])
 
 
-def evaluation(num_edges: int, kl: float, accuracy: float = 1.0) -> dict:
+ABLATION = {"kind": "interchange", "per_position": False}
+
+
+def evaluation(circuit: Circuit, kl: float, accuracy: float = 1.0) -> dict:
     return {
-        "num_edges": num_edges,
+        "edges_sha256": circuit.digest(),
+        "ablation": ABLATION,
+        "num_edges": len(circuit),
         "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy},
         "full": {"kl": 0.0, "exact_match": 1.0, "accuracy": 0.9},
         "corrupted": {"kl": 8.0, "exact_match": 0.1, "accuracy": 0.05},
@@ -34,7 +39,7 @@ def evaluation(num_edges: int, kl: float, accuracy: float = 1.0) -> dict:
 
 def a_run(name: str, circuit: Circuit, kl: float | None = None, split="test", **settings) -> Run:
     flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange", **settings}
-    evaluations = {} if kl is None else {split: evaluation(len(circuit), kl)}
+    evaluations = {} if kl is None else {split: evaluation(circuit, kl)}
     return Run(name, flat, circuit, evaluations)
 
 
@@ -116,16 +121,17 @@ def sweep(folder, task: str = "ioi") -> None:
     """Two sizes, three seeds each, and one run of another model."""
     for sparsity, count in ((0.9, 12), (0.95, 6)):
         for seed in range(3):
+            circuit = first(count, 30 + seed)
             run = fake_run(
-                folder / f"s{sparsity}-{seed}", first(count, 30 + seed),
-                task={"name": task}, seed=seed, sparsity=sparsity,
+                folder / f"s{sparsity}-{seed}", circuit,
+                task={"name": task}, ablation=ABLATION, seed=seed, sparsity=sparsity,
             )  # fmt: skip
             kl = (20 - count) / 10 + seed / 10
-            text = json.dumps(evaluation(count + 1, kl, 1 - kl / 4))
+            text = json.dumps(evaluation(circuit, kl, 1 - kl / 4))
             (run / "evaluation-validation.json").write_text(text)
     empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
-    other = fake_run(folder / "deep/other", empty, model={"name": "other"})
-    (other / "evaluation-test.json").write_text(json.dumps(evaluation(0, 5.0)))
+    other = fake_run(folder / "deep/other", empty, model={"name": "other"}, ablation=ABLATION)
+    (other / "evaluation-test.json").write_text(json.dumps(evaluation(empty, 5.0)))
 
 
 class Page(HTMLParser):
@@ -201,8 +207,10 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
     (tmp_path / "s0.9-0/edges.json").unlink()
     (tmp_path / "s0.9-1/edges.json").write_text('[["a9.h0", "m0"]]')
     (tmp_path / "s0.9-2/evaluation-validation.json").write_text("{")
-    stale = json.dumps(evaluation(99, 1.0))
-    (tmp_path / "s0.95-0/evaluation-validation.json").write_text(stale)
+    of_another = evaluation(first(6, 33), 1.0)  # of as many edges
+    (tmp_path / "s0.95-0/evaluation-validation.json").write_text(json.dumps(of_another))
+    zero = {**evaluation(first(6, 32), 1.0), "ablation": {**ABLATION, "kind": "zero"}}
+    (tmp_path / "s0.95-2/evaluation-validation.json").write_text(json.dumps(zero))
     (tmp_path / "s0.95-1/config.yaml").write_text("[")
     code, out, err = call(capsys, monkeypatch, "report", tmp_path)
     assert code == 0, err
@@ -211,11 +219,22 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
         "s0.9-0 is left out: it has no edges.json yet",
         "s0.9-1 is left out",
         "s0.9-2/evaluation-validation.json is passed over: JSONDecodeError",
-        "a circuit of 99 edges, and the run's has 7",
+        "s0.95-0/evaluation-validation.json is passed over: it is of another circuit",
+        "s0.95-2/evaluation-validation.json is passed over: it is of another ablation",
         "s0.95-1 is left out",
     ):
         assert wanted in err
-    assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 2
+    assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
+
+
+def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):
+    for name in ("a", "copy"):
+        fake_run(tmp_path / name, first(4), seed=0, sparsity=0.9)
+    fake_run(tmp_path / "b", first(4), seed=0, sparsity=0.8)
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    (said,) = [line for line in err.splitlines() if "same seed" in line]
+    assert "sparsity 0.9: runs of the same seed count as several seeds (a, copy)" in said
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from edgeprune.config import (
     ConfigError,
     EvaluateConfig,
     Split,
+    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
     to_dict,
@@ -46,11 +47,13 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
+    from edgeprune.training.run import EDGES
 
     check_evaluate(config)
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
     task = config.task or of_run.get("task")
+    is_own_task = run_dir is not None and task == of_run["task"]
     if (config.model or of_run.get("model")) is None or task is None:
         raise ConfigError(
             f"{edges_path} lies in no run directory, so give the model and the task: "
@@ -60,11 +63,10 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     if model is None:
         model = load_model(config.model or of_run["model"])
     circuit = read_circuit(edges_path, model.graph)
-    folder = edges_path.parent
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
-    with TemporaryDirectory() as scratch:  # for generated prompts where there is no run directory
-        data_path = data_file(task, model.tokenizer, run_dir or Path(scratch))
+    with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
+        data_path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
         pairs = load_pairs(data_path, task, model, split)
         reference_set = pairs
         if ablation_config.kind is AblationKind.mean:
@@ -79,20 +81,35 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             batch_size=config.batch_size or evaluation_batch_size(of_run.get("trainer")),
             random_circuits=config.random_circuits,
         )
-    output = Path(config.output) if config.output else folder / f"evaluation-{split}.json"
+    words = [] if edges_path.name == EDGES else [edges_path.stem]
+    if run_dir == edges_path.parent:
+        words += _apart(of_run, task, ablation_config)
+    name = "-".join(["evaluation", *words, split])
+    output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
     settings = {
-        "circuit": str(edges_path),
+        "circuit_file": str(edges_path),
+        "edges_sha256": circuit.digest(),
         "model": model.name,
-        "data": pairs.name if run_dir is None and task.path is None else str(data_path),
+        "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
         "split": split,
         "ablation": to_dict(ablation_config),
     }
-    text = json.dumps({**settings, **result.to_dict()}, indent=1)
-    if writes:
-        write_text(output, text + "\n")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
+    if writes:
+        text = json.dumps({**settings, **result.to_dict()}, indent=1)
+        try:
+            write_text(output, text + "\n")
+        except OSError as error:
+            hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
+            raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
     show(f"-> {output}")
+
+
+def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -> list[str]:
+    """Words for the file's name, so that what is measured otherwise than the run stands apart."""
+    words = [] if task == of_run["task"] else [task.name]
+    return words if ablation == of_run["ablation"] else [*words, ablation.kind.name]
 
 
 def _print_evaluation(result: Any, title: str) -> None:

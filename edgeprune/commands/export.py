@@ -33,6 +33,8 @@ from edgeprune.files import write_text
 def export(config: ExportConfig, model: Any = None) -> None:
     """Make a circuit of a run's checkpoint, or read one from a file, and write it."""
     check_size(config.sparsity, config.num_edges)
+    if config.threshold and (config.sparsity, config.num_edges) != (None, None):
+        raise ConfigError("threshold=true finds the size itself; leave out sparsity= or num_edges=")
     check_cleanup(config.cleanup)
     from edgeprune.training.run import EDGES, REPORT, load_masks, read_manifest
 
@@ -40,7 +42,9 @@ def export(config: ExportConfig, model: Any = None) -> None:
         _convert(config)
         return
     run_dir = Path(config.run)
-    chosen, step = export_from(run_dir, config.checkpoint, config.sparsity, config.num_edges)
+    chosen, step = export_from(
+        run_dir, config.checkpoint, config.sparsity, config.num_edges, config.threshold
+    )
     cleaned = None
     if config.cleanup is not None:
         cleaned = _clean_up(run_dir, chosen, config.cleanup, model)
@@ -110,8 +114,10 @@ def _convert(config: ExportConfig) -> None:
 
     path, run_dir = find_circuit(config.run)
     of_run = (config.checkpoint, config.sparsity, config.num_edges, config.cleanup)
-    if of_run != (None,) * 4:
-        raise ConfigError("checkpoint=, sparsity=, num_edges= and cleanup= need a run directory")
+    if of_run != (None,) * 4 or config.threshold:
+        raise ConfigError(
+            "checkpoint=, sparsity=, num_edges=, threshold= and cleanup= need a run directory"
+        )
     if config.output is None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
     circuit = read_circuit(path, known_graph(path, run_dir))

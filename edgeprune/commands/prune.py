@@ -37,6 +37,8 @@ def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
     if in_processes():
         check_launched(config.launcher.processes)
     elif config.launcher.processes != 1:

@@ -33,6 +33,14 @@ def report(config: ReportConfig) -> None:
         groups = group_runs([run for run, _ in found])
     places = {run.name: run_dir for run, run_dir in found}
 
+    for group, _, point in _points(groups):
+        seeds = [str(run.seed) for run in point.runs]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(run.name for run in point.runs)
+            say(
+                f"{group.title}, {point.asked}: runs of the same seed count as several seeds "
+                f"({names}); leave out copies"
+            )
     slugs = _slugs(groups)
     consensus = _write_consensus(groups, slugs, output, places)
     for name, rows in _csv_tables(groups).items():
@@ -92,8 +100,6 @@ def _read_run(run_dir: Path, name: str) -> Any:
     from edgeprune.training.run import EDGES, flatten, read_config, read_graph
 
     settings = read_config(run_dir)
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{run_dir}/config.yaml is not a list of settings")
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
     evaluations = {}
     for split in SPLITS:
@@ -102,15 +108,13 @@ def _read_run(run_dir: Path, name: str) -> Any:
             continue
         try:
             evaluation = json.loads(path.read_text(encoding="utf-8"))
-            num_edges = evaluation["num_edges"]
+            edges, ablation = evaluation["edges_sha256"], evaluation["ablation"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"{path} is passed over: {type(error).__name__}: {error}")
+            say(f"{path} is passed over: {type(error).__name__}: {error}; evaluate it again")
             continue
-        if num_edges != len(circuit):
-            say(
-                f"{path} is passed over: it is of a circuit of {num_edges} edges, and the run's "
-                f"has {len(circuit)}; evaluate it again"
-            )
+        if (edges, ablation) != (circuit.digest(), settings.get("ablation")):
+            what = "ablation" if edges == circuit.digest() else "circuit"
+            say(f"{path} is passed over: it is of another {what} than the run's; evaluate it again")
             continue
         evaluations[split] = evaluation
     return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)

@@ -208,14 +208,29 @@ def run_settings(run_dir: Path | None) -> dict[str, Any]:
 
 
 def export_from(
-    run_dir: Path, step: int | None, sparsity: float | None, num_edges: int | None
+    run_dir: Path,
+    step: int | None,
+    sparsity: float | None,
+    num_edges: int | None,
+    threshold: bool = False,
 ) -> tuple[Any, int]:
+    """The circuit of a run's checkpoint, and its step.
+
+    Args:
+        run_dir: the run's.
+        step: of the checkpoint; None: the last.
+        sparsity, num_edges: its size; neither: as the run asked for.
+        threshold: whether a threshold decides in place of a size.
+    """
     from edgeprune.analysis.export import export_circuit
-    from edgeprune.training.run import load_masks
+    from edgeprune.training.run import load_masks, read_config
 
     masks, step = load_masks(run_dir, step)
     if num_edges is not None and num_edges > masks.graph.num_edges:
         raise ConfigError(
             f"num_edges={num_edges} is more than the {masks.graph.num_edges} edges of this model"
         )
+    if sparsity is None and num_edges is None and not threshold:
+        settings = read_config(run_dir)
+        sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
     return export_circuit(masks, sparsity=sparsity, num_edges=num_edges), step

@@ -30,6 +30,7 @@ import yaml
 from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
 from edgeprune.files import write_text
 from edgeprune.graph import CircuitGraph
+from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
 from edgeprune.modeling import CircuitModel
 from edgeprune.training.checkpoint import (
@@ -47,6 +48,8 @@ METRICS = "metrics.jsonl"
 DATA = "data.jsonl"
 EDGES = "edges.json"
 REPORT = "circuit.json"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluation-*.json"
 LOCK = ".lock"
 
 FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
@@ -101,7 +104,7 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
     """Make the run directory ready for this config, before anything slow is done.
 
     Raises:
-        ConfigError: it holds another run, or one that is not to be resumed.
+        ConfigError: it holds another run, one that is not to be resumed, or files of no run.
     """
     if has_run(run_dir) and not config.overwrite:
         if config.resume is Resume.never:
@@ -109,32 +112,85 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
                 f"{run_dir} already holds a run; go on with resume=auto, start anew with "
                 "overwrite=true, or choose another run_dir="
             )
-        _check_same(run_dir, to_dict(config))
+        _check_same(run_dir, _settings(config))
         return
-    if (run_dir / CONFIG).exists():  # an earlier run, or one that failed before it began
-        for name in (MANIFEST, METRICS, DATA, EDGES, REPORT, "checkpoints"):
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    _clear(run_dir, config.task.path)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(run_dir / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+
+
+def _settings(config: PruneConfig) -> dict[str, Any]:
+    """What config.yaml holds: the settings, with paths that can be found from any directory."""
+    settings = to_dict(config)
+    for part in ("task", "model"):
+        path = settings[part]["path"]
+        if path and path != "embedded" and (part == "task" or Path(path).exists()):  # or a hub name
+            settings[part]["path"] = str(Path(path).absolute())
+    return settings
+
+
+def _clear(run_dir: Path, task_path: str | None) -> None:
+    """Delete what an earlier run left, or one that failed before it began, and nothing else.
+
+    Raises:
+        ConfigError: files that no run left are in the way, or the task's prompts are among them.
+    """
+    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, CHECKPOINTS, DATA, MANIFEST)
+    found = [path for name in names for path in run_dir.glob(name)]
+    foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
+    if foreign:
+        raise ConfigError(
+            f"{run_dir} holds files that no run left there, but would be taken for one's: "
+            f"{', '.join(foreign)}; choose another run_dir="
+        )
+    if task_path is not None and any(
+        Path(task_path).resolve().is_relative_to(path.resolve()) for path in found
+    ):
+        raise ConfigError(
+            f"task.path={task_path} would be deleted with the earlier run in {run_dir}; copy it to "
+            "another place, or choose another run_dir="
+        )
+    for path in found:  # run.json, by which a run is known, last
+        if path.name != CONFIG:  # which is written over
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
+    """Which of these files are a run's: its settings and run.json tell, not their names alone."""
+    try:
+        settings = read_config(run_dir)
+    except ConfigError:
+        return set()
+    task = settings.get("task")
+    if not isinstance(task, dict) or not {"model", "ablation", "run_dir"} <= settings.keys():
+        return set()
+    try:
+        begun = {"graph", "data", "model"} <= read_manifest(run_dir).keys()
+    except (ConfigError, AttributeError):
+        begun = False
+    ours = {path.name for path in found} if begun else {CONFIG, DATA}
+    return ours if task.get("path") is None else ours - {DATA}
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings of a run, as plain values.
 
     Raises:
-        ConfigError: not a run directory.
+        ConfigError: not a run directory, or a config.yaml of something else.
     """
     path = run_dir / CONFIG
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(
             f"{run_dir} is no run directory: it has no {CONFIG}; give the run_dir of a "
             "`edgeprune prune`"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is no list of settings, as `edgeprune prune` writes it")
+    return settings
 
 
 def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
@@ -272,7 +328,7 @@ def train(
         say: called with what a person should know.
 
     Raises:
-        Interrupted: by SIGINT, SIGTERM or SIGUSR1, after saving a checkpoint.
+        Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after saving a checkpoint.
         TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
         CheckpointError: a checkpoint cannot be saved.
     """
@@ -340,7 +396,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 @contextmanager
 def _stop_signals(alone: bool):
-    """Collect SIGINT, SIGTERM and SIGUSR1 for the loop to act on.
+    """Collect the signals that stop a run, for the loop to act on.
 
     Args:
         alone: whether this is the run's only process; then a second signal acts at once. Launchers
@@ -352,12 +408,11 @@ def _stop_signals(alone: bool):
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received and alone:
+        if received and alone and number != signal.SIGHUP:  # which shell and terminal both send
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    old = {number: signal.signal(number, receive) for number in numbers}
+    old = {number: signal.signal(number, receive) for number in stop_signals()}
     completed = False
     try:
         yield received
