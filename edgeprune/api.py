@@ -15,9 +15,10 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     PruneConfig,
+    TrainerConfig,
     check_prune,
+    from_keywords,
     target_sparsity,
-    trainer_settings,
 )
 from edgeprune.dataset import Pair
 from edgeprune.masks import CircuitMasks
@@ -67,13 +68,12 @@ def prune(
         settings: fields of `TrainerConfig`, such as `steps` and `batch_size`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown, of the wrong type or out of range.
         TrainingError: the loss became NaN.
     """
-    config = trainer_settings(settings)
-    whole = PruneConfig(
-        trainer=config, sparsity=sparsity, num_edges=num_edges, cleanup=cleanup, seed=seed
-    )
+    config = from_keywords(TrainerConfig, settings)
+    asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
+    whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
     if ablation not in AblationKind.__members__:
         kinds = ", ".join(AblationKind.__members__)
@@ -84,7 +84,7 @@ def prune(
         pairs,
         config,
         target_sparsity=target_sparsity(whole, model.graph.num_edges),
-        seed=seed,
+        seed=whole.seed,
         ablation=closed,
     )
     history = []
@@ -92,14 +92,14 @@ def prune(
         for _ in range(config.steps):
             history.append(trainer.train_step())
             show(history[-1])
-    export = export_circuit(trainer.masks, sparsity=sparsity, num_edges=num_edges)
+    export = export_circuit(trainer.masks, sparsity=whole.sparsity, num_edges=whole.num_edges)
     circuit = export.circuit
-    if cleanup is not None:
+    if whole.cleanup is not None:
         circuit = clean_up(
             model,
             circuit,
             pairs,
-            tolerance=cleanup,
+            tolerance=whole.cleanup,
             ranking=export.ranking,
             ablation=closed,
         ).circuit

@@ -574,17 +574,26 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     return asked + LEAD if lags and config.trainer.warmup is Warmup.linear else asked
 
 
-def trainer_settings(settings: dict[str, Any]) -> TrainerConfig:
-    """A TrainerConfig from keyword arguments.
+def from_keywords(schema: type, settings: dict[str, Any]) -> Any:
+    """A config from keyword arguments, which are converted as those of the command line are.
 
     Raises:
-        ConfigError: an unknown name, with the nearest right one.
+        ConfigError: an unknown name, with the nearest right one; or a value of the wrong type.
     """
-    known = [f.name for f in dataclasses.fields(TrainerConfig)]
-    for name in settings:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.structured(schema)
+    known = [f.name for f in dataclasses.fields(schema)]
+    for name, value in settings.items():
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-    return TrainerConfig(**settings)
+        try:  # numbers of numpy and torch have an item()
+            config[name] = value.item() if hasattr(value, "item") else value
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{name}={value!r} cannot be used: {reason}") from None
+    return OmegaConf.to_object(config)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -174,6 +174,32 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
         prune(model, pairs, num_edges=17, ablation="noise")
 
 
+def test_settings_from_python_are_those_of_the_command_line(model):
+    pairs = random_pairs(8)
+    settings = dict(num_edges=17, steps=6, sparsity_warmup_steps=5, progress=False)
+    runs = [
+        prune(model, pairs, **{**settings, **change}).history
+        for change in (
+            {}, {"warmup": "linear", "steps": "6", "num_edges": "17"}, {"warmup": "logarithmic"},
+        )
+    ]  # fmt: skip
+    assert runs[0] == runs[1] != runs[2]
+    sizes = {"sparsity": torch.tensor(0.5).numpy()[()], "num_edges": None}
+    half = prune(model, pairs, **{**settings, **sizes}).circuit
+    assert len(half) == round(model.graph.num_edges / 2)
+    held = prune(model, pairs, constraint="lagrangian", **settings).history
+    assert held[0].multiplier_1 is not None
+    for wrong, message in [
+        ({"warmup": "foo"}, r"warmup='foo' .*\[linear, logarithmic\]"),
+        ({"constraint": "soft"}, r"constraint='soft' .*\[exact, lagrangian\]"),
+        ({"steps": "many"}, "steps='many' cannot be used"),
+        ({"seed": "x"}, "seed='x' cannot be used"),
+        ({"num_edges": None, "sparsity": [0.5]}, "sparsity=.0.5. cannot be used"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            prune(model, pairs, **{**settings, **wrong})
+
+
 def test_kept_passes_are_those_of_the_model(model):
     pairs = random_pairs(5) + random_pairs(4, 5, seed=1, predicted=2)
     kept = KeptPasses(model, pairs, batch_size=4)
