@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Ablation": "ablation",
     "Circuit": "circuit",
     "CircuitGraph": "graph",
     "clean_up": "analysis.cleanup",

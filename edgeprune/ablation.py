@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.config import AblationConfig, AblationKind
+from edgeprune.config import AblationConfig, AblationKind, ConfigError
 from edgeprune.dataset import Batch, Pair
 from edgeprune.modeling import Activations, CircuitModel
 
@@ -32,6 +32,22 @@ class Ablation:
             self.means = model.mean_activations(
                 reference_set, batch_size, per_position=config.per_position
             )
+
+    @classmethod
+    def of(
+        cls, model: CircuitModel, ablation: Ablation | str, reference_set: Sequence[Pair]
+    ) -> Ablation:
+        """An ablation as it is, or one by its name: `interchange`, `zero` or `mean`.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        if isinstance(ablation, Ablation):
+            return ablation
+        kinds = AblationKind.__members__
+        if ablation not in kinds:
+            raise ConfigError(f"unknown ablation {ablation!r}; choose {', '.join(kinds)}")
+        return cls(model, AblationConfig(kinds[ablation]), reference_set)
 
     def values(self, batch: Batch, corrupted: Activations) -> Activations | None:
         """Values of closed edges; None stands for zeros.

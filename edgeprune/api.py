@@ -11,9 +11,6 @@ from edgeprune.analysis.cleanup import clean_up
 from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
-    AblationConfig,
-    AblationKind,
-    ConfigError,
     PruneConfig,
     TrainerConfig,
     check_prune,
@@ -35,11 +32,13 @@ class Pruned:
         circuit: of the size asked for, cleaned up if that was asked for.
         masks: the learned log alphas; `export_circuit` makes circuits of other sizes of them.
         history: one entry a step.
+        ablation: what closed edges carried, for `evaluate` and `clean_up`.
     """
 
     circuit: Circuit
     masks: CircuitMasks
     history: list[StepMetrics]
+    ablation: Ablation
 
 
 def prune(
@@ -50,7 +49,7 @@ def prune(
     num_edges: int | None = None,
     cleanup: float | None = None,
     seed: int = 0,
-    ablation: str = "interchange",
+    ablation: Ablation | str = "interchange",
     progress: bool = True,
     **settings: Any,
 ) -> Pruned:
@@ -63,7 +62,8 @@ def prune(
         num_edges: or exactly so many.
         cleanup: then remove what the circuit can do without, see `clean_up`; its tolerance.
         seed: of the start, the noise and the order of the data.
-        ablation: what closed edges carry: `interchange`, `zero` or `mean` (over `pairs`).
+        ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one a
+            position), or an `Ablation`.
         progress: whether to show a progress bar.
         settings: fields of `TrainerConfig`, such as `steps` and `batch_size`.
 
@@ -75,10 +75,7 @@ def prune(
     asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
     whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
-    if ablation not in AblationKind.__members__:
-        kinds = ", ".join(AblationKind.__members__)
-        raise ConfigError(f"unknown ablation {ablation!r}; choose {kinds}")
-    closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs)
+    closed = Ablation.of(model, ablation, pairs)
     trainer = Trainer(
         model,
         pairs,
@@ -103,4 +100,4 @@ def prune(
             ranking=export.ranking,
             ablation=closed,
         ).circuit
-    return Pruned(circuit, trainer.masks, history)
+    return Pruned(circuit, trainer.masks, history, closed)

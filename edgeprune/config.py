@@ -112,7 +112,7 @@ class AblationConfig:
 
     kind: AblationKind = AblationKind.interchange
     """interchange: the value on the corrupted prompt; zero: nothing; mean: a mean over prompts."""
-    per_position: bool = False
+    per_position: bool = True
     """For mean: one mean a position, or one over all positions."""
 
 

@@ -3,11 +3,15 @@ import json
 import pytest
 import torch
 from conftest import random_pairs
+from omegaconf import OmegaConf
 
+from edgeprune.ablation import Ablation
 from edgeprune.analysis.evaluate import evaluate
 from edgeprune.circuit import Circuit, CircuitError
+from edgeprune.config import AblationConfig, AblationKind, ConfigError
 from edgeprune.formats import infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
+from edgeprune.paths import CONF
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 
@@ -164,6 +168,25 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     difference = pytest.approx(on_corrupted.logit_difference, abs=1e-4)
     assert empty.corrupted.logit_difference == difference
     assert empty.corrupted.accuracy == on_corrupted.accuracy
+
+
+def test_an_ablation_is_given_or_named(model):
+    pairs = random_pairs(20)
+    some = Circuit.random(model.graph, 60, seed=0)
+
+    def measured(**settings) -> dict:
+        return evaluate(model, some, pairs, **settings).to_dict()["circuit"]
+
+    found = []
+    for kind in AblationKind:
+        settings = OmegaConf.load(CONF / f"ablation/{kind.name}.yaml")
+        as_commanded = OmegaConf.to_object(OmegaConf.merge(AblationConfig, settings))
+        found.append(measured(ablation=kind.name))
+        assert found[-1] == measured(ablation=Ablation(model, as_commanded, pairs))
+    assert measured() == found[0]
+    assert found[0] != found[1] != found[2] != found[0]
+    with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange, zero"):
+        evaluate(model, some, pairs, ablation="noise")
 
 
 def test_batch_size_does_not_change_an_evaluation(model):

@@ -7,7 +7,14 @@ from conftest import random_gpt2, random_pairs
 
 from edgeprune.ablation import Ablation
 from edgeprune.api import prune
-from edgeprune.config import AblationConfig, ConfigError, Constraint, TrainerConfig, Warmup
+from edgeprune.config import (
+    AblationConfig,
+    AblationKind,
+    ConfigError,
+    Constraint,
+    TrainerConfig,
+    Warmup,
+)
 from edgeprune.dataset import collate
 from edgeprune.modeling import passes, wrap_model
 from edgeprune.modeling.passes import KeptPasses
@@ -165,7 +172,9 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
     assert [m.step for m in pruned.history] == [1, 2, 3]
     assert pruned.circuit == prune(model, pairs, num_edges=17, **settings).circuit
     for ablation in ("zero", "mean"):
-        assert len(prune(model, pairs, num_edges=17, ablation=ablation, **settings).circuit) == 17
+        pruned = prune(model, pairs, num_edges=17, ablation=ablation, **settings)
+        assert len(pruned.circuit) == 17
+        assert pruned.ablation.kind is AblationKind[ablation]
     with pytest.raises(ConfigError, match="unknown setting 'stepz'; did you mean 'steps'"):
         prune(model, pairs, num_edges=17, stepz=3)
     with pytest.raises(ConfigError, match="nothing says how sparse"):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from edgeprune.ablation import Ablation
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig
 from edgeprune.dataset import Pair, iterate_batches
 from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
@@ -89,7 +88,7 @@ def evaluate(
     circuit: Circuit,
     pairs: Sequence[Pair],
     *,
-    ablation: Ablation | None = None,
+    ablation: Ablation | str = "interchange",
     batch_size: int = 64,
     random_circuits: int = 0,
 ) -> Evaluation:
@@ -99,11 +98,12 @@ def evaluate(
         model: the model the circuit was found in.
         circuit: its kept edges; all others are ablated.
         pairs: the prompts.
-        ablation: what ablated edges carry; None: their values on the corrupted prompts.
+        ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
+            `mean` (over `pairs`, one a position).
         batch_size: pairs a forward pass.
         random_circuits: so many random circuits of equal size are measured too.
     """
-    ablation = ablation or Ablation(model, AblationConfig(), pairs)
+    ablation = Ablation.of(model, ablation, pairs)
     randoms = [
         Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
     ]
