@@ -118,8 +118,9 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
     prediction, corrupted_prediction = gap + prediction, other_gap + corrupted_prediction
-    answers = [a for a in _strings(record, "answers", gap) if a.strip() != prediction.strip()]
-    distractors = _strings(record, "distractor", gap)
+    answers = _strings(record, "answers", gap, prediction)
+    answers = [answer for answer in answers if answer.strip() != prediction.strip()]
+    distractors = _strings(record, "distractor", gap, prediction)
     prompt, options = _tokenize(tokenizer, clean_prompt, [prediction, *answers, *distractors])
     target = options[0]
     other_prompt, (other_target,) = _tokenize(tokenizer, corrupted_prompt, [corrupted_prediction])
@@ -219,8 +220,12 @@ def _split_text(record: dict, field: str) -> tuple[str, str, str]:
     return bare, prompt[len(bare) :], prediction
 
 
-def _strings(record: dict, field: str, gap: str) -> list[str]:
-    """A field's strings, as they stand in place of the prediction."""
+def _strings(record: dict, field: str, gap: str, prediction: str) -> list[str]:
+    """A field's strings, as they stand in place of the prediction.
+
+    They begin with the space that the prediction begins with (the gap before its tag included),
+    except that without a gap a space of their own stays.
+    """
     value = record.get(field)
     if value is None:
         return []
@@ -229,7 +234,8 @@ def _strings(record: dict, field: str, gap: str) -> list[str]:
         raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
     for text in values:
         _check_unicode(text, field)
-    return [gap + v.lstrip() for v in values] if gap else values
+    space = prediction[: len(prediction) - len(prediction.lstrip())]
+    return [v if v[0].isspace() and not gap else space + v.lstrip() for v in values]
 
 
 def _check_unicode(text: str, field: str) -> None:
