@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,15 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     difference = pytest.approx(on_corrupted.logit_difference, abs=1e-4)
     assert empty.corrupted.logit_difference == difference
     assert empty.corrupted.accuracy == on_corrupted.accuracy
+
+
+def test_lines_without_distractors_are_left_out_of_differences(model):
+    with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
+    pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]
+    some = Circuit.random(model.graph, 60, seed=0)
+    mixed, alone = (evaluate(model, some, p).circuit for p in (pairs, with_distractors))
+    for name in ("logit_difference_ratio", "logit_difference", "two_way_accuracy"):
+        assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
 
 
 def test_an_ablation_is_given_or_named(model):

@@ -121,7 +121,7 @@ def evaluate(
             one.append(score(batch, reference, outputs, model.output))
         texts += [pair.text for pair in batch.pairs]
     full, of_circuit, *others = [_concatenate(one) for one in scores]
-    full_difference = full.logit_difference.mean().item()
+    full_difference = full.logit_difference.nanmean().item()
     summaries = [_summarise(one, full_difference) for one in (full, of_circuit, *others)]
     of_logits = model.output is Output.logits
     worst = int((of_circuit.kl if of_logits else of_circuit.error).argmax())
