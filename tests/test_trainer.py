@@ -15,7 +15,7 @@ from edgeprune.config import (
     TrainerConfig,
     Warmup,
 )
-from edgeprune.dataset import collate
+from edgeprune.dataset import DataError, collate
 from edgeprune.modeling import passes, wrap_model
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.objective import (
@@ -181,6 +181,15 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
         prune(model, pairs)
     with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
         prune(model, pairs, num_edges=17, ablation="noise")
+
+
+def test_corrupted_prompts_that_are_the_clean_ones_are_refused_where_they_matter(model):
+    same = [replace(pair, corrupted_ids=pair.clean_ids) for pair in random_pairs(3)]
+    settings = dict(num_edges=17, steps=2, progress=False)
+    with pytest.raises(DataError, match="all 3 corrupted prompts are the same as their clean ones"):
+        prune(model, same, **settings)
+    prune(model, [*same, *random_pairs(1)], **settings)
+    prune(model, same, ablation="zero", **settings)
 
 
 def test_settings_from_python_are_those_of_the_command_line(model):
