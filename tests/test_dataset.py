@@ -157,6 +157,25 @@ def test_bad_records_are_refused(tokenizer, change, message):
         encode_pair(tokenizer, {**SPEC, **change})
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("distractors", "distractor"), ("Distractor", "distractor"), ("anwsers", "answers"),
+     ("answer", "answers"), ("spilt", "split"), ("clean_id", "clean_ids")],
+)  # fmt: skip
+def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name, meant):
+    record = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
+    path = write_jsonl(tmp_path / "a.jsonl", record, {**record, "note": "x", name: "4"})
+    with pytest.raises(DataError, match=f"line 2: unknown field '{name}'; did you mean '{meant}'"):
+        load_dataset(path, tokenizer, "train")
+
+
+def test_fields_of_ones_own_are_passed_over(tokenizer):
+    own = {"id": 3, "source": "x", "target": "y", "answer": "3", "answers": ["4"], "": 0}
+    assert encode_pair(tokenizer, {**SPEC, **own}) == encode_pair(
+        tokenizer, {**SPEC, "answers": ["4"]}
+    )
+
+
 def test_predictions_of_unequal_length_are_refused():
     record = {"clean": "a<predict>bc</predict>", "corrupted": "a<predict>b</predict>"}
     with pytest.raises(DataError, match="predictions have unequal lengths: 2 and 1"):
