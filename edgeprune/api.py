@@ -69,12 +69,14 @@ def prune(
 
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range.
+        ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss became NaN.
     """
     config = from_keywords(TrainerConfig, settings)
     asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
     whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
+    model.check_prompts(pairs)
     closed = Ablation.of(model, ablation, pairs)
     trainer = Trainer(
         model,

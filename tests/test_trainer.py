@@ -6,7 +6,10 @@ import torch
 from conftest import random_gpt2, random_pairs
 
 from edgeprune.ablation import Ablation
+from edgeprune.analysis.cleanup import clean_up
+from edgeprune.analysis.evaluate import evaluate
 from edgeprune.api import prune
+from edgeprune.circuit import Circuit
 from edgeprune.config import (
     AblationConfig,
     AblationKind,
@@ -181,6 +184,22 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
         prune(model, pairs)
     with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
         prune(model, pairs, num_edges=17, ablation="noise")
+
+
+def test_prompts_that_are_none_or_too_long_are_refused(model):
+    circuit = Circuit.random(model.graph, 20, seed=0)
+    longest = random_pairs(2, length=32)
+    for pairs, message in [
+        ([], "got no prompts"),
+        ([*random_pairs(1), *random_pairs(1, length=33)], "33 tokens, but model takes at most 32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prune(model, pairs, num_edges=17, progress=False)
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, circuit, pairs)
+        with pytest.raises(ValueError, match=message):
+            clean_up(model, circuit, pairs, tolerance=1, ranking=range(model.graph.num_edges))
+    assert evaluate(model, circuit, longest).num_examples == 2
 
 
 def test_corrupted_prompts_that_are_the_clean_ones_are_refused_where_they_matter(model):

@@ -89,8 +89,10 @@ def clean_up(
 
     Raises:
         ConfigError: the tolerance is negative.
+        ValueError: there are no prompts, or one is too long for the model.
     """
     check_cleanup(tolerance)
+    model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs)
     return _CleaningUp(model, circuit, pairs, ranking, ablation, batch_size).run(tolerance)
 

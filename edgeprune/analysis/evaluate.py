@@ -102,7 +102,11 @@ def evaluate(
             `mean` (over `pairs`, one a position).
         batch_size: pairs a forward pass.
         random_circuits: so many random circuits of equal size are measured too.
+
+    Raises:
+        ValueError: there are no prompts, or one is too long for the model.
     """
+    model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs)
     randoms = [
         Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
