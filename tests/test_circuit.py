@@ -171,6 +171,18 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     assert empty.corrupted.accuracy == on_corrupted.accuracy
 
 
+def test_rounding_makes_no_negative_kl(model, monkeypatch):
+    pairs = random_pairs(20)
+    whole = Circuit(model.graph, frozenset(model.graph.edges()))
+    noise = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        "edgeprune.metrics.kl_per_token",
+        lambda reference, _: -1e-9 * torch.rand(len(reference), generator=noise),
+    )
+    result = evaluate(model, whole, pairs)
+    assert (result.circuit.kl, result.worst.kl) == (0, 0)
+
+
 def test_lines_without_distractors_are_left_out_of_differences(model):
     with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
     pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]

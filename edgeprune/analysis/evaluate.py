@@ -136,7 +136,7 @@ def evaluate(
         random=_mean_scores(summaries[3:]) if randoms else None,
         worst=WorstExample(
             text=texts[worst],
-            kl=of_circuit.kl[worst].item(),
+            kl=of_circuit.kl[worst].clamp(min=0).item(),
             error=of_circuit.error[worst].item(),
             full_prediction=_decode(model, full.predicted[worst]),
             circuit_prediction=_decode(model, of_circuit.predicted[worst]),
@@ -158,7 +158,7 @@ def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
     two_way = (difference > 0).double()
     two_way[difference.isnan()] = math.nan
     return Scores(
-        kl=scores.kl.double().mean().item(),
+        kl=scores.kl.double().mean().clamp(min=0).item(),  # rounding may leave it below 0
         error=scores.error.double().mean().item(),
         exact_match=scores.exact_match.double().mean().item(),
         accuracy=scores.correct.double().mean().item(),
