@@ -410,7 +410,10 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
         ConfigError: both given, or out of range.
     """
     if sparsity is not None and num_edges is not None:
-        raise ConfigError(f"got sparsity={sparsity} and num_edges={num_edges}; give only one")
+        raise ConfigError(
+            f"got sparsity={sparsity} and num_edges={num_edges}; give only one; where an "
+            "experiment sets the other, add sparsity=null or num_edges=null"
+        )
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ConfigError(
             f"sparsity={sparsity} is out of range: it is the fraction of edges left out, 0 to 1 "
