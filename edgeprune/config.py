@@ -437,6 +437,8 @@ def check_prune(config: PruneConfig) -> None:
         raise ConfigError(
             "overwrite=true throws away what resume=auto would go on from; give one of them"
         )
+    if not 0 <= config.seed < 2**31:
+        raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
     trainer = config.trainer
     if trainer.init_std < 0:
         raise ConfigError(f"trainer.init_std={trainer.init_std} must not be negative")

@@ -231,6 +231,8 @@ def test_settings_from_python_are_those_of_the_command_line(model):
         ({"constraint": "soft"}, r"constraint='soft' .*\[exact, lagrangian\]"),
         ({"steps": "many"}, "steps='many' cannot be used"),
         ({"seed": "x"}, "seed='x' cannot be used"),
+        ({"seed": -1}, "seed=-1 must lie between 0 and 2147483647"),
+        ({"seed": 2**31}, "seed=2147483648 must lie between 0 and 2147483647"),
         ({"num_edges": None, "sparsity": [0.5]}, "sparsity=.0.5. cannot be used"),
     ]:
         with pytest.raises(ConfigError, match=message):
