@@ -56,7 +56,7 @@ class Ablation:
         if isinstance(ablation, Ablation):
             return ablation
         kinds = AblationKind.__members__
-        if ablation not in kinds:
+        if ablation not in list(kinds):
             raise ConfigError(f"unknown ablation {ablation!r}; choose {', '.join(kinds)}")
         return cls(model, AblationConfig(kinds[ablation]), reference_set)
 

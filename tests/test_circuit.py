@@ -207,8 +207,9 @@ def test_an_ablation_is_given_or_named(model):
         assert found[-1] == measured(ablation=Ablation(model, as_commanded, pairs))
     assert measured() == found[0]
     assert found[0] != found[1] != found[2] != found[0]
-    with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange, zero"):
-        evaluate(model, some, pairs, ablation="noise")
+    for wrong in ("noise", ["zero"], None):
+        with pytest.raises(ConfigError, match="unknown ablation .*; choose interchange, zero"):
+            evaluate(model, some, pairs, ablation=wrong)
 
 
 def test_batch_size_does_not_change_an_evaluation(model):
