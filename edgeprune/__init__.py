@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Ablation": "ablation",
     "Circuit": "circuit",
     "CircuitGraph": "graph",
     "clean_up": "analysis.cleanup",
@@ -28,3 +29,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
     return getattr(import_module(f"edgeprune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

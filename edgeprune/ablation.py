@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.config import AblationConfig, AblationKind
-from edgeprune.dataset import Batch, Pair
+from edgeprune.config import AblationConfig, AblationKind, ConfigError
+from edgeprune.dataset import Batch, DataError, Pair
 from edgeprune.modeling import Activations, CircuitModel
 
 
@@ -15,8 +15,11 @@ class Ablation:
     Args:
         model: whose activations are averaged for mean ablation.
         config: which ablation.
-        reference_set: the prompts whose clean activations are averaged for mean ablation.
+        reference_set: the prompts; their clean activations are averaged for mean ablation.
         batch_size: pairs a forward pass, for that.
+
+    Raises:
+        DataError: interchange ablation, and no corrupted prompt differs from its clean one.
     """
 
     def __init__(
@@ -27,11 +30,35 @@ class Ablation:
         batch_size: int = 64,
     ) -> None:
         self.kind = config.kind
+        if config.kind is AblationKind.interchange and all(
+            pair.clean_ids == pair.corrupted_ids for pair in reference_set
+        ):
+            raise DataError(
+                f"all {len(reference_set)} corrupted prompts are the same as their clean ones, so "
+                "interchange ablation changes nothing; give corrupted prompts with other answers, "
+                "or use ablation zero or mean"
+            )
         self.means = None
         if config.kind is AblationKind.mean:
             self.means = model.mean_activations(
                 reference_set, batch_size, per_position=config.per_position
             )
+
+    @classmethod
+    def of(
+        cls, model: CircuitModel, ablation: Ablation | str, reference_set: Sequence[Pair]
+    ) -> Ablation:
+        """An ablation as it is, or one by its name: `interchange`, `zero` or `mean`.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        if isinstance(ablation, Ablation):
+            return ablation
+        kinds = AblationKind.__members__
+        if ablation not in list(kinds):
+            raise ConfigError(f"unknown ablation {ablation!r}; choose {', '.join(kinds)}")
+        return cls(model, AblationConfig(kinds[ablation]), reference_set)
 
     def values(self, batch: Batch, corrupted: Activations) -> Activations | None:
         """Values of closed edges; None stands for zeros.

@@ -11,13 +11,11 @@ from edgeprune.analysis.cleanup import clean_up
 from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
-    AblationConfig,
-    AblationKind,
-    ConfigError,
     PruneConfig,
+    TrainerConfig,
     check_prune,
+    from_keywords,
     target_sparsity,
-    trainer_settings,
 )
 from edgeprune.dataset import Pair
 from edgeprune.masks import CircuitMasks
@@ -34,11 +32,13 @@ class Pruned:
         circuit: of the size asked for, cleaned up if that was asked for.
         masks: the learned log alphas; `export_circuit` makes circuits of other sizes of them.
         history: one entry a step.
+        ablation: what closed edges carried, for `evaluate` and `clean_up`.
     """
 
     circuit: Circuit
     masks: CircuitMasks
     history: list[StepMetrics]
+    ablation: Ablation
 
 
 def prune(
@@ -49,7 +49,7 @@ def prune(
     num_edges: int | None = None,
     cleanup: float | None = None,
     seed: int = 0,
-    ablation: str = "interchange",
+    ablation: Ablation | str = "interchange",
     progress: bool = True,
     **settings: Any,
 ) -> Pruned:
@@ -62,29 +62,28 @@ def prune(
         num_edges: or exactly so many.
         cleanup: then remove what the circuit can do without, see `clean_up`; its tolerance.
         seed: of the start, the noise and the order of the data.
-        ablation: what closed edges carry: `interchange`, `zero` or `mean` (over `pairs`).
+        ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one a
+            position), or an `Ablation`.
         progress: whether to show a progress bar.
         settings: fields of `TrainerConfig`, such as `steps` and `batch_size`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown, of the wrong type or out of range.
+        ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss became NaN.
     """
-    config = trainer_settings(settings)
-    whole = PruneConfig(
-        trainer=config, sparsity=sparsity, num_edges=num_edges, cleanup=cleanup, seed=seed
-    )
+    config = from_keywords(TrainerConfig, settings)
+    asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
+    whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
-    if ablation not in AblationKind.__members__:
-        kinds = ", ".join(AblationKind.__members__)
-        raise ConfigError(f"unknown ablation {ablation!r}; choose {kinds}")
-    closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs)
+    model.check_prompts(pairs)
+    closed = Ablation.of(model, ablation, pairs)
     trainer = Trainer(
         model,
         pairs,
         config,
         target_sparsity=target_sparsity(whole, model.graph.num_edges),
-        seed=seed,
+        seed=whole.seed,
         ablation=closed,
     )
     history = []
@@ -92,15 +91,15 @@ def prune(
         for _ in range(config.steps):
             history.append(trainer.train_step())
             show(history[-1])
-    export = export_circuit(trainer.masks, sparsity=sparsity, num_edges=num_edges)
+    export = export_circuit(trainer.masks, sparsity=whole.sparsity, num_edges=whole.num_edges)
     circuit = export.circuit
-    if cleanup is not None:
+    if whole.cleanup is not None:
         circuit = clean_up(
             model,
             circuit,
             pairs,
-            tolerance=cleanup,
+            tolerance=whole.cleanup,
             ranking=export.ranking,
             ablation=closed,
         ).circuit
-    return Pruned(circuit, trainer.masks, history)
+    return Pruned(circuit, trainer.masks, history, closed)

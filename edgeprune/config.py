@@ -112,7 +112,7 @@ class AblationConfig:
 
     kind: AblationKind = AblationKind.interchange
     """interchange: the value on the corrupted prompt; zero: nothing; mean: a mean over prompts."""
-    per_position: bool = False
+    per_position: bool = True
     """For mean: one mean a position, or one over all positions."""
 
 
@@ -414,7 +414,10 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
         ConfigError: both given, or out of range.
     """
     if sparsity is not None and num_edges is not None:
-        raise ConfigError(f"got sparsity={sparsity} and num_edges={num_edges}; give only one")
+        raise ConfigError(
+            f"got sparsity={sparsity} and num_edges={num_edges}; give only one; where an "
+            "experiment sets the other, add sparsity=null or num_edges=null"
+        )
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ConfigError(
             f"sparsity={sparsity} is out of range: it is the fraction of edges left out, 0 to 1 "
@@ -438,6 +441,8 @@ def check_prune(config: PruneConfig) -> None:
         raise ConfigError(
             "overwrite=true throws away what resume=auto would go on from; give one of them"
         )
+    if not 0 <= config.seed < 2**31:
+        raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
     trainer = config.trainer
     if trainer.init_std < 0:
         raise ConfigError(f"trainer.init_std={trainer.init_std} must not be negative")
@@ -578,17 +583,26 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     return asked + LEAD if lags and config.trainer.warmup is Warmup.linear else asked
 
 
-def trainer_settings(settings: dict[str, Any]) -> TrainerConfig:
-    """A TrainerConfig from keyword arguments.
+def from_keywords(schema: type, settings: dict[str, Any]) -> Any:
+    """A config from keyword arguments, which are converted as those of the command line are.
 
     Raises:
-        ConfigError: an unknown name, with the nearest right one.
+        ConfigError: an unknown name, with the nearest right one; or a value of the wrong type.
     """
-    known = [f.name for f in dataclasses.fields(TrainerConfig)]
-    for name in settings:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.structured(schema)
+    known = [f.name for f in dataclasses.fields(schema)]
+    for name, value in settings.items():
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-    return TrainerConfig(**settings)
+        try:  # numbers of numpy and torch have an item()
+            config[name] = value.item() if hasattr(value, "item") else value
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{name}={value!r} cannot be used: {reason}") from None
+    return OmegaConf.to_object(config)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ cannot reach the tokens before it, so no attention mask is needed.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -25,6 +26,11 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
+FIELDS = (
+    "clean", "corrupted", "split", "distractor", "answers", "clean_ids", "corrupted_ids",
+    "target_ids", "target_values",
+)  # fmt: skip
+"""What is read of a line; other fields are passed over."""
 OPEN, CLOSE = "<predict>", "</predict>"
 
 
@@ -110,16 +116,23 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
         record: `clean`, `corrupted`, and optionally `distractor`, `answers`.
 
     Raises:
-        DataError: a field is missing or malformed, the clean and corrupted prompts differ in
-            length, or a distractor equals the answer.
+        DataError: a field is missing, misspelt or malformed, the clean and corrupted prompts differ
+            in length, or a distractor equals the answer.
     """
+    for name in record:
+        meant = _misspelt(name)
+        if meant is not None and meant not in record:
+            raise DataError(
+                f"unknown field {name!r}; did you mean {meant!r}? If not, choose another name"
+            )
     if "clean_ids" in record:
-        return encode_ids(record, len(tokenizer))
+        return encode_ids(record, len(tokenizer), getattr(tokenizer, "num_outputs", None))
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
     prediction, corrupted_prediction = gap + prediction, other_gap + corrupted_prediction
-    answers = [a for a in _strings(record, "answers", gap) if a.strip() != prediction.strip()]
-    distractors = _strings(record, "distractor", gap)
+    answers = _strings(record, "answers", gap, prediction)
+    answers = [answer for answer in answers if answer.strip() != prediction.strip()]
+    distractors = _strings(record, "distractor", gap, prediction)
     prompt, options = _tokenize(tokenizer, clean_prompt, [prediction, *answers, *distractors])
     target = options[0]
     other_prompt, (other_target,) = _tokenize(tokenizer, corrupted_prompt, [corrupted_prediction])
@@ -147,13 +160,22 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     )
 
 
-def encode_ids(record: dict, num_tokens: int) -> Pair:
+@lru_cache(maxsize=256)
+def _misspelt(name: str) -> str | None:
+    """The field that one of another name stands for, if it looks like one."""
+    near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8)
+    return near[0] if near and name not in FIELDS else None
+
+
+def encode_ids(record: dict, num_tokens: int, num_outputs: int | None = None) -> Pair:
     """A pair from a line that gives token ids.
 
     Args:
         record: `clean_ids` and `corrupted_ids`, as many; and what the last positions have to give:
             `target_ids` (-1 where nothing is known to be right) or `target_values` (null likewise).
         num_tokens: that the model knows; ids are below.
+        num_outputs: columns of the model's output, and so the limit of `target_ids`; None: as many
+            as tokens.
 
     Raises:
         DataError: a field is missing or malformed, or the lengths do not fit.
@@ -166,6 +188,8 @@ def encode_ids(record: dict, num_tokens: int) -> Pair:
     values: tuple = ()
     if "target_values" in record:
         values = _numbers(record, "target_values", (int, float, type(None)))
+        if any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
+            raise DataError("field 'target_values' has whole numbers of more than 64 bits")
         values = tuple(math.nan if value is None else float(value) for value in values)
         targets = (0,) * len(values)
     else:
@@ -177,6 +201,12 @@ def encode_ids(record: dict, num_tokens: int) -> Pair:
     for field, ids in (("clean_ids", clean), ("corrupted_ids", corrupted)):
         if not all(0 <= number < num_tokens for number in ids):
             raise DataError(f"field {field!r} has ids outside of 0 to {num_tokens - 1}: {ids}")
+    num_outputs = num_tokens if num_outputs is None else num_outputs
+    if not all(-1 <= number < num_outputs for number in targets):
+        raise DataError(
+            f"field 'target_ids' has ids outside of 0 to {num_outputs - 1} (or -1, where nothing "
+            f"is known to be right): {targets}"
+        )
     text = str(record.get("clean", " ".join(map(str, clean))))
     return Pair(clean, corrupted, targets, (), (), 0, text, values)
 
@@ -219,8 +249,12 @@ def _split_text(record: dict, field: str) -> tuple[str, str, str]:
     return bare, prompt[len(bare) :], prediction
 
 
-def _strings(record: dict, field: str, gap: str) -> list[str]:
-    """A field's strings, as they stand in place of the prediction."""
+def _strings(record: dict, field: str, gap: str, prediction: str) -> list[str]:
+    """A field's strings, as they stand in place of the prediction.
+
+    They begin with the space that the prediction begins with (the gap before its tag included),
+    except that without a gap a space of their own stays.
+    """
     value = record.get(field)
     if value is None:
         return []
@@ -229,7 +263,8 @@ def _strings(record: dict, field: str, gap: str) -> list[str]:
         raise DataError(f"field {field!r} must be a string or a list of strings, got {value!r}")
     for text in values:
         _check_unicode(text, field)
-    return [gap + v.lstrip() for v in values] if gap else values
+    space = prediction[: len(prediction) - len(prediction.lstrip())]
+    return [v if v[0].isspace() and not gap else space + v.lstrip() for v in values]
 
 
 def _check_unicode(text: str, field: str) -> None:

@@ -115,8 +115,16 @@ def write_circuit_file(
         scores: [edge], in the graph's order, positive, higher for what matters more; None: 1 for
             kept edges, 0 for others. Graph files alone hold them.
         d_model: width of the model, which graph files name; None: unknown, written as 0.
+
+    Raises:
+        CircuitError: a .pt file is asked for in a format that is JSON.
     """
     path = Path(path)
+    if path.suffix == ".pt" and format in ("edges", "eap_json"):
+        raise CircuitError(
+            f"{path}: a .pt file holds tensors, but format {format!r} is JSON; give "
+            "format='eap_pt', or a name that ends in .json"
+        )
     if format == "edges":
         lines = ",\n".join(json.dumps(list(edge)) for edge in edges)
         write_text(path, f"[\n{lines}\n]\n")

@@ -1,13 +1,18 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_pairs
+from omegaconf import OmegaConf
 
+from edgeprune.ablation import Ablation
 from edgeprune.analysis.evaluate import evaluate
 from edgeprune.circuit import Circuit, CircuitError
+from edgeprune.config import AblationConfig, AblationKind, ConfigError
 from edgeprune.formats import infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
+from edgeprune.paths import CONF
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 
@@ -164,6 +169,47 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     difference = pytest.approx(on_corrupted.logit_difference, abs=1e-4)
     assert empty.corrupted.logit_difference == difference
     assert empty.corrupted.accuracy == on_corrupted.accuracy
+
+
+def test_rounding_makes_no_negative_kl(model, monkeypatch):
+    pairs = random_pairs(20)
+    whole = Circuit(model.graph, frozenset(model.graph.edges()))
+    noise = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        "edgeprune.metrics.kl_per_token",
+        lambda reference, _: -1e-9 * torch.rand(len(reference), generator=noise),
+    )
+    result = evaluate(model, whole, pairs)
+    assert (result.circuit.kl, result.worst.kl) == (0, 0)
+
+
+def test_lines_without_distractors_are_left_out_of_differences(model):
+    with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
+    pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]
+    some = Circuit.random(model.graph, 60, seed=0)
+    mixed, alone = (evaluate(model, some, p).circuit for p in (pairs, with_distractors))
+    for name in ("logit_difference_ratio", "logit_difference", "two_way_accuracy"):
+        assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
+
+
+def test_an_ablation_is_given_or_named(model):
+    pairs = random_pairs(20)
+    some = Circuit.random(model.graph, 60, seed=0)
+
+    def measured(**settings) -> dict:
+        return evaluate(model, some, pairs, **settings).to_dict()["circuit"]
+
+    found = []
+    for kind in AblationKind:
+        settings = OmegaConf.load(CONF / f"ablation/{kind.name}.yaml")
+        as_commanded = OmegaConf.to_object(OmegaConf.merge(AblationConfig, settings))
+        found.append(measured(ablation=kind.name))
+        assert found[-1] == measured(ablation=Ablation(model, as_commanded, pairs))
+    assert measured() == found[0]
+    assert found[0] != found[1] != found[2] != found[0]
+    for wrong in ("noise", ["zero"], None):
+        with pytest.raises(ConfigError, match="unknown ablation .*; choose interchange, zero"):
+            evaluate(model, some, pairs, ablation=wrong)
 
 
 def test_batch_size_does_not_change_an_evaluation(model):

@@ -22,7 +22,7 @@ def whole(model) -> Circuit:
     return Circuit.from_mask(model.graph, [True] * model.graph.num_edges)
 
 
-def kl(model, circuit, pairs, ablation=None) -> float:
+def kl(model, circuit, pairs, ablation="interchange") -> float:
     return evaluate(model, circuit, pairs, ablation=ablation).circuit.kl
 
 

@@ -63,6 +63,29 @@ def test_the_space_before_the_prediction_stands_before_distractors_too(distracto
     assert words(tokenizer, pair.distractor_ids) == [" 4"]
 
 
+@pytest.mark.parametrize("option", ["4", " 4"])
+def test_so_does_the_space_within_its_tag(option):
+    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
+    clean, corrupted = (
+        SPEC[key].replace(" <predict>", "<predict> ") for key in ("clean", "corrupted")
+    )
+    pair = encode_pair(
+        tokenizer,
+        {"clean": clean, "corrupted": corrupted, "answers": [option], "distractor": "5"},
+    )
+    assert words(tokenizer, pair.target_ids) == [" 3"]
+    assert words(tokenizer, pair.answer_ids) == [" 3", " 4"]
+    assert words(tokenizer, pair.distractor_ids) == [" 5"]
+
+
+def test_without_a_space_there_options_are_taken_as_they_are():
+    tokenizer = byte_tokenizer([])
+    bare = {"clean": "ab<predict>c</predict>", "corrupted": "ad<predict>e</predict>"}
+    pair = encode_pair(tokenizer, {**bare, "answers": ["x"], "distractor": ["\ny", "z"]})
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "x"]
+    assert sorted(words(tokenizer, pair.distractor_ids)) == ["\n", "z"]
+
+
 def test_several_predicted_tokens_are_fed_back_but_the_last():
     tokenizer = byte_tokenizer([])
     pair = encode_pair(
@@ -132,6 +155,25 @@ def test_answers_and_distractors_are_compared_where_they_part():
 def test_bad_records_are_refused(tokenizer, change, message):
     with pytest.raises(DataError, match=message):
         encode_pair(tokenizer, {**SPEC, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("distractors", "distractor"), ("Distractor", "distractor"), ("anwsers", "answers"),
+     ("answer", "answers"), ("spilt", "split"), ("clean_id", "clean_ids")],
+)  # fmt: skip
+def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name, meant):
+    record = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
+    path = write_jsonl(tmp_path / "a.jsonl", record, {**record, "note": "x", name: "4"})
+    with pytest.raises(DataError, match=f"line 2: unknown field '{name}'; did you mean '{meant}'"):
+        load_dataset(path, tokenizer, "train")
+
+
+def test_fields_of_ones_own_are_passed_over(tokenizer):
+    own = {"id": 3, "source": "x", "target": "y", "answer": "3", "answers": ["4"], "": 0}
+    assert encode_pair(tokenizer, {**SPEC, **own}) == encode_pair(
+        tokenizer, {**SPEC, "answers": ["4"]}
+    )
 
 
 def test_predictions_of_unequal_length_are_refused():

@@ -191,6 +191,13 @@ def test_devices_that_are_not_there_are_refused_by_name(device):
     assert pick_device("cpu") == "cpu"
 
 
+@pytest.mark.parametrize("read", [load.load_model, load.model_shape])
+@pytest.mark.parametrize("path", ["embedded", "tracr/reverse"])
+def test_other_dtypes_are_refused_by_name(read, path):
+    with pytest.raises(ModelError, match="dtype='float64' is not .* float32, bfloat16, float16"):
+        read(path, dtype="float64")
+
+
 def test_unsupported_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     with pytest.raises(ModelError, match="'gpt_neox'.*not supported; supported: .*gpt2"):

@@ -229,7 +229,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     sums = [" + ".join(["1"] * count) + " =" for count in (*range(2, 14), 20)]
     data = write_jsonl(
         tmp_path / "sums.jsonl",
-        *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"{sum} <predict>4</predict>"}
+        *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"2{sum[1:]} <predict>4</predict>"}
           for sum in sums),
     )  # fmt: skip
     done = run_cli("prune", "model=custom", f"model.path={model}", "task=custom",
@@ -310,7 +310,8 @@ def test_a_read_only_place(tmp_path):
 def test_text_of_prompts_is_never_markup_in_what_is_said(tmp_path):
     """Neither rich's, nor a terminal's."""
     text = "[bold red]1[/bold red] + \x1b[31m 2 [link=x] \\[ ="
-    pair = {"clean": f"{text} <predict>3</predict>", "corrupted": f"{text} <predict>4</predict>"}
+    pair = {"clean": f"{text} <predict>3</predict>",
+            "corrupted": f"{text.replace('2', '3')} <predict>4</predict>"}  # fmt: skip
     other = {**pair, "corrupted": f"{text} 5 6 7 8 9 <predict>4</predict>"}  # is left out, and said
     data = write_jsonl(tmp_path / "[red]data[-].jsonl", pair, pair, other)
     done = run_cli("prune", "task=custom", f"task.path='{data}'", "task.name='[green]mine[/]'",

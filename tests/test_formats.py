@@ -284,6 +284,16 @@ def test_bad_pt_files_are_refused(tmp_path):
         read_circuit_file(path, GPT2)
 
 
+@pytest.mark.parametrize("format", ["edges", "eap_json"])
+def test_no_json_is_written_that_would_be_read_as_tensors(tmp_path, format):
+    circuit = Circuit.random(CircuitGraph(2, 2, 2, ("embeds",)), 5, seed=0)
+    with pytest.raises(CircuitError, match="y.pt: a .pt file .* give format='eap_pt'"):
+        circuit.save(tmp_path / "y.pt", format)
+    assert not (tmp_path / "y.pt").exists()
+    circuit.save(tmp_path / "y.pt", "eap_pt")
+    assert Circuit.load(tmp_path / "y.pt", circuit.graph) == circuit
+
+
 def test_code_in_a_pt_file_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -1,6 +1,7 @@
 """The shape of the project: who may import whom, and that every experiment is a valid one."""
 
 import ast
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+import edgeprune
 from edgeprune.config import COMMANDS, check_model, check_prune
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.tasks import FROM_MODEL, TASKS
@@ -56,6 +58,13 @@ def test_imports_point_one_way(folder, forbidden):
 def test_importing_the_package_is_instant():
     code = "import sys, edgeprune; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_public_names_are_shown():
+    assert {"prune", "Circuit", "Ablation"} <= set(edgeprune.__all__) <= set(dir(edgeprune))
+    text = pydoc.plaintext.document(edgeprune)
+    for name in edgeprune.__all__:
+        assert f"    {name}(" in text or f"    class {name}(" in text, name
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -270,12 +270,17 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
         ({"clean_ids": [True, 1]}, "'clean_ids' must be a list of numbers"),
         ({"target_ids": [1, 1, 1]}, "3 targets are more than the 2 tokens"),
         ({"target_ids": []}, "'target_ids' must be a list of numbers"),
+        ({"target_ids": [4]}, r"'target_ids' has ids outside of 0 to 3 \(or -1"),
+        ({"target_ids": [-2]}, "'target_ids' has ids outside of 0 to 3"),
+        ({"target_ids": [2**64]}, "'target_ids' has ids outside of 0 to 3"),
+        ({"clean_ids": [0, 2**64]}, "ids outside of 0 to 9"),
+        ({"target_values": [10**400]}, "'target_values' has whole numbers of more than 64 bits"),
     ],
 )
 def test_lines_of_ids_are_checked(change, message):
     record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [1], **change}
     with pytest.raises(DataError, match=message):
-        encode_ids(record, 10)
+        encode_ids(record, 10, 4)
 
 
 def test_a_program_takes_no_text():

@@ -6,9 +6,19 @@ import torch
 from conftest import random_gpt2, random_pairs
 
 from edgeprune.ablation import Ablation
+from edgeprune.analysis.cleanup import clean_up
+from edgeprune.analysis.evaluate import evaluate
 from edgeprune.api import prune
-from edgeprune.config import AblationConfig, ConfigError, Constraint, TrainerConfig, Warmup
-from edgeprune.dataset import collate
+from edgeprune.circuit import Circuit
+from edgeprune.config import (
+    AblationConfig,
+    AblationKind,
+    ConfigError,
+    Constraint,
+    TrainerConfig,
+    Warmup,
+)
+from edgeprune.dataset import DataError, collate
 from edgeprune.modeling import passes, wrap_model
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.training.objective import (
@@ -170,13 +180,68 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
     assert [m.step for m in pruned.history] == [1, 2, 3]
     assert pruned.circuit == prune(model, pairs, num_edges=17, **settings).circuit
     for ablation in ("zero", "mean"):
-        assert len(prune(model, pairs, num_edges=17, ablation=ablation, **settings).circuit) == 17
+        pruned = prune(model, pairs, num_edges=17, ablation=ablation, **settings)
+        assert len(pruned.circuit) == 17
+        assert pruned.ablation.kind is AblationKind[ablation]
     with pytest.raises(ConfigError, match="unknown setting 'stepz'; did you mean 'steps'"):
         prune(model, pairs, num_edges=17, stepz=3)
     with pytest.raises(ConfigError, match="nothing says how sparse"):
         prune(model, pairs)
     with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
         prune(model, pairs, num_edges=17, ablation="noise")
+
+
+def test_prompts_that_are_none_or_too_long_are_refused(model):
+    circuit = Circuit.random(model.graph, 20, seed=0)
+    longest = random_pairs(2, length=32)
+    for pairs, message in [
+        ([], "got no prompts"),
+        ([*random_pairs(1), *random_pairs(1, length=33)], "33 tokens, but model takes at most 32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prune(model, pairs, num_edges=17, progress=False)
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, circuit, pairs)
+        with pytest.raises(ValueError, match=message):
+            clean_up(model, circuit, pairs, tolerance=1, ranking=range(model.graph.num_edges))
+    assert evaluate(model, circuit, longest).num_examples == 2
+
+
+def test_corrupted_prompts_that_are_the_clean_ones_are_refused_where_they_matter(model):
+    same = [replace(pair, corrupted_ids=pair.clean_ids) for pair in random_pairs(3)]
+    settings = dict(num_edges=17, steps=2, progress=False)
+    with pytest.raises(DataError, match="all 3 corrupted prompts are the same as their clean ones"):
+        prune(model, same, **settings)
+    prune(model, [*same, *random_pairs(1)], **settings)
+    prune(model, same, ablation="zero", **settings)
+
+
+def test_settings_from_python_are_those_of_the_command_line(model):
+    pairs = random_pairs(8)
+    settings = dict(num_edges=17, steps=6, sparsity_warmup_steps=5, progress=False)
+    runs = [
+        prune(model, pairs, **{**settings, **change}).history
+        for change in (
+            {}, {"warmup": "linear", "steps": "6", "num_edges": "17"}, {"warmup": "logarithmic"},
+        )
+    ]  # fmt: skip
+    assert runs[0] == runs[1] != runs[2]
+    sizes = {"sparsity": torch.tensor(0.5).numpy()[()], "num_edges": None}
+    half = prune(model, pairs, **{**settings, **sizes}).circuit
+    assert len(half) == round(model.graph.num_edges / 2)
+    held = prune(model, pairs, constraint="lagrangian", **settings).history
+    assert held[0].multiplier_1 is not None
+    for wrong, message in [
+        ({"warmup": "foo"}, r"warmup='foo' .*\[linear, logarithmic\]"),
+        ({"constraint": "soft"}, r"constraint='soft' .*\[exact, lagrangian\]"),
+        ({"steps": "many"}, "steps='many' cannot be used"),
+        ({"seed": "x"}, "seed='x' cannot be used"),
+        ({"seed": -1}, "seed=-1 must lie between 0 and 2147483647"),
+        ({"seed": 2**31}, "seed=2147483648 must lie between 0 and 2147483647"),
+        ({"num_edges": None, "sparsity": [0.5]}, "sparsity=.0.5. cannot be used"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            prune(model, pairs, **{**settings, **wrong})
 
 
 def test_kept_passes_are_those_of_the_model(model):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgeprune.ablation import Ablation
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig, AblationKind, check_cleanup
+from edgeprune.config import AblationKind, check_cleanup
 from edgeprune.dataset import Batch, Pair, iterate_batches
 from edgeprune.graph import Edge
 from edgeprune.metrics import Output, error_per_token, kl_per_token, mean_by_example
@@ -62,7 +62,7 @@ def clean_up(
     *,
     tolerance: float,
     ranking: Sequence[int],
-    ablation: Ablation | None = None,
+    ablation: Ablation | str = "interchange",
     batch_size: int = 64,
 ) -> CleanUp:
     """Remove dangling edges, and then every edge whose removal keeps the distance within a limit.
@@ -79,7 +79,8 @@ def clean_up(
         pairs: what the distance is measured on.
         tolerance: see above; 0 or more.
         ranking: every edge's number, the most important first; the last are tried first.
-        ablation: what ablated edges carry; None: their values on the corrupted prompts.
+        ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
+            `mean` (over `pairs`, one a position).
         batch_size: pairs a forward pass.
 
     Returns:
@@ -88,9 +89,11 @@ def clean_up(
 
     Raises:
         ConfigError: the tolerance is negative.
+        ValueError: there are no prompts, or one is too long for the model.
     """
     check_cleanup(tolerance)
-    ablation = ablation or Ablation(model, AblationConfig(), pairs)
+    model.check_prompts(pairs)
+    ablation = Ablation.of(model, ablation, pairs)
     return _CleaningUp(model, circuit, pairs, ranking, ablation, batch_size).run(tolerance)
 
 

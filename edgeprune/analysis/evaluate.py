@@ -12,7 +12,6 @@ from torch import Tensor
 
 from edgeprune.ablation import Ablation
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig
 from edgeprune.dataset import Pair, iterate_batches
 from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
@@ -89,7 +88,7 @@ def evaluate(
     circuit: Circuit,
     pairs: Sequence[Pair],
     *,
-    ablation: Ablation | None = None,
+    ablation: Ablation | str = "interchange",
     batch_size: int = 64,
     random_circuits: int = 0,
 ) -> Evaluation:
@@ -99,11 +98,16 @@ def evaluate(
         model: the model the circuit was found in.
         circuit: its kept edges; all others are ablated.
         pairs: the prompts.
-        ablation: what ablated edges carry; None: their values on the corrupted prompts.
+        ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
+            `mean` (over `pairs`, one a position).
         batch_size: pairs a forward pass.
         random_circuits: so many random circuits of equal size are measured too.
+
+    Raises:
+        ValueError: there are no prompts, or one is too long for the model.
     """
-    ablation = ablation or Ablation(model, AblationConfig(), pairs)
+    model.check_prompts(pairs)
+    ablation = Ablation.of(model, ablation, pairs)
     randoms = [
         Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
     ]
@@ -121,7 +125,7 @@ def evaluate(
             one.append(score(batch, reference, outputs, model.output))
         texts += [pair.text for pair in batch.pairs]
     full, of_circuit, *others = [_concatenate(one) for one in scores]
-    full_difference = full.logit_difference.mean().item()
+    full_difference = full.logit_difference.nanmean().item()
     summaries = [_summarise(one, full_difference) for one in (full, of_circuit, *others)]
     of_logits = model.output is Output.logits
     worst = int((of_circuit.kl if of_logits else of_circuit.error).argmax())
@@ -132,7 +136,7 @@ def evaluate(
         random=_mean_scores(summaries[3:]) if randoms else None,
         worst=WorstExample(
             text=texts[worst],
-            kl=of_circuit.kl[worst].item(),
+            kl=of_circuit.kl[worst].clamp(min=0).item(),
             error=of_circuit.error[worst].item(),
             full_prediction=_decode(model, full.predicted[worst]),
             circuit_prediction=_decode(model, of_circuit.predicted[worst]),
@@ -154,7 +158,7 @@ def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
     two_way = (difference > 0).double()
     two_way[difference.isnan()] = math.nan
     return Scores(
-        kl=scores.kl.double().mean().item(),
+        kl=scores.kl.double().mean().clamp(min=0).item(),  # rounding may leave it below 0
         error=scores.error.double().mean().item(),
         exact_match=scores.exact_match.double().mean().item(),
         accuracy=scores.correct.double().mean().item(),

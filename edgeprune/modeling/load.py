@@ -77,13 +77,13 @@ def load_model(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ModelError: not found, no safetensors weights, a family which is not supported, or one that
-            fails the parity check.
+        ModelError: not found, no safetensors weights, a family or a dtype which is not supported,
+            or a model that fails the parity check.
     """
     device = pick_device(device)
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
-        return _load_tracr(folder, device, getattr(torch, dtype), embedding_writers)
+        return _load_tracr(folder, device, _dtype(dtype), embedding_writers)
     source = _source(name_or_path)
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
@@ -94,7 +94,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **source,
-            dtype=getattr(torch, dtype),
+            dtype=_dtype(dtype),
             device_map=device,
             attn_implementation=_attention(attention, config, name_or_path),
             quantization_config=quantization,
@@ -112,6 +112,13 @@ def load_model(
     )
     verify_parity(circuit_model)
     return circuit_model
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+    if name not in known:
+        raise ModelError(f"dtype={name!r} is not supported; choose {', '.join(known)}")
+    return known[name]
 
 
 def pick_device(device: str) -> str:
@@ -149,14 +156,14 @@ def model_shape(
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
         model = _build_tracr(folder, embedding_writers)
-        model.architecture.body.to(device="meta", dtype=getattr(torch, dtype))
+        model.architecture.body.to(device="meta", dtype=_dtype(dtype))
         return model
     config = _load_config(name_or_path, trust_remote_code)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
-                dtype=getattr(torch, dtype),
+                dtype=_dtype(dtype),
                 attn_implementation=_attention(attention, config, name_or_path),
                 trust_remote_code=trust_remote_code,
             )

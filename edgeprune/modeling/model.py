@@ -168,6 +168,17 @@ class CircuitModel:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return self.architecture.embed(ids).shape[-1]
 
+    def check_prompts(self, pairs: Sequence[Pair]) -> None:
+        """Raises ValueError where there are no prompts, or one is too long for the model."""
+        if not len(pairs):
+            raise ValueError("got no prompts; give at least one pair, from load_dataset")
+        longest = max(len(pair.clean_ids) for pair in pairs)
+        if longest > self.max_length:
+            raise ValueError(
+                f"a prompt has {longest} tokens, but {self.name} takes at most {self.max_length}; "
+                f"leave such prompts out: load_dataset(..., max_length={self.max_length})"
+            )
+
     def _check_padding(self, batch: Batch) -> None:
         lengths = sorted({len(pair.clean_ids) for pair in batch.pairs})
         if not self.architecture.may_pad and len(lengths) > 1:

@@ -94,6 +94,11 @@ class TracrTokenizer:
         values = self.config.get("output_decoding", {}).get("values")
         return values or [str(column) for column in range(self.config["d_out"])]
 
+    @property
+    def num_outputs(self) -> int:
+        """Columns of the output."""
+        return self.config["d_out"]
+
     def __call__(self, *arguments: Any, **settings: Any) -> None:
         """Refuses text."""
         raise DataError(
