@@ -92,6 +92,43 @@ def test_small_circuits_are_laid_out_and_large_ones_lie_on_a_grid():
     assert sorted(heights, key=min) == heights
 
 
+def test_a_line_between_mlps_passes_beside_those_in_between():
+    """Else m0 -> m1 -> m5 and m0 -> m1, m0 -> m5 look alike."""
+    nodes = [node for layer in range(18) for node in (f"a{layer}.h7", f"m{layer}")]
+    places = draw._grid(nodes)
+    at = [places[f"m{layer}"] for layer in range(18)]
+    box = 0.31 * draw.COLUMN / 72  # half of a box's width, in inches
+    for low in range(18):
+        for high in range(low + 2, min(low + 6, 18)):
+            (x1, y1), (x2, y2) = at[low], at[high]
+            for x, y in at[low + 1 : high]:
+                assert abs(x1 + (x2 - x1) * (y - y1) / (y2 - y1) - x) > box
+
+
+def test_lines_get_thinner_with_their_number_and_can_still_be_seen():
+    def stroke(count: int) -> tuple[int, float]:
+        edges = [(f"a0.h{n}", "m0") for n in range(count)]
+        (found,) = set(re.findall(r'color="#\w{6}(\w\w)" penwidth=([\d.]+)', circuit_dot(edges)))
+        return int(found[0], 16), float(found[1])
+
+    strokes = [stroke(count) for count in (100, 125, 300, 1000, 3000, 5000)]
+    assert strokes == sorted(strokes, reverse=True)
+    assert strokes[1][0] > 0x90 and strokes[1][1] >= 0.9
+    assert strokes[-1][1] >= 0.5
+    assert strokes[-1] < strokes[1]
+
+
+@pytest.mark.parametrize("extra", [0, 130])
+def test_in_a_comparison_what_is_shared_is_heavier_than_what_some_have(extra):
+    more = {(f"a0.h{n}", "m0") for n in range(2, extra + 2)}
+    sets = {"a": {EDGES[0], EDGES[2]} | more, "b": {EDGES[0], EDGES[2]} | more, "c": {EDGES[0]}}
+    dot = circuit_dot(set().union(*sets.values()), groups=comparison_groups(sets))
+    found = dict(re.findall(r'color="(#\w{6})\w\w" penwidth=([\d.]+)', dot))
+    assert float(found[draw.SHARED]) > float(found[draw.PARTLY])
+    assert f"in several ({1 + extra})" in dot
+    assert "only" not in dot  # nobody has an edge alone
+
+
 @pytest.mark.parametrize(
     ("suffix", "magic"),
     [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml"), ("dot", b"digraph")],
