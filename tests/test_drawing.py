@@ -5,9 +5,11 @@ from xml.etree import ElementTree
 
 import graphviz
 import pytest
+from conftest import call, fake_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeprune.circuit import Circuit
 from edgeprune.drawing import (
     GraphvizMissing,
     circuit_dot,
@@ -15,6 +17,7 @@ from edgeprune.drawing import (
     draw,
     draw_circuit,
 )
+from edgeprune.graph import CircuitGraph
 
 EDGES = [
     ("tok_embeds", "a0.h1.q"),
@@ -242,3 +245,25 @@ def test_a_title_is_text_whatever_it_holds(title):
     texts = ["".join(element.itertext()) for element in root.iter() if element.tag[-4:] == "text"]
     for word in "".join(c if c.isprintable() else " " for c in title).split():
         assert any(word in text for text in texts), texts
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def run(tmp_path):
+    graph = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+    return fake_run(
+        tmp_path / "run", Circuit.from_edges_checked(graph, EDGES, "EDGES"),
+        task={"name": "custom", "path": "/data/sums.jsonl"},
+        model={"name": "custom", "path": "Qwen/Qwen3-0.6B"},
+    )  # fmt: skip
+
+
+def test_picture_and_console_count_alike_and_name_ones_own_data(run, capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "draw", run, "formats=[dot]")
+    assert code == 0
+    dot = (run / "circuit.dot").read_text()
+    assert "<B>sums in Qwen3-0.6B</B>" in dot
+    assert "drew 6 edges between 5 nodes and the output" in out
+    assert "6 edges, 5 nodes and the output" in dot

@@ -9,7 +9,7 @@ from edgeprune.commands.shared import (
     find_circuit,
     known_graph,
     read_circuit,
-    run_settings,
+    run_title,
     show,
 )
 from edgeprune.config import ConfigError, DrawConfig, check_size
@@ -34,10 +34,7 @@ def draw(config: DrawConfig) -> None:
         circuit = read_circuit(edges_path, known_graph(edges_path, run_dir))
         folder = edges_path.parent
     shown = circuit if config.dangling else circuit.without_dangling()
-    of_run = run_settings(run_dir)
-    title = config.title
-    if title is None and of_run:
-        title = f"{of_run['task'].name} in {of_run['model'].name}"
+    title = run_title(run_dir) if config.title is None else config.title
     stem = Path(config.output) if config.output else folder / "circuit"
     for suffix in config.formats:
         draw_circuit(
@@ -49,5 +46,5 @@ def draw(config: DrawConfig) -> None:
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
     files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
-    counts = f"{len(shown):,} edges between {len(shown.nodes)} nodes and the output"
+    counts = f"{len(shown):,} edges between {len(shown.nodes):,} nodes and the output"
     show(f"drew {counts}{note} -> {files}")

@@ -166,7 +166,7 @@ def circuit_dot(
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, len(edges), len(nodes), _legend(edges, groups)),
+            "label": _title(title, len(edges), len(nodes) - 1, _legend(edges, groups)),
             "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
@@ -279,7 +279,7 @@ def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
 
 def _title(title: str | None, num_edges: int, num_nodes: int, legend: str) -> str:
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
-    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'}"
+    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
