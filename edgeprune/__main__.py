@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
-from edgeprune.help import command_help, overview, setting_names
+from edgeprune.help import command_help, overview, setting_kinds, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
@@ -24,6 +24,8 @@ POSITIONAL = {
 """Commands whose bare argument is a path, and the setting it fills."""
 SEVERAL = ("compare",)
 """Commands that take any number of paths."""
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+"""Text that is quoted as Hydra has it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
+    rest = _as_text(command, _name_path(command, rest))
     try:
-        _run(command, _name_path(command, rest))
+        _run(command, rest)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception as error:
@@ -88,9 +91,34 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
 
+def _as_text(command: str, arguments: list[str]) -> list[str]:
+    """Text quoted, so that Hydra's grammar reads none of it, and lists in their brackets.
+
+    In a sweep values stay as they are, since commas part them.
+    """
+    is_sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
+    kinds = setting_kinds(command)
+    return [_one_as_text(kinds, argument, is_sweep) for argument in arguments]
+
+
+def _one_as_text(kinds: dict[str, Any], argument: str, is_sweep: bool) -> str:
+    name, is_given, value = argument.partition("=")
+    kind = kinds.get(name.lstrip("+"))
+    if not is_given or kind not in (str, list[str]) or value == "null" or "${" in value:
+        return argument
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
+    if not is_sweep and kind is str and not QUOTED.fullmatch(value):
+        value = _quote(value)
+    elif not is_sweep and kind is not str and not value.startswith("["):
+        value = f"[{value}]"
+    return f"{name}={value}"
+
+
 def _quote(text: str) -> str:
-    """A string in Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A string in Hydra's override grammar, where a backslash counts only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def _run(command: str, overrides: list[str]) -> None:

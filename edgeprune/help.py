@@ -89,6 +89,24 @@ def setting_names(command: str) -> tuple[str, ...]:
     return (*names, *groups)
 
 
+@cache
+def setting_kinds(command: str) -> dict[str, Any]:
+    """The type of every setting: str, int, list[str], ...; where null is allowed, without it."""
+    return dict(_kinds(COMMANDS[command], ""))
+
+
+def _kinds(config: type, prefix: str) -> list[tuple[str, Any]]:
+    rows = []
+    for name, hint in get_type_hints(config, vars(settings)).items():
+        nested = _dataclass_of(hint)
+        if nested is not None:
+            rows += _kinds(nested, f"{prefix}{name}.")
+        else:
+            is_optional = type(None) in get_args(hint)
+            rows.append((f"{prefix}{name}", get_args(hint)[0] if is_optional else hint))
+    return rows
+
+
 def _choices(group: str) -> list[str]:
     folder = CONF / group
     return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
