@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
-from edgeprune.help import command_help, overview, setting_kinds, setting_names
+from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
@@ -168,6 +168,8 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
         _fail(_explain_hydra(command, arguments, error), 2)
     if isinstance(error, ConfigError):
         _fail(str(error), 2)
+    if isinstance(error, AssertionError) and "Unexpected type for root" in str(error):
+        _fail(_explain_part(arguments), 2)  # a setting of a group that is null
     if isinstance(error, (ValueError, RuntimeError)) and _ours(error):
         _fail(str(error), 1)
     if isinstance(error, OSError):
@@ -208,18 +210,27 @@ def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
                 f"unknown setting {key!r}{did_you_mean(key, known)} "
                 f"(all settings: edgeprune {command} --help)"
             )
-    missing = re.search(r"Could not find '([\w/]+)'", text)
+    missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
-        group, _, choice = missing.group(1).rpartition("/")
-        if choice == "submitit_slurm":
+        if missing[1] == "hydra/launcher/submitit_slurm":
             return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
-        choices = sorted(
-            str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
-        )
-        return f"no {group or 'config'} {choice!r}; choose {', '.join(choices)}"
+        group, _, choice = missing[1].partition("/")
+        if group in GROUPS:
+            has_own = group in ("model", "task")
+            own = f"; {group}=custom {group}.path=... takes your own" if has_own else ""
+            return f"no {group} {choice!r}; choose {', '.join(choices_of(group))}{own}"
     lines = [line.strip() for line in (str(cause) if cause else text).splitlines() if line.strip()]
     wanted = [line for line in lines if not line.startswith("object_type")]
     return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"
+
+
+def _explain_part(arguments: list[str]) -> str:
+    names = [argument.split("=")[0].lstrip("+") for argument in arguments]
+    pairs = [(name, name.split(".")[0]) for name in names if "." in name]
+    part, group = next(pair for pair in pairs if pair[1] in GROUPS and pair[1] not in names)
+    return (
+        f"{part}=... sets a part of {group}, which is the run's own here; give {group}=NAME as well"
+    )
 
 
 def _fail(message: str, code: int) -> None:

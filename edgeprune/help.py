@@ -72,7 +72,7 @@ def command_help(command: str) -> str:
     groups = [g for g in GROUPS if (g in setting_names(command)) and (CONF / g).is_dir()]
     if groups:
         lines += ["", "Choices:"]
-        lines += [f"  {group}={'|'.join(_choices(group))}" for group in groups]
+        lines += [f"  {group}={'|'.join(choices_of(group))}" for group in groups]
     lines += ["", "Examples:"]
     lines += [f"  edgeprune {command} {example}" for example in EXAMPLES[command]]
     return "\n".join(lines)
@@ -107,7 +107,8 @@ def _kinds(config: type, prefix: str) -> list[tuple[str, Any]]:
     return rows
 
 
-def _choices(group: str) -> list[str]:
+def choices_of(group: str) -> list[str]:
+    """What a config group may be set to."""
     folder = CONF / group
     return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
 

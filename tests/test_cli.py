@@ -388,6 +388,23 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "trainer.stepz=3"], ["unknown setting 'trainer.stepz'", "'trainer.steps'"]),
         (["prune", "steps=3"], ["unknown setting 'steps'; did you mean 'trainer.steps'"]),
         (["prune", "task=iio"], ["no task 'iio'; choose", "ioi"]),
+        (
+            ["prune", "model=gpt2-medium"],
+            [
+                "no model 'gpt2-medium'; choose codellama, ",
+                "tracr; model=custom model.path=... takes",
+            ],
+        ),
+        (["prune", "model=/a/b.c"], ["no model '/a/b.c'; choose codellama, "]),
+        (["prune", "experiment=tracr/x"], ["no experiment 'tracr/x'; choose ", "tracr/reverse"]),
+        (
+            ["evaluate", "runs", "split=test", "model.dtype=bfloat16"],
+            ["model.dtype=... sets a part of model, which is the run's own", "model=NAME"],
+        ),
+        (
+            ["evaluate", "runs", "model=gpt2", "model.dtype=bfloat16", "ablation.kind=zero"],
+            ["ablation.kind=... sets a part of ablation", "give ablation=NAME as well"],
+        ),
         (["prune", "trainer.steps=few"], ["few", "Integer"]),
         (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5 is out of range"]),
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
