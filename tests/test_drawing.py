@@ -267,3 +267,38 @@ def test_picture_and_console_count_alike_and_name_ones_own_data(run, capsys, mon
     assert "<B>sums in Qwen3-0.6B</B>" in dot
     assert "drew 6 edges between 5 nodes and the output" in out
     assert "6 edges, 5 nodes and the output" in dot
+
+
+def test_an_output_with_a_suffix_is_not_given_another(run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out/v1.2.png"
+    code, out, _ = call(capsys, monkeypatch, "draw", run, f"output={output}", "formats=[png]")
+    assert code == 0
+    assert [path.name for path in output.parent.iterdir()] == ["v1.2.png"]
+    assert str(output) in out
+    output = tmp_path / "other/v1.2"
+    assert call(capsys, monkeypatch, "draw", run, f"output={output}", "formats=[dot]")[0] == 0
+    assert [path.name for path in output.parent.iterdir()] == ["v1.2.dot"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("output=.", "output=. has no file's name, expected a path without suffix"),
+        ("output=/", "output=/ has no file's name"),
+        ("output=", "output= has no file's name"),
+        ("output=..", "output=.. has no file's name"),
+        ("formats=[]", "formats is empty, expected some of pdf, svg, png, dot"),
+    ],
+)
+def test_nothing_to_write_is_refused(run, argument, wanted, capsys, monkeypatch):
+    code, _, err = call(capsys, monkeypatch, "draw", run, argument)
+    assert code == 2
+    assert wanted in err
+
+
+@pytest.mark.parametrize("output", [".", "/", ""])
+def test_a_folder_is_no_file_to_write(run, output, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, "export", run / "edges.json", f"output={output}")
+    assert code == 1
+    assert "is a folder; give the path of a file" in err

@@ -18,8 +18,19 @@ from edgeprune.config import ConfigError, DrawConfig, check_size
 def draw(config: DrawConfig) -> None:
     """Draw a circuit by Graphviz."""
     check_size(config.sparsity, config.num_edges)
-    from edgeprune.drawing import draw_circuit
+    from edgeprune.drawing import SUFFIXES, draw_circuit
     from edgeprune.training.run import EDGES, has_run
+
+    if not config.formats:
+        raise ConfigError(f"formats is empty, expected some of {', '.join(SUFFIXES)}")
+    output = None if config.output is None else Path(config.output)
+    if output is not None and output.suffix.removeprefix(".") in SUFFIXES:
+        output = output.with_suffix("")  # formats says which are written
+    if output is not None and output.name in ("", ".."):
+        raise ConfigError(
+            f"output={config.output} has no file's name, expected a path without suffix, such as "
+            "pictures/circuit"
+        )
 
     path = Path(config.circuit)
     from_masks = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
@@ -35,7 +46,7 @@ def draw(config: DrawConfig) -> None:
         folder = edges_path.parent
     shown = circuit if config.dangling else circuit.without_dangling()
     title = run_title(run_dir) if config.title is None else config.title
-    stem = Path(config.output) if config.output else folder / "circuit"
+    stem = output or folder / "circuit"
     for suffix in config.formats:
         draw_circuit(
             shown.edges,
