@@ -121,6 +121,15 @@ def _quote(text: str) -> str:
     return f"'{escaped}'"
 
 
+def add_resolver() -> None:
+    """`or_any`, which the default run_dir in conf/prune.yaml is made with."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver(
+        "or_any", lambda value: "any" if value is None else value, replace=True
+    )
+
+
 def _run(command: str, overrides: list[str]) -> None:
     """Compose the settings with Hydra and run the command (several times under --multirun)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
@@ -131,12 +140,14 @@ def _run(command: str, overrides: list[str]) -> None:
     for name, schema in COMMANDS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
+    add_resolver()
     failures: list[Exception] = []
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
         if any(hasattr(failure, "exit_code") for failure in failures):
             return  # a signal stops the whole sweep
+        add_resolver()  # again, where this runs as a job elsewhere
         try:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)

@@ -203,6 +203,19 @@ def test_text_is_text(argument, wanted, capsys, monkeypatch):
     assert (config.task.path if argument.startswith("task") else config.run_dir) == wanted
 
 
+def test_the_default_run_directory_says_any_where_no_size_is_asked_for(capsys, monkeypatch):
+    from edgeprune.commands import prune
+
+    got = []
+    monkeypatch.setattr(prune, "prune", got.append)
+    for size in ("sparsity=0.9", "num_edges=40"):
+        assert call(capsys, monkeypatch, "prune", size)[0] == 0
+    assert [config.run_dir for config in got] == [
+        "runs/ioi-embedded/sparsity-0.9-edges-any-seed-0",
+        "runs/ioi-embedded/sparsity-any-edges-40-seed-0",
+    ]
+
+
 def test_in_a_sweep_commas_part_values(tmp_path, capsys, monkeypatch):
     from edgeprune.commands import prune
 
