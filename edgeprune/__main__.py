@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from edgeprune.config import COMMANDS, ConfigError, did_you_mean
-from edgeprune.help import command_help, overview, setting_names
+from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
@@ -24,6 +24,8 @@ POSITIONAL = {
 """Commands whose bare argument is a path, and the setting it fills."""
 SEVERAL = ("compare",)
 """Commands that take any number of paths."""
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+"""Text that is quoted as Hydra has it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
+    rest = _as_text(command, _name_path(command, rest))
     try:
-        _run(command, _name_path(command, rest))
+        _run(command, rest)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception as error:
@@ -88,9 +91,43 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
 
+def _as_text(command: str, arguments: list[str]) -> list[str]:
+    """Text quoted, so that Hydra's grammar reads none of it, and lists in their brackets.
+
+    In a sweep values stay as they are, since commas part them.
+    """
+    is_sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
+    kinds = setting_kinds(command)
+    return [_one_as_text(kinds, argument, is_sweep) for argument in arguments]
+
+
+def _one_as_text(kinds: dict[str, Any], argument: str, is_sweep: bool) -> str:
+    name, is_given, value = argument.partition("=")
+    kind = kinds.get(name.lstrip("+"))
+    if not is_given or kind not in (str, list[str]) or value == "null" or "${" in value:
+        return argument
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
+    if not is_sweep and kind is str and not QUOTED.fullmatch(value):
+        value = _quote(value)
+    elif not is_sweep and kind is not str and not value.startswith("["):
+        value = f"[{value}]"
+    return f"{name}={value}"
+
+
 def _quote(text: str) -> str:
-    """A string in Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A string in Hydra's override grammar, where a backslash counts only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
+
+
+def add_resolver() -> None:
+    """`or_any`, which the default run_dir in conf/prune.yaml is made with."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver(
+        "or_any", lambda value: "any" if value is None else value, replace=True
+    )
 
 
 def _run(command: str, overrides: list[str]) -> None:
@@ -103,12 +140,14 @@ def _run(command: str, overrides: list[str]) -> None:
     for name, schema in COMMANDS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
+    add_resolver()
     failures: list[Exception] = []
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
         if any(hasattr(failure, "exit_code") for failure in failures):
             return  # a signal stops the whole sweep
+        add_resolver()  # again, where this runs as a job elsewhere
         try:
             config: Any = OmegaConf.to_object(settings)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
@@ -140,6 +179,8 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
         _fail(_explain_hydra(command, arguments, error), 2)
     if isinstance(error, ConfigError):
         _fail(str(error), 2)
+    if isinstance(error, AssertionError) and "Unexpected type for root" in str(error):
+        _fail(_explain_part(arguments), 2)  # a setting of a group that is null
     if isinstance(error, (ValueError, RuntimeError)) and _ours(error):
         _fail(str(error), 1)
     if isinstance(error, OSError):
@@ -180,18 +221,27 @@ def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
                 f"unknown setting {key!r}{did_you_mean(key, known)} "
                 f"(all settings: edgeprune {command} --help)"
             )
-    missing = re.search(r"Could not find '([\w/]+)'", text)
+    missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
-        group, _, choice = missing.group(1).rpartition("/")
-        if choice == "submitit_slurm":
+        if missing[1] == "hydra/launcher/submitit_slurm":
             return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
-        choices = sorted(
-            str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
-        )
-        return f"no {group or 'config'} {choice!r}; choose {', '.join(choices)}"
+        group, _, choice = missing[1].partition("/")
+        if group in GROUPS:
+            has_own = group in ("model", "task")
+            own = f"; {group}=custom {group}.path=... takes your own" if has_own else ""
+            return f"no {group} {choice!r}; choose {', '.join(choices_of(group))}{own}"
     lines = [line.strip() for line in (str(cause) if cause else text).splitlines() if line.strip()]
     wanted = [line for line in lines if not line.startswith("object_type")]
     return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"
+
+
+def _explain_part(arguments: list[str]) -> str:
+    names = [argument.split("=")[0].lstrip("+") for argument in arguments]
+    pairs = [(name, name.split(".")[0]) for name in names if "." in name]
+    part, group = next(pair for pair in pairs if pair[1] in GROUPS and pair[1] not in names)
+    return (
+        f"{part}=... sets a part of {group}, which is the run's own here; give {group}=NAME as well"
+    )
 
 
 def _fail(message: str, code: int) -> None:

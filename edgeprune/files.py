@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Whatever was at `path` stays untouched if anything fails.
 
     Raises:
-        OSError: it cannot be written; names `path`.
+        OSError: it cannot be written, or `path` is a folder; names `path`.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

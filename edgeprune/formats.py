@@ -40,6 +40,10 @@ OURS = "edgeprune"
 """Key of what the graph formats have no room for."""
 
 
+MOST_HEADS = 100_000
+"""Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
+
+
 class CircuitError(ValueError):
     """A circuit file which cannot be used; the message says why."""
 
@@ -156,7 +160,7 @@ def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
     For an `edges.json` of which nothing else is known.
 
     Raises:
-        CircuitError: a name that is none of a node.
+        CircuitError: a name that is none of a node, or numbers beyond any model's.
     """
     layer, head = 0, 0
     embeddings = set()
@@ -169,8 +173,17 @@ def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
             embeddings.add(name)
         elif name != "resid_post":
             raise CircuitError(f"{where}: {name!r} is not the name of a node")
+    _check_heads(layer + 1, head + 1, where)
     order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
     return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())
+
+
+def _check_heads(layers: int, heads: int, where: str) -> None:
+    if layers * heads > MOST_HEADS:
+        raise CircuitError(
+            f"{where} is of a model of {layers:,} layers of {heads:,} heads, expected at most "
+            f"{MOST_HEADS:,} heads in all; check its numbers"
+        )
 
 
 # ------------------------------------------------------------------------------- names and graphs
@@ -282,6 +295,7 @@ def _read_config(path: Path, config: Any) -> tuple[int, int]:
             f"{path}: 'cfg' has n_layers={size[0]!r} and n_heads={size[1]!r}, expected two whole "
             "numbers above 0"
         )
+    _check_heads(*size, str(path))
     return size
 
 

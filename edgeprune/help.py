@@ -72,7 +72,7 @@ def command_help(command: str) -> str:
     groups = [g for g in GROUPS if (g in setting_names(command)) and (CONF / g).is_dir()]
     if groups:
         lines += ["", "Choices:"]
-        lines += [f"  {group}={'|'.join(_choices(group))}" for group in groups]
+        lines += [f"  {group}={'|'.join(choices_of(group))}" for group in groups]
     lines += ["", "Examples:"]
     lines += [f"  edgeprune {command} {example}" for example in EXAMPLES[command]]
     return "\n".join(lines)
@@ -89,7 +89,26 @@ def setting_names(command: str) -> tuple[str, ...]:
     return (*names, *groups)
 
 
-def _choices(group: str) -> list[str]:
+@cache
+def setting_kinds(command: str) -> dict[str, Any]:
+    """The type of every setting: str, int, list[str], ...; where null is allowed, without it."""
+    return dict(_kinds(COMMANDS[command], ""))
+
+
+def _kinds(config: type, prefix: str) -> list[tuple[str, Any]]:
+    rows = []
+    for name, hint in get_type_hints(config, vars(settings)).items():
+        nested = _dataclass_of(hint)
+        if nested is not None:
+            rows += _kinds(nested, f"{prefix}{name}.")
+        else:
+            is_optional = type(None) in get_args(hint)
+            rows.append((f"{prefix}{name}", get_args(hint)[0] if is_optional else hint))
+    return rows
+
+
+def choices_of(group: str) -> list[str]:
+    """What a config group may be set to."""
     folder = CONF / group
     return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
 

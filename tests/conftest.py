@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edgeprune.__main__ import main
+from edgeprune.__main__ import add_resolver, main
 from edgeprune.circuit import Circuit
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
@@ -19,6 +19,8 @@ from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 # The tests run beside each other; and the same bits need the same number of threads.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+add_resolver()  # for tests that compose settings without the command line
 
 GOLDEN = Path(__file__).parent / "golden"
 

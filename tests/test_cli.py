@@ -208,6 +208,78 @@ def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, mo
     assert "stopped by SIGTERM after step 3" in messages[1]
 
 
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("run_dir=pp/a=b", "pp/a=b"),
+        ("run_dir=é/東 (1), 98 % [x]: {y}", "é/東 (1), 98 % [x]: {y}"),
+        ("run_dir=it's \\", "it's \\"),
+        ("run_dir=a\\b's\\'", "a\\b's\\'"),
+        ("run_dir='quoted, too'", "quoted, too"),
+        ('run_dir="it\'s, too"', "it's, too"),
+        ("run_dir=~/x", os.path.expanduser("~/x")),
+        ("run_dir=~other", "~other"),
+        ("run_dir=s-${seed}", "s-0"),
+        ("run_dir=007", "007"),
+        ("task.path=/data/my (1).jsonl", "/data/my (1).jsonl"),
+        ("task.path=null", None),
+    ],
+)
+def test_text_is_text(argument, wanted, capsys, monkeypatch):
+    from edgeprune.commands import prune
+
+    got = []
+    monkeypatch.setattr(prune, "prune", got.append)
+    code, _, err = call(capsys, monkeypatch, "prune", "experiment=ioi", argument)
+    assert code == 0, err
+    (config,) = got
+    assert (config.task.path if argument.startswith("task") else config.run_dir) == wanted
+
+
+def test_the_default_run_directory_says_any_where_no_size_is_asked_for(capsys, monkeypatch):
+    from edgeprune.commands import prune
+
+    got = []
+    monkeypatch.setattr(prune, "prune", got.append)
+    for size in ("sparsity=0.9", "num_edges=40"):
+        assert call(capsys, monkeypatch, "prune", size)[0] == 0
+    assert [config.run_dir for config in got] == [
+        "runs/ioi-embedded/sparsity-0.9-edges-any-seed-0",
+        "runs/ioi-embedded/sparsity-any-edges-40-seed-0",
+    ]
+
+
+def test_in_a_sweep_commas_part_values(tmp_path, capsys, monkeypatch):
+    from edgeprune.commands import prune
+
+    got = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prune, "prune", got.append)
+    arguments = ("model=custom", "model.path=gpt2,a/b", "run_dir=~/x", "--multirun")
+    code, _, err = call(capsys, monkeypatch, "prune", "experiment=ioi", *arguments)
+    assert code == 0, err
+    home = os.path.expanduser("~/x")
+    assert [(c.model.path, c.run_dir) for c in got] == [("gpt2", home), ("a/b", home)]
+
+
+def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
+    from edgeprune.commands import draw
+
+    got = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draw, "draw", got.append)
+    (tmp_path / "a=b").mkdir()
+    assert call(capsys, monkeypatch, "draw", "a=b", "formats=png", "title=IOI, 98 % (x)")[0] == 0
+    assert call(capsys, monkeypatch, "draw", "a=b", "formats=png,svg")[0] == 0
+    assert call(capsys, monkeypatch, "draw", "a=b", "formats=[dot]")[0] == 0
+    assert [config.formats for config in got] == [["png"], ["png", "svg"], ["dot"]]
+    assert {config.circuit for config in got} == {"a=b"}
+    assert got[0].title == "IOI, 98 % (x)"
+    code, _, err = call(capsys, monkeypatch, "draw", "a=b", "checkpoint=x")
+    assert code == 2
+    assert "'a'" not in err
+
+
 def test_help_names_every_setting_without_loading_anything_heavy():
     for command in COMMANDS:
         done = run_cli(command, "--help")
@@ -372,6 +444,23 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "trainer.stepz=3"], ["unknown setting 'trainer.stepz'", "'trainer.steps'"]),
         (["prune", "steps=3"], ["unknown setting 'steps'; did you mean 'trainer.steps'"]),
         (["prune", "task=iio"], ["no task 'iio'; choose", "ioi"]),
+        (
+            ["prune", "model=gpt2-medium"],
+            [
+                "no model 'gpt2-medium'; choose codellama, ",
+                "tracr; model=custom model.path=... takes",
+            ],
+        ),
+        (["prune", "model=/a/b.c"], ["no model '/a/b.c'; choose codellama, "]),
+        (["prune", "experiment=tracr/x"], ["no experiment 'tracr/x'; choose ", "tracr/reverse"]),
+        (
+            ["evaluate", "runs", "split=test", "model.dtype=bfloat16"],
+            ["model.dtype=... sets a part of model, which is the run's own", "model=NAME"],
+        ),
+        (
+            ["evaluate", "runs", "model=gpt2", "model.dtype=bfloat16", "ablation.kind=zero"],
+            ["ablation.kind=... sets a part of ablation", "give ablation=NAME as well"],
+        ),
         (["prune", "trainer.steps=few"], ["few", "Integer"]),
         (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5 is out of range"]),
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),

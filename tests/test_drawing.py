@@ -5,9 +5,11 @@ from xml.etree import ElementTree
 
 import graphviz
 import pytest
+from conftest import call, fake_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeprune.circuit import Circuit
 from edgeprune.drawing import (
     GraphvizMissing,
     circuit_dot,
@@ -15,6 +17,7 @@ from edgeprune.drawing import (
     draw,
     draw_circuit,
 )
+from edgeprune.graph import CircuitGraph
 
 EDGES = [
     ("tok_embeds", "a0.h1.q"),
@@ -90,6 +93,43 @@ def test_small_circuits_are_laid_out_and_large_ones_lie_on_a_grid():
     heights = [rows[layer] for layer in sorted(rows)]
     assert all(len(ys) == 1 for ys in heights)
     assert sorted(heights, key=min) == heights
+
+
+def test_a_line_between_mlps_passes_beside_those_in_between():
+    """Else m0 -> m1 -> m5 and m0 -> m1, m0 -> m5 look alike."""
+    nodes = [node for layer in range(18) for node in (f"a{layer}.h7", f"m{layer}")]
+    places = draw._grid(nodes)
+    at = [places[f"m{layer}"] for layer in range(18)]
+    box = 0.31 * draw.COLUMN / 72  # half of a box's width, in inches
+    for low in range(18):
+        for high in range(low + 2, min(low + 6, 18)):
+            (x1, y1), (x2, y2) = at[low], at[high]
+            for x, y in at[low + 1 : high]:
+                assert abs(x1 + (x2 - x1) * (y - y1) / (y2 - y1) - x) > box
+
+
+def test_lines_get_thinner_with_their_number_and_can_still_be_seen():
+    def stroke(count: int) -> tuple[int, float]:
+        edges = [(f"a0.h{n}", "m0") for n in range(count)]
+        (found,) = set(re.findall(r'color="#\w{6}(\w\w)" penwidth=([\d.]+)', circuit_dot(edges)))
+        return int(found[0], 16), float(found[1])
+
+    strokes = [stroke(count) for count in (100, 125, 300, 1000, 3000, 5000)]
+    assert strokes == sorted(strokes, reverse=True)
+    assert strokes[1][0] > 0x90 and strokes[1][1] >= 0.9
+    assert strokes[-1][1] >= 0.5
+    assert strokes[-1] < strokes[1]
+
+
+@pytest.mark.parametrize("extra", [0, 130])
+def test_in_a_comparison_what_is_shared_is_heavier_than_what_some_have(extra):
+    more = {(f"a0.h{n}", "m0") for n in range(2, extra + 2)}
+    sets = {"a": {EDGES[0], EDGES[2]} | more, "b": {EDGES[0], EDGES[2]} | more, "c": {EDGES[0]}}
+    dot = circuit_dot(set().union(*sets.values()), groups=comparison_groups(sets))
+    found = dict(re.findall(r'color="(#\w{6})\w\w" penwidth=([\d.]+)', dot))
+    assert float(found[draw.SHARED]) > float(found[draw.PARTLY])
+    assert f"in several ({1 + extra})" in dot
+    assert "only" not in dot  # nobody has an edge alone
 
 
 @pytest.mark.parametrize(
@@ -205,3 +245,60 @@ def test_a_title_is_text_whatever_it_holds(title):
     texts = ["".join(element.itertext()) for element in root.iter() if element.tag[-4:] == "text"]
     for word in "".join(c if c.isprintable() else " " for c in title).split():
         assert any(word in text for text in texts), texts
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def run(tmp_path):
+    graph = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+    return fake_run(
+        tmp_path / "run", Circuit.from_edges_checked(graph, EDGES, "EDGES"),
+        task={"name": "custom", "path": "/data/sums.jsonl"},
+        model={"name": "custom", "path": "Qwen/Qwen3-0.6B"},
+    )  # fmt: skip
+
+
+def test_picture_and_console_count_alike_and_name_ones_own_data(run, capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "draw", run, "formats=[dot]")
+    assert code == 0
+    dot = (run / "circuit.dot").read_text()
+    assert "<B>sums in Qwen3-0.6B</B>" in dot
+    assert "drew 6 edges between 5 nodes and the output" in out
+    assert "6 edges, 5 nodes and the output" in dot
+
+
+def test_an_output_with_a_suffix_is_not_given_another(run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out/v1.2.png"
+    code, out, _ = call(capsys, monkeypatch, "draw", run, f"output={output}", "formats=[png]")
+    assert code == 0
+    assert [path.name for path in output.parent.iterdir()] == ["v1.2.png"]
+    assert str(output) in out
+    output = tmp_path / "other/v1.2"
+    assert call(capsys, monkeypatch, "draw", run, f"output={output}", "formats=[dot]")[0] == 0
+    assert [path.name for path in output.parent.iterdir()] == ["v1.2.dot"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("output=.", "output=. has no file's name, expected a path without suffix"),
+        ("output=/", "output=/ has no file's name"),
+        ("output=", "output= has no file's name"),
+        ("output=..", "output=.. has no file's name"),
+        ("formats=[]", "formats is empty, expected some of pdf, svg, png, dot"),
+    ],
+)
+def test_nothing_to_write_is_refused(run, argument, wanted, capsys, monkeypatch):
+    code, _, err = call(capsys, monkeypatch, "draw", run, argument)
+    assert code == 2
+    assert wanted in err
+
+
+@pytest.mark.parametrize("output", [".", "/", ""])
+def test_a_folder_is_no_file_to_write(run, output, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, "export", run / "edges.json", f"output={output}")
+    assert code == 1
+    assert "is a folder; give the path of a file" in err

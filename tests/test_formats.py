@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.circuit import Circuit, CircuitError
-from edgeprune.formats import FORMATS, read_circuit_file
+from edgeprune.formats import FORMATS, infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GPT2 = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -305,3 +305,14 @@ def test_code_in_a_pt_file_is_not_run(tmp_path):
         with pytest.raises(CircuitError, match="others may run code"):
             read_circuit_file(tmp_path / name, GPT2)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["m99999999", "a99999999.h0", "a0.h99999999"])
+def test_numbers_beyond_any_model_are_refused_before_a_graph_is_built(name, tmp_path):
+    with pytest.raises(CircuitError, match=r"e\.json is of a model of .* check its numbers"):
+        infer_graph([("tok_embeds", "m0"), (name, "resid_post")], "e.json")
+    path = tmp_path / "graph.json"
+    path.write_text('{"cfg": {"n_layers": 99999999, "n_heads": 1}, "edges": {}}')
+    with pytest.raises(CircuitError, match=r"of 99,999,999 layers of 1 heads"):
+        read_circuit_file(path)
+    assert infer_graph([("m199", "resid_post")], "e.json").num_layers == 200

@@ -61,12 +61,13 @@ def write_gguf(path, model) -> None:
     writer.close()
 
 
-def test_a_gguf_file_gives_the_model_that_was_written(tmp_path):
+def test_a_gguf_file_gives_the_model_that_was_written(tmp_path, capfd):
     config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     hf_model = random_llama(config)
     path = tmp_path / "tiny.gguf"
     write_gguf(path, hf_model)
     model = load_model(path, device="cpu")
+    assert "GGUF tensors" not in capfd.readouterr().err  # a bar of progress, in no terminal
     record = {"clean": '"#$ <predict>A</predict>', "corrupted": "#$% <predict>A</predict>"}
     batch = collate([encode_pair(model.tokenizer, record)])
     assert TOKENS[batch.target_ids[0]] == "ĠA"

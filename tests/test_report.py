@@ -11,7 +11,7 @@ from conftest import call, fake_run, run_cli
 
 from edgeprune.analysis.report import Run, Spread, group_runs
 from edgeprune.circuit import Circuit
-from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
+from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -279,3 +279,26 @@ def test_plots_show_names_as_they_are_and_are_the_same_each_time(tmp_path, name)
     ]  # fmt: skip
     if name:  # matplotlib notes the text that it drew as outlines
         assert any("$x_1$" in comment for comment in comments)
+
+
+def test_a_plot_from_no_edges_to_all_has_room_where_its_points_are():
+    """KL divergences of 0 come out a little below it, and sizes may be close to each other."""
+    sizes = [5524, 552, 276, 110, 55, 28, 6, 0]
+    kl = [-3e-9, 0.0009, 0.001, 2.0, 9.7, 13.8, 14.76, 14.76]
+    panel = Panel("KL", [Curve("", sizes, kl, kl, kl)], [("all corrupted", 14.76)], log=True)
+    figure = _figure([panel], "t", 5524)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_ylim()[0] == 0
+    points = ax.transAxes.inverted().transform(
+        ax.transData.transform(list(zip(sizes, kl, strict=True)))
+    )
+    assert 0 < points[-1][0] < 0.1
+    assert 0.9 < points[0][0] < 1
+    assert max(y for _, y in points) < 1
+    ticks = ax.get_xticks()
+    assert {0, 5524} < set(ticks) < set(sizes)
+    places = ax.transAxes.inverted().transform(
+        ax.transData.transform([(x, 1) for x in ticks])
+    )[:, 0]  # fmt: skip
+    assert abs(places[:-1] - places[1:]).min() >= 0.1

@@ -222,7 +222,7 @@ def test_settings_from_python_are_those_of_the_command_line(model):
     runs = [
         prune(model, pairs, **{**settings, **change}).history
         for change in (
-            {}, {"warmup": "linear", "steps": "6", "num_edges": "17"}, {"warmup": "logarithmic"},
+            {}, {"warmup": "logarithmic", "steps": "6", "num_edges": "17"}, {"warmup": "linear"},
         )
     ]  # fmt: skip
     assert runs[0] == runs[1] != runs[2]

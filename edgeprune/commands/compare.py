@@ -15,7 +15,7 @@ from edgeprune.commands.shared import (
     OUT,
     find_circuit,
     known_graph,
-    run_settings,
+    run_title,
     say,
     show,
     write_circuit,
@@ -203,8 +203,7 @@ def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], run_dir: P
 
     edges = {edge for c in circuits.values() for edge in c.without_dangling().edge_set}
     groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
-    of_run = run_settings(run_dir)
-    title = f"{of_run['task'].name} in {of_run['model'].name}" if of_run else None
+    title = run_title(run_dir)
     for suffix in formats:
         draw_circuit(
             edges,

@@ -9,7 +9,7 @@ from edgeprune.commands.shared import (
     find_circuit,
     known_graph,
     read_circuit,
-    run_settings,
+    run_title,
     show,
 )
 from edgeprune.config import ConfigError, DrawConfig, check_size
@@ -18,8 +18,19 @@ from edgeprune.config import ConfigError, DrawConfig, check_size
 def draw(config: DrawConfig) -> None:
     """Draw a circuit by Graphviz."""
     check_size(config.sparsity, config.num_edges)
-    from edgeprune.drawing import draw_circuit
+    from edgeprune.drawing import SUFFIXES, draw_circuit
     from edgeprune.training.run import EDGES, has_run
+
+    if not config.formats:
+        raise ConfigError(f"formats is empty, expected some of {', '.join(SUFFIXES)}")
+    output = None if config.output is None else Path(config.output)
+    if output is not None and output.suffix.removeprefix(".") in SUFFIXES:
+        output = output.with_suffix("")  # formats says which are written
+    if output is not None and output.name in ("", ".."):
+        raise ConfigError(
+            f"output={config.output} has no file's name, expected a path without suffix, such as "
+            "pictures/circuit"
+        )
 
     path = Path(config.circuit)
     from_masks = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
@@ -34,11 +45,8 @@ def draw(config: DrawConfig) -> None:
         circuit = read_circuit(edges_path, known_graph(edges_path, run_dir))
         folder = edges_path.parent
     shown = circuit if config.dangling else circuit.without_dangling()
-    of_run = run_settings(run_dir)
-    title = config.title
-    if title is None and of_run:
-        title = f"{of_run['task'].name} in {of_run['model'].name}"
-    stem = Path(config.output) if config.output else folder / "circuit"
+    title = run_title(run_dir) if config.title is None else config.title
+    stem = output or folder / "circuit"
     for suffix in config.formats:
         draw_circuit(
             shown.edges,
@@ -49,5 +57,5 @@ def draw(config: DrawConfig) -> None:
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
     files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
-    counts = f"{len(shown):,} edges between {len(shown.nodes)} nodes and the output"
+    counts = f"{len(shown):,} edges between {len(shown.nodes):,} nodes and the output"
     show(f"drew {counts}{note} -> {files}")

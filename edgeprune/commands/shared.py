@@ -207,6 +207,17 @@ def run_settings(run_dir: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{run_dir}/config.yaml cannot be used: {error}") from None
 
 
+def run_title(run_dir: Path | None) -> str | None:
+    """'ioi in embedded'; one's own data or model goes by its file's name. None without a run."""
+    of_run = run_settings(run_dir)
+    if not of_run:
+        return None
+    task, model = of_run["task"], of_run["model"]
+    data = Path(task.path).stem if task.name == "custom" and task.path else task.name
+    folder = Path(model.path).name if model.name == "custom" and model.path else model.name
+    return f"{data} in {folder}"
+
+
 def export_from(
     run_dir: Path,
     step: int | None,

@@ -9,6 +9,7 @@ row a layer and a column a head.
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -34,11 +35,14 @@ NAMES = {
     "resid_post": "Output",
 }  # fmt: skip
 MANY = 120
-"""From so many edges on, nodes lie on a grid and lines are thin, straight and translucent."""
+"""From so many edges on, nodes lie on a grid and lines are straight, and thinner the more."""
 DPI = 110
 """Of .png files."""
 COLUMN, ROW = 100, 95
 """Distances of the grid, in points."""
+ZIGZAG = (-1.25, 1.25, -0.25, 1.25, -1.25, 0)
+"""Columns by which MLPs are shifted, layer by layer and over again: so that a line between two of
+them, up to five layers apart, passes beside those in between (found by trying)."""
 
 
 SHARED, PARTLY = "#4A4E57", "#A0A6B2"
@@ -162,11 +166,11 @@ def circuit_dot(
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, len(edges), len(nodes), _legend(edges, groups)),
+            "label": _title(title, len(edges), len(nodes) - 1, _legend(edges, groups)),
             "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
-        edge_attr={"arrowsize": "0.45", "penwidth": "0.5" if many else "1.1"},
+        edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
     inputs = _inputs(edges, heads_per_kv_head)
     colors = {edge: group.color for group in groups for edge in group.edges}
@@ -179,18 +183,28 @@ def circuit_dot(
             dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
     else:
         _add_ranks(dot, nodes, labels)
-    opacity = "60" if many else "C0"
-    for writer, reader in edges:
+    width, opacity = _stroke(len(edges))
+    for edge in edges:
+        writer, reader = edge
         kind = _kind(reader)
+        color = colors.get(edge, LINE[kind])
+        if colors.get(edge) in (SHARED, *ONLY):  # what a comparison is made for stands out
+            style = {"color": f"{color}D0", "penwidth": f"{width + 0.3:.2f}"}
+        else:
+            style = {"color": f"{color}{opacity:02X}", "penwidth": f"{width:.2f}"}
         for node in _nodes_of(reader, heads_per_kv_head):
             head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
             tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
-            color = colors.get((writer, reader), LINE[kind])
-            if color in ONLY:  # what circuits differ in stands out
-                dot.edge(tail, head, color=color + "D0", penwidth="1.1")
-            else:
-                dot.edge(tail, head, color=color + opacity)
+            dot.edge(tail, head, **style)
     return dot.source
+
+
+def _stroke(num_edges: int) -> tuple[float, int]:
+    """Width in points and opacity (of 255) of a line, both the lower the more there are."""
+    if num_edges < MANY:
+        return 1.1, 0xC0
+    share = min(max(math.log10(num_edges / 300), 0), 1)  # 0 up to 300 edges, 1 from 3,000 on
+    return 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
 
 
 def _add_ranks(dot: graphviz.Digraph, nodes: list[str], labels: dict[str, str]) -> None:
@@ -223,6 +237,8 @@ def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
             column = columns * 2 / 3
         else:
             column = columns / 3 if kind == "tok_embeds" else columns / 2 - 0.25
+            if kind == "mlp":
+                column += ZIGZAG[layer % len(ZIGZAG)]
         places[node] = (column * COLUMN / 72, row * ROW / 72)
     return places
 
@@ -253,7 +269,7 @@ def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
     if groups:
         drawn = set(edges)
         counts = [(group, len(drawn & set(group.edges))) for group in groups]
-        entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts]
+        entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
     marks = " ".join(
         f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
         for color, text in entries
@@ -263,7 +279,7 @@ def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
 
 def _title(title: str | None, num_edges: int, num_nodes: int, legend: str) -> str:
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
-    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'}"
+    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""

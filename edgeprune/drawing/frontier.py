@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ from edgeprune.files import write_atomically
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4A4E57")
 MARKERS = "osD^vPX"
-MOST_TICKS = 8
+TICK_DISTANCE = 0.1
+"""Of ticks on the x axis at least, as a share of it: labels nearer than this would overlap."""
+ROUNDING = 1e-6
+"""A KL divergence below this is rounding, which may be negative, and is drawn as 0."""
 LEGEND_ROW = 0.22
 """Inches that a line of the legend is high."""
 
@@ -100,12 +103,15 @@ def _figure(panels: Sequence[Panel], title: str, all_edges: int) -> Any:
 def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+    if panel.log:
+        panel = _without_rounding(panel)
     sizes = sorted({x for curve in panel.curves for x in curve.num_edges})
     for index, curve in enumerate(panel.curves):
         color = COLORS[index % len(COLORS)]
         ax.plot(
             curve.num_edges, curve.mid, color=color, marker=MARKERS[index % len(MARKERS)],
             markersize=5, linewidth=1.6, label=curve.name, zorder=3,
+            clip_on=False,
         )  # fmt: skip
         ax.fill_between(
             curve.num_edges, curve.low, curve.high, color=color, alpha=0.18, linewidth=0
@@ -118,28 +124,56 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
             text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
             textcoords="offset points", ha="right", va="bottom", fontsize=8, color="#6B6F78",
         )  # fmt: skip
+    largest = max([1, *sizes])
     if sizes and sizes[0] > 0:
         ax.set_xscale("log")
+        ax.set_xlim(sizes[0] / 1.15, largest * 1.15)
     else:
         ax.set_xscale("symlog", linthresh=1)
-    if len(sizes) <= MOST_TICKS:
-        ax.set_xticks(sizes)
-        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlim(-0.2, largest * 1.15)
+    ticks = _apart(ax, sizes)
+    ax.set_xticks(ticks)
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    if len(sizes) > 5:
+    if len(ticks) > 5:
         ax.tick_params(axis="x", labelrotation=45)
     ax.set_xlabel(f"edges kept, of {all_edges:,}")
     ax.set_ylabel(panel.label)
     if panel.log:
-        lowest = min((y for curve in panel.curves for y in curve.low), default=0)
-        if lowest > 0:
+        drawn = [y for curve in panel.curves for y in (*curve.low, *curve.high)]
+        if min(drawn, default=0) > 0:
             ax.set_yscale("log")
         else:
             ax.set_yscale("symlog", linthresh=1e-3)
+            ax.set_ylim(bottom=0)
+        ax.set_ylim(top=1.6 * max([1e-3, *drawn, *(level for _, level in panel.levels)]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(-0.03, 1.06)
     ax.grid(axis="y", color="#E3E5EA", linewidth=0.8, zorder=0)
     ax.set_axisbelow(True)
+
+
+def _without_rounding(panel: Panel) -> Panel:
+    def rounded(values: Sequence[float]) -> list[float]:
+        return [0.0 if value < ROUNDING else value for value in values]
+
+    curves = [
+        replace(c, mid=rounded(c.mid), low=rounded(c.low), high=rounded(c.high))
+        for c in panel.curves
+    ]
+    return replace(panel, curves=curves)
+
+
+def _apart(ax: Any, sizes: Sequence[float]) -> list[float]:
+    """The sizes whose labels do not overlap, from the largest down."""
+    transform = ax.xaxis.get_transform().transform
+    left, right = transform(ax.get_xlim())
+    kept: list[float] = []
+    for size in reversed(sizes):
+        if not kept or transform([kept[-1]])[0] - transform([size])[0] >= TICK_DISTANCE * (
+            right - left
+        ):
+            kept.append(size)
+    return kept

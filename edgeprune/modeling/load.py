@@ -6,17 +6,20 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, logging
 
@@ -88,6 +91,7 @@ def load_model(
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # it heeds nothing else
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)
