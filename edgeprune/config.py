@@ -120,7 +120,7 @@ class AblationConfig:
 class TrainerConfig:
     """How the gates are learned."""
 
-    steps: int = 300
+    steps: int = 600
     """Optimisation steps."""
     batch_size: int = 16
     """Pairs a step."""
@@ -128,22 +128,23 @@ class TrainerConfig:
     """Pairs run at a time, for less memory; null: the whole batch."""
     recompute: bool = False
     """Run blocks again in the backward pass: slower, for less memory."""
-    learning_rate: float = 2.0
+    learning_rate: float = 0.1
     """Of log alpha."""
-    adam_epsilon: float | None = None
-    """Adam divides a gradient by its size plus this, so gradients far below this move slowly. null:
-    10 with constraint=exact, where gradients have a mean size of 1, and 1e-8 elsewhere."""
+    adam_epsilon: float = 1e-8
+    """Adam divides a gradient by its size plus this, so gradients far below this move slowly. With
+    constraint=exact gradients have a mean size of 1."""
     weight_decay: float = 0.0
     """AdamW's, of log alpha and the multipliers; a share of the learning rate by which they shrink
     each step."""
-    constraint: Constraint = Constraint.exact
-    """How gates are held at the target. exact: at each step one number is added to all log alphas,
-    so that the sampled gates are just so sparse; lagrangian: by learned multipliers."""
+    constraint: Constraint = Constraint.lagrangian
+    """How gates are held at the target. lagrangian: by learned multipliers; exact: at each step one
+    number is added to all log alphas, so that the sampled gates are just so sparse (trainer=fast
+    has the settings for that)."""
     multiplier_learning_rate: float = 3.0
     """Of a Lagrangian's multipliers, which are maximised."""
     lr_warmup_steps: int | None = None
     """Both learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
-    start_sparsity: float = 0.0
+    start_sparsity: float = 0.25
     """Target at step 0."""
     target_sparsity: float | None = None
     """Target after the warm-up. null: the sparsity asked for; a Lagrangian's is 0.07 more (in a
@@ -153,7 +154,7 @@ class TrainerConfig:
     edge_price: float | None = None
     """In place of a target sparsity, where the circuit's size is to be found too: what each edge
     that is expected to be open adds to the loss. null: there is a target."""
-    warmup: Warmup = Warmup.logarithmic
+    warmup: Warmup = Warmup.linear
     """Shape of that rise: logarithmic in 1 - target, so that the number of open edges falls by the
     same share each step; or linear."""
     node_gates: bool = False
@@ -170,14 +171,6 @@ class TrainerConfig:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-
-    @property
-    def epsilon(self) -> float:
-        """`adam_epsilon`, or its default for this constraint."""
-        if self.adam_epsilon is not None:
-            return self.adam_epsilon
-        is_scaled = self.constraint is Constraint.exact and self.edge_price is None
-        return 10.0 if is_scaled else 1e-8
 
     @property
     def lr_warmup(self) -> int:
@@ -476,9 +469,8 @@ def check_prune(config: PruneConfig) -> None:
             "leave out one of them"
         )
     for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
-        given = getattr(trainer, name)
-        if given is not None and not given > 0:
-            raise ConfigError(f"trainer.{name}={given} must be positive")
+        if not getattr(trainer, name) > 0:
+            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
     if not trainer.weight_decay >= 0:
         raise ConfigError(f"trainer.weight_decay={trainer.weight_decay} must be 0 or more")
     if trainer.edge_price is not None:

@@ -27,6 +27,8 @@ CORRECTIONS = 5
 """Newton steps towards a sparsity; from one training step to the next, three are enough."""
 LARGEST_CORRECTION = 4.0
 """Of log alpha, by one of them."""
+QUADRATURE = 16
+"""Points of an integral over a gate's values."""
 FAINT = 0.01
 """Nats; while all gates together matter less than this, none of them has to move."""
 
@@ -67,24 +69,38 @@ def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tens
     return shift
 
 
-def project(gradient: Tensor, gates: Tensor) -> Tensor:
-    """A gradient by log alphas where a shift of them all keeps the gates' sparsity, scaled.
+def mean_slope(log_alpha: Tensor) -> Tensor:
+    """The derivative of the expected gate by log alpha; any shape.
 
-    It is the plain gradient less the slopes times the Lagrange multiplier of a given sparsity: what
-    one more open gate is worth.
+    The expected gate is the integral over t from 0 to 1 of the probability that a gate is above t.
+    """
+    t = (
+        torch.arange(QUADRATURE, device=log_alpha.device, dtype=log_alpha.dtype) + 0.5
+    ) / QUADRATURE
+    needed = BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA))  # log alpha and noise for a gate of t
+    above = torch.sigmoid(log_alpha[..., None] - needed)
+    return (above * (1 - above)).mean(-1)
+
+
+def project(of_gates: Tensor, log_alpha: Tensor) -> Tensor:
+    """The gradient by log alphas whose shift keeps the gates' sparsity, to scale.
+
+    With mean slopes in place of those of the sample, gates learn in every step, not only where they
+    happen to be half open. From each gate's gradient comes off the Lagrange multiplier of a given
+    sparsity: what one more open gate is worth.
 
     Args:
-        gradient: of the loss by log alpha, in nats.
-        gates: as sampled.
+        of_gates: gradient of the loss by the gates, in nats.
+        log_alpha: theirs.
 
     Returns:
         Numbers with sum 0 and a mean size of 1; less where the plain sizes add up to less than
         `FAINT`.
     """
-    slopes = slope(gates)
-    price = gradient.sum() / slopes.sum().clamp(min=torch.finfo(slopes.dtype).tiny)
-    projected = gradient - slopes * price
-    return projected / projected.abs().mean().clamp(min=FAINT / len(gates))
+    slopes = mean_slope(log_alpha)
+    price = (of_gates * slopes).sum() / slopes.sum().clamp(min=torch.finfo(slopes.dtype).tiny)
+    gradient = slopes * (of_gates - price)
+    return gradient / gradient.abs().mean().clamp(min=FAINT / len(gradient))
 
 
 def probability_open(log_alpha: Tensor) -> Tensor:

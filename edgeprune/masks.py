@@ -91,13 +91,13 @@ class CircuitMasks(nn.Module):
         """Make the gradients of log alpha those of shifted gates, see `gates.project`.
 
         Args:
-            gates: as sampled.
+            gates: as sampled, with gradients.
             edge, node: see `shift`; None: the gradients stay as they are.
         """
         for name, target in (("edge", edge), ("node", node)):
             if target is not None:
                 log_alpha = getattr(self, f"{name}_log_alpha")
-                log_alpha.grad = hard_concrete.project(log_alpha.grad, getattr(gates, name))
+                log_alpha.grad = hard_concrete.project(getattr(gates, name).grad, log_alpha)
 
     def _with_noise(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Log alphas of the edges and, with node gates, of the nodes, each with its noise."""

@@ -58,33 +58,50 @@ def test_a_shift_gives_the_sparsity_asked_for(target):
     assert hard_concrete.sparsity(gates).item() == pytest.approx(target, abs=1e-5)
 
 
+def test_mean_slopes_are_the_mean_of_slopes():
+    log_alpha = torch.tensor([-6.0, -2.0, 0.0, 1.0, 5.0])
+    noise = torch.Generator().manual_seed(0)
+    uniform = torch.rand(400_000, 5, generator=noise).clamp(1e-6, 1 - 1e-6)
+    wanted = hard_concrete.slope(hard_concrete.sample(log_alpha, uniform)).mean(0)
+    torch.testing.assert_close(hard_concrete.mean_slope(log_alpha), wanted, atol=1e-3, rtol=0.01)
+
+
 def test_projected_gradients_by_hand():
-    """Gates of 1/2 have slopes of 0.45, so the price is 6 / 0.9, and each of the two loses 3."""
-    gates = torch.tensor([0.5, 1.0, 0.5])
-    got = hard_concrete.project(torch.tensor([5.0, 0.0, 1.0]), gates)
-    torch.testing.assert_close(got, torch.tensor([1.5, 0.0, -1.5]))  # of a mean size of 4 / 3
-    faint = hard_concrete.project(torch.tensor([5.0, 0.0, 1.0]) * 1e-6, gates)
-    torch.testing.assert_close(faint, torch.tensor([6e-4, 0.0, -6e-4]))  # 3 * 2e-6 / 0.01
-    assert torch.equal(hard_concrete.project(torch.zeros(3), torch.ones(3)), torch.zeros(3))
+    """Equal slopes: the price is the mean, 2; what is left, -1, 0 and 1, has a mean size of 2/3."""
+    got = hard_concrete.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 0.7))
+    torch.testing.assert_close(got, torch.tensor([-1.5, 0.0, 1.5]))
+    slope = hard_concrete.mean_slope(torch.tensor(0.7)).item()
+    got = hard_concrete.project(torch.tensor([1e-4, 2e-4, 3e-4]), torch.full((3,), 0.7))
+    wanted = torch.tensor([-1.0, 0.0, 1.0]) * 1e-4 * slope * 3 / 0.01  # too faint for all of it
+    torch.testing.assert_close(got, wanted)
+    got = hard_concrete.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 300.0))
+    assert torch.equal(got, torch.zeros(3))  # where no gate can move
 
 
-def test_projected_gradients_are_those_of_shifted_gates():
-    log_alpha, uniform = (x.double() for x in noisy(50))
-    weights = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def test_projected_gradients_are_those_of_shifted_expected_gates():
+    """Where the loss is linear in the gates: its change when the rest makes room for one gate."""
+    noise = torch.Generator().manual_seed(0)
+    log_alpha = torch.randn(40, generator=noise, dtype=torch.float64)
+    weights = torch.randn(40, generator=noise, dtype=torch.float64)
 
     def loss(values: torch.Tensor) -> torch.Tensor:
-        shift = hard_concrete.shift_to_sparsity(values, uniform, 0.4)
-        return (weights * hard_concrete.sample(values + shift, uniform).square()).sum()
+        shift = torch.zeros((), dtype=torch.float64)
+        for _ in range(8):
+            excess = (expected(values + shift) - expected(log_alpha)).sum()
+            shift -= excess / hard_concrete.mean_slope(values + shift).sum()
+        return (weights * expected(values + shift)).sum()
 
-    log_alpha += hard_concrete.shift_to_sparsity(log_alpha, uniform, 0.4)
-    leaf = log_alpha.clone().requires_grad_()
-    gates = hard_concrete.sample(leaf, uniform)
-    (gradient,) = torch.autograd.grad((weights * gates.square()).sum(), leaf)
-    got = hard_concrete.project(gradient, gates.detach())
-    nudges = 1e-5 * torch.eye(50, dtype=torch.float64)
-    wanted = [(loss(log_alpha + e) - loss(log_alpha - e)) / 2e-5 for e in nudges]
-    wanted = torch.stack(wanted)
-    torch.testing.assert_close(got, wanted / wanted.abs().mean(), atol=1e-6, rtol=1e-4)
+    def expected(values: torch.Tensor) -> torch.Tensor:
+        """The integral of the slopes from far below, in small steps."""
+        steps = torch.linspace(-25, 0, 20_001, dtype=torch.float64)[:, None]
+        return hard_concrete.mean_slope(values + steps).sum(0) * (25 / 20_000)
+
+    nudges = 1e-3 * torch.eye(40, dtype=torch.float64)[:4]
+    wanted = torch.stack([(loss(log_alpha + e) - loss(log_alpha - e)) / 2e-3 for e in nudges])
+    got = hard_concrete.project(weights, log_alpha)
+    assert got.sum().item() == pytest.approx(0, abs=1e-9)
+    assert got.abs().mean().item() == pytest.approx(1)
+    torch.testing.assert_close(got[:4] / got[0], wanted / wanted[0], atol=1e-3, rtol=1e-3)
 
 
 def test_probability_open_is_the_share_of_open_samples():

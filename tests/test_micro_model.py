@@ -120,5 +120,13 @@ def test_pruning_finds_the_circuit(seed):
         num_edges=len(CIRCUIT),
         seed=seed,
         progress=False,
+        steps=600,
+        sparsity_warmup_steps=400,
+        lr_warmup_steps=10,
+        batch_size=32,
+        learning_rate=0.1,
+        multiplier_learning_rate=1.0,
+        init_mean=0.0,
+        start_sparsity=0.5,
     )
     assert pruned.circuit.edge_set == CIRCUIT
