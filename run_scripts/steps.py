@@ -1,10 +1,10 @@
-"""How many steps a circuit takes: the tables and the pictures in RESULTS.md.
+"""How many steps a circuit takes: the table and the picture in RESULTS.md.
 
-    .venv/bin/python run_scripts/steps.py     # the embedded model: about 15 minutes on one core
-    .venv/bin/python run_scripts/steps.py smollm2 [path/to/model.gguf]    # two hours
+    .venv/bin/python run_scripts/steps.py     # about 15 minutes on one core
 
-Prunes ioi by the published schedule and by the default, with fewer and more steps. Runs go to
-runs/steps/; what is there already is not run again.
+Prunes the embedded model's ioi at 98 % by the published schedule, by the default, and by
+trainer=fast with fewer and more steps. Runs go to runs/steps/; what is there already is not run
+again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import edgeprune
@@ -24,109 +22,73 @@ from edgeprune.training.run import EDGES, load_masks
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/steps"
+SETTINGS = {
+    "paper": ("trainer=paper", 1),
+    "default": ("trainer=default", 3),
+    "fast": ("trainer=fast", 3),
+    "fast-400": ("trainer=fast trainer.steps=400", 3),
+    "fast-100": ("trainer=fast trainer.steps=100", 3),
+}
+"""What is set, and how many seeds."""
+ASKED = 110
+SIZES = (55, 83, ASKED, 166, 276, 552)
+DRAWN = {
+    "fast": "trainer=fast: 200 steps of 16 pairs, three seeds",
+    "default": "trainer=default: 600 steps of 16 pairs, three seeds",
+    "paper": "trainer=paper: 3,000 steps of 32 pairs, one seed",
+}
 
 
-@dataclass(frozen=True)
-class Study:
-    """Schedules of one experiment, compared.
-
-    Attributes:
-        title: of the picture.
-        picture: its file.
-        experiment: what all runs share.
-        model: as for `load_model`.
-        dtype: of the model.
-        schedules: name -> settings, and how many seeds.
-        drawn: name -> words in the legend.
-        asked: edges that are asked for.
-        sizes: of the circuits that are cut from each run's gates.
-    """
-
-    title: str
-    picture: str
-    experiment: str
-    model: str
-    dtype: str
-    schedules: Mapping[str, tuple[str, int]]
-    drawn: Mapping[str, str]
-    asked: int
-    sizes: Sequence[int]
-
-
-EMBEDDED = Study(
-    title="ioi in the embedded model, gates learned for 98 %",
-    picture="time_to_circuit.png",
-    experiment="ioi",
-    model="embedded",
-    dtype="float32",
-    schedules={
-        "paper": ("trainer=paper", 1),
-        "1000": ("trainer.steps=1000", 3),
-        "600": ("trainer.steps=600", 3),
-        "300": ("trainer.steps=300", 3),
-        "200": ("trainer.steps=200", 3),
-    },
-    drawn={
-        "600": "default: 600 steps of 16 pairs, three seeds",
-        "paper": "trainer=paper: 3,000 steps of 32 pairs, one seed",
-    },
-    asked=110,
-    sizes=(55, 83, 110, 166, 276, 552),
-)
-
-
-def prune(study: Study, name: str, seed: int) -> Path:
-    """The run's folder; it is run if it was not yet."""
-    run = RUNS / f"{study.experiment.replace('/', '-')}-{name}-{seed}"
+def prune(name: str, setting: str, seed: int) -> None:
+    run = RUNS / f"{name}-{seed}"
     if (run / EDGES).exists():
-        return run
+        return
     begin = time.monotonic()
-    settings = study.schedules[name][0].split()
-    command = ["prune", f"experiment={study.experiment}", f"model.path={study.model}", *settings]
-    command += [f"seed={seed}", f"run_dir={run}", "resume=auto"]
+    settings = [*setting.split(), f"seed={seed}", f"run_dir={run}", "resume=auto"]
+    command = ["prune", "experiment=ioi", *settings]
     subprocess.run([sys.executable, "-m", "edgeprune", *command], check=True)
     print(f"{run.name}: {time.monotonic() - begin:.0f} s with start-up and evaluation")
-    return run
 
 
-def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Scores]]:
-    """Circuits of each size, of each run."""
-    model = edgeprune.load_model(study.model, dtype=study.dtype)
+def measure(name: str, num_seeds: int) -> list[dict[int, Scores]]:
+    """Circuits of each size, of each seed."""
+    model = edgeprune.load_model("embedded")
     found = []
-    for run in runs:
+    for seed in range(num_seeds):
+        run = RUNS / f"{name}-{seed}"
         test = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "test")
         masks = load_masks(run, None)[0]
-        of_size = {size: masks.circuit_of_size(size) for size in study.sizes}
+        of_size = {size: masks.circuit_of_size(size) for size in SIZES}
         found.append({s: edgeprune.evaluate(model, c, test).circuit for s, c in of_size.items()})
     return found
 
 
-def curve(name: str, scores: Sequence[dict[int, Scores]], metric: str) -> Curve:
-    sizes = list(scores[0])
-    values = [sorted(getattr(of_seed[size], metric) for of_seed in scores) for size in sizes]
+def curve(name: str, scores: list[dict[int, Scores]], metric: str) -> Curve:
+    values = [sorted(getattr(of_seed[size], metric) for of_seed in scores) for size in SIZES]
     middle = [statistics.median(of_size) for of_size in values]
-    return Curve(name, sizes, middle, [v[0] for v in values], [v[-1] for v in values])
+    return Curve(name, SIZES, middle, [v[0] for v in values], [v[-1] for v in values])
 
 
-def main(study: Study) -> None:
+def main() -> None:
     found = {}
-    for name, (_, num_seeds) in study.schedules.items():
-        runs = [prune(study, name, seed) for seed in range(num_seeds)]
-        found[name] = measure(study, runs)
-        circuits = [of_seed[study.asked] for of_seed in found[name]]
+    for name, (setting, num_seeds) in SETTINGS.items():
+        for seed in range(num_seeds):
+            prune(name, setting, seed)
+        found[name] = measure(name, num_seeds)
+    for name, scores in found.items():
+        circuits = [of_seed[ASKED] for of_seed in scores]
         kl = " / ".join(f"{circuit.kl:.3f}" for circuit in circuits)
         print(f"{name}: KL {kl}, exact match {[round(c.exact_match, 3) for c in circuits]}")
     panels = [
-        Panel(
-            label, [curve(text, found[name], metric) for name, text in study.drawn.items()], [], log
-        )
+        Panel(label, [curve(text, found[name], metric) for name, text in DRAWN.items()], [], log)
         for label, metric, log in (
             ("KL from the full model (nats)", "kl", True),
             ("exact match", "exact_match", False),
         )
     ]
-    draw_frontier(panels, ROOT / "data" / study.picture, title=study.title, all_edges=0)
+    title = "ioi in the embedded model, gates learned for 98 %"
+    draw_frontier(panels, ROOT / "data/time_to_circuit.png", title=title, all_edges=5524)
 
 
 if __name__ == "__main__":
-    main(EMBEDDED)
+    main()
