@@ -311,8 +311,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, number):
     run_dir = tmp_path / "run"
     arguments = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgeprune", *arguments], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "edgeprune", *arguments], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoints/step-00000005").exists():
         assert process.poll() is None, process.stderr.read()
