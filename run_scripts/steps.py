@@ -24,17 +24,18 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/steps"
 SETTINGS = {
     "paper": ("trainer=paper", 1),
-    "default": ("trainer=default", 3),
+    "1000": ("trainer=default trainer.steps=1000", 3),
+    "600": ("trainer=default", 3),
     "fast": ("trainer=fast", 3),
-    "fast-400": ("trainer=fast trainer.steps=400", 3),
-    "fast-100": ("trainer=fast trainer.steps=100", 3),
+    "300": ("trainer=default trainer.steps=300", 3),
+    "200": ("trainer=default trainer.steps=200", 3),
 }
 """What is set, and how many seeds."""
 ASKED = 110
 SIZES = (55, 83, ASKED, 166, 276, 552)
 DRAWN = {
     "fast": "trainer=fast: 200 steps of 16 pairs, three seeds",
-    "default": "trainer=default: 600 steps of 16 pairs, three seeds",
+    "600": "trainer=default: 600 steps of 16 pairs, three seeds",
     "paper": "trainer=paper: 3,000 steps of 32 pairs, one seed",
 }
 

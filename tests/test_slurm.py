@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_scripts" / "prune.sbatch"
 SMALL = (
-    "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.steps=200",
+    "experiment=ioi", "trainer=default", "task.train=16", "task.validation=8", "task.test=8",
+    "trainer.steps=200",
     "trainer.checkpoint_every=10", "trainer.batch_size=5", "num_edges=60", "sparsity=null",
     "launcher.timeout=5",
 )  # fmt: skip
