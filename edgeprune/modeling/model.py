@@ -253,12 +253,10 @@ class CircuitModel:
         self._fingerprint = None if whole is None else whole.fingerprint()
 
     def to(self, dtype: torch.dtype) -> None:
-        """Convert weights, and so activations."""
+        """Convert weights, and so activations; frequencies of rotation stay as they are."""
         modules = (self.architecture.body, self.architecture.unembed)
         for weight in (p for module in modules for p in module.parameters()):
-            weight.data = weight.data.to(
-                dtype
-            )  # not rotation's frequencies, which stay as they are
+            weight.data = weight.data.to(dtype)
 
     def release(self) -> None:
         """Give back the memory that is kept from one step to the next."""

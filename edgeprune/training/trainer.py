@@ -173,9 +173,9 @@ class Trainer:
             )
         learning_rate = self._set_learning_rates()
         self.optimizer.zero_grad(set_to_none=True)
-        for of_kind in vars(gates).values():
-            if of_kind is not None:
-                of_kind.retain_grad()
+        if self._is_exact:
+            for kind in sparsity:
+                getattr(gates, kind).retain_grad()
         mixed.backward(of_gates, retain_graph=loss.requires_grad)
         if loss.requires_grad:
             loss.backward()
