@@ -69,32 +69,45 @@ class Workspace:
 
 
 class Outboxes:
-    """The deltas of one forward pass.
+    """The deltas of one forward pass, mixed for one site after another.
 
     Args:
         workspace: where the buffers live. Only the latest `Outboxes` of a workspace may be read,
             written or differentiated, and each only once.
         num_writers: of the whole model.
+        gates: [edge] in [0, 1], site by site and there reader by reader; 1 = clean.
+        sites: of these gates, how many readers and writers each has.
         like: [batch, pos, d_model], gives shape, dtype and device.
         keep_inputs: whether readers' inputs must last until the backward pass.
     """
 
     def __init__(
-        self, workspace: Workspace, num_writers: int, like: Tensor, *, keep_inputs: bool
+        self,
+        workspace: Workspace,
+        num_writers: int,
+        gates: Tensor,
+        sites: Sequence[tuple[int, int]],
+        like: Tensor,
+        *,
+        keep_inputs: bool,
     ) -> None:
         workspace.generation += 1
         self.workspace = workspace
         self._generation = workspace.generation
         self._shape = like.shape
+        self.gates = split_by_site(gates.detach().to(like.dtype), sites)
+        of_gates = torch.empty_like(gates)  # every edge is mixed once, and so written once
+        self.of_gates = split_by_site(of_gates, sites)
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
         self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
         self.num_written = 0
+        self._site = 0  # the next to be read
         self._num_inputs = 0
         self._inputs = self.delta[:, :0]  # of the latest buffer of readers' inputs
         self._num_read = 0  # of these
         self._levels: list[_Level] = []
-        self._link = torch.empty(0, device=like.device)  # orders writes and reads for autograd
+        self._link = _Begin.apply(gates, of_gates)  # orders writes and reads for autograd
 
     def write(self, delta: Tensor) -> None:
         """Append the deltas of the next writers.
@@ -110,17 +123,18 @@ class Outboxes:
             self.gradients.leave_out(writers)
             _store(self, delta, writers)
 
-    def look_ahead(self, gates: Sequence[Tensor]) -> None:
-        """Mix the deltas written so far for several reads to come.
+    def look_ahead(self, stop: int) -> None:
+        """Mix the deltas written so far for the next reads, up to a site.
 
         Those reads, or look-aheads for some of them, add only what is written after. Mixing for
         many readers at once is faster: the buffer is gone through once for all of them, forward and
         backward.
 
         Args:
-            gates: of each of the next reads, [reader, writer] in [0, 1], in their order.
+            stop: the number of the first site that is left out.
         """
-        num_readers = sum(len(g) for g in gates)
+        sites = range(self._site, stop)
+        num_readers = sum(len(self.gates[site]) for site in sites)
         first = 0  # of the writers that are not yet mixed in
         is_new = self._num_read == self._inputs.shape[1]
         if is_new:
@@ -134,39 +148,32 @@ class Outboxes:
             while self._levels[-1].num_readers <= self._num_read:
                 self._levels.pop()
             first = self._levels[-1].num_writers
-        stop = self._num_read + num_readers
-        self._levels.append(_Level(stop, self.num_written))
+        rows = slice(self._num_read, self._num_read + num_readers)
+        self._levels.append(_Level(rows.stop, self.num_written))
         if is_new or first < self.num_written:
             writers = slice(first, self.num_written)
-            inputs = self._inputs[:, self._num_read : stop]
-            columns = [g[:, writers] for g in gates]
-            self._link = _Mix.apply(self._link, self, inputs, writers, is_new, *columns)
+            inputs = self._inputs[:, rows]
+            self._link = _Mix.apply(self._link, self, inputs, sites, writers, is_new)
 
-    def read(self, gates: Tensor, base: Tensor) -> Tensor:
-        """Mix the deltas written so far into one input per reader.
+    def read(self, base: Tensor) -> Tensor:
+        """Mix the deltas written so far into one input for each reader of the next site.
 
         An edge with gate g carries g * clean + (1 - g) * corrupted
         (interchange ablation; Bhaskar et al. 2024, arXiv:2406.16778).
 
         Args:
-            gates: [reader, writer] in [0, 1], writers in write order; 1 = clean.
             base: [batch, pos, d_model], the stream when every gate is 0.
 
         Returns:
             [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next new
             look-ahead or, if inputs are kept, the next forward pass. The backward pass may put its
             gradient in its place.
-
-        Raises:
-            ValueError: gates has not one column per written outbox.
         """
-        if gates.dim() != 2 or gates.shape[1] != self.num_written:
-            raise ValueError(
-                f"gates are {list(gates.shape)}, expected [reader, {self.num_written}]: "
-                "one column per written outbox"
-            )
-        self.look_ahead([gates])
-        rows = slice(self._num_read, self._num_read + len(gates))
+        num_readers, num_writers = self.gates[self._site].shape
+        assert num_writers == self.num_written, f"site {self._site} reads {num_writers} writers"
+        self.look_ahead(self._site + 1)
+        self._site += 1
+        rows = slice(self._num_read, self._num_read + num_readers)
         self._num_read = rows.stop
         # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
         inputs = self._inputs[:, rows].data
@@ -189,14 +196,14 @@ class Outboxes:
 
         The second call begins where the first did and has to write the same again.
         """
-        begin, called = self.num_written, False
+        begin, called = (self.num_written, self._site), False
 
         def run() -> Tensor:
             nonlocal called
             if not called:
                 called = True
                 return function()
-            self.num_written = begin
+            self.num_written, self._site = begin
             self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
             link = self._link
             try:
@@ -306,6 +313,28 @@ def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
     return mixed.view(len(gates), *base.shape)
 
 
+def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """A flat [edge] -> one [reader, writer] view a site, given how many of both each has."""
+    parts = gates.split([readers * writers for readers, writers in sites])
+    return [part.view(site) for part, site in zip(parts, sites, strict=True)]
+
+
+class _Begin(torch.autograd.Function):
+    """The first link; when the backward pass comes to it, all mixing has given its gates theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, of_gates: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # the link has none
+        ctx.of_gates = of_gates
+        return torch.empty(0, device=gates.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        of_gates, ctx.of_gates = ctx.of_gates, None
+        return of_gates, None
+
+
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
@@ -330,7 +359,10 @@ def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
 
 
 class _Mix(torch.autograd.Function):
-    """Adds some writers, or if `is_new` puts them, into inputs, [token, reader, d_model]."""
+    """Adds some writers, or if `is_new` puts them, into the inputs of the readers of some sites.
+
+    Inputs are [token, reader, d_model].
+    """
 
     @staticmethod
     def forward(
@@ -338,15 +370,14 @@ class _Mix(torch.autograd.Function):
         link: Tensor,
         boxes: Outboxes,
         inputs: Tensor,
+        sites: range,
         writers: slice,
         is_new: bool,
-        *gates: Tensor,
     ) -> Tensor:
         boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has none
-        ctx.boxes, ctx.inputs, ctx.writers = boxes, inputs, writers
-        ctx.counts = [len(g) for g in gates]
-        ctx.gates = torch.cat(gates).to(inputs.dtype)
+        ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
+        ctx.gates = torch.cat([boxes.gates[site][:, writers] for site in sites])
         values = boxes.delta[:, writers]
         _add_mixed(boxes.workspace, inputs, ctx.gates, values, onto_nothing=is_new)
         return torch.empty(0, device=link.device)
@@ -360,7 +391,10 @@ class _Mix(torch.autograd.Function):
         boxes.check_current()
         boxes.gradients.add_mixed(ctx.writers, ctx.gates, of_inputs)
         of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.writers])
-        return *[None] * 5, *of_gates.split(ctx.counts)
+        targets = [boxes.of_gates[site][:, ctx.writers] for site in ctx.sites]
+        for target, of_site in zip(targets, of_gates.split([len(t) for t in targets]), strict=True):
+            target.copy_(of_site)
+        return (None,) * 6
 
 
 def _is_better_wide(like: Tensor) -> bool:

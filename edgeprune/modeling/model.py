@@ -23,7 +23,7 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 from edgeprune.modeling.heads import centre
 from edgeprune.modeling.sharding import begin_layer, end_layer, receive, shard_layers
-from edgeprune.outbox import Outboxes, Workspace, mix
+from edgeprune.outbox import Outboxes, Workspace, mix, split_by_site
 
 LOOK_AHEAD = 96
 """Readers that are served in one product, at least: whole layers, two or more of them."""
@@ -108,9 +108,14 @@ class Activations:
     """
 
     embeddings: Tensor
-    head_values: tuple[Tensor, ...]
-    mlp_outputs: tuple[Tensor, ...]
-    residuals: tuple[Tensor, ...]
+    head_values: Sequence[Tensor] | Tensor
+    mlp_outputs: Sequence[Tensor] | Tensor
+    residuals: Sequence[Tensor] | Tensor
+
+    def stacked(self) -> Activations:
+        """With one tensor in place of each sequence, so that `map` has four to go through."""
+        fields = vars(self).values()
+        return Activations(*(x if isinstance(x, Tensor) else torch.stack(x) for x in fields))
 
     def map(self, function: Callable[..., Tensor], *others: Activations) -> Activations:
         """Apply a function to every tensor (and the others' at its place)."""
@@ -348,11 +353,16 @@ class CircuitModel:
         arch, graph = self.architecture, self.graph
         if gates.shape != (graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{graph.num_edges}]")
-        site_gates = _split_by_site(gates, graph)
+        sites = [(len(site.readers), site.num_writers) for site in graph.sites]
+        everywhere, at_predicted = sites[:-2], sites[-2:]
+        mixed_last = sum(readers * writers for readers, writers in at_predicted)
+        gates, last_gates = gates.split([graph.num_edges - mixed_last, mixed_last])
         embeddings = arch.embed(batch.clean_ids)
         stream = embeddings[0]
         keep_inputs = torch.is_grad_enabled() and not recompute
-        boxes = Outboxes(self.workspace, graph.num_writers, stream, keep_inputs=keep_inputs)
+        boxes = Outboxes(
+            self.workspace, graph.num_writers, gates, everywhere, stream, keep_inputs=keep_inputs
+        )
         embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
         embedding_delta = self._centre(embedding_delta)
         always_on = None
@@ -373,16 +383,15 @@ class CircuitModel:
             """Returns the last one's heads' values."""
             for index, layer in enumerate(layers):
                 ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
-                stop = min(2 * (layer + ahead), 2 * layers.stop, 2 * graph.num_layers - 1)
-                boxes.look_ahead(site_gates[2 * layer : stop])
+                boxes.look_ahead(min(2 * (layer + ahead), 2 * layers.stop, len(everywhere)))
                 block, site = arch.blocks[layer], 2 * layer
-                x = boxes.read(site_gates[site], base(site))
+                x = boxes.read(base(site))
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
                     closed = closed_heads[layer]
                     boxes.write(block.head_delta(values, closed, centred=self._centred))
-                    x = boxes.read(site_gates[site + 1], base(site + 1)).squeeze(0)
+                    x = boxes.read(base(site + 1)).squeeze(0)
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
                     boxes.write(delta)
@@ -399,12 +408,13 @@ class CircuitModel:
         closed = None if corrupted is None else closed_heads[-1][at]
         heads_delta = block.head_delta(values[at], closed, centred=self._centred)
         delta = torch.cat([boxes.at(*at), heads_delta])
-        x = mix(site_gates[-2], delta, base(-2)[at])[0]
+        mlp_gates, final_gates = split_by_site(last_gates, at_predicted)
+        x = mix(mlp_gates, delta, base(-2)[at])[0]
         closed = None if corrupted is None else closed_mlps[-1][at]
         mlp_delta = _mlp_delta(block, x, closed)
         end_layer(block.layer, mlp_delta)
         delta = torch.cat([delta, mlp_delta])
-        x = mix(site_gates[-1], delta, base(-1)[at])[0]
+        x = mix(final_gates, delta, base(-1)[at])[0]
         return arch.logits(arch.final_norm(x))
 
     def _centre(self, x: Tensor) -> Tensor:
@@ -488,15 +498,6 @@ def stretches(graph: CircuitGraph) -> list[range]:
     length = max(2, math.ceil(LOOK_AHEAD / readers))
     starts = range(0, graph.num_layers, length)
     return [range(start, min(start + length, graph.num_layers)) for start in starts]
-
-
-def _split_by_site(gates: Tensor, graph: CircuitGraph) -> list[Tensor]:
-    """A flat [edge] -> one [reader, writer] view a site."""
-    parts = gates.split([site.num_edges for site in graph.sites])
-    return [
-        part.view(len(site.readers), site.num_writers)
-        for part, site in zip(parts, graph.sites, strict=True)
-    ]
 
 
 @contextmanager

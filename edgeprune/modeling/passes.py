@@ -35,6 +35,7 @@ class KeptPasses:
         self._activations: Activations | None = None
         for batch in iterate_batches(pairs, batch_size):
             reference, activations = model.run_pair(batch.to(model.device))
+            activations = activations.stacked()
             if self._activations is None:
                 self._activations = activations.map(
                     lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
