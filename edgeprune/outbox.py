@@ -30,8 +30,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+MULTIPLE = 8
+"""Numbers of 16 bits that a GPU's matrix units load at a time."""
 
 
 class Workspace:
@@ -98,6 +101,8 @@ class Outboxes:
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
         of_gates = torch.empty_like(gates)  # every edge is mixed once, and so written once
         self.of_gates = split_by_site(of_gates, sites)
+        if _wants_multiples(like):
+            num_writers += MULTIPLE - 1  # for products with more writers than there are
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
         self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
@@ -247,7 +252,7 @@ class _Gradients:
 
     def leave_out(self, writers: slice) -> None:
         """The first writers, embeddings, depend on no gate and need no gradient."""
-        if writers.start == self._starts[0]:
+        if writers.start == self._starts[0] and not _wants_multiples(self._delta):
             self._starts[0] = writers.stop
 
     def begin(self, writer: int) -> None:
@@ -378,7 +383,13 @@ class _Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # the link has none
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
         ctx.gates = torch.cat([boxes.gates[site][:, writers] for site in sites])
-        values = boxes.delta[:, writers]
+        ctx.mixed = writers
+        if _wants_multiples(boxes.delta):
+            missing = -ctx.gates.shape[1] % MULTIPLE
+            ctx.gates = nn.functional.pad(ctx.gates, (0, missing))
+            ctx.mixed = slice(writers.start, writers.stop + missing)
+            boxes.delta[:, writers.stop : ctx.mixed.stop].zero_()  # times 0, anything but NaN
+        values = boxes.delta[:, ctx.mixed]
         _add_mixed(boxes.workspace, inputs, ctx.gates, values, onto_nothing=is_new)
         return torch.empty(0, device=link.device)
 
@@ -389,17 +400,22 @@ class _Mix(torch.autograd.Function):
         boxes, of_inputs = ctx.boxes, ctx.inputs
         ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        boxes.gradients.add_mixed(ctx.writers, ctx.gates, of_inputs)
-        of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.writers])
+        boxes.gradients.add_mixed(ctx.mixed, ctx.gates, of_inputs)
+        of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.mixed])
         targets = [boxes.of_gates[site][:, ctx.writers] for site in ctx.sites]
         for target, of_site in zip(targets, of_gates.split([len(t) for t in targets]), strict=True):
-            target.copy_(of_site)
+            target.copy_(of_site[:, : target.shape[1]])
         return (None,) * 6
 
 
 def _is_better_wide(like: Tensor) -> bool:
     """Whether such buffers should lie writer by writer."""
     return like.device.type == "cpu" and like.element_size() == 2
+
+
+def _wants_multiples(x: Tensor) -> bool:
+    """Whether products are to be with a multiple of `MULTIPLE` writers."""
+    return x.device.type != "cpu" and x.element_size() == 2
 
 
 def _wants_whole_arrays(x: Tensor) -> bool:

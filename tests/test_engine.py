@@ -243,6 +243,23 @@ def test_writer_by_writer_is_token_by_token(recompute, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
+def test_products_with_more_writers_than_there_are_change_nothing(recompute, monkeypatch):
+    """As on a GPU in 16 bits; the buffers' spare places hold NaN at first."""
+    model = wrap_model(random_gpt2(n_layer=7))
+    batch = collate(mixed_lengths())
+    gates = random_gates(model.graph, node=False).edge.detach()
+    wanted = gate_gradient(model, batch, gates)
+    for name in ("_wants_multiples", "_wants_whole_arrays"):
+        monkeypatch.setattr(outbox, name, lambda x, name=name: name == "_wants_multiples")
+    model.release()
+    empty = torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox.torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
+        got = gate_gradient(model, batch, gates, recompute=recompute)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
 def test_nothing_of_a_step_outlives_it(recompute, monkeypatch):
     monkeypatch.setattr(engine, "LOOK_AHEAD", 26)
     model = wrap_model(random_gpt2(n_layer=4))
