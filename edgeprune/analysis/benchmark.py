@@ -37,8 +37,6 @@ from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.model import stretches
 from edgeprune.modeling.shapes import random_model
 
-ENGINES = ("ours", "ours_kept", "naive", "stock")
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -106,7 +104,7 @@ def measure(
 
     Args:
         model: runs them all.
-        engines: of `ENGINES`.
+        engines: names, see above.
         batch_size, length: prompts a step, tokens a prompt.
         micro_batch_size: prompts run at a time; None: all.
         recompute: whether ours runs blocks again in the backward pass.
@@ -251,7 +249,8 @@ def _step(
         if engine == "naive":
             at = (part.rows, part.cols)
             reference, corrupted = naive.run_pair(model, part)
-            return kl_per_token(reference[at], naive.run(model, part, gates, corrupted)[at])
+            logits, _ = naive.run(model, part.clean_ids, gates, corrupted)
+            return kl_per_token(reference[at], logits[at])
         reference, corrupted = passes(index)
         return kl_per_token(
             reference, model.run_circuit(part, gates, corrupted, recompute=recompute)
@@ -378,10 +377,14 @@ def count(
         return Count(4 * (blocks + predicted), 4 * weights)
     if engine == "naive":
         reading = 2 * readers * writers * d_model * tokens
-        sites = 2 * graph.num_layers + 1
-        passes = 4 + 6  # a write's copies, a read's two products; forward and backward
-        moved = passes * sites * writers * outbox + 4 * weights
-        return Count(4 * (blocks + everywhere) + 5 * reading, moved)
+        writing = 2 * writers * writers * d_model * tokens
+        reads = sum(len(site.groups) for site in graph.sites)
+        # One array a read in each pass without gates; with them two, which their gradients need
+        # again, and four to make and add the gradient of the clean one. A write makes an array and
+        # adds it to another, in three passes; its gradient is read.
+        moved = ((2 + 2 + 2 + 4) * reads + (3 * 4 + 1) * len(graph.sites)) * writers * outbox
+        operations = 4 * (blocks + everywhere) + (2 + 5) * reading + (3 + 1) * writing
+        return Count(operations, moved + 4 * weights)
     reading = 2 * graph.num_edges * d_model * tokens
     again = int(recompute)
     circuit = (2 + again) * (blocks + predicted) + (3 + again) * reading
