@@ -12,6 +12,9 @@ from edgeprune.modeling import Activations, CircuitModel
 class Ablation:
     """Gives the values of closed edges for each batch.
 
+    Attributes:
+        needs_corrupted: whether they come from the corrupted prompts.
+
     Args:
         model: whose activations are averaged for mean ablation.
         config: which ablation.
@@ -30,6 +33,7 @@ class Ablation:
         batch_size: int = 64,
     ) -> None:
         self.kind = config.kind
+        self.needs_corrupted = config.kind is AblationKind.interchange
         if config.kind is AblationKind.interchange and all(
             pair.clean_ids == pair.corrupted_ids for pair in reference_set
         ):
@@ -46,7 +50,11 @@ class Ablation:
 
     @classmethod
     def of(
-        cls, model: CircuitModel, ablation: Ablation | str, reference_set: Sequence[Pair]
+        cls,
+        model: CircuitModel,
+        ablation: Ablation | str,
+        reference_set: Sequence[Pair],
+        batch_size: int = 64,
     ) -> Ablation:
         """An ablation as it is, or one by its name: `interchange`, `zero` or `mean`.
 
@@ -58,15 +66,15 @@ class Ablation:
         kinds = AblationKind.__members__
         if ablation not in list(kinds):
             raise ConfigError(f"unknown ablation {ablation!r}; choose {', '.join(kinds)}")
-        return cls(model, AblationConfig(kinds[ablation]), reference_set)
+        return cls(model, AblationConfig(kinds[ablation]), reference_set, batch_size)
 
-    def values(self, batch: Batch, corrupted: Activations) -> Activations | None:
+    def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
         """Values of closed edges; None stands for zeros.
 
         Args:
             batch: the prompts.
-            corrupted: activations on their corrupted prompts.
+            corrupted: activations on their corrupted prompts, if needed.
         """
-        if self.kind is AblationKind.interchange:
+        if self.needs_corrupted:
             return corrupted
         return None if self.means is None else self.means.for_batch(batch)

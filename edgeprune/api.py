@@ -14,6 +14,7 @@ from edgeprune.config import (
     PruneConfig,
     TrainerConfig,
     check_prune,
+    evaluation_batch_size,
     from_keywords,
     target_sparsity,
 )
@@ -77,7 +78,8 @@ def prune(
     whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
     model.check_prompts(pairs)
-    closed = Ablation.of(model, ablation, pairs)
+    batch_size = evaluation_batch_size(config)  # of passes without gradients
+    closed = Ablation.of(model, ablation, pairs, batch_size)
     trainer = Trainer(
         model,
         pairs,
@@ -91,7 +93,10 @@ def prune(
         for _ in range(config.steps):
             history.append(trainer.train_step())
             show(history[-1])
-    export = export_circuit(trainer.masks, sparsity=whole.sparsity, num_edges=whole.num_edges)
+    masks = trainer.masks
+    del trainer  # and what it keeps
+    model.release()
+    export = export_circuit(masks, sparsity=whole.sparsity, num_edges=whole.num_edges)
     circuit = export.circuit
     if whole.cleanup is not None:
         circuit = clean_up(
@@ -101,5 +106,6 @@ def prune(
             tolerance=whole.cleanup,
             ranking=export.ranking,
             ablation=closed,
+            batch_size=batch_size,
         ).circuit
-    return Pruned(circuit, trainer.masks, history, closed)
+    return Pruned(circuit, masks, history, closed)

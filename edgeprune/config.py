@@ -159,7 +159,7 @@ class TrainerConfig:
     same share each step; or linear."""
     node_gates: bool = False
     """Whether writers have gates too."""
-    start_node_sparsity: float = 0.0
+    start_node_sparsity: float = 0.25
     """Target of the node gates at step 0."""
     target_node_sparsity: float = 0.7
     """Target of the node gates after the warm-up."""
@@ -481,12 +481,18 @@ def check_prune(config: PruneConfig) -> None:
                 f"got trainer.edge_price={trainer.edge_price} and "
                 f"trainer.target_sparsity={trainer.target_sparsity}; give only one"
             )
+        if trainer.constraint is Constraint.exact:
+            raise ConfigError(
+                f"got trainer.edge_price={trainer.edge_price} and trainer.constraint=exact, which "
+                "holds gates at a target; take trainer.constraint=lagrangian, or give sparsity= in "
+                "place of the price"
+            )
     elif trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
         raise ConfigError(
             "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
             "trainer.target_sparsity= or trainer.edge_price="
         )
-    if trainer.edge_price is None and trainer.constraint is Constraint.exact:
+    if trainer.constraint is Constraint.exact:
         names = ["start_sparsity", "target_sparsity"]
         if trainer.node_gates:
             names += ["start_node_sparsity", "target_node_sparsity"]

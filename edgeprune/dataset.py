@@ -314,9 +314,10 @@ def _cut(
 def _contrast(
     target: list[int], answers: list[list[int]], distractors: list[list[int]]
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Where and by which tokens the answers differ from the distractors."""
-    if not distractors:
-        return 0, (), ()
+    """Where and by which tokens the answers differ from the distractors.
+
+    Without distractors: where, and in which tokens, the answers first differ from one another.
+    """
     for position in range(len(target)):
         prefix = target[:position]
 
@@ -328,8 +329,11 @@ def _contrast(
             }
 
         right, wrong = tokens(answers), tokens(distractors)
-        if wrong and not right & wrong:
+        differ = wrong and not right & wrong if distractors else len(right) > 1
+        if differ:
             return position, tuple(sorted(right)), tuple(sorted(wrong))
+    if not distractors:
+        return 0, (), ()
     raise DataError(
         "answers and distractors begin with the same tokens; choose distractors that differ from "
         "every answer"

@@ -23,10 +23,10 @@ DETERMINISTIC_SCALE = 0.8
 """Steepness of deterministic gates, as published."""
 SEARCH_TOLERANCE = 1e-5
 """Width at which the binary search for a threshold stops, as published."""
-CORRECTIONS = 5
-"""Newton steps towards a sparsity; from one training step to the next, three are enough."""
-LARGEST_CORRECTION = 4.0
-"""Of log alpha, by one of them."""
+LARGEST_SHIFT = 64.0
+"""Of log alpha, to reach a sparsity."""
+HALVINGS = 24
+"""Of the range in which such a shift is sought."""
 QUADRATURE = 16
 """Points of an integral over a gate's values."""
 FAINT = 0.01
@@ -45,28 +45,27 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     return torch.clamp(concrete * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
-def slope(gates: Tensor) -> Tensor:
-    """The derivative of sampled gates by their log alphas; 0 where they are clamped."""
-    inside = (gates > 0) & (gates < 1)
-    return inside * (gates - GAMMA) * (ZETA - gates) / ((ZETA - GAMMA) * BETA)
-
-
 def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tensor:
     """What to add to all log alphas for gates sampled with this noise to have this sparsity.
 
-    By Newton's method, without waiting for the device. From far away one call gets nearer only.
+    The least of such numbers, by bisection, so without waiting for the device: where nearly all
+    gates are 0 or 1, slopes say little.
 
     Args:
         log_alpha, uniform: see `sample`.
         target: sparsity, in [0, 1].
     """
-    shift = log_alpha.new_zeros(())
-    for _ in range(CORRECTIONS):
-        gates = sample(log_alpha + shift, uniform)
-        missing = sparsity(gates) - target
-        steps = missing / slope(gates).mean().clamp(min=1e-6)
-        shift = shift + steps.clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
-    return shift
+
+    def missing(shift: Tensor) -> Tensor:
+        return sparsity(sample(log_alpha + shift, uniform)) - target
+
+    short, enough = log_alpha.new_zeros(()), log_alpha.new_full((), LARGEST_SHIFT)
+    sign = torch.sign(missing(short))
+    for _ in range(HALVINGS):
+        middle = (short + enough) / 2
+        reaches = sign * missing(sign * middle) <= 0
+        short, enough = torch.where(reaches, short, middle), torch.where(reaches, middle, enough)
+    return sign * enough
 
 
 def mean_slope(log_alpha: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from edgeprune import gates as hard_concrete
 from edgeprune.circuit import Circuit
@@ -136,9 +137,7 @@ class CircuitMasks(nn.Module):
 
     @torch.no_grad()
     def circuit_of_size(self, num_edges: int) -> Circuit:
-        """The circuit of exactly `num_edges` edges with the largest log alphas.
-
-        Edges of writers whose node gate is closed come last. Ties go to the earlier edge.
+        """The circuit of exactly `num_edges` edges, the first of the `ranking`.
 
         Raises:
             ValueError: `num_edges` is negative or more than the graph has.
@@ -153,27 +152,23 @@ class CircuitMasks(nn.Module):
 
     @torch.no_grad()
     def ranking(self) -> list[int]:
-        """The numbers of all edges by log alpha, the largest first.
-
-        Edges of writers whose node gate is closed come last. Ties go to the earlier edge.
-        """
-        order = torch.argsort(self.edge_log_alpha, descending=True, stable=True)
-        if self.node_log_alpha is not None:
-            writer_kept = self.deterministic().node > self.thresholds().node
-            writer_kept = writer_kept[self.edge_writers][order]
-            order = torch.cat([order[writer_kept], order[~writer_kept]])
-        return order.tolist()
+        """The numbers of all edges by score, the largest first; ties go to the earlier edge."""
+        return torch.argsort(self._log_scores(), descending=True, stable=True).tolist()
 
     @torch.no_grad()
     def scores(self) -> list[float]:
         """[edge] in (0, 1], higher for what matters more: the logistic function of log alpha.
 
-        With node gates, times that of the writer's. For formats that rank edges by score.
+        With node gates, times that of the writer's.
         """
-        edge = self.edge_log_alpha.double().sigmoid()
-        if self.node_log_alpha is not None:
-            edge = edge * self.node_log_alpha.double().sigmoid()[self.edge_writers]
-        return edge.tolist()
+        return self._log_scores().exp().tolist()
+
+    def _log_scores(self) -> Tensor:
+        """Logarithms, since numbers near 1 can be told apart in these."""
+        edge = logsigmoid(self.edge_log_alpha.cpu().double())
+        if self.node_log_alpha is None:
+            return edge
+        return edge + logsigmoid(self.node_log_alpha.cpu().double())[self.edge_writers.cpu()]
 
 
 def combined_gates(gates: Gates, edge_writers: Tensor) -> Tensor:

@@ -130,6 +130,10 @@ def test_answers_and_distractors_are_compared_where_they_part():
     assert pair.contrast == 1
     assert words(tokenizer, pair.answer_ids) == ["b"]
     assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
+    pair = encode_pair(tokenizer, {**record, "distractor": []})
+    assert pair.contrast == 2  # where the answers part from one another
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
+    assert pair.distractor_ids == ()
 
 
 @pytest.mark.parametrize(

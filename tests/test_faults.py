@@ -15,13 +15,31 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import assert_refused, call, run_cli, write_jsonl
+from conftest import (
+    assert_refused,
+    call,
+    random_gpt2,
+    random_pairs,
+    run_cli,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 
-from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Resume, TaskConfig
+from edgeprune.ablation import Ablation
+from edgeprune.config import (
+    AblationConfig,
+    ConfigError,
+    ModelConfig,
+    PruneConfig,
+    Resume,
+    TaskConfig,
+    TrainerConfig,
+)
+from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
-from edgeprune.training.run import claim
+from edgeprune.training.run import Interrupted, claim, train
+from edgeprune.training.trainer import Trainer
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -242,6 +260,44 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     assert list_checkpoints(run_dir) == [step - 1]
     masks = load_file(run_dir / f"checkpoints/step-{step - 1:08d}/masks.safetensors")
     assert masks["edge_log_alpha"].isfinite().all()
+
+
+def test_a_run_stopped_in_its_last_step_does_not_go_on_to_what_follows(tmp_path):
+    model = wrap_model(random_gpt2())
+    pairs = random_pairs(4)
+    trainer = Trainer(
+        model, pairs, TrainerConfig(steps=2, batch_size=2), target_sparsity=0.5, seed=0,
+        ablation=Ablation(model, AblationConfig(), pairs),
+    )  # fmt: skip
+
+    def stop_at_the_end(metrics):
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2"):
+        train(trainer, tmp_path, stop_at_the_end, print)
+    assert list_checkpoints(tmp_path) == [2]
+
+
+def test_validation_prompts_that_cannot_be_measured_are_refused_before_training(tmp_path):
+    def line(split: str, sum: str) -> dict:
+        return {"clean": f"{sum} = <predict>3</predict>", "split": split,
+                "corrupted": f"2{sum[1:]} = <predict>4</predict>"}  # fmt: skip
+
+    train = [line("train", f"1 + {i}") for i in range(1, 5)]
+    longer = write_jsonl(tmp_path / "longer.jsonl", *train, line("validation", "1 + 1 + 1"))
+    misfit = {**line("validation", "1 + 1"), "corrupted": "2 + 1 + 1 = <predict>4</predict>"}
+    unusable = write_jsonl(tmp_path / "unusable.jsonl", *train, misfit)
+    prune = ("prune", "task=custom", f"run_dir={tmp_path / 'run'}", "num_edges=60",
+             "trainer.steps=2", "trainer.batch_size=2")  # fmt: skip
+    assert_refused(
+        run_cli(*prune, f"task.path={longer}", "ablation=mean"),
+        2, "a validation prompt has", "task.max_length=", "ablation.per_position=false",
+    )  # fmt: skip
+    assert_refused(run_cli(*prune, f"task.path={unusable}"), 1, "none of the 1 examples")
+    assert not (tmp_path / "run/checkpoints").exists()
+    done = run_cli(*prune, f"task.path={longer}", "ablation=mean", "ablation.per_position=false")
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_model_on_resuming_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def test_the_plan_of_a_small_model_is_that_of_the_real_one():
     pairs = random_pairs(6)
     plan = plan_memory(shape, pairs, 4)
     assert plan.weights == sum(p.nbytes for p in hf_model.parameters())  # embeddings are tied
-    assert plan.kept == KeptPasses.size(model, pairs)
+    assert plan.kept == KeptPasses.size(model, pairs, corrupted=True)
     assert "outboxes 0.000 GB" in str(plan)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from edgeprune.analysis.evaluate import _summarise
 from edgeprune.dataset import Pair, collate
 from edgeprune.metrics import kl_per_token, mean_by_example, score
 
@@ -70,3 +71,10 @@ def test_without_distractors_there_is_no_difference():
     batch = collate([pair((1,)), pair((1,), (1,), (2,))])
     logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
     assert score(batch, logits, logits).logit_difference.isnan().tolist() == [True, False]
+
+
+def test_there_is_no_ratio_to_a_difference_of_nothing():
+    batch = collate([pair((1,), (1,), (2,))])
+    scores = score(batch, *[torch.tensor([[0.0, LOG3, 0.0]])] * 2)
+    assert _summarise(scores, 2 * LOG3).logit_difference_ratio == pytest.approx(0.5)
+    assert math.isnan(_summarise(scores, 0.0).logit_difference_ratio)

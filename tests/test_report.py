@@ -71,6 +71,20 @@ def test_seeds_of_one_size_are_a_point():
     assert group.reference("full", "accuracy") == 0.9
 
 
+def test_targets_tell_points_of_one_size_apart():
+    runs = [
+        a_run("a", first(4), seed=0, sparsity=0.98, **{"trainer.target_sparsity": 0.95}),
+        a_run("b", first(5), seed=0, sparsity=0.98, **{"trainer.target_sparsity": 1.0}),
+        a_run("c", first(6), seed=0, num_edges=1_234_567, **{"trainer.target_sparsity": 0.9}),
+    ]
+    (group,) = group_runs(runs)
+    assert {point.asked for point in group.series[0].points} == {
+        "sparsity 0.98, target_sparsity 0.95",
+        "sparsity 0.98, target_sparsity 1.0",
+        "num_edges 1234567",
+    }
+
+
 def test_runs_that_differ_otherwise_are_other_series_and_groups():
     base = {"seed": 0, "sparsity": 0.9, "trainer.steps": 10, "run_dir": "x", "tracker.kind": "none"}
     runs = [

@@ -115,13 +115,22 @@ def test_gates_are_as_sparse_as_the_target_at_every_step(model):
     assert (metrics.target, metrics.node_target) == (0.9, 0.5)
 
 
-def test_nodes_are_held_where_edges_have_a_price(model):
-    run = trainer(model, replace(EXACT, node_gates=True, edge_price=0.01))
-    for _ in range(3):
-        metrics = run.train_step()
-    assert metrics.target is None
-    assert metrics.loss > metrics.kl
-    assert metrics.node_sparsity == pytest.approx(metrics.node_target, abs=1e-5)
+def test_a_gradient_that_is_no_number_changes_nothing(model, monkeypatch):
+    run = trainer(model)
+    run.train_step()
+    before = run.masks.edge_log_alpha.detach().clone()
+    differentiate = run._differentiate
+
+    def overflowing(pairs, gates):
+        distance, of_gates = differentiate(pairs, gates)
+        of_gates[3] = torch.inf
+        return distance, of_gates
+
+    monkeypatch.setattr(run, "_differentiate", overflowing)
+    with pytest.raises(TrainingError, match="sum of its gradients by the gates inf"):
+        run.train_step()
+    assert run.step == 1
+    assert torch.equal(run.masks.edge_log_alpha, before)
 
 
 def test_weight_decay_shrinks_log_alpha_by_its_share_of_the_learning_rate(model):
@@ -237,6 +246,14 @@ def test_settings_from_python_are_those_of_the_command_line(model):
         ({"seed": -1}, "seed=-1 must lie between 0 and 2147483647"),
         ({"seed": 2**31}, "seed=2147483648 must lie between 0 and 2147483647"),
         ({"num_edges": None, "sparsity": [0.5]}, "sparsity=.0.5. cannot be used"),
+        (
+            {"constraint": "exact", "edge_price": 0.01},
+            r"edge_price=0.01 and trainer\.constraint=exact",
+        ),
+        (
+            {"constraint": "exact", "node_gates": True, "target_node_sparsity": 1.2},
+            r"target_node_sparsity=1.2 must lie between 0 and 1",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             prune(model, pairs, **{**settings, **wrong})
@@ -244,7 +261,7 @@ def test_settings_from_python_are_those_of_the_command_line(model):
 
 def test_kept_passes_are_those_of_the_model(model):
     pairs = random_pairs(5) + random_pairs(4, 5, seed=1, predicted=2)
-    kept = KeptPasses(model, pairs, batch_size=4)
+    kept = KeptPasses(model, pairs, batch_size=4, corrupted=True)
     batch = collate([pairs[i] for i in (7, 0, 8, 3)])
     reference, activations = model.run_pair(batch)
     got_reference, got = kept.run_pair(batch)
@@ -258,7 +275,37 @@ def test_kept_passes_are_those_of_the_model(model):
     activations.map(check, got)
     stored = [kept._reference.nbytes]
     kept._activations.map(lambda x: stored.append(x.nbytes) or x)
-    assert KeptPasses.size(model, pairs) == sum(stored)
+    assert KeptPasses.size(model, pairs, corrupted=True) == sum(stored)
+    references = KeptPasses(model, pairs, batch_size=4, corrupted=False)
+    got_reference, nothing = references.run_pair(batch)
+    torch.testing.assert_close(got_reference, reference, atol=1e-6, rtol=1e-5)
+    assert nothing is None
+    assert KeptPasses.size(model, pairs, corrupted=False) == kept._reference.nbytes
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_corrupted_prompts_are_run_only_where_they_are_needed(model, ablation, monkeypatch):
+    run_full, seen = model.run_full, []
+    monkeypatch.setattr(
+        model, "run_full", lambda ids, keep: seen.append(ids) or run_full(ids, keep)
+    )
+    pairs = random_pairs(5)
+    clean = {pair.clean_ids for pair in pairs}
+    assert clean.isdisjoint(pair.corrupted_ids for pair in pairs)
+    settings = {"steps": 2, "batch_size": 2, "progress": False, "cleanup": 0.1}
+    prune(model, pairs, num_edges=5, ablation=ablation, **settings)
+    evaluate(model, Circuit.from_edges(model.graph, []), pairs, ablation=ablation)
+    assert {tuple(row) for ids in seen for row in ids.tolist()} == clean
+
+
+def test_passes_without_gradients_take_twice_the_pairs_of_those_with_them(model, monkeypatch):
+    run_full, sizes = model.run_full, []
+    monkeypatch.setattr(
+        model, "run_full", lambda ids, keep: sizes.append(len(ids)) or run_full(ids, keep)
+    )
+    settings = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "progress": False}
+    prune(model, random_pairs(12), num_edges=5, cleanup=0.1, ablation="mean", **settings)
+    assert max(sizes) == 4
 
 
 def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):

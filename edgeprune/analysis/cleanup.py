@@ -93,7 +93,7 @@ def clean_up(
     """
     check_cleanup(tolerance)
     model.check_prompts(pairs)
-    ablation = Ablation.of(model, ablation, pairs)
+    ablation = Ablation.of(model, ablation, pairs, batch_size)
     return _CleaningUp(model, circuit, pairs, ranking, ablation, batch_size).run(tolerance)
 
 
@@ -116,7 +116,7 @@ class _CleaningUp:
         self.num_examples = len(pairs)
         self._batches = list(iterate_batches(pairs, batch_size))
         self._kept: list[tuple[Batch, Tensor, Activations | None]] | None = None
-        if KeptPasses.size(model, pairs) <= MOST_KEPT:
+        if KeptPasses.size(model, pairs, corrupted=ablation.needs_corrupted) <= MOST_KEPT:
             self._kept = list(self._run_batches())
 
     def run(self, tolerance: float) -> CleanUp:
@@ -159,8 +159,8 @@ class _CleaningUp:
         for batch, reference, closed in self._kept or self._run_batches():
             outputs = model.run_circuit(batch, gates, closed)
             if model.output is Output.logits:
-                kl = mean_by_example(kl_per_token(reference, outputs), batch).double()
-                total += kl.sum().item() / self.num_examples
+                kl = mean_by_example(kl_per_token(reference, outputs), batch)
+                total += kl.cpu().double().sum().item() / self.num_examples
             else:
                 total = max(total, error_per_token(reference, outputs).max().item())
             if not total <= limit:
@@ -170,7 +170,8 @@ class _CleaningUp:
     def _run_batches(self) -> Iterator[tuple[Batch, Tensor, Activations | None]]:
         for batch in self._batches:
             batch = batch.to(self.model.device)
-            reference, corrupted = self.model.run_pair(batch)
+            needed = self.ablation.needs_corrupted
+            reference, corrupted = self.model.run_pair(batch, corrupted=needed)
             yield batch, reference, self.ablation.values(batch, corrupted)
 
     # ------------------------------------------------------------------------------- what is tried

@@ -30,7 +30,7 @@ class Scores:
         accuracy: share of examples whose most likely tokens are right.
         two_way_accuracy: share of examples where the answers are likelier than the distractors.
         logit_difference: log-sum-exp of the answers' logits less that of the distractors'.
-        logit_difference_ratio: that over the full model's.
+        logit_difference_ratio: that over the full model's; NaN where that is 0.
         probability_difference: the answers' probability less the distractors'.
     """
 
@@ -107,7 +107,7 @@ def evaluate(
         ValueError: there are no prompts, or one is too long for the model.
     """
     model.check_prompts(pairs)
-    ablation = Ablation.of(model, ablation, pairs)
+    ablation = Ablation.of(model, ablation, pairs, batch_size)
     randoms = [
         Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
     ]
@@ -117,7 +117,7 @@ def evaluate(
     texts: list[str] = []
     for batch in iterate_batches(pairs, batch_size):
         batch = batch.to(model.device)
-        reference, corrupted = model.run_pair(batch)
+        reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
         closed = ablation.values(batch, corrupted)
         scores[0].append(score(batch, reference, reference, model.output))
         for one, kept in zip(scores[1:], gates, strict=True):
@@ -157,14 +157,15 @@ def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
     difference = scores.logit_difference
     two_way = (difference > 0).double()
     two_way[difference.isnan()] = math.nan
+    mean_difference = difference.nanmean().item()
     return Scores(
         kl=scores.kl.double().mean().clamp(min=0).item(),  # rounding may leave it below 0
         error=scores.error.double().mean().item(),
         exact_match=scores.exact_match.double().mean().item(),
         accuracy=scores.correct.double().mean().item(),
         two_way_accuracy=two_way.nanmean().item(),
-        logit_difference=difference.nanmean().item(),
-        logit_difference_ratio=difference.nanmean().item() / full_difference,
+        logit_difference=mean_difference,
+        logit_difference_ratio=mean_difference / full_difference if full_difference else math.nan,
         probability_difference=scores.probability_difference.nanmean().item(),
     )
 

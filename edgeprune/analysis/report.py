@@ -104,23 +104,21 @@ class Stability:
 
 @dataclass(frozen=True)
 class Point:
-    """Runs of a series that were asked for one size."""
+    """Runs of a series that were asked for one size.
+
+    Attributes:
+        runs: by seed.
+        split: whose evaluations are shown.
+        asked: the size asked for, in words.
+    """
 
     runs: tuple[Run, ...]
     split: str | None
+    asked: str
 
     @property
     def num_edges(self) -> Spread:
         return Spread.of(len(run.circuit) for run in self.runs)
-
-    @property
-    def asked(self) -> str:
-        """The size asked for, in words."""
-        named = zip((key.split(".")[-1] for key in SIZE), self.runs[0].size, strict=True)
-        given = {key: value for key, value in named if value is not None}
-        if "sparsity" in given or "num_edges" in given:
-            given.pop("target_sparsity", None)
-        return ", ".join(f"{key} {value:g}" for key, value in given.items()) or "by threshold"
 
     def spread(self, metric: str) -> Spread | None:
         """Of a metric of the circuits; None where no run has been evaluated."""
@@ -210,13 +208,25 @@ def _series(runs: Sequence[Run], split: str | None) -> tuple[Series, ...]:
             name,
             tuple(
                 sorted(
-                    (Point(tuple(sorted(some, key=_by_seed)), split) for some in by_size.values()),
+                    (
+                        Point(tuple(sorted(some, key=_by_seed)), split, _asked(size, by_size))
+                        for size, some in by_size.items()
+                    ),
                     key=lambda point: -point.num_edges.mean,
                 )
             ),
         )
         for name, by_size in sorted(members.items())
     )
+
+
+def _asked(size: tuple, sizes: Iterable[tuple]) -> str:
+    """A size in words; its target sparsity only where no other setting tells it from the others."""
+    named = zip((key.split(".")[-1] for key in SIZE), size, strict=True)
+    given = {key: value for key, value in named if value is not None}
+    if len(given) > 1 and sum(other[:-1] == size[:-1] for other in sizes) == 1:
+        del given["target_sparsity"]
+    return ", ".join(f"{key} {value}" for key, value in given.items()) or "by threshold"
 
 
 def _by_seed(run: Run) -> tuple:

@@ -72,13 +72,14 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         if ablation_config.kind is AblationKind.mean:
             reference_split = first_split(data_path, Split.train)
             reference_set = load_pairs(data_path, task, model, reference_split.name)
+    batch_size = config.batch_size or evaluation_batch_size(of_run.get("trainer"))
     with OUT.status(f"evaluating on {len(pairs):,} pairs"):
         result = measure(
             model,
             circuit,
             pairs,
-            ablation=Ablation(model, ablation_config, reference_set),
-            batch_size=config.batch_size or evaluation_batch_size(of_run.get("trainer")),
+            ablation=Ablation(model, ablation_config, reference_set, batch_size),
+            batch_size=batch_size,
             random_circuits=config.random_circuits,
         )
     words = [] if edges_path.name == EDGES else [edges_path.stem]

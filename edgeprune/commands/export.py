@@ -17,6 +17,7 @@ from edgeprune.commands.shared import (
     load_pairs,
     read_circuit,
     run_settings,
+    say,
     show,
 )
 from edgeprune.config import (
@@ -124,3 +125,5 @@ def _convert(config: ExportConfig) -> None:
     manifest: dict[str, Any] = read_manifest(run_dir) if run_dir else {"model": {}}
     circuit.save(config.output, _format(config), d_model=manifest["model"].get("d_model"))
     show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {config.output}")
+    if _format(config) != "edges":
+        say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")

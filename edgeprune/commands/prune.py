@@ -15,6 +15,7 @@ from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
 from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
 from edgeprune.config import (
+    AblationKind,
     ConfigError,
     EvaluateConfig,
     ExportConfig,
@@ -83,6 +84,7 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
     processes.first_does(lambda: data_file(config.task, shape.tokenizer, run_dir))
     data_path = data_file(config.task, shape.tokenizer, run_dir)
     pairs = load_pairs(data_path, config.task, shape, "train")
+    _check_validation(config, shape, pairs, data_path)
     _plan_memory(config, shape, pairs, processes)
     processes.check_same("the data", run.file_digest(data_path))
     if config.launcher.shard:
@@ -94,6 +96,26 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
         processes.check_same("the models", model.fingerprint())
     processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
     return model, pairs, data_path
+
+
+def _check_validation(config: PruneConfig, shape: Any, pairs: Any, data_path: Path) -> None:
+    """Find now, and not after training, that validation prompts cannot be measured.
+
+    Raises:
+        DataError: none of them can be used.
+        ConfigError: the mean over the training prompts does not reach as far.
+    """
+    split = first_split(data_path, Split.validation).name
+    validation = load_pairs(data_path, config.task, shape, split)
+    ablation = config.ablation
+    if ablation.kind is AblationKind.mean and ablation.per_position:
+        known, needed = (max(len(p.clean_ids) for p in of) for of in (pairs, validation))
+        if needed > known:
+            raise ConfigError(
+                f"a {split} prompt has {needed} tokens, but each position's mean is taken over "
+                f"training prompts of {known} at most; leave longer ones out "
+                f"(task.max_length={known}), or set ablation.per_position=false"
+            )
 
 
 def _train(
@@ -179,6 +201,7 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
         shares=processes.count if sharded else 1,
         offload=config.launcher.offload,
         bits=config.model.bits,
+        corrupted_kept=config.ablation.kind is AblationKind.interchange,
     )
     free = processes.free_memory()
     say(f"memory for each process: about {plan}; {in_gb(free)} are free")

@@ -246,6 +246,7 @@ def _prepare_gpus() -> None:
     That plans each shape anew, and need not give the same bits again.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -60,6 +60,7 @@ def plan_memory(
     shares: int = 1,
     offload: bool = False,
     bits: int | None = None,
+    corrupted_kept: bool = True,
 ) -> MemoryPlan:
     """Plan a step on the longest prompts.
 
@@ -74,6 +75,7 @@ def plan_memory(
         shares: processes over which the layers are split; 1: they are not.
         offload: whether the shares lie elsewhere.
         bits: of the layers' matrices; None: as the model's dtype.
+        corrupted_kept: whether kept passes are to hold activations on the corrupted prompts.
     """
     longest = max(pairs, key=lambda pair: len(pair.clean_ids))
     batch = collate([longest] * min(batch_size, len(pairs))).to("meta")
@@ -116,7 +118,7 @@ def plan_memory(
         with torch.enable_grad():
             model.run_circuit(batch, gates, corrupted, recompute=True).sum().backward()
     buffers = model.workspace.buffers
-    kept = KeptPasses.size(model, pairs)
+    kept = KeptPasses.size(model, pairs, corrupted=corrupted_kept)
     return MemoryPlan(
         weights=outside + held,
         outboxes=sum(buffer.nbytes for buffer in buffers),

@@ -309,21 +309,29 @@ class CircuitModel:
             arch.embed(ids[keep]), tuple(head_values), tuple(mlp_outputs), tuple(residuals)
         )
 
-    def run_pair(self, batch: Batch) -> tuple[Tensor, Activations]:
+    def run_pair(
+        self, batch: Batch, *, corrupted: bool = True
+    ) -> tuple[Tensor, Activations | None]:
         """Clean and corrupted prompts through the untouched model, in one batch.
+
+        Args:
+            batch: the prompts.
+            corrupted: whether the corrupted ones are run, too.
 
         Returns:
             The reference: logits on the clean prompts, [predicted, vocabulary]; and the activations
-            on the corrupted prompts.
+            on the corrupted prompts, or None.
 
         Raises:
             ValueError: prompts of unequal length, where the model attends to padding.
         """
         self._check_padding(batch)
-        num_examples = len(batch.clean_ids)
-        ids = torch.cat([batch.clean_ids, batch.corrupted_ids])
-        states, corrupted = self.run_full(ids, slice(num_examples, None))
-        return self.architecture.logits(states[batch.rows, batch.cols]), corrupted
+        num_examples, ids = len(batch.clean_ids), batch.clean_ids
+        if corrupted:
+            ids = torch.cat([ids, batch.corrupted_ids])
+        states, activations = self.run_full(ids, slice(num_examples, None))
+        reference = self.architecture.logits(states[batch.rows, batch.cols])
+        return reference, activations if corrupted else None
 
     # -------------------------------------------------------------------------------- the circuit
 

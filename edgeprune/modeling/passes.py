@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,27 +26,23 @@ class KeptPasses:
         model: the model.
         pairs: the training set.
         batch_size: pairs a forward pass.
+        corrupted: whether the corrupted prompts are run, too.
     """
 
-    def __init__(self, model: CircuitModel, pairs: Sequence[Pair], batch_size: int) -> None:
+    def __init__(
+        self, model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, corrupted: bool
+    ) -> None:
         width = max(len(pair.clean_ids) for pair in pairs)
         references: list[Tensor] = []
         self._row: dict[Pair, int] = {}
         self._tokens: list[Tensor] = []  # of each pair, its rows of the reference
         self._activations: Activations | None = None
         for batch in iterate_batches(pairs, batch_size):
-            reference, activations = model.run_pair(batch.to(model.device))
-            activations = activations.stacked()
-            if self._activations is None:
-                self._activations = activations.map(
-                    lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
-                )
+            reference, activations = model.run_pair(batch.to(model.device), corrupted=corrupted)
             start, length = len(self._tokens), batch.clean_ids.shape[1]
             rows = slice(start, start + len(batch.pairs))
-            self._activations.map(
-                lambda kept, new, rows=rows, length=length: kept[..., rows, :length, :].copy_(new),
-                activations,
-            )
+            if activations is not None:
+                self._keep(activations.stacked(), len(pairs), width, rows, length)
             first = sum(len(r) for r in references)
             for row, pair in enumerate(batch.pairs):
                 self._row[pair] = start + row
@@ -54,15 +51,26 @@ class KeptPasses:
             references.append(reference)
         self._reference = torch.cat(references)
 
+    def _keep(
+        self, activations: Activations, num_pairs: int, width: int, rows: slice, length: int
+    ) -> None:
+        if self._activations is None:
+            self._activations = activations.map(
+                lambda x: x.new_zeros(*x.shape[:-3], num_pairs, width, x.shape[-1])
+            )
+        self._activations.map(lambda kept, new: kept[..., rows, :length, :].copy_(new), activations)
+
     @classmethod
     def where_they_fit(
-        cls, model: CircuitModel, pairs: Sequence[Pair], batch_size: int
-    ) -> KeptPasses | CircuitModel:
-        """What `run_pair` is to be asked of: the model itself where `MOST_KEPT` is too little."""
-        return model if cls.size(model, pairs) > MOST_KEPT else cls(model, pairs, batch_size)
+        cls, model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, corrupted: bool
+    ) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
+        """A `run_pair`: the model's own where `MOST_KEPT` is too little."""
+        if cls.size(model, pairs, corrupted=corrupted) > MOST_KEPT:
+            return partial(model.run_pair, corrupted=corrupted)
+        return cls(model, pairs, batch_size, corrupted=corrupted).run_pair
 
     @staticmethod
-    def size(model: CircuitModel, pairs: Sequence[Pair]) -> int:
+    def size(model: CircuitModel, pairs: Sequence[Pair], *, corrupted: bool) -> int:
         """Bytes that keeping takes."""
         config, graph = model.architecture.body.config, model.graph
         d_heads = model.architecture.blocks[0].d_head * graph.num_heads
@@ -72,17 +80,21 @@ class KeptPasses:
         ) * config.hidden_size + graph.num_layers * d_heads
         width = max(len(pair.clean_ids) for pair in pairs)
         predicted = sum(len(pair.target_ids) for pair in pairs)
-        numbers = len(pairs) * width * of_position + predicted * config.vocab_size
+        numbers = predicted * config.vocab_size
+        if corrupted:
+            numbers += len(pairs) * width * of_position
         return numbers * model.architecture.body.get_input_embeddings().weight.element_size()
 
-    def run_pair(self, batch: Batch) -> tuple[Tensor, Activations]:
+    def run_pair(self, batch: Batch) -> tuple[Tensor, Activations | None]:
         """See `CircuitModel.run_pair`."""
         device = self._reference.device
         rows = [self._row[pair] for pair in batch.pairs]
         tokens = torch.cat([self._tokens[row] for row in rows]).to(device, non_blocking=True)
+        reference = self._reference[tokens]
+        if self._activations is None:
+            return reference, None
         index = torch.tensor(rows).to(device, non_blocking=True)
         length = batch.clean_ids.shape[1]
-        activations = self._activations.map(
+        return reference, self._activations.map(
             lambda x: x[..., :length, :].index_select(x.dim() - 3, index)
         )
-        return self._reference[tokens], activations

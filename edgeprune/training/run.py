@@ -328,7 +328,8 @@ def train(
         say: called with what a person should know.
 
     Raises:
-        Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after saving a checkpoint.
+        Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after saving a checkpoint, in the last
+            step, too.
         TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
         CheckpointError: a checkpoint cannot be saved.
     """
@@ -354,7 +355,7 @@ def train(
             stop = processes.any(bool(stopped_by))
             if done.step % config.checkpoint_every == 0 or last or stop:
                 saved = _save(trainer, run_dir, saved)
-            if stop and not last:
+            if stop:
                 processes.any(False)  # the others wait until it is saved
                 number = stopped_by[0] if stopped_by else signal.SIGTERM
                 raise Interrupted(number, trainer.step, run_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
 from edgeprune.config import ConfigError, Constraint, TrainerConfig
-from edgeprune.dataset import Pair, collate, training_pairs
+from edgeprune.dataset import Batch, Pair, collate, training_pairs
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import Output
-from edgeprune.modeling import CircuitModel
+from edgeprune.modeling import Activations, CircuitModel
 from edgeprune.modeling.passes import KeptPasses
 from edgeprune.modeling.sharding import is_sharded
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
@@ -140,7 +140,7 @@ class Trainer:
         """Do one optimisation step.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was changed.
+            TrainingError: the loss or a gradient is not finite; nothing was changed.
             ProcessError: another process died or hung; nothing was changed.
         """
         config = self.config
@@ -163,11 +163,13 @@ class Trainer:
             loss = loss + constraint(sparsity[kind], targets[kind])
         multipliers = dict(self.constraints.named_parameters())
         values = {"loss": loss, "distance": distance, **sparsity, **multipliers}
+        values["gradient"] = of_gates.sum()
         values = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient"])):
             raise TrainingError(
                 f"the loss is {values['loss']} at step {self.step + 1} (distance "
-                f"{values['distance']}), on the batch that begins with {pairs[0].text!r}; the "
+                f"{values['distance']}), and the sum of its gradients by the gates "
+                f"{values['gradient']}, on the batch that begins with {pairs[0].text!r}; the "
                 "state before this step is kept. Lower trainer.learning_rate, or use "
                 "model.dtype=float32"
             )
@@ -211,7 +213,7 @@ class Trainer:
         size = config.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             batch = collate(mine[start : start + size]).to(gates.device)
-            reference, corrupted = self._passes.run_pair(batch)
+            reference, corrupted = self._run_pair(batch)
             closed = self.ablation.values(batch, corrupted)
             outputs = self.model.run_circuit(batch, gates, closed, recompute=config.recompute)
             share = len(batch.pairs) / len(pairs)
@@ -221,11 +223,13 @@ class Trainer:
         return total, gates.grad
 
     @cached_property
-    def _passes(self) -> KeptPasses | CircuitModel:
-        """What `run_pair` is asked of: a small training set is run once, before the first step."""
+    def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
+        """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
         size = self.config.micro_batch_size
         size = size or math.ceil(self.config.batch_size / self.processes.count)
-        return KeptPasses.where_they_fit(self.model, self.pairs, size)
+        return KeptPasses.where_they_fit(
+            self.model, self.pairs, size, corrupted=self.ablation.needs_corrupted
+        )
 
     def _targets(self) -> dict[str, float | None]:
         """The next step's target sparsity of edges and nodes; None where there is none."""
