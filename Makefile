@@ -36,7 +36,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and what runs left
-	rm -rf $(VENV) runs outputs multirun wandb build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs outputs wandb build dist .pytest_cache .ruff_cache
 
 # The stamp is written last: a half-made environment is made again.
 $(READY): pyproject.toml constraints.txt

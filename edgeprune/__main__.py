@@ -142,6 +142,7 @@ def _run(command: str, overrides: list[str]) -> None:
 
     add_resolver()
     failures: list[Exception] = []
+    run_dirs: set[str] = set()
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
@@ -150,6 +151,8 @@ def _run(command: str, overrides: list[str]) -> None:
         add_resolver()  # again, where this runs as a job elsewhere
         try:
             config: Any = OmegaConf.to_object(settings)
+            if command == "prune":
+                _check_apart(config.run_dir, run_dirs)
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
             if "SUBMITIT_EXECUTOR" in os.environ:  # in a job; Hydra brings it to who started that
@@ -163,6 +166,16 @@ def _run(command: str, overrides: list[str]) -> None:
         print(f"edgeprune: {failure}", file=sys.stderr)
     if failures:
         raise failures[-1]
+
+
+def _check_apart(run_dir: str, earlier: set[str]) -> None:
+    """Raises ConfigError where an earlier run of the sweep has this run directory."""
+    if run_dir in earlier:
+        raise ConfigError(
+            f"an earlier run of this sweep went to {run_dir}, too; have run_dir name what they "
+            "differ in, such as run_dir='runs/${ablation.kind}-${seed}'"
+        )
+    earlier.add(run_dir)
 
 
 # ---------------------------------------------------------------------------------------- errors

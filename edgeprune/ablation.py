@@ -17,21 +17,24 @@ class Ablation:
 
     Args:
         model: whose activations are averaged for mean ablation.
-        config: which ablation.
+        config: which ablation; or by its name: `interchange`, `zero` or `mean`.
         reference_set: the prompts; their clean activations are averaged for mean ablation.
         batch_size: pairs a forward pass, for that.
 
     Raises:
+        ConfigError: an unknown name.
         DataError: interchange ablation, and no corrupted prompt differs from its clean one.
     """
 
     def __init__(
         self,
         model: CircuitModel,
-        config: AblationConfig,
+        config: AblationConfig | str,
         reference_set: Sequence[Pair],
         batch_size: int = 64,
     ) -> None:
+        if not isinstance(config, AblationConfig):
+            config = AblationConfig(_kind(config))
         self.kind = config.kind
         self.needs_corrupted = config.kind is AblationKind.interchange
         if config.kind is AblationKind.interchange and all(
@@ -56,17 +59,10 @@ class Ablation:
         reference_set: Sequence[Pair],
         batch_size: int = 64,
     ) -> Ablation:
-        """An ablation as it is, or one by its name: `interchange`, `zero` or `mean`.
-
-        Raises:
-            ConfigError: an unknown name.
-        """
+        """An ablation as it is, or one by its name."""
         if isinstance(ablation, Ablation):
             return ablation
-        kinds = AblationKind.__members__
-        if ablation not in list(kinds):
-            raise ConfigError(f"unknown ablation {ablation!r}; choose {', '.join(kinds)}")
-        return cls(model, AblationConfig(kinds[ablation]), reference_set, batch_size)
+        return cls(model, ablation, reference_set, batch_size)
 
     def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
         """Values of closed edges; None stands for zeros.
@@ -78,3 +74,10 @@ class Ablation:
         if self.needs_corrupted:
             return corrupted
         return None if self.means is None else self.means.for_batch(batch)
+
+
+def _kind(name: str) -> AblationKind:
+    kinds = AblationKind.__members__
+    if name not in list(kinds):
+        raise ConfigError(f"unknown ablation {name!r}; choose {', '.join(kinds)}")
+    return kinds[name]

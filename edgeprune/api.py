@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgeprune.ablation import Ablation
@@ -13,6 +14,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.config import (
     PruneConfig,
     TrainerConfig,
+    asked_sparsity,
     check_prune,
     evaluation_batch_size,
     from_keywords,
@@ -21,6 +23,7 @@ from edgeprune.config import (
 from edgeprune.dataset import Pair
 from edgeprune.masks import CircuitMasks
 from edgeprune.modeling import CircuitModel
+from edgeprune.training.objective import unfinished
 from edgeprune.training.progress import training_progress
 from edgeprune.training.trainer import StepMetrics, Trainer
 
@@ -37,9 +40,9 @@ class Pruned:
     """
 
     circuit: Circuit
-    masks: CircuitMasks
-    history: list[StepMetrics]
-    ablation: Ablation
+    masks: CircuitMasks = field(repr=False)
+    history: list[StepMetrics] = field(repr=False)
+    ablation: Ablation = field(repr=False)
 
 
 def prune(
@@ -98,6 +101,10 @@ def prune(
     model.release()
     export = export_circuit(masks, sparsity=whole.sparsity, num_edges=whole.num_edges)
     circuit = export.circuit
+    asked = asked_sparsity(whole, model.graph.num_edges)
+    message = None if asked is None else unfinished(history[-1].sparsity, asked)
+    if message:
+        warnings.warn(message, stacklevel=2)
     if whole.cleanup is not None:
         circuit = clean_up(
             model,

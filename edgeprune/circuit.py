@@ -22,6 +22,18 @@ class Circuit:
     graph: CircuitGraph
     edge_set: frozenset[Edge]
 
+    def __repr__(self) -> str:
+        return f"Circuit({len(self):,} of {self.graph.num_edges:,} edges)"
+
+    @staticmethod
+    def check(circuit: Any) -> None:
+        """Raises TypeError for anything but a circuit."""
+        if not isinstance(circuit, Circuit):
+            raise TypeError(
+                f"got a {type(circuit).__name__}, expected a Circuit, such as `pruned.circuit` or "
+                "`Circuit.load(path, model.graph)`"
+            )
+
     @classmethod
     def from_edges(cls, graph: CircuitGraph, edges: Iterable[Edge]) -> Circuit:
         """A circuit from (writer, reader) names.

@@ -574,11 +574,16 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
         return None
     if config.trainer.target_sparsity is not None:
         return config.trainer.target_sparsity
-    asked = config.sparsity
-    if asked is None:
-        asked = 1 - config.num_edges / all_edges
+    asked = asked_sparsity(config, all_edges)
     lags = config.trainer.constraint is Constraint.lagrangian
     return asked + LEAD if lags and config.trainer.warmup is Warmup.linear else asked
+
+
+def asked_sparsity(config: PruneConfig, all_edges: int) -> float | None:
+    """The circuit's, where a size is asked for."""
+    if config.num_edges is not None:
+        return 1 - config.num_edges / all_edges
+    return config.sparsity
 
 
 def from_keywords(schema: type, settings: dict[str, Any]) -> Any:

@@ -182,6 +182,17 @@ def test_multirun_and_wandb_without_a_key(tmp_path):
         assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
 
 
+def test_runs_of_a_sweep_that_would_share_a_directory_are_refused(tmp_path):
+    run_dir = tmp_path / "run"
+    done = run_cli("prune", *SMALL, "trainer.steps=2", "ablation=zero,mean", f"run_dir={run_dir}",
+                   "overwrite=true", "--multirun")  # fmt: skip
+    assert_refused(
+        done, 2, f"an earlier run of this sweep went to {run_dir}, too", "run_dir='runs/$"
+    )
+    evaluation = json.loads((run_dir / "evaluation-validation.json").read_text())
+    assert evaluation["ablation"]["kind"] == "zero"
+
+
 def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, monkeypatch):
     from edgeprune.commands import prune
     from edgeprune.training.run import Interrupted
@@ -255,11 +266,11 @@ def test_in_a_sweep_commas_part_values(tmp_path, capsys, monkeypatch):
     got = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prune, "prune", got.append)
-    arguments = ("model=custom", "model.path=gpt2,a/b", "run_dir=~/x", "--multirun")
+    arguments = ("model=custom", "model.path=a/b", "run_dir=~/x,y/z", "--multirun")
     code, _, err = call(capsys, monkeypatch, "prune", "experiment=ioi", *arguments)
     assert code == 0, err
     home = os.path.expanduser("~/x")
-    assert [(c.model.path, c.run_dir) for c in got] == [("gpt2", home), ("a/b", home)]
+    assert [(c.model.path, c.run_dir) for c in got] == [("a/b", home), ("a/b", "y/z")]
 
 
 def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):

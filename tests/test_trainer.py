@@ -1,4 +1,5 @@
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -257,6 +258,34 @@ def test_settings_from_python_are_those_of_the_command_line(model):
     ]:
         with pytest.raises(ConfigError, match=message):
             prune(model, pairs, **{**settings, **wrong})
+
+
+def test_gates_far_from_the_size_asked_for_are_said(model):
+    pairs = random_pairs(8)
+    settings = dict(steps=3, batch_size=4, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"gates have only become \d\d\.\d% sparse.*circuit.*98\.0%"
+    ):
+        prune(model, pairs, sparsity=0.98, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(model, pairs, sparsity=0.98, constraint="exact", sparsity_warmup_steps=1, **settings)
+        prune(model, pairs, target_sparsity=0.9, **settings)  # no size is asked for
+
+
+def test_what_is_no_circuit_or_prompt_is_refused_in_words(model):
+    pairs = random_pairs(3)
+    ablation = Ablation(model, "mean", pairs)
+    assert ablation.kind is AblationKind.mean
+    for wrong in ("edges.json", prune(model, pairs, num_edges=9, steps=1, progress=False)):
+        name = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"got a {name}, expected a Circuit, such as `pruned"):
+            evaluate(model, wrong, pairs)
+        with pytest.raises(TypeError, match=f"got a {name}, expected a Circuit"):
+            clean_up(model, wrong, pairs, tolerance=0, ranking=[])
+    assert repr(wrong) == "Pruned(circuit=Circuit(9 of 302 edges))"
+    with pytest.raises(TypeError, match="prompts are of type dict, expected pairs of token ids"):
+        prune(model, [{"clean": "x"}], num_edges=9, progress=False)
 
 
 def test_kept_passes_are_those_of_the_model(model):

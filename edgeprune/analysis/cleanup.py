@@ -92,6 +92,7 @@ def clean_up(
         ValueError: there are no prompts, or one is too long for the model.
     """
     check_cleanup(tolerance)
+    Circuit.check(circuit)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     return _CleaningUp(model, circuit, pairs, ranking, ablation, batch_size).run(tolerance)

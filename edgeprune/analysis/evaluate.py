@@ -106,6 +106,7 @@ def evaluate(
     Raises:
         ValueError: there are no prompts, or one is too long for the model.
     """
+    Circuit.check(circuit)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     randoms = [

@@ -22,6 +22,7 @@ from edgeprune.config import (
     PruneConfig,
     Split,
     TrackerConfig,
+    asked_sparsity,
     check_model,
     check_prune,
     evaluation_batch_size,
@@ -32,6 +33,7 @@ from edgeprune.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
     from edgeprune.training.distributed import Processes
+    from edgeprune.training.trainer import StepMetrics
 
 
 def prune(config: PruneConfig) -> None:
@@ -123,6 +125,7 @@ def _train(
 ) -> None:
     from edgeprune.ablation import Ablation
     from edgeprune.training import run
+    from edgeprune.training.objective import unfinished
     from edgeprune.training.progress import training_progress
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
@@ -142,11 +145,23 @@ def _train(
         f"{len(pairs):,} pairs, {config.trainer.steps:,} steps{number}, in {run_dir}"
     )
     tracker = config.tracker if processes.is_first else TrackerConfig()
+    last: StepMetrics | None = None
+
+    def after_step(metrics: StepMetrics) -> None:
+        nonlocal last
+        last = metrics
+        show(metrics)
+        track(metrics)
+
     with (
         Tracker(tracker, run_dir, to_dict(config)) as track,
         training_progress(config.trainer.steps, enabled=processes.is_first) as show,
     ):
-        run.train(trainer, run_dir, lambda metrics: (show(metrics), track(metrics)), say)
+        run.train(trainer, run_dir, after_step, say)
+    asked = asked_sparsity(config, model.graph.num_edges)
+    message = unfinished(last.sparsity, asked) if last and asked is not None else None
+    if message:
+        say(message)
 
 
 def _finish(

@@ -174,9 +174,17 @@ class CircuitModel:
         return self.architecture.embed(ids).shape[-1]
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Raises ValueError where there are no prompts, or one is too long for the model."""
+        """Raises ValueError where there are no prompts, or one is too long for the model.
+
+        And TypeError where they are something else.
+        """
         if not len(pairs):
             raise ValueError("got no prompts; give at least one pair, from load_dataset")
+        if not isinstance(pairs[0], Pair):
+            raise TypeError(
+                f"prompts are of type {type(pairs[0]).__name__}, expected pairs of token ids, from "
+                "load_dataset or encode_pair"
+            )
         longest = max(len(pair.clean_ids) for pair in pairs)
         if longest > self.max_length:
             raise ValueError(

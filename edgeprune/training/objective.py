@@ -22,6 +22,10 @@ def faithfulness(
     return (kl_per_token(reference, logits) * batch.shares).sum() / len(batch.pairs)
 
 
+MOST_OPEN = 2.0
+"""Times as many open gates as the circuit has edges, at the end of a run that went well."""
+
+
 class SparsityConstraint(nn.Module):
     """multiplier_1 (s - t) + multiplier_2 (s - t)^2, with multipliers that are maximised.
 
@@ -50,6 +54,21 @@ def scheduled_target(
     if shape is Warmup.linear:
         return start + (target - start) * progress
     return 1 - (1 - start) ** (1 - progress) * (1 - target) ** progress
+
+
+def unfinished(sparsity: float, asked: float) -> str | None:
+    """What to tell people whose gates are not yet about as sparse as the circuit cut from them.
+
+    Args:
+        sparsity: of the last step's gates.
+        asked: of the circuit.
+    """
+    if 1 - sparsity <= MOST_OPEN * (1 - asked):
+        return None
+    return (
+        f"the gates have only become {sparsity:.1%} sparse, so a circuit that is {asked:.1%} "
+        "sparse leaves out what they rely on; take more steps, or the settings of trainer=fast"
+    )
 
 
 def learning_rate_factor(step: int, config: TrainerConfig) -> float:
