@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-LEAD = 0.07
-"""How far a Lagrangian's target is above the sparsity asked for, if it is not set."""
-
 MOST_EVALUATED = 64
 """Pairs of a pass without gradients, unless more are asked for."""
 
@@ -147,8 +144,10 @@ class TrainerConfig:
     start_sparsity: float = 0.25
     """Target at step 0."""
     target_sparsity: float | None = None
-    """Target after the warm-up. null: the sparsity asked for; a Lagrangian's is 0.07 more (in a
-    linear warm-up), since its gates lag behind, and above 1 it pushes harder."""
+    """Target after the warm-up; null: as follows from the sparsity asked for, see target_lead."""
+    target_lead: float = 0.07
+    """How far a target that is not set lies beyond the sparsity asked for, where multipliers hold
+    the gates and the warm-up is linear: gates lag behind, and above 1 a target pushes harder."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the target rises; null: two thirds of all."""
     edge_price: float | None = None
@@ -575,8 +574,9 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     if config.trainer.target_sparsity is not None:
         return config.trainer.target_sparsity
     asked = asked_sparsity(config, all_edges)
-    lags = config.trainer.constraint is Constraint.lagrangian
-    return asked + LEAD if lags and config.trainer.warmup is Warmup.linear else asked
+    how = (config.trainer.constraint, config.trainer.warmup)
+    lags = how == (Constraint.lagrangian, Warmup.linear)
+    return asked + config.trainer.target_lead if lags else asked
 
 
 def asked_sparsity(config: PruneConfig, all_edges: int) -> float | None:

@@ -16,8 +16,10 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     Constraint,
+    PruneConfig,
     TrainerConfig,
     Warmup,
+    target_sparsity,
 )
 from edgeprune.dataset import DataError, collate
 from edgeprune.modeling import passes, wrap_model
@@ -258,6 +260,21 @@ def test_settings_from_python_are_those_of_the_command_line(model):
     ]:
         with pytest.raises(ConfigError, match=message):
             prune(model, pairs, **{**settings, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, 0.97), ({"target_lead": 0.0}, 0.9), ({"target_lead": 0.2}, 1.1),
+        ({"target_sparsity": 0.5}, 0.5), ({"edge_price": 0.1}, None),
+        ({"constraint": Constraint.exact}, 0.9), ({"warmup": Warmup.logarithmic}, 0.9),
+    ],
+)  # fmt: skip
+def test_the_target_follows_from_what_is_asked_for(settings, wanted):
+    config = TrainerConfig(**settings)
+    for asked in ({"sparsity": 0.9}, {"num_edges": 3}):
+        found = target_sparsity(PruneConfig(trainer=config, **asked), all_edges=30)
+        assert found == (wanted if wanted is None else pytest.approx(wanted))
 
 
 def test_gates_far_from_the_size_asked_for_are_said(model):
