@@ -258,7 +258,8 @@ class ExportConfig:
     """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
     where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json, graph.json or graph.pt in the run directory."""
+    """File to write; null: edges.json, graph.json or graph.pt in the run directory. Beside one
+    elsewhere (as edges) lies FILE.origin, by which its model and run are known: keep both."""
 
 
 @dataclass

@@ -54,8 +54,9 @@ class CircuitFile:
 
     Attributes:
         edges: kept, by our names; unchecked where the file is an `edges.json`.
-        graph: the one the edges belong to; None for an `edges.json`, which does not say.
-        sure: False if the embeddings and the grouping of heads in `graph` are a guess.
+        graph: the one the edges belong to; None for an `edges.json`, which does not say, unless it
+            was given.
+        sure: False if `graph` is unknown, or its embeddings and the grouping of heads are a guess.
         notes: what was lost or decided in reading, for people.
     """
 
@@ -97,7 +98,8 @@ def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> Ci
             f"{path} is not a list of [writer, reader] pairs of names, nor a graph of EAP-IG or "
             "MIB with keys 'cfg' and 'edges'"
         )
-    return CircuitFile([(writer, reader) for writer, reader in content], None)
+    edges = [(writer, reader) for writer, reader in content]
+    return CircuitFile(edges, graph, sure=graph is not None)
 
 
 def write_circuit_file(

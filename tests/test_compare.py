@@ -20,6 +20,7 @@ from edgeprune.analysis.compare import (
 )
 from edgeprune.circuit import Circuit
 from edgeprune.commands.compare import labels_of
+from edgeprune.commands.shared import find_circuit
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -244,6 +245,52 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
     assert code == 2
     assert "need a run directory" in err
+
+
+def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, monkeypatch):
+    """Else key/value head 1 of four heads in two groups would be taken for that of head 1."""
+    graph = CircuitGraph(2, 4, 2, ("embeds",))
+    whole = Circuit.from_edges(graph, [("embeds", "a0.h1.k"), ("a0.h2", "resid_post")])
+    run = fake_run(tmp_path / "run", whole)
+    folder = tmp_path / "elsewhere"
+
+    def edgeprune(*arguments) -> tuple[str, str]:
+        code, out, err = call(capsys, monkeypatch, *arguments)
+        assert code == 0, err
+        return out, err
+
+    edgeprune("export", run / "edges.json", f"output={folder / 'a.json'}")
+    edgeprune("export", folder / "a.json", f"output={folder / 'b.pt'}")
+    edgeprune("export", folder / "b.pt", f"output={folder / 'edges.json'}")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a.json", "a.json.origin", "b.pt", "edges.json", "edges.json.origin",
+    ]  # fmt: skip
+    assert Circuit.load(folder / "b.pt", graph) == whole
+    for name in ("a.json", "edges.json"):
+        out, err = edgeprune("draw", folder / name, "formats=[dot]")
+        assert "drew 2 edges between 3 nodes" in out
+        assert not err
+        assert "embeds -> a0_h3:k" in (folder / "circuit.dot").read_text()
+    assert find_circuit(str(folder / "a.json")) == (folder / "a.json", folder / "../run")
+    # a file that was changed since, or of which nothing is known, is not read with that graph
+    (folder / "a.json").write_text('[["embeds", "a0.h2.q"], ["a0.h2", "resid_post"]]')
+    _, err = edgeprune("draw", folder / "a.json", "formats=[dot]")
+    assert "does not say which model it is of" in err
+    code, _, err = call(capsys, monkeypatch, "export", folder / "a.json",
+                        f"output={folder / 'c.pt'}")  # fmt: skip
+    assert code == 2
+    assert "does not say which model it is of, but a graph holds all of its edges" in err
+    assert not (folder / "c.pt").exists()
+
+
+def test_a_graph_of_which_the_grouping_is_a_guess_is_said(tmp_path, capsys, monkeypatch):
+    content = {"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"a0.h1->logits": {"in_graph": True}}}
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.json",
+                        f"output={tmp_path / 'e.json'}")  # fmt: skip
+    assert code == 0, err
+    assert "does not say whether heads share keys and values" in err
+    assert not (tmp_path / "e.json.origin").exists()
 
 
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):

@@ -9,16 +9,17 @@ from typing import Any
 
 from edgeprune.commands.shared import (
     OUT,
+    circuit_of,
     data_file,
     export_from,
     find_circuit,
     known_graph,
     load_model,
     load_pairs,
-    read_circuit,
     run_settings,
     say,
     show,
+    write_origin,
 )
 from edgeprune.config import (
     CircuitFormat,
@@ -55,6 +56,8 @@ def export(config: ExportConfig, model: Any = None) -> None:
     output = Path(config.output) if config.output else run_dir / names[format]
     if format == "edges":
         chosen.circuit.save(output)
+        if output.parent.resolve() != run_dir.resolve():
+            write_origin(output, chosen.circuit.graph, run_dir)
     else:
         scores = load_masks(run_dir, step)[0].scores()
         d_model = read_manifest(run_dir)["model"].get("d_model")
@@ -111,6 +114,7 @@ def _format(config: ExportConfig) -> str:
 
 def _convert(config: ExportConfig) -> None:
     """From a circuit's file to another."""
+    from edgeprune.formats import read_circuit_file
     from edgeprune.training.run import read_manifest
 
     path, run_dir = find_circuit(config.run)
@@ -121,9 +125,19 @@ def _convert(config: ExportConfig) -> None:
         )
     if config.output is None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
-    circuit = read_circuit(path, known_graph(path, run_dir))
+    format, output = _format(config), Path(config.output)
+    file = read_circuit_file(path, known_graph(path, run_dir))
+    if format != "edges" and file.graph is None:
+        raise ConfigError(
+            f"{path} does not say which model it is of, but a graph holds all of its edges; export "
+            f"the run itself (edgeprune export RUN format={format} output=FILE), or from Python "
+            f"Circuit.load(FILE, edgeprune.load_model(NAME).graph).save(FILE, {format!r})"
+        )
+    circuit = circuit_of(path, file)
     manifest: dict[str, Any] = read_manifest(run_dir) if run_dir else {"model": {}}
-    circuit.save(config.output, _format(config), d_model=manifest["model"].get("d_model"))
-    show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {config.output}")
-    if _format(config) != "edges":
+    circuit.save(output, format, d_model=manifest["model"].get("d_model"))
+    if format == "edges" and file.sure:
+        write_origin(output, circuit.graph, run_dir)
+    show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {output}")
+    if format != "edges":
         say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")

@@ -16,6 +16,9 @@ from edgeprune.files import write_text
 OUT = Console()
 ERR = Console(stderr=True)
 
+ORIGIN = ".origin"
+"""Added to the name of an exported circuit: a note beside it of its graph and run."""
+
 
 def be_quiet() -> None:
     """Print nothing but errors: what follows is said by the run's first process."""
@@ -111,7 +114,7 @@ def first_split(path: Path, wanted: Split) -> Split:
 def find_circuit(given: str) -> tuple[Path, Path | None]:
     """(file, its run directory if there is one) of a run directory or a circuit's file.
 
-    A circuit made of others (by `compare` or `report`) has the run of the first of them.
+    What is noted beside a circuit that `export`, `compare` or `report` wrote names its run.
     """
     from edgeprune.training.run import EDGES, has_run
 
@@ -127,22 +130,41 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
                 raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
             raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
         path = path / EDGES
-    if has_run(path.parent):
-        return path, path.parent
     origin = _origin(path).get("run")
-    run_dir = path.parent / origin if isinstance(origin, str) else None
-    return path, run_dir if run_dir is not None and has_run(run_dir) else None
+    if isinstance(origin, str) and has_run(path.parent / origin):
+        return path, path.parent / origin
+    return path, path.parent if has_run(path.parent) else None
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """The circuit.json beside a circuit, if there is one."""
-    from edgeprune.training.run import REPORT
+    """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
+    from edgeprune.training.run import EDGES, REPORT, file_digest
 
-    try:
-        found = json.loads((path.parent / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    notes = [path.with_name(path.name + ORIGIN)]
+    if path.name == EDGES:
+        notes.append(path.with_name(REPORT))
+    for note in notes:
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("sha256") in (None, file_digest(path)):
+            return found
+    return {}
+
+
+def write_origin(path: Path, graph: Any, run_dir: Path | None) -> Path:
+    """Note beside an edges.json of which graph and run it is, since the file cannot say.
+
+    The note holds for the file as it now is. Returns the note's path.
+    """
+    from edgeprune.training.run import file_digest
+
+    run = None if run_dir is None else os.path.relpath(run_dir, path.parent)
+    origin = {"sha256": file_digest(path), "run": run, "graph": graph.to_dict()}
+    note = path.with_name(path.name + ORIGIN)
+    write_text(note, json.dumps(origin, indent=1) + "\n")
+    return note
 
 
 def known_graph(path: Path, run_dir: Path | None) -> Any:
@@ -150,28 +172,44 @@ def known_graph(path: Path, run_dir: Path | None) -> Any:
     from edgeprune.graph import CircuitGraph
     from edgeprune.training.run import read_graph
 
-    if run_dir is not None:
-        return read_graph(run_dir)
     try:
         return CircuitGraph.from_dict(_origin(path)["graph"])
     except (KeyError, TypeError, ValueError):
-        return None
+        return None if run_dir is None else read_graph(run_dir)
 
 
 def read_circuit(path: Path, graph: Any = None) -> Any:
-    """A circuit's file of any format; says what was lost in reading.
+    """A circuit's file of any format; says what was lost in reading, or had to be guessed.
 
     Args:
         path: the file.
         graph: the model's; None: the file's own or, for an edges.json, the smallest that fits.
     """
-    from edgeprune.circuit import Circuit
-    from edgeprune.formats import infer_graph, read_circuit_file
+    from edgeprune.formats import read_circuit_file
 
-    file = read_circuit_file(path, graph)
+    return circuit_of(path, read_circuit_file(path, graph))
+
+
+def circuit_of(path: Path, file: Any) -> Any:
+    """The circuit of a `CircuitFile`; says what `read_circuit` says."""
+    from edgeprune.circuit import Circuit
+    from edgeprune.formats import infer_graph
+
     for note in file.notes:
         say(note)
-    graph = graph or file.graph or infer_graph(file.edges, str(path))
+    graph = file.graph or infer_graph(file.edges, str(path))
+    if file.graph is None:
+        say(
+            f"{path} does not say which model it is of, so the graph is the smallest that has "
+            f"these edges ({graph.num_layers} layers of {graph.num_heads} heads), without grouped "
+            "queries: of a model that has them, it is the wrong one. What `edgeprune export RUN` "
+            f"writes is known, with its FILE{ORIGIN} beside it"
+        )
+    elif not file.sure:
+        say(
+            f"{path} does not say whether heads share keys and values, so each is taken to have "
+            "its own; of a model with grouped queries, an edges.json made of it is wrong"
+        )
     return Circuit.from_edges_checked(graph, file.edges, str(path))
 
 
