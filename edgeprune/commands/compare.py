@@ -199,18 +199,13 @@ def _table(title: str, *columns: str) -> Table:
 
 def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], run_dir: Path | None) -> None:
     """What lies on a path from input to output in any circuit, coloured by who has it."""
+    from edgeprune.analysis.compare import union
     from edgeprune.drawing import comparison_groups, draw_circuit
 
-    edges = {edge for c in circuits.values() for edge in c.without_dangling().edge_set}
+    shown = union([circuit.without_dangling() for circuit in circuits.values()])
     groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
     title = run_title(run_dir)
     for suffix in formats:
-        draw_circuit(
-            edges,
-            folder / f"comparison.{suffix}",
-            title=title,
-            heads_per_kv_head=next(iter(circuits.values())).graph.heads_per_kv_head,
-            groups=groups,
-        )
+        draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)
     if formats:
-        show(f"drew {len(edges):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")
+        show(f"drew {len(shown):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")

@@ -88,12 +88,7 @@ def _drawing(circuit: Any, title: str) -> str | None:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "circuit.svg"
         try:
-            draw_circuit(
-                circuit.edges,
-                path,
-                title=title,
-                heads_per_kv_head=circuit.graph.heads_per_kv_head,
-            )
+            draw_circuit(circuit, path, title=title)
         except GraphvizMissing:
             say("the page is without drawings of circuits: Graphviz is not on this machine")
             return None
