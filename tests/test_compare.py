@@ -293,6 +293,29 @@ def test_a_graph_of_which_the_grouping_is_a_guess_is_said(tmp_path, capsys, monk
     assert not (tmp_path / "e.json.origin").exists()
 
 
+def test_circuits_of_different_tasks_are_measured_on_none_unasked(tmp_path, capsys, monkeypatch):
+    runs = [
+        fake_run(tmp_path / name, circuit(ONE, TWO), task={"name": name})
+        for name in ("ioi", "induction")
+    ]
+    again = fake_run(tmp_path / "again", circuit(ONE), task={"name": "ioi"}, seed=1)
+    output = tmp_path / "out"
+
+    def compare_(*paths) -> str:
+        code, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[dot]",
+                            f"output={output}")  # fmt: skip
+        assert code == 0, err
+        return (output / "comparison.dot").read_text()
+
+    assert "<B>ioi in tiny, induction in tiny</B>" in compare_(*runs)
+    assert json.loads((output / "union/circuit.json").read_text())["run"] is None
+    code, _, err = call(capsys, monkeypatch, "evaluate", output / "union")
+    assert code == 2
+    assert "is of no run, or of several that differ in model or task, so give both" in err
+    assert "<B>ioi in tiny</B>" in compare_(runs[0], again)
+    assert json.loads((output / "union/circuit.json").read_text())["run"] == "../../ioi"
+
+
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
     """What is done to CodeLlama, small; the embedded model has no idea of the task."""
 

@@ -15,6 +15,7 @@ from edgeprune.commands.shared import (
     OUT,
     find_circuit,
     known_graph,
+    run_settings,
     run_title,
     say,
     show,
@@ -65,7 +66,8 @@ def compare(config: CompareConfig) -> None:
     for label, one in zip(labels, given, strict=True):
         result["circuits"][label] = {"path": str(one.path), **result["circuits"][label]}
     folder = Path(config.output)
-    run_dir = next((one.run_dir for one in given if one.run_dir), None)
+    run_dirs = [one.run_dir for one in given if one.run_dir]
+    run_dir = _run_of_all(run_dirs)
     parts = {
         "intersection": analysis.intersection(circuits.values()),
         "union": analysis.union(circuits.values()),
@@ -75,8 +77,19 @@ def compare(config: CompareConfig) -> None:
         write_circuit(folder / name, part, f"{name} of {', '.join(labels)}", run_dir)
     write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
     _print(result)
-    _draw(circuits, folder, config.formats, run_dir)
+    title = ", ".join(dict.fromkeys(filter(None, map(run_title, run_dirs))))
+    _draw(circuits, folder, config.formats, title)
     show(f"-> {folder}: comparison.json, {', '.join(parts)}")
+
+
+def _run_of_all(run_dirs: list[Path]) -> Path | None:
+    """The first run, if all are of one task and model, so that its prompts measure them all."""
+    settings = [run_settings(run_dir) for run_dir in run_dirs]
+    same = all(
+        (one["task"], one["model"]) == (settings[0]["task"], settings[0]["model"])
+        for one in settings
+    )
+    return run_dirs[0] if run_dirs and same else None
 
 
 def labels_of(paths: list[Path]) -> list[str]:
@@ -197,14 +210,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], run_dir: Path | None) -> None:
+def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], title: str) -> None:
     """What lies on a path from input to output in any circuit, coloured by who has it."""
     from edgeprune.analysis.compare import union
     from edgeprune.drawing import comparison_groups, draw_circuit
 
     shown = union([circuit.without_dangling() for circuit in circuits.values()])
     groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
-    title = run_title(run_dir)
     for suffix in formats:
         draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)
     if formats:
