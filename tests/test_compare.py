@@ -316,6 +316,24 @@ def test_circuits_of_different_tasks_are_measured_on_none_unasked(tmp_path, caps
     assert json.loads((output / "union/circuit.json").read_text())["run"] == "../../ioi"
 
 
+def test_numbers_can_be_read_in_80_columns(tmp_path):
+    """With names as runs have them by default, below folders that differ, too."""
+    first, second = (
+        fake_run(tmp_path / f"{task}/sparsity-0.98-edges-any-seed-1", circuit(ONE, *more))
+        for task, more in (("greater_than-embedded", [TWO, THREE]), ("induction-embedded", [TWO]))
+    )
+    done = run_cli("compare", first, second, f"reference={second}", "formats=[]",
+                   f"output={tmp_path / 'out'}", COLUMNS="80")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 80
+    for numbers in (
+        ["3", "0.9508", "3", "2 edges, 2 nodes", "1"], ["2", "0.667", "2", "0.667"],
+        ["0.667", "1.000", "0.800", "0.667", "1.000", "0.800"],
+    ):  # fmt: skip
+        rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
+        assert any(row[-1 - len(numbers) : -1] == numbers for row in rows), done.stdout
+
+
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
     """What is done to CodeLlama, small; the embedded model has no idea of the task."""
 
@@ -335,8 +353,10 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
         f"output={tmp_path / 'both'}")  # fmt: skip
     result = json.loads((tmp_path / "both/comparison.json").read_text())
     assert list(result["circuits"]) == ["instruction", "few_shot"]
-    out = run("evaluate", tmp_path / "both/intersection", "task=boolean_expressions_few_shot",
-              f"task.path={tmp_path / 'few_shot.jsonl'}")  # fmt: skip
+    out = run(
+        "evaluate", tmp_path / "both/intersection", "model=embedded",
+        "task=boolean_expressions_few_shot", f"task.path={tmp_path / 'few_shot.jsonl'}",
+    )  # fmt: skip
     assert f"circuit, {result['intersection']['num_edges']} edges" in out
     written = json.loads((tmp_path / "both/intersection/evaluation-test.json").read_text())
     assert written["num_examples"] == 4

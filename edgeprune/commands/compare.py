@@ -167,7 +167,7 @@ def _read(given: list[Given]) -> list[Any]:
 def _print(result: dict[str, Any]) -> None:
     """Tables for the console."""
     some = next(iter(result["circuits"].values()))
-    columns = ("", "edges", "sparsity", "nodes", "without dangling edges", "only here")
+    columns = ("", "edges", "sparsity", "nodes", "without dangling", "only here")
     sizes = _table(f"circuits, of {some['all_edges']:,} edges", *columns)
     rows = {**result["circuits"], "all of them": result["intersection"],
             "any of them": result["union"]}  # fmt: skip
@@ -180,7 +180,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{size['only_here']:,}" if "only_here" in size else "",
         )  # fmt: skip
     OUT.print(sizes)
-    pairs = _table("overlap", "", "", "shared edges", "edge IoU", "shared nodes", "node IoU")
+    pairs = _table("overlap", "", "", "shared\nedges", "edge IoU", "shared\nnodes", "node IoU")
     for pair in result["pairs"][:MOST_PAIRS]:
         pairs.add_row(
             Text(pair["a"]), Text(pair["b"]), f"{pair['shared_edges']:,}",
@@ -195,7 +195,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     if "reference" in result:
         against = _table(f"against {result['reference']}", "", "precision", "recall", "F1",
-                         "of nodes: precision", "recall", "F1")  # fmt: skip
+                         "of nodes:\nprecision", "recall", "F1")  # fmt: skip
         for name, both in result["agreement"].items():
             values = [both[of][key] for of in ("edges", "nodes")
                       for key in ("precision", "recall", "f1")]  # fmt: skip
@@ -204,9 +204,13 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
+    """Columns without a heading are names, which fold where numbers need the room."""
     table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not index)
+    for column in columns:
+        is_name = not column
+        table.add_column(
+            column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold"
+        )
     return table
 
 
