@@ -316,6 +316,36 @@ def test_circuits_of_different_tasks_are_measured_on_none_unasked(tmp_path, caps
     assert json.loads((output / "union/circuit.json").read_text())["run"] == "../../ioi"
 
 
+def test_a_second_comparison_leaves_nothing_of_the_first(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "abc"]
+    output = tmp_path / "out"
+
+    def files(*arguments) -> set[str]:
+        code, _, err = call(capsys, monkeypatch, "compare", *arguments, f"output={output}")
+        assert code == 0, err
+        return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+
+    output.mkdir()
+    (output / "comparison.svg").write_text("of another program")
+    files(runs[0], runs[1], "formats=[dot]")
+    (output / "only-b/edges.json").write_text("[]")  # changed since
+    assert files(runs[0], runs[2], "formats=[]") == {
+        ".compare.json", "comparison.json", "comparison.svg", "only-b/edges.json",
+        *(f"{part}/{name}" for part in ("intersection", "union", "only-a", "only-c")
+          for name in ("edges.json", "circuit.json")),
+    }  # fmt: skip
+
+
+def test_parts_of_a_comparison_are_not_replaced_by_their_own(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "ab"]
+    settings = ("formats=[]", f"output={tmp_path / 'out'}")
+    assert call(capsys, monkeypatch, "compare", *runs, *settings)[0] == 0
+    code, _, err = call(capsys, monkeypatch, "compare", tmp_path / "out/only-a", runs[0], *settings)
+    assert code == 2
+    assert "is of an earlier `edgeprune compare`, which would be replaced" in err
+    assert (tmp_path / "out/only-a/edges.json").exists()
+
+
 def test_numbers_can_be_read_in_80_columns(tmp_path):
     """With names as runs have them by default, below folders that differ, too."""
     first, second = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from edgeprune.commands.shared import (
     OUT,
     find_circuit,
     known_graph,
+    replacing_earlier,
     run_settings,
     run_title,
     say,
@@ -73,12 +75,16 @@ def compare(config: CompareConfig) -> None:
         "union": analysis.union(circuits.values()),
         **{f"only-{label}": analysis.only_in(label, circuits) for label in labels},
     }
-    for name, part in parts.items():
-        write_circuit(folder / name, part, f"{name} of {', '.join(labels)}", run_dir)
-    write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
-    _print(result)
     title = ", ".join(dict.fromkeys(filter(None, map(run_title, run_dirs))))
-    _draw(circuits, folder, config.formats, title)
+    with replacing_earlier(folder, "compare", [one.path for one in given]) as written:
+        for name, part in parts.items():
+            how = f"{name} of {', '.join(labels)}"
+            written += write_circuit(folder / name, part, how, run_dir)
+        write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+        written.append(folder / "comparison.json")
+        _print(result)
+        for path in _draw(circuits, folder, config.formats, title):
+            written.append(path)
     show(f"-> {folder}: comparison.json, {', '.join(parts)}")
 
 
@@ -214,14 +220,19 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], title: str) -> None:
-    """What lies on a path from input to output in any circuit, coloured by who has it."""
+def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], title: str) -> Iterator[Path]:
+    """What lies on a path from input to output in any circuit, coloured by who has it.
+
+    Yields each file when it is written.
+    """
     from edgeprune.analysis.compare import union
     from edgeprune.drawing import comparison_groups, draw_circuit
 
     shown = union([circuit.without_dangling() for circuit in circuits.values()])
     groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
     for suffix in formats:
-        draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)
+        path = folder / f"comparison.{suffix}"
+        draw_circuit(shown, path, title=title, groups=groups)
+        yield path
     if formats:
         show(f"drew {len(shown):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +215,11 @@ def circuit_of(path: Path, file: Any) -> Any:
     return Circuit.from_edges_checked(graph, file.edges, str(path))
 
 
-def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> Path:
-    """Write a circuit made of others: edges.json, and a circuit.json that says how and of what."""
+def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> list[Path]:
+    """Write a circuit made of others: edges.json, and a circuit.json that says how and of what.
+
+    Returns the two files.
+    """
     from edgeprune.training.run import EDGES, REPORT
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
@@ -226,7 +231,54 @@ def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | No
     }
     circuit.save(folder / EDGES)
     write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    return folder / EDGES
+    return [folder / EDGES, folder / REPORT]
+
+
+@contextmanager
+def replacing_earlier(
+    folder: Path, command: str, reads: Iterable[Path] = ()
+) -> Iterator[list[Path]]:
+    """Remove what the command wrote into a folder before, and note what it writes now.
+
+    Only files that are still as they were written are removed, and folders that this leaves empty.
+
+    Args:
+        folder: where it writes.
+        command: its name.
+        reads: files that it reads.
+
+    Yields: a list, to which the files written are added.
+
+    Raises:
+        ConfigError: it reads a file that would be removed.
+    """
+    from edgeprune.training.run import file_digest
+
+    note = folder / f".{command}.json"
+    try:
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = {}
+    before = {(folder / name).resolve() for name in earlier}
+    for path in reads:
+        if path.resolve() in before:
+            raise ConfigError(
+                f"{path} is of an earlier `edgeprune {command}`, which would be replaced in "
+                f"{folder}; choose another output="
+            )
+    for name, digest in earlier.items():
+        path = folder / name
+        if path.is_file() and file_digest(path) == digest:
+            path.unlink()
+            for parent in path.parents[: len(Path(name).parents) - 1]:  # below the folder
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+    written: list[Path] = []
+    try:
+        yield written
+    finally:
+        files = {str(path.relative_to(folder)): file_digest(path) for path in written}
+        write_text(note, json.dumps(files, indent=1) + "\n")
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:
