@@ -241,7 +241,8 @@ class ExportConfig:
     """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory; or a circuit's file, to write it in another format."""
+    """Run directory; or a circuit's file, to write it in another format, or, of a graph of EAP-IG
+    or MIB with scores, in another size: the edges of the largest scores by magnitude."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None

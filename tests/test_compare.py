@@ -21,6 +21,7 @@ from edgeprune.analysis.compare import (
 from edgeprune.circuit import Circuit
 from edgeprune.commands.compare import labels_of
 from edgeprune.commands.shared import find_circuit
+from edgeprune.formats import read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -242,9 +243,36 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt")
     assert code == 2
     assert "Give output=FILE" in err
-    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "cleanup=0.5")
     assert code == 2
     assert "need a run directory" in err
+
+
+def test_export_cuts_a_circuit_from_the_scores_of_a_graph(tmp_path, capsys, monkeypatch):
+    scores = [float(number) for number in range(GRAPH.num_edges)]
+    circuit().save(tmp_path / "g.pt", "eap_pt", scores=scores, d_model=8)
+    last = list(GRAPH.edges())[-6:]
+
+    def export(source: str, *arguments) -> tuple[int, str]:
+        code, _, err = call(capsys, monkeypatch, "export", tmp_path / source, *arguments)
+        return code, err
+
+    assert export("g.pt", "num_edges=6", f"output={tmp_path / 'e.json'}") == (0, "")
+    assert Circuit.load(tmp_path / "e.json", GRAPH) == circuit(*last)
+    output = f"output={tmp_path / 'f.json'}"
+    assert export("g.pt", "sparsity=0.9", output, "format=eap_json") == (0, "")
+    file = read_circuit_file(tmp_path / "f.json")
+    assert (set(file.edges), file.d_model) == (set(last), 8)
+    assert file.scores == read_circuit_file(tmp_path / "g.pt").scores
+    code, err = export("g.pt", f"output={tmp_path / 'none.json'}")
+    assert code == 0
+    assert "choose edges by score: `edgeprune export FILE num_edges=" in err
+    code, err = export("g.pt", "num_edges=62", f"output={tmp_path / 'h.json'}")
+    assert code == 2
+    assert "more than the 61 edges" in err
+    code, err = export("e.json", "num_edges=2", f"output={tmp_path / 'h.json'}")
+    assert code == 2
+    assert "e.json has no score for every edge" in err
 
 
 def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, monkeypatch):
