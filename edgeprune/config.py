@@ -240,7 +240,8 @@ class ExportConfig:
     """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory; or a circuit's file, to write it in another format."""
+    """Run directory; or a circuit's file, to write it in another format, or, of a graph of EAP-IG
+    or MIB with scores, in another size: the edges of the largest scores by magnitude."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None
@@ -257,7 +258,8 @@ class ExportConfig:
     """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
     where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json, graph.json or graph.pt in the run directory."""
+    """File to write; null: edges.json, graph.json or graph.pt in the run directory. Beside one
+    elsewhere (as edges) lies FILE.origin, by which its model and run are known: keep both."""
 
 
 @dataclass

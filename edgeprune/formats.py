@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -54,15 +55,26 @@ class CircuitFile:
 
     Attributes:
         edges: kept, by our names; unchecked where the file is an `edges.json`.
-        graph: the one the edges belong to; None for an `edges.json`, which does not say.
-        sure: False if the embeddings and the grouping of heads in `graph` are a guess.
+        graph: the one the edges belong to; None for an `edges.json`, which does not say, unless it
+            was given.
+        sure: False if `graph` is unknown, or its embeddings and the grouping of heads are a guess.
         notes: what was lost or decided in reading, for people.
+        scores: [edge], in the graph's order, of a graph file that has one for every edge.
+        d_model: width of the model, where the file names it.
     """
 
     edges: list[Edge]
     graph: CircuitGraph | None
     sure: bool = True
     notes: tuple[str, ...] = ()
+    scores: list[float] | None = None
+    d_model: int | None = None
+
+    def largest(self, num_edges: int) -> list[Edge]:
+        """So many edges of the largest scores by magnitude; ties by the graph's order."""
+        edges = list(self.graph.edges())
+        ranking = sorted(range(len(edges)), key=lambda index: -abs(self.scores[index]))
+        return [edges[index] for index in ranking[:num_edges]]
 
 
 def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
@@ -97,7 +109,8 @@ def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> Ci
             f"{path} is not a list of [writer, reader] pairs of names, nor a graph of EAP-IG or "
             "MIB with keys 'cfg' and 'edges'"
         )
-    return CircuitFile([(writer, reader) for writer, reader in content], None)
+    edges = [(writer, reader) for writer, reader in content]
+    return CircuitFile(edges, graph, sure=graph is not None)
 
 
 def write_circuit_file(
@@ -116,7 +129,7 @@ def write_circuit_file(
         edges: kept, in the graph's order.
         path: the file.
         format: one of `FORMATS`.
-        scores: [edge], in the graph's order, positive, higher for what matters more; None: 1 for
+        scores: [edge], in the graph's order, of larger magnitude for what matters more; None: 1 for
             kept edges, 0 for others. Graph files alone hold them.
         d_model: width of the model, which graph files name; None: unknown, written as 0.
 
@@ -245,11 +258,33 @@ def _translate(theirs: list[Edge], graph: CircuitGraph) -> tuple[list[Edge], lis
     return sorted(kept, key=graph.edge_index), notes
 
 
+def _translate_scores(theirs: dict[Edge, Any], graph: CircuitGraph) -> list[float] | None:
+    """Scores of their edges in our order, where several are one of ours the largest by magnitude.
+
+    None where an edge has no score that is a number.
+    """
+    scores = [0.0] * graph.num_edges
+    for writer, reader in _their_graph(graph).edges():
+        score = theirs.get((writer, reader))
+        if type(score) not in (int, float) or not math.isfinite(score):
+            return None
+        ours = _grouped(reader, graph)
+        for source in graph.embedding_writers if writer == INPUT else (writer,):
+            index = graph.edge_index((source, ours))
+            scores[index] = max(scores[index], score, key=abs)
+    return scores
+
+
 def _finish(
-    path: Path, size: tuple[int, int], theirs: list[Edge], ours: Any, graph: CircuitGraph | None
+    path: Path,
+    content: dict,
+    size: tuple[int, int],
+    theirs: list[Edge],
+    scores: dict[Edge, Any],
+    graph: CircuitGraph | None,
 ) -> CircuitFile:
     """Edges of a graph file as edges of the model's graph, or of the one they were written from."""
-    written_from, left_out = _read_ours(path, ours)
+    written_from, left_out = _read_ours(path, content.get(OURS))
     target = graph or written_from or CircuitGraph(size[0], size[1], size[1], ("embeds",))
     if (target.num_layers, target.num_heads) != size:
         raise CircuitError(
@@ -261,10 +296,18 @@ def _finish(
         edges = [edge for edge in edges if edge not in left_out]
     elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in theirs):
         notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
+    our_scores = _translate_scores(scores, target)
     if not edges:
-        notes.append("no edge is in the graph; if the file only holds scores, choose edges first")
-    notes = [f"{path}: {note}" for note in notes]
-    return CircuitFile(edges, target, bool(graph or written_from), tuple(notes))
+        choose = "; choose edges by score: `edgeprune export FILE num_edges=... output=...`"
+        notes.append(f"no edge is in the graph{choose if our_scores else ''}")
+    return CircuitFile(
+        edges,
+        target,
+        sure=bool(graph or written_from),
+        notes=tuple(f"{path}: {note}" for note in notes),
+        scores=our_scores,
+        d_model=content["cfg"].get("d_model") or None,
+    )
 
 
 def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge]]:
@@ -315,7 +358,7 @@ def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> Cir
     if not isinstance(content["edges"], dict):
         kind = type(content["edges"]).__name__
         raise CircuitError(f"{path}: 'edges' is {kind}, expected a dictionary of names")
-    kept = []
+    kept, scores = [], {}
     for name, entry in content["edges"].items():
         writer, _, reader = name.partition("->")
         edge = (writer, _our_reader(reader))
@@ -332,7 +375,8 @@ def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> Cir
             raise CircuitError(f"{path}: edge {name!r} has no 'in_graph' that is true or false")
         if entry["in_graph"]:
             kept.append(edge)
-    return _finish(path, size, kept, content.get(OURS), graph)
+        scores[edge] = entry.get("score")
+    return _finish(path, content, size, kept, scores, graph)
 
 
 def _write_eap_json(exported: _Exported, file: TextIO) -> None:
@@ -399,7 +443,14 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
         row += len(site.readers)
     kept = (flags.bool() & exists).nonzero().tolist()
     edges = [(theirs.writers[column], theirs.readers[row]) for column, row in kept]
-    return _finish(path, size, edges, content.get(OURS), graph)
+    scores, found = {}, content.get("edges_scores")
+    if isinstance(found, torch.Tensor) and tuple(found.shape) == shape:
+        scores = {
+            (writer, reader): score
+            for reader, row in zip(theirs.readers, found.T.tolist(), strict=True)
+            for writer, score in zip(theirs.writers, row, strict=True)
+        }
+    return _finish(path, content, size, edges, scores, graph)
 
 
 def _as_tensors(exported: _Exported) -> dict[str, Any]:
@@ -490,5 +541,5 @@ class _Exported:
             if self.scores is None or not edges:
                 score = float(kept)
             else:
-                score = max(self.scores[self.graph.edge_index(edge)] for edge in edges)
+                score = max((self.scores[self.graph.edge_index(edge)] for edge in edges), key=abs)
             yield (writer, reader), kept, score

@@ -134,7 +134,7 @@ def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation-test.json").read_text())["num_examples"] == 5
     assert run_cli("draw", edges, "formats=[dot]").returncode == 0
-    assert_refused(run_cli("evaluate", edges), 2, "lies in no run directory", "model=embedded")
+    assert_refused(run_cli("evaluate", edges), 2, "is of no run, or of several", "model=embedded")
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])

@@ -20,6 +20,8 @@ from edgeprune.analysis.compare import (
 )
 from edgeprune.circuit import Circuit
 from edgeprune.commands.compare import labels_of
+from edgeprune.commands.shared import find_circuit
+from edgeprune.formats import read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
@@ -241,9 +243,153 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt")
     assert code == 2
     assert "Give output=FILE" in err
-    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "sparsity=0.5")
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.pt", "cleanup=0.5")
     assert code == 2
     assert "need a run directory" in err
+
+
+def test_export_cuts_a_circuit_from_the_scores_of_a_graph(tmp_path, capsys, monkeypatch):
+    scores = [float(number) for number in range(GRAPH.num_edges)]
+    circuit().save(tmp_path / "g.pt", "eap_pt", scores=scores, d_model=8)
+    last = list(GRAPH.edges())[-6:]
+
+    def export(source: str, *arguments) -> tuple[int, str]:
+        code, _, err = call(capsys, monkeypatch, "export", tmp_path / source, *arguments)
+        return code, err
+
+    assert export("g.pt", "num_edges=6", f"output={tmp_path / 'e.json'}") == (0, "")
+    assert Circuit.load(tmp_path / "e.json", GRAPH) == circuit(*last)
+    output = f"output={tmp_path / 'f.json'}"
+    assert export("g.pt", "sparsity=0.9", output, "format=eap_json") == (0, "")
+    file = read_circuit_file(tmp_path / "f.json")
+    assert (set(file.edges), file.d_model) == (set(last), 8)
+    assert file.scores == read_circuit_file(tmp_path / "g.pt").scores
+    code, err = export("g.pt", f"output={tmp_path / 'none.json'}")
+    assert code == 0
+    assert "choose edges by score: `edgeprune export FILE num_edges=" in err
+    code, err = export("g.pt", "num_edges=62", f"output={tmp_path / 'h.json'}")
+    assert code == 2
+    assert "more than the 61 edges" in err
+    code, err = export("e.json", "num_edges=2", f"output={tmp_path / 'h.json'}")
+    assert code == 2
+    assert "e.json has no score for every edge" in err
+
+
+def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, monkeypatch):
+    """Else key/value head 1 of four heads in two groups would be taken for that of head 1."""
+    graph = CircuitGraph(2, 4, 2, ("embeds",))
+    whole = Circuit.from_edges(graph, [("embeds", "a0.h1.k"), ("a0.h2", "resid_post")])
+    run = fake_run(tmp_path / "run", whole)
+    folder = tmp_path / "elsewhere"
+
+    def edgeprune(*arguments) -> tuple[str, str]:
+        code, out, err = call(capsys, monkeypatch, *arguments)
+        assert code == 0, err
+        return out, err
+
+    edgeprune("export", run / "edges.json", f"output={folder / 'a.json'}")
+    edgeprune("export", folder / "a.json", f"output={folder / 'b.pt'}")
+    edgeprune("export", folder / "b.pt", f"output={folder / 'edges.json'}")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a.json", "a.json.origin", "b.pt", "edges.json", "edges.json.origin",
+    ]  # fmt: skip
+    assert Circuit.load(folder / "b.pt", graph) == whole
+    for name in ("a.json", "edges.json"):
+        out, err = edgeprune("draw", folder / name, "formats=[dot]")
+        assert "drew 2 edges between 3 nodes" in out
+        assert not err
+        assert "embeds -> a0_h3:k" in (folder / "circuit.dot").read_text()
+    assert find_circuit(str(folder / "a.json")) == (folder / "a.json", folder / "../run")
+    # a file that was changed since, or of which nothing is known, is not read with that graph
+    (folder / "a.json").write_text('[["embeds", "a0.h2.q"], ["a0.h2", "resid_post"]]')
+    _, err = edgeprune("draw", folder / "a.json", "formats=[dot]")
+    assert "does not say which model it is of" in err
+    code, _, err = call(capsys, monkeypatch, "export", folder / "a.json",
+                        f"output={folder / 'c.pt'}")  # fmt: skip
+    assert code == 2
+    assert "does not say which model it is of, but a graph holds all of its edges" in err
+    assert not (folder / "c.pt").exists()
+
+
+def test_a_graph_of_which_the_grouping_is_a_guess_is_said(tmp_path, capsys, monkeypatch):
+    content = {"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"a0.h1->logits": {"in_graph": True}}}
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "g.json",
+                        f"output={tmp_path / 'e.json'}")  # fmt: skip
+    assert code == 0, err
+    assert "does not say whether heads share keys and values" in err
+    assert not (tmp_path / "e.json.origin").exists()
+
+
+def test_circuits_of_different_tasks_are_measured_on_none_unasked(tmp_path, capsys, monkeypatch):
+    runs = [
+        fake_run(tmp_path / name, circuit(ONE, TWO), task={"name": name})
+        for name in ("ioi", "induction")
+    ]
+    again = fake_run(tmp_path / "again", circuit(ONE), task={"name": "ioi"}, seed=1)
+    output = tmp_path / "out"
+
+    def compare_(*paths) -> str:
+        code, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[dot]",
+                            f"output={output}")  # fmt: skip
+        assert code == 0, err
+        return (output / "comparison.dot").read_text()
+
+    assert "<B>ioi in tiny, induction in tiny</B>" in compare_(*runs)
+    assert json.loads((output / "union/circuit.json").read_text())["run"] is None
+    code, _, err = call(capsys, monkeypatch, "evaluate", output / "union")
+    assert code == 2
+    assert "is of no run, or of several that differ in model or task, so give both" in err
+    assert "<B>ioi in tiny</B>" in compare_(runs[0], again)
+    assert json.loads((output / "union/circuit.json").read_text())["run"] == "../../ioi"
+
+
+def test_a_second_comparison_leaves_nothing_of_the_first(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "abc"]
+    output = tmp_path / "out"
+
+    def files(*arguments) -> set[str]:
+        code, _, err = call(capsys, monkeypatch, "compare", *arguments, f"output={output}")
+        assert code == 0, err
+        return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+
+    output.mkdir()
+    (output / "comparison.svg").write_text("of another program")
+    files(runs[0], runs[1], "formats=[dot]")
+    (output / "only-b/edges.json").write_text("[]")  # changed since
+    assert files(runs[0], runs[2], "formats=[]") == {
+        ".compare.json", "comparison.json", "comparison.svg", "only-b/edges.json",
+        *(f"{part}/{name}" for part in ("intersection", "union", "only-a", "only-c")
+          for name in ("edges.json", "circuit.json")),
+    }  # fmt: skip
+
+
+def test_parts_of_a_comparison_are_not_replaced_by_their_own(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "ab"]
+    settings = ("formats=[]", f"output={tmp_path / 'out'}")
+    assert call(capsys, monkeypatch, "compare", *runs, *settings)[0] == 0
+    code, _, err = call(capsys, monkeypatch, "compare", tmp_path / "out/only-a", runs[0], *settings)
+    assert code == 2
+    assert "is of an earlier `edgeprune compare`, which would be replaced" in err
+    assert (tmp_path / "out/only-a/edges.json").exists()
+
+
+def test_numbers_can_be_read_in_80_columns(tmp_path):
+    """With names as runs have them by default, below folders that differ, too."""
+    first, second = (
+        fake_run(tmp_path / f"{task}/sparsity-0.98-edges-any-seed-1", circuit(ONE, *more))
+        for task, more in (("greater_than-embedded", [TWO, THREE]), ("induction-embedded", [TWO]))
+    )
+    done = run_cli("compare", first, second, f"reference={second}", "formats=[]",
+                   f"output={tmp_path / 'out'}", COLUMNS="80")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 80
+    for numbers in (
+        ["3", "0.9508", "3", "2 edges, 2 nodes", "1"], ["2", "0.667", "2", "0.667"],
+        ["0.667", "1.000", "0.800", "0.667", "1.000", "0.800"],
+    ):  # fmt: skip
+        rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
+        assert any(row[-1 - len(numbers) : -1] == numbers for row in rows), done.stdout
 
 
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
@@ -265,8 +411,10 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
         f"output={tmp_path / 'both'}")  # fmt: skip
     result = json.loads((tmp_path / "both/comparison.json").read_text())
     assert list(result["circuits"]) == ["instruction", "few_shot"]
-    out = run("evaluate", tmp_path / "both/intersection", "task=boolean_expressions_few_shot",
-              f"task.path={tmp_path / 'few_shot.jsonl'}")  # fmt: skip
+    out = run(
+        "evaluate", tmp_path / "both/intersection", "model=embedded",
+        "task=boolean_expressions_few_shot", f"task.path={tmp_path / 'few_shot.jsonl'}",
+    )  # fmt: skip
     assert f"circuit, {result['intersection']['num_edges']} edges" in out
     written = json.loads((tmp_path / "both/intersection/evaluation-test.json").read_text())
     assert written["num_examples"] == 4

@@ -27,6 +27,14 @@ EDGES = [
     ("m0", "a1.h0.v"),
     ("a1.h0", "resid_post"),
 ]
+GRAPH = CircuitGraph(15, 132, 132, ("tok_embeds", "pos_embeds"))
+
+
+def of(edges) -> Circuit:
+    return Circuit.from_edges(GRAPH, edges)
+
+
+CIRCUIT = of(EDGES)
 
 
 def drawn_edges(dot: str) -> set[tuple[str, str, str]]:
@@ -38,7 +46,7 @@ def drawn_edges(dot: str) -> set[tuple[str, str, str]]:
 
 
 def test_every_edge_is_drawn_in_the_colour_of_its_reader():
-    assert drawn_edges(circuit_dot(EDGES)) == {
+    assert drawn_edges(circuit_dot(CIRCUIT)) == {
         ("tok_embeds", "a0_h1:q", draw.LINE["q"]),
         ("pos_embeds", "a0_h1:k", draw.LINE["k"]),
         ("tok_embeds", "m0", draw.LINE["mlp"]),
@@ -49,7 +57,7 @@ def test_every_edge_is_drawn_in_the_colour_of_its_reader():
 
 
 def test_boxes_carry_names_ports_and_colours():
-    dot = circuit_dot(EDGES)
+    dot = circuit_dot(CIRCUIT)
     for name in (
         "Head 0.1",
         "Head 1.0",
@@ -67,7 +75,8 @@ def test_boxes_carry_names_ports_and_colours():
 
 def test_key_value_readers_join_every_head_of_their_group():
     edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h2.q"), ("a0.h2", "resid_post")]
-    drawn = drawn_edges(circuit_dot(edges, heads_per_kv_head=2))
+    grouped = CircuitGraph(1, 4, 2, ("embeds",))
+    drawn = drawn_edges(circuit_dot(Circuit.from_edges(grouped, edges)))
     assert {(t, h) for t, h, _ in drawn} == {
         ("embeds", "a0_h2:k"),
         ("embeds", "a0_h3:k"),
@@ -77,13 +86,13 @@ def test_key_value_readers_join_every_head_of_their_group():
 
 
 def test_order_of_edges_does_not_matter():
-    assert circuit_dot(EDGES) == circuit_dot(reversed(EDGES)) == circuit_dot(EDGES * 2)
+    assert circuit_dot(CIRCUIT) == circuit_dot(of(reversed(EDGES)))
 
 
 def test_small_circuits_are_laid_out_and_large_ones_lie_on_a_grid():
     large = [("tok_embeds", f"a{layer}.h{h}.q") for layer in range(15) for h in range(8)]
-    assert "layout=dot" in circuit_dot(EDGES)
-    dot = circuit_dot(large)
+    assert "layout=dot" in circuit_dot(CIRCUIT)
+    dot = circuit_dot(of(large))
     assert "layout=neato" in dot
     rows = {}
     for layer, head, x, y in re.findall(r'a(\d+)_h(\d+) \[.* pos="([\d.]+),([\d.]+)!"\]', dot):
@@ -110,8 +119,9 @@ def test_a_line_between_mlps_passes_beside_those_in_between():
 
 def test_lines_get_thinner_with_their_number_and_can_still_be_seen():
     def stroke(count: int) -> tuple[int, float]:
-        edges = [(f"a0.h{n}", "m0") for n in range(count)]
-        (found,) = set(re.findall(r'color="#\w{6}(\w\w)" penwidth=([\d.]+)', circuit_dot(edges)))
+        graph = CircuitGraph(1, count, count, ())
+        dot = circuit_dot(Circuit.from_edges(graph, [(f"a0.h{n}", "m0") for n in range(count)]))
+        (found,) = set(re.findall(r'color="#\w{6}(\w\w)" penwidth=([\d.]+)', dot))
         return int(found[0], 16), float(found[1])
 
     strokes = [stroke(count) for count in (100, 125, 300, 1000, 3000, 5000)]
@@ -125,7 +135,7 @@ def test_lines_get_thinner_with_their_number_and_can_still_be_seen():
 def test_in_a_comparison_what_is_shared_is_heavier_than_what_some_have(extra):
     more = {(f"a0.h{n}", "m0") for n in range(2, extra + 2)}
     sets = {"a": {EDGES[0], EDGES[2]} | more, "b": {EDGES[0], EDGES[2]} | more, "c": {EDGES[0]}}
-    dot = circuit_dot(set().union(*sets.values()), groups=comparison_groups(sets))
+    dot = circuit_dot(of(set().union(*sets.values())), groups=comparison_groups(sets))
     found = dict(re.findall(r'color="(#\w{6})\w\w" penwidth=([\d.]+)', dot))
     assert float(found[draw.SHARED]) > float(found[draw.PARTLY])
     assert f"in several ({1 + extra})" in dot
@@ -138,15 +148,15 @@ def test_in_a_comparison_what_is_shared_is_heavier_than_what_some_have(extra):
 )
 def test_formats(tmp_path, suffix, magic):
     path = tmp_path / f"c.{suffix}"
-    draw_circuit(EDGES, path, title="t")
+    draw_circuit(CIRCUIT, path, title="t")
     assert path.read_bytes().startswith(magic)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_an_svg_shows_the_whole_drawing(tmp_path):
     """With a resolution asked for, Graphviz 2.43 scales the drawing and not its view box."""
-    draw_circuit(EDGES, tmp_path / "c.svg")
-    draw_circuit(EDGES, tmp_path / "c.png")
+    draw_circuit(CIRCUIT, tmp_path / "c.svg")
+    draw_circuit(CIRCUIT, tmp_path / "c.png")
     text = (tmp_path / "c.svg").read_text()
     assert 'transform="scale(1 1)' in text
     width = re.search(r'viewBox="0.00 0.00 ([\d.]+)', text)[1]
@@ -164,7 +174,7 @@ def test_a_comparison_colours_what_is_shared_and_what_one_has():
         ("only b", {EDGES[4]}),
         ("only c", {EDGES[5]}),
     ]
-    dot = circuit_dot(EDGES, groups=groups)
+    dot = circuit_dot(CIRCUIT, groups=groups)
     colors = {(tail, head): color for tail, head, color in drawn_edges(dot)}
     assert colors == {
         ("tok_embeds", "a0_h1:q"): draw.ONLY[0],
@@ -195,7 +205,7 @@ def test_two_circuits_and_many_circuits_have_fewer_groups():
 @pytest.mark.parametrize("title", ['<b>"x\\N</b>', "a & b", "</FONT>", "\\", "日本"])
 def test_titles_are_text(tmp_path, title):
     path = tmp_path / "c.svg"
-    draw_circuit(EDGES, path, title=title)
+    draw_circuit(CIRCUIT, path, title=title)
     import html
 
     shown = html.unescape(re.sub("<[^>]+>", "", path.read_text())).replace("\xa0", " ")
@@ -203,7 +213,7 @@ def test_titles_are_text(tmp_path, title):
 
 
 def test_empty_circuit(tmp_path):
-    draw_circuit([], tmp_path / "c.svg")
+    draw_circuit(of([]), tmp_path / "c.svg")
     text = (tmp_path / "c.svg").read_text()
     assert "no edges" in text
     assert "Output" in text
@@ -211,9 +221,9 @@ def test_empty_circuit(tmp_path):
 
 def test_bad_names_and_suffixes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'a0\.x' is not the name of a node"):
-        circuit_dot([("a0.x", "m0")])
+        circuit_dot(Circuit(GRAPH, frozenset({("a0.x", "m0")})))
     with pytest.raises(ValueError, match=r"suffix must be one of \.pdf"):
-        draw_circuit(EDGES, tmp_path / "c.gif")
+        draw_circuit(CIRCUIT, tmp_path / "c.gif")
 
 
 def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monkeypatch):
@@ -221,9 +231,9 @@ def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monk
     picture.write_text("old")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GraphvizMissing, match="apt-get install graphviz"):
-        draw_circuit(EDGES, picture)
+        draw_circuit(CIRCUIT, picture)
     assert picture.read_text() == "old"
-    assert (tmp_path / "c.dot").read_text() == circuit_dot(EDGES)
+    assert (tmp_path / "c.dot").read_text() == circuit_dot(CIRCUIT)
 
 
 def test_drawing_imports_no_torch():
@@ -238,7 +248,7 @@ def test_drawing_imports_no_torch():
 @given(st.text(max_size=20) | st.sampled_from(["<b>&", '"]; x [label="', "</B>", "\\N \\G", "]]>"]))
 def test_a_title_is_text_whatever_it_holds(title):
     """Through Graphviz into SVG, where it must come out as it was, and add no element."""
-    rendered = graphviz.pipe("dot", "svg", circuit_dot(EDGES, title=title).encode(), quiet=True)
+    rendered = graphviz.pipe("dot", "svg", circuit_dot(CIRCUIT, title=title).encode(), quiet=True)
     root = ElementTree.fromstring(rendered)
     names = {element.tag.split("}")[-1] for element in root.iter()}
     assert names <= {"svg", "g", "title", "polygon", "path", "text"}

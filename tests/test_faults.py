@@ -26,6 +26,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from edgeprune.ablation import Ablation
+from edgeprune.circuit import Circuit
 from edgeprune.config import (
     AblationConfig,
     ConfigError,
@@ -35,6 +36,7 @@ from edgeprune.config import (
     TaskConfig,
     TrainerConfig,
 )
+from edgeprune.graph import CircuitGraph
 from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
@@ -330,12 +332,13 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, size):
 
 
 def test_a_disk_that_is_full_says_which_file_of_torch_cannot_be_written(tmp_path):
-    (tmp_path / "edges.json").write_text('[["a0.h0", "resid_post"]]')
+    circuit = Circuit(CircuitGraph(1, 2, 2, ("embeds",)), frozenset({("a0.h0", "resid_post")}))
+    circuit.save(tmp_path / "g.json", "eap_json")
     target = tmp_path / "graph.pt"
-    process = start("export", tmp_path / "edges.json", f"output={target}", preexec_fn=limited(300))
+    process = start("export", tmp_path / "g.json", f"output={target}", preexec_fn=limited(300))
     error = process.communicate(timeout=120)[1]
     assert (process.returncode, error) == (1, f"edgeprune: {target}: File too large\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["edges.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["g.json"]
 
 
 def as_one_who_may_not_write_everywhere() -> list[str]:

@@ -186,7 +186,27 @@ def test_cells_of_no_edge_mean_nothing(tmp_path):
 
 def test_scores_without_a_circuit_are_said(tmp_path):
     path = write_json(tmp_path / "g.json", their_file(2, 2, set()))
-    assert "no edge is in the graph" in " ".join(read_circuit_file(path, GPT2).notes)
+    assert "no edge is in the graph; choose edges" in " ".join(read_circuit_file(path, GPT2).notes)
+
+
+@pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
+def test_scores_are_read_back_and_the_largest_by_magnitude_chosen(tmp_path, format):
+    """Of a group's heads and of two embeddings, the largest by magnitude; ties in order."""
+    scores = [0.0] * GROUPED.num_edges
+    large = {("embeds", "a0.h1.k"): -3.0, ("m0", "resid_post"): 2.0, ("embeds", "a0.h0.q"): 0.5}
+    for edge, score in large.items():
+        scores[GROUPED.edge_index(edge)] = score
+    Circuit(GROUPED, frozenset()).save(tmp_path / "g", format, scores=scores, d_model=16)
+    file = read_circuit_file(tmp_path / "g")
+    assert (file.scores, file.d_model) == (scores, 16)
+    assert file.largest(3) == list(large)
+    assert file.largest(4)[3] == ("embeds", "a0.h1.q")
+    content = their_file(1, 4, set())
+    content["edges"]["input->a0.h3<k>"]["score"] = -9.0
+    chosen = read_circuit_file(write_json(tmp_path / "h.json", content), GROUPED).largest(2)
+    assert chosen == [("embeds", "a0.h1.k"), ("embeds", "a0.h0.q")]
+    del content["edges"]["m0->logits"]["score"]
+    assert read_circuit_file(write_json(tmp_path / "h.json", content)).scores is None
 
 
 # ---------------------------------------------------------------------------------- round trips

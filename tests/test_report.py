@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import xml.dom.minidom
 from html.parser import HTMLParser
 
@@ -179,7 +180,7 @@ def test_report_of_a_sweep(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7 runs ->" in done.stdout
     output = tmp_path / "report"
-    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    assert not list(output.glob(".*.tmp"))
 
     runs = rows(output / "runs.csv")
     assert len(runs) == 7
@@ -209,6 +210,8 @@ def test_report_of_a_sweep(tmp_path):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
     assert HOSTILE in "".join(page.text)
+    for folder in consensus:
+        assert f"is in consensus/{folder.name}/edges.json." in "".join(page.text)
     assert page.tags.count("img") == 4  # two frontiers, two consensus circuits
 
     # a consensus circuit can be used as one's own
@@ -239,6 +242,37 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
     ):
         assert wanted in err
     assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
+
+
+def test_a_second_report_leaves_nothing_of_the_first_but_what_was_changed(
+    tmp_path, capsys, monkeypatch
+):
+    sweep(tmp_path / "runs")
+    output = tmp_path / "out"
+
+    def files() -> set[str]:
+        code, _, err = call(capsys, monkeypatch, "report", tmp_path / "runs", f"output={output}")
+        assert code == 0, err
+        return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+
+    first = files()
+    gone = next((output / "consensus").glob("*sparsity-0.9"))
+    kept = next((output / "consensus").glob("*sparsity-0.95"))
+    (kept / "circuit.pdf").write_text("drawn by hand")
+    (output / "frontier-mine.png").write_text("drawn by hand")
+    for run in (tmp_path / "runs").iterdir():
+        if run.name != "deep":
+            shutil.rmtree(run)
+    second = files()
+    assert not gone.exists()
+    assert {name for name in second if name.startswith("consensus")} == {
+        str((kept / "circuit.pdf").relative_to(output))
+    }
+    assert second - first == {
+        str((kept / "circuit.pdf").relative_to(output)), "frontier-mine.png",
+    }  # fmt: skip
+    assert len([name for name in second if name.startswith("frontier-")]) == 1 + 3
+    assert len(rows(output / "runs.csv")) == 1
 
 
 def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from edgeprune.commands.shared import (
     OUT,
     find_circuit,
     known_graph,
+    replacing_earlier,
+    run_settings,
     run_title,
     say,
     show,
@@ -65,18 +68,34 @@ def compare(config: CompareConfig) -> None:
     for label, one in zip(labels, given, strict=True):
         result["circuits"][label] = {"path": str(one.path), **result["circuits"][label]}
     folder = Path(config.output)
-    run_dir = next((one.run_dir for one in given if one.run_dir), None)
+    run_dirs = [one.run_dir for one in given if one.run_dir]
+    run_dir = _run_of_all(run_dirs)
     parts = {
         "intersection": analysis.intersection(circuits.values()),
         "union": analysis.union(circuits.values()),
         **{f"only-{label}": analysis.only_in(label, circuits) for label in labels},
     }
-    for name, part in parts.items():
-        write_circuit(folder / name, part, f"{name} of {', '.join(labels)}", run_dir)
-    write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
-    _print(result)
-    _draw(circuits, folder, config.formats, run_dir)
+    title = ", ".join(dict.fromkeys(filter(None, map(run_title, run_dirs))))
+    with replacing_earlier(folder, "compare", [one.path for one in given]) as written:
+        for name, part in parts.items():
+            how = f"{name} of {', '.join(labels)}"
+            written += write_circuit(folder / name, part, how, run_dir)
+        write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+        written.append(folder / "comparison.json")
+        _print(result)
+        for path in _draw(circuits, folder, config.formats, title):
+            written.append(path)
     show(f"-> {folder}: comparison.json, {', '.join(parts)}")
+
+
+def _run_of_all(run_dirs: list[Path]) -> Path | None:
+    """The first run, if all are of one task and model, so that its prompts measure them all."""
+    settings = [run_settings(run_dir) for run_dir in run_dirs]
+    same = all(
+        (one["task"], one["model"]) == (settings[0]["task"], settings[0]["model"])
+        for one in settings
+    )
+    return run_dirs[0] if run_dirs and same else None
 
 
 def labels_of(paths: list[Path]) -> list[str]:
@@ -154,7 +173,7 @@ def _read(given: list[Given]) -> list[Any]:
 def _print(result: dict[str, Any]) -> None:
     """Tables for the console."""
     some = next(iter(result["circuits"].values()))
-    columns = ("", "edges", "sparsity", "nodes", "without dangling edges", "only here")
+    columns = ("", "edges", "sparsity", "nodes", "without dangling", "only here")
     sizes = _table(f"circuits, of {some['all_edges']:,} edges", *columns)
     rows = {**result["circuits"], "all of them": result["intersection"],
             "any of them": result["union"]}  # fmt: skip
@@ -167,7 +186,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{size['only_here']:,}" if "only_here" in size else "",
         )  # fmt: skip
     OUT.print(sizes)
-    pairs = _table("overlap", "", "", "shared edges", "edge IoU", "shared nodes", "node IoU")
+    pairs = _table("overlap", "", "", "shared\nedges", "edge IoU", "shared\nnodes", "node IoU")
     for pair in result["pairs"][:MOST_PAIRS]:
         pairs.add_row(
             Text(pair["a"]), Text(pair["b"]), f"{pair['shared_edges']:,}",
@@ -182,7 +201,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     if "reference" in result:
         against = _table(f"against {result['reference']}", "", "precision", "recall", "F1",
-                         "of nodes: precision", "recall", "F1")  # fmt: skip
+                         "of nodes:\nprecision", "recall", "F1")  # fmt: skip
         for name, both in result["agreement"].items():
             values = [both[of][key] for of in ("edges", "nodes")
                       for key in ("precision", "recall", "f1")]  # fmt: skip
@@ -191,26 +210,29 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
+    """Columns without a heading are names, which fold where numbers need the room."""
     table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not index)
+    for column in columns:
+        is_name = not column
+        table.add_column(
+            column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold"
+        )
     return table
 
 
-def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], run_dir: Path | None) -> None:
-    """What lies on a path from input to output in any circuit, coloured by who has it."""
+def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], title: str) -> Iterator[Path]:
+    """What lies on a path from input to output in any circuit, coloured by who has it.
+
+    Yields each file when it is written.
+    """
+    from edgeprune.analysis.compare import union
     from edgeprune.drawing import comparison_groups, draw_circuit
 
-    edges = {edge for c in circuits.values() for edge in c.without_dangling().edge_set}
+    shown = union([circuit.without_dangling() for circuit in circuits.values()])
     groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
-    title = run_title(run_dir)
     for suffix in formats:
-        draw_circuit(
-            edges,
-            folder / f"comparison.{suffix}",
-            title=title,
-            heads_per_kv_head=next(iter(circuits.values())).graph.heads_per_kv_head,
-            groups=groups,
-        )
+        path = folder / f"comparison.{suffix}"
+        draw_circuit(shown, path, title=title, groups=groups)
+        yield path
     if formats:
-        show(f"drew {len(edges):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")
+        show(f"drew {len(shown):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")

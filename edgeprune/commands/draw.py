@@ -48,12 +48,7 @@ def draw(config: DrawConfig) -> None:
     title = run_title(run_dir) if config.title is None else config.title
     stem = output or folder / "circuit"
     for suffix in config.formats:
-        draw_circuit(
-            shown.edges,
-            stem.with_name(f"{stem.name}.{suffix}"),
-            title=title,
-            heads_per_kv_head=circuit.graph.heads_per_kv_head,
-        )
+        draw_circuit(shown, stem.with_name(f"{stem.name}.{suffix}"), title=title)
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
     files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)

@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     is_own_task = run_dir is not None and task == of_run["task"]
     if (config.model or of_run.get("model")) is None or task is None:
         raise ConfigError(
-            f"{edges_path} lies in no run directory, so give the model and the task: "
+            f"{edges_path} is of no run, or of several that differ in model or task, so give both: "
             "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
             "task=custom"
         )

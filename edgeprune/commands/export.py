@@ -9,16 +9,17 @@ from typing import Any
 
 from edgeprune.commands.shared import (
     OUT,
+    circuit_of,
     data_file,
     export_from,
     find_circuit,
     known_graph,
     load_model,
     load_pairs,
-    read_circuit,
     run_settings,
     say,
     show,
+    write_origin,
 )
 from edgeprune.config import (
     CircuitFormat,
@@ -55,6 +56,8 @@ def export(config: ExportConfig, model: Any = None) -> None:
     output = Path(config.output) if config.output else run_dir / names[format]
     if format == "edges":
         chosen.circuit.save(output)
+        if output.parent.resolve() != run_dir.resolve():
+            write_origin(output, chosen.circuit.graph, run_dir)
     else:
         scores = load_masks(run_dir, step)[0].scores()
         d_model = read_manifest(run_dir)["model"].get("d_model")
@@ -110,20 +113,46 @@ def _format(config: ExportConfig) -> str:
 
 
 def _convert(config: ExportConfig) -> None:
-    """From a circuit's file to another."""
+    """From a circuit's file to another; of a graph file with scores, also another size."""
+    from edgeprune.formats import read_circuit_file
     from edgeprune.training.run import read_manifest
 
     path, run_dir = find_circuit(config.run)
-    of_run = (config.checkpoint, config.sparsity, config.num_edges, config.cleanup)
-    if of_run != (None,) * 4 or config.threshold:
-        raise ConfigError(
-            "checkpoint=, sparsity=, num_edges=, threshold= and cleanup= need a run directory"
-        )
+    if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
+        raise ConfigError("checkpoint=, threshold= and cleanup= need a run directory")
     if config.output is None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
-    circuit = read_circuit(path, known_graph(path, run_dir))
+    format, output = _format(config), Path(config.output)
+    file = read_circuit_file(path, known_graph(path, run_dir))
+    if format != "edges" and file.graph is None:
+        raise ConfigError(
+            f"{path} does not say which model it is of, but a graph holds all of its edges; export "
+            f"the run itself (edgeprune export RUN format={format} output=FILE), or from Python "
+            f"Circuit.load(FILE, edgeprune.load_model(NAME).graph).save(FILE, {format!r})"
+        )
+    if (config.sparsity, config.num_edges) != (None, None):
+        file = _choose(path, file, config)
+    circuit = circuit_of(path, file)
     manifest: dict[str, Any] = read_manifest(run_dir) if run_dir else {"model": {}}
-    circuit.save(config.output, _format(config), d_model=manifest["model"].get("d_model"))
-    show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {config.output}")
-    if _format(config) != "edges":
+    d_model = file.d_model or manifest["model"].get("d_model")
+    circuit.save(output, format, scores=file.scores, d_model=d_model)
+    if format == "edges" and file.sure:
+        write_origin(output, circuit.graph, run_dir)
+    show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {output}")
+    if format != "edges" and file.scores is None:
         say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")
+
+
+def _choose(path: Path, file: Any, config: ExportConfig) -> Any:
+    """The file with the edges of the largest scores, as many as asked for."""
+    if file.scores is None:
+        raise ConfigError(
+            f"{path} has no score for every edge, by which sparsity= and num_edges= choose; give a "
+            "run directory, or a graph of EAP-IG or MIB with scores"
+        )
+    num_edges, all_edges = config.num_edges, file.graph.num_edges
+    if num_edges is None:
+        num_edges = round((1 - config.sparsity) * all_edges)
+    if num_edges > all_edges:
+        raise ConfigError(f"num_edges={num_edges} is more than the {all_edges} edges of this model")
+    return replace(file, edges=file.largest(num_edges), notes=())

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
-from edgeprune.commands.shared import OUT, say, show, write_circuit
+from edgeprune.commands.shared import OUT, replacing_earlier, say, show, write_circuit
 from edgeprune.config import ConfigError, ReportConfig
 from edgeprune.files import write_text
 
@@ -42,15 +42,21 @@ def report(config: ReportConfig) -> None:
                 f"({names}); leave out copies"
             )
     slugs = _slugs(groups)
-    consensus = _write_consensus(groups, slugs, output, places)
-    for name, rows in _csv_tables(groups).items():
-        _write_csv(output / name, rows)
-    pictures = []
-    for group, slug in zip(groups, slugs, strict=True):
-        pictures.append(_draw(group, output / f"frontier-{slug}"))
-        _print(group)
     title = f"edgeprune: {len(found)} runs in {folder.resolve().name}"
-    write_text(output / "report.html", report_page(title, groups, pictures, consensus))
+    with replacing_earlier(output, "report") as written:
+        consensus = _write_consensus(groups, slugs, output, places, written)
+        for name, rows in _csv_tables(groups).items():
+            _write_csv(output / name, rows)
+            written.append(output / name)
+        pictures = []
+        for group, slug in zip(groups, slugs, strict=True):
+            drawn = _draw(group, output / f"frontier-{slug}")
+            written += drawn
+            pictures.append(drawn[-1] if drawn else None)
+            _print(group)
+        page = report_page(title, groups, pictures, consensus)
+        write_text(output / "report.html", page)
+        written.append(output / "report.html")
     show(
         f"{len(found)} runs -> {output}: report.html, frontier-*.png, .pdf and .svg, frontier.csv, "
         f"runs.csv, stability.csv, edges.csv" + (", consensus/" if consensus else "")
@@ -140,23 +146,27 @@ def _slugs(groups: list) -> list[str]:
 
 
 def _write_consensus(
-    groups: list, slugs: list[str], output: Path, places: dict[str, Path]
-) -> dict[int, Path]:
-    """The consensus circuit of every point of several seeds, by the point's id."""
-    written: dict[int, Path] = {}
+    groups: list, slugs: list[str], output: Path, places: dict[str, Path], written: list[Path]
+) -> dict[int, str]:
+    """The consensus circuit of every point of several seeds: its path in output, by point's id.
+
+    The files are added to `written`.
+    """
+    consensus: dict[int, str] = {}
     for group, slug in zip(groups, slugs, strict=True):
         for number, series in enumerate(group.series, 1):
             curve = f"series-{number}" if len(group.series) > 1 else ""
             for point in series.points:
                 if point.stability is None:
                     continue
-                folder = output / "consensus" / _slug(slug, curve, point.asked)
+                folder = f"consensus/{_slug(slug, curve, point.asked)}"
                 runs = ", ".join(run.name for run in point.runs)
                 how = f"consensus of {len(point.runs)} runs: {runs}"
                 run_dir = places[point.runs[0].name]
-                write_circuit(folder, point.stability.consensus, how, run_dir)
-                written[id(point)] = folder
-    return written
+                circuit = point.stability.consensus
+                written += write_circuit(output / folder, circuit, how, run_dir)
+                consensus[id(point)] = f"{folder}/edges.json"
+    return consensus
 
 
 def _points(groups: list) -> Iterator[tuple[Any, Any, Any]]:
@@ -223,8 +233,8 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _draw(group: Any, stem: Path) -> Path | None:
-    """The frontier as .png, .pdf and .svg; the last is returned. None without evaluations."""
+def _draw(group: Any, stem: Path) -> list[Path]:
+    """The frontier as .png, .pdf and .svg, in this order; nothing without evaluations."""
     from edgeprune.analysis.report import METRICS
     from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 
@@ -244,12 +254,12 @@ def _draw(group: Any, stem: Path) -> Path | None:
         panels.append(Panel(LABELS[metric], curves, levels, log=metric == "kl"))
     if group.split is None:
         say(f"{group.title}: no run has been evaluated, so there is no plot")
-        return None
+        return []
     title = f"{group.title}: {group.split} prompts"
-    for suffix in ("png", "pdf", "svg"):
-        path = stem.with_name(f"{stem.name}.{suffix}")
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "svg")]
+    for path in paths:
         draw_frontier(panels, path, title=title, all_edges=group.num_edges)
-    return path
+    return paths
 
 
 # ------------------------------------------------------------------------------------- console

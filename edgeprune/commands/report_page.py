@@ -18,7 +18,7 @@ MOST_SEEDS = 24
 
 
 def report_page(
-    title: str, groups: list, pictures: list[Path | None], consensus: dict[int, Path]
+    title: str, groups: list, pictures: list[Path | None], consensus: dict[int, str]
 ) -> str:
     """One self-contained HTML page.
 
@@ -26,12 +26,12 @@ def report_page(
         title: text.
         groups: from `group_runs`.
         pictures: each group's frontier as SVG, or None.
-        consensus: where each point's consensus circuit was written, by the point's id.
+        consensus: the file of each point's consensus circuit, from the page, by the point's id.
     """
     return html.page(title, _body(groups, pictures, consensus))
 
 
-def _body(groups: list, pictures: list[Path | None], consensus: dict[int, Path]) -> Iterator:
+def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) -> Iterator:
     yield html.note(
         "Lines are means over seeds; bands, and brackets in tables, reach from the lowest seed to "
         "the highest. KL is from the full model, in nats per predicted token. Exact match is the "
@@ -53,7 +53,7 @@ def _body(groups: list, pictures: list[Path | None], consensus: dict[int, Path])
                     yield html.details(summary, _stability(point, consensus[id(point)]))
 
 
-def _stability(point: Any, folder: Path) -> Iterator[str]:
+def _stability(point: Any, file: str) -> Iterator[str]:
     names = [run.name for run in point.runs]
     labels = [f"seed {run.seed}" for run in point.runs]
     if len(set(labels)) < len(labels):
@@ -73,7 +73,7 @@ def _stability(point: Any, folder: Path) -> Iterator[str]:
     connected = circuit.without_dangling()
     yield html.note(
         f"The consensus circuit, of the {len(circuit):,} edges that more than half of the seeds "
-        f"keep, is in {folder.name}/edges.json. Shown are the {len(connected):,} of them on a path "
+        f"keep, is in {file}. Shown are the {len(connected):,} of them on a path "
         "from the input to the output."
     )
     drawing = _drawing(connected, f"consensus at {point.asked}")
@@ -88,12 +88,7 @@ def _drawing(circuit: Any, title: str) -> str | None:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "circuit.svg"
         try:
-            draw_circuit(
-                circuit.edges,
-                path,
-                title=title,
-                heads_per_kv_head=circuit.graph.heads_per_kv_head,
-            )
+            draw_circuit(circuit, path, title=title)
         except GraphvizMissing:
             say("the page is without drawings of circuits: Graphviz is not on this machine")
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from edgeprune.files import write_text
 
 OUT = Console()
 ERR = Console(stderr=True)
+
+ORIGIN = ".origin"
+"""Added to the name of an exported circuit: a note beside it of its graph and run."""
 
 
 def be_quiet() -> None:
@@ -111,7 +116,7 @@ def first_split(path: Path, wanted: Split) -> Split:
 def find_circuit(given: str) -> tuple[Path, Path | None]:
     """(file, its run directory if there is one) of a run directory or a circuit's file.
 
-    A circuit made of others (by `compare` or `report`) has the run of the first of them.
+    What is noted beside a circuit that `export`, `compare` or `report` wrote names its run.
     """
     from edgeprune.training.run import EDGES, has_run
 
@@ -127,22 +132,41 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
                 raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
             raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
         path = path / EDGES
-    if has_run(path.parent):
-        return path, path.parent
     origin = _origin(path).get("run")
-    run_dir = path.parent / origin if isinstance(origin, str) else None
-    return path, run_dir if run_dir is not None and has_run(run_dir) else None
+    if isinstance(origin, str) and has_run(path.parent / origin):
+        return path, path.parent / origin
+    return path, path.parent if has_run(path.parent) else None
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """The circuit.json beside a circuit, if there is one."""
-    from edgeprune.training.run import REPORT
+    """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
+    from edgeprune.training.run import EDGES, REPORT, file_digest
 
-    try:
-        found = json.loads((path.parent / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    notes = [path.with_name(path.name + ORIGIN)]
+    if path.name == EDGES:
+        notes.append(path.with_name(REPORT))
+    for note in notes:
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("sha256") in (None, file_digest(path)):
+            return found
+    return {}
+
+
+def write_origin(path: Path, graph: Any, run_dir: Path | None) -> Path:
+    """Note beside an edges.json of which graph and run it is, since the file cannot say.
+
+    The note holds for the file as it now is. Returns the note's path.
+    """
+    from edgeprune.training.run import file_digest
+
+    run = None if run_dir is None else os.path.relpath(run_dir, path.parent)
+    origin = {"sha256": file_digest(path), "run": run, "graph": graph.to_dict()}
+    note = path.with_name(path.name + ORIGIN)
+    write_text(note, json.dumps(origin, indent=1) + "\n")
+    return note
 
 
 def known_graph(path: Path, run_dir: Path | None) -> Any:
@@ -150,33 +174,52 @@ def known_graph(path: Path, run_dir: Path | None) -> Any:
     from edgeprune.graph import CircuitGraph
     from edgeprune.training.run import read_graph
 
-    if run_dir is not None:
-        return read_graph(run_dir)
     try:
         return CircuitGraph.from_dict(_origin(path)["graph"])
     except (KeyError, TypeError, ValueError):
-        return None
+        return None if run_dir is None else read_graph(run_dir)
 
 
 def read_circuit(path: Path, graph: Any = None) -> Any:
-    """A circuit's file of any format; says what was lost in reading.
+    """A circuit's file of any format; says what was lost in reading, or had to be guessed.
 
     Args:
         path: the file.
         graph: the model's; None: the file's own or, for an edges.json, the smallest that fits.
     """
-    from edgeprune.circuit import Circuit
-    from edgeprune.formats import infer_graph, read_circuit_file
+    from edgeprune.formats import read_circuit_file
 
-    file = read_circuit_file(path, graph)
+    return circuit_of(path, read_circuit_file(path, graph))
+
+
+def circuit_of(path: Path, file: Any) -> Any:
+    """The circuit of a `CircuitFile`; says what `read_circuit` says."""
+    from edgeprune.circuit import Circuit
+    from edgeprune.formats import infer_graph
+
     for note in file.notes:
         say(note)
-    graph = graph or file.graph or infer_graph(file.edges, str(path))
+    graph = file.graph or infer_graph(file.edges, str(path))
+    if file.graph is None:
+        say(
+            f"{path} does not say which model it is of, so the graph is the smallest that has "
+            f"these edges ({graph.num_layers} layers of {graph.num_heads} heads), without grouped "
+            "queries: of a model that has them, it is the wrong one. What `edgeprune export RUN` "
+            f"writes is known, with its FILE{ORIGIN} beside it"
+        )
+    elif not file.sure:
+        say(
+            f"{path} does not say whether heads share keys and values, so each is taken to have "
+            "its own; of a model with grouped queries, an edges.json made of it is wrong"
+        )
     return Circuit.from_edges_checked(graph, file.edges, str(path))
 
 
-def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> Path:
-    """Write a circuit made of others: edges.json, and a circuit.json that says how and of what."""
+def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> list[Path]:
+    """Write a circuit made of others: edges.json, and a circuit.json that says how and of what.
+
+    Returns the two files.
+    """
     from edgeprune.training.run import EDGES, REPORT
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
@@ -188,7 +231,54 @@ def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | No
     }
     circuit.save(folder / EDGES)
     write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    return folder / EDGES
+    return [folder / EDGES, folder / REPORT]
+
+
+@contextmanager
+def replacing_earlier(
+    folder: Path, command: str, reads: Iterable[Path] = ()
+) -> Iterator[list[Path]]:
+    """Remove what the command wrote into a folder before, and note what it writes now.
+
+    Only files that are still as they were written are removed, and folders that this leaves empty.
+
+    Args:
+        folder: where it writes.
+        command: its name.
+        reads: files that it reads.
+
+    Yields: a list, to which the files written are added.
+
+    Raises:
+        ConfigError: it reads a file that would be removed.
+    """
+    from edgeprune.training.run import file_digest
+
+    note = folder / f".{command}.json"
+    try:
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = {}
+    before = {(folder / name).resolve() for name in earlier}
+    for path in reads:
+        if path.resolve() in before:
+            raise ConfigError(
+                f"{path} is of an earlier `edgeprune {command}`, which would be replaced in "
+                f"{folder}; choose another output="
+            )
+    for name, digest in earlier.items():
+        path = folder / name
+        if path.is_file() and file_digest(path) == digest:
+            path.unlink()
+            for parent in path.parents[: len(Path(name).parents) - 1]:  # below the folder
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+    written: list[Path] = []
+    try:
+        yield written
+    finally:
+        files = {str(path.relative_to(folder)): file_digest(path) for path in written}
+        write_text(note, json.dumps(files, indent=1) + "\n")
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:

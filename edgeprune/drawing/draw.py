@@ -17,9 +17,9 @@ from pathlib import Path
 
 import graphviz
 
+from edgeprune.circuit import Circuit
 from edgeprune.files import write_atomically, write_text
-
-Edge = tuple[str, str]
+from edgeprune.graph import CircuitGraph, Edge
 
 SUFFIXES = ("pdf", "svg", "png", "dot")
 
@@ -93,20 +93,18 @@ class GraphvizMissing(RuntimeError):
 
 
 def draw_circuit(
-    edges: Iterable[Edge],
+    circuit: Circuit,
     path: Path | str,
     *,
     title: str | None = None,
-    heads_per_kv_head: int = 1,
     groups: Sequence[Group] = (),
 ) -> None:
     """Draw a circuit into a file, in the format of its suffix.
 
     Args:
-        edges: (writer, reader) names; all of them are drawn.
+        circuit: all of its edges are drawn; see `Circuit.without_dangling`.
         path: ends in .pdf, .svg, .png or .dot; only .dot needs no Graphviz on the machine.
         title: a line of text above.
-        heads_per_kv_head: query heads that share a key/value head (more than 1: GQA).
         groups: colours for the edges, and a legend; none: the colour of the reader's kind.
 
     Raises:
@@ -118,7 +116,7 @@ def draw_circuit(
     if suffix not in SUFFIXES:
         known = ", .".join(SUFFIXES)
         raise ValueError(f"cannot draw {path.name}: its suffix must be one of .{known}")
-    source = circuit_dot(edges, title=title, heads_per_kv_head=heads_per_kv_head, groups=groups)
+    source = circuit_dot(circuit, title=title, groups=groups)
     if suffix == "dot":
         write_text(path, source)
         return
@@ -143,24 +141,16 @@ def _at_dpi(source: str, suffix: str) -> str:
 # ------------------------------------------------------------------------------------- the source
 
 
-def circuit_dot(
-    edges: Iterable[Edge],
-    *,
-    title: str | None = None,
-    heads_per_kv_head: int = 1,
-    groups: Sequence[Group] = (),
-) -> str:
-    """The DOT source of a circuit's drawing: the same for the same edges, in whatever order.
+def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[Group] = ()) -> str:
+    """The DOT source of a circuit's drawing, always the same for the same circuit.
 
     Arguments and errors as `draw_circuit`.
     """
-    edges = sorted(set(edges), key=lambda edge: (_order(edge[1]), _order(edge[0])))
+    graph = circuit.graph
+    edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     many = len(edges) >= MANY
-    nodes = sorted(
-        {w for w, _ in edges} | {n for _, r in edges for n in _nodes_of(r, heads_per_kv_head)}
-        | {"resid_post"},
-        key=_order,
-    )  # fmt: skip
+    boxes = {w for w, _ in edges} | {n for _, r in edges for n in _boxes_of(r, graph)}
+    nodes = sorted(boxes | {"resid_post"}, key=_order)
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
@@ -172,9 +162,9 @@ def circuit_dot(
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
-    inputs = _inputs(edges, heads_per_kv_head)
+    inputs = _inputs(edges, graph)
     colors = {edge: group.color for group in groups for edge in group.edges}
-    outlines = _outlines(edges, colors, heads_per_kv_head)
+    outlines = _outlines(edges, colors, graph)
     labels = {
         node: _label(node, inputs.get(node, ()), outlines.get(node, OUTLINE)) for node in nodes
     }
@@ -192,7 +182,7 @@ def circuit_dot(
             style = {"color": f"{color}D0", "penwidth": f"{width + 0.3:.2f}"}
         else:
             style = {"color": f"{color}{opacity:02X}", "penwidth": f"{width:.2f}"}
-        for node in _nodes_of(reader, heads_per_kv_head):
+        for node in _boxes_of(reader, graph):
             head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
             tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
             dot.edge(tail, head, **style)
@@ -243,21 +233,21 @@ def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
     return places
 
 
-def _inputs(edges: list[Edge], heads_per_kv_head: int) -> dict[str, set[str]]:
+def _inputs(edges: list[Edge], graph: CircuitGraph) -> dict[str, set[str]]:
     """For each head, which of q, k and v have an edge."""
     inputs: dict[str, set[str]] = {}
     for _, reader in edges:
         if _kind(reader) in ("q", "k", "v"):
-            for node in _nodes_of(reader, heads_per_kv_head):
+            for node in _boxes_of(reader, graph):
                 inputs.setdefault(node, set()).add(_kind(reader))
     return inputs
 
 
-def _outlines(edges: list[Edge], colors: dict[Edge, str], heads_per_kv_head: int) -> dict[str, str]:
+def _outlines(edges: list[Edge], colors: dict[Edge, str], graph: CircuitGraph) -> dict[str, str]:
     """A box all of whose edges have one colour has that colour too."""
     seen: dict[str, set[str]] = {}
     for writer, reader in edges:
-        for node in (writer, *_nodes_of(reader, heads_per_kv_head)):
+        for node in (writer, *_boxes_of(reader, graph)):
             seen.setdefault(node, set()).add(colors.get((writer, reader), OUTLINE))
     return {node: found.pop() for node, found in seen.items() if len(found) == 1}
 
@@ -350,15 +340,9 @@ def _order(name: str) -> tuple:
     return layer, kind == "mlp", head, kind != "tok_embeds", kind
 
 
-def _nodes_of(reader: str, heads_per_kv_head: int) -> list[str]:
+def _boxes_of(reader: str, graph: CircuitGraph) -> list[str]:
     """The boxes that a reader belongs to: a key or value head's are its group's query heads."""
-    kind, layer, head = _parse(reader)
-    if kind not in ("q", "k", "v"):
-        return [reader]
-    if kind == "q":
-        return [f"a{layer}.h{head}"]
-    group = range(head * heads_per_kv_head, (head + 1) * heads_per_kv_head)
-    return [f"a{layer}.h{h}" for h in group]
+    return graph.nodes_fed_by(reader) or [reader]
 
 
 def _id(node: str) -> str:
