@@ -46,7 +46,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class WorstExample:
-    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`."""
+    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`.
+
+    Predictions are all of its predicted tokens, as text.
+    """
 
     text: str
     kl: float
@@ -148,8 +151,10 @@ def evaluate(
 
 
 def _concatenate(scores: list[ExampleScores]) -> ExampleScores:
+    names = [f.name for f in fields(ExampleScores) if f.name != "predicted"]
     return ExampleScores(
-        *(torch.cat([getattr(s, f.name).cpu() for s in scores]) for f in fields(ExampleScores))
+        **{name: torch.cat([getattr(s, name).cpu() for s in scores]) for name in names},
+        predicted=tuple(tokens for s in scores for tokens in s.predicted),
     )
 
 
@@ -174,10 +179,11 @@ def _mean_scores(scores: list[Scores]) -> Scores:
     return Scores(*(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Scores)))
 
 
-def _decode(model: CircuitModel, token: Tensor) -> str:
+def _decode(model: CircuitModel, predicted: Tensor) -> str:
+    """The predicted tokens as text, or the numbers."""
     if model.output is Output.number:
-        return f"{token.item():.4g}"
-    return "" if model.tokenizer is None else model.tokenizer.decode([int(token)])
+        return " ".join(f"{number:.4g}" for number in predicted.tolist())
+    return "" if model.tokenizer is None else model.tokenizer.decode(predicted.tolist())
 
 
 def _without_nan(value: Any) -> Any:
