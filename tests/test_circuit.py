@@ -188,7 +188,10 @@ def test_lines_without_distractors_are_left_out_of_differences(model):
     with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
     pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]
     some = Circuit.random(model.graph, 60, seed=0)
-    mixed, alone = (evaluate(model, some, p).circuit for p in (pairs, with_distractors))
+    results = [evaluate(model, some, p) for p in (pairs, with_distractors)]
+    assert [result.num_with_distractors for result in results] == [6, 6]
+    assert [result.num_examples for result in results] == [9, 6]
+    mixed, alone = (result.circuit for result in results)
     for name in ("logit_difference_ratio", "logit_difference", "two_way_accuracy"):
         assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
 

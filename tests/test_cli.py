@@ -157,6 +157,23 @@ def test_other_ablations_node_gates_and_ones_own_data(tmp_path, ablation):
     assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
 
 
+def test_how_many_prompts_have_distractors_is_said(finished, tmp_path):
+    sums = [{"clean": f"{a} + 2 = <predict>{a + 2}</predict>", "corrupted":
+             f"{a} + 3 = <predict>{a + 3}</predict>"} for a in range(1, 6)]  # fmt: skip
+    for record in sums[:2]:
+        record["distractor"] = "9"
+    data = write_jsonl(tmp_path / "sums.jsonl", *sums)
+    output = tmp_path / "evaluation.json"
+    evaluate = ("evaluate", finished, "task=custom", f"output={output}")
+    done = run_cli(*evaluate, f"task.path={data}")
+    assert "5 prompts" in done.stdout
+    assert "two way accuracy (2 prompts)" in done.stdout
+    assert "exact match (" not in done.stdout
+    assert json.loads(output.read_text())["num_with_distractors"] == 2
+    done = run_cli(*evaluate, f"task.path={write_jsonl(tmp_path / 'all.jsonl', *sums[:2])}")
+    assert "two way accuracy  " in done.stdout
+
+
 def test_prepare_is_seeded_and_of_the_sizes_asked_for(tmp_path):
     texts = []
     for name in ("a", "b"):

@@ -16,10 +16,17 @@ from edgeprune.dataset import Pair, iterate_batches
 from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
 
+OF_DISTRACTORS = (
+    "two_way_accuracy", "logit_difference", "logit_difference_ratio", "probability_difference",
+)  # fmt: skip
+"""Scores that are means over the examples with distractors alone."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the examples of a data set; NaN where the data has no distractors.
+    """Means over the examples of a data set, or over those with distractors (`OF_DISTRACTORS`).
+
+    NaN where the data has none.
 
     Attributes:
         kl: faithfulness, KL from the full model, nats per predicted token; NaN where outputs are
@@ -69,6 +76,7 @@ class Evaluation:
         random: the mean over random circuits of the same size, or None.
         worst: the circuit's least faithful example.
         num_examples, num_edges, sparsity: of what was measured.
+        num_with_distractors: so many of the examples have distractors.
     """
 
     circuit: Scores
@@ -79,6 +87,7 @@ class Evaluation:
     num_examples: int
     num_edges: int
     sparsity: float
+    num_with_distractors: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
@@ -147,6 +156,7 @@ def evaluate(
         num_examples=len(texts),
         num_edges=len(circuit),
         sparsity=circuit.sparsity,
+        num_with_distractors=int((~full.logit_difference.isnan()).sum()),
     )
 
 

@@ -114,7 +114,7 @@ def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -
 
 
 def _print_evaluation(result: Any, title: str) -> None:
-    from edgeprune.analysis.evaluate import Scores
+    from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
 
     columns = {
         f"circuit, {result.num_edges:,} edges": result.circuit,
@@ -131,7 +131,10 @@ def _print_evaluation(result: Any, title: str) -> None:
         values = [getattr(scores, field.name) for scores in columns.values()]
         if all(value != value for value in values):  # NaN: the data has no distractors
             continue
-        table.add_row(field.name.replace("_", " "), *(f"{value:.3f}" for value in values))
+        label = field.name.replace("_", " ")
+        if field.name in OF_DISTRACTORS and result.num_with_distractors < result.num_examples:
+            label += f" ({result.num_with_distractors:,} prompts)"
+        table.add_row(label, *(f"{value:.3f}" for value in values))
     OUT.print(table)
     worst = result.worst
     off = f"error {worst.error:.2g}" if worst.kl != worst.kl else f"KL {worst.kl:.2f}"
