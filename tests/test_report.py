@@ -104,6 +104,24 @@ def test_runs_that_differ_otherwise_are_other_series_and_groups():
     ]  # fmt: skip
 
 
+def test_ones_own_data_and_models_go_by_their_files():
+    own = {"task.name": "custom", "model.name": "custom", "model.path": "/m/one"}
+    runs = [
+        a_run("a", first(4), 0.1, **own, **{"task.path": "/d/sums.jsonl"}),
+        a_run("b", first(4), 0.2, **own, **{"task.path": "/d/names.jsonl"}),
+        a_run("c", first(4), 0.3, **{**own, "model.path": "/m/two"},
+              **{"task.path": "/d/names.jsonl"}),
+        a_run("d", first(4), 0.4, **{"task.path": "/d/ioi.jsonl"}),
+    ]  # fmt: skip
+    assert [group.title.split(",")[0] for group in group_runs(runs)] == [
+        "ioi in tiny", "names in one", "names in two", "sums in one",
+    ]  # fmt: skip
+    elsewhere = a_run("e", first(4), 0.5, **own, **{"task.path": "/e/sums.jsonl"})
+    assert [group.task for group in group_runs([runs[0], elsewhere])] == [
+        "/d/sums.jsonl", "/e/sums.jsonl",
+    ]  # fmt: skip
+
+
 def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():
     runs = [
         a_run(str(edges), first(edges), 0.1, seed=seed, **{"trainer.target_sparsity": 1.05})

@@ -10,7 +10,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Split, TaskConfig, check_model
+from edgeprune.config import (
+    ConfigError,
+    ModelConfig,
+    PruneConfig,
+    Split,
+    TaskConfig,
+    check_model,
+    model_title,
+    task_title,
+)
 from edgeprune.files import write_text
 
 OUT = Console()
@@ -213,9 +222,7 @@ def run_title(run_dir: Path | None) -> str | None:
     if not of_run:
         return None
     task, model = of_run["task"], of_run["model"]
-    data = Path(task.path).stem if task.name == "custom" and task.path else task.name
-    folder = Path(model.path).name if model.name == "custom" and model.path else model.name
-    return f"{data} in {folder}"
+    return f"{task_title(task.name, task.path)} in {model_title(model.name, model.path)}"
 
 
 def export_from(
