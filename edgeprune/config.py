@@ -282,7 +282,7 @@ class EvaluateConfig:
     """Measure so many random circuits of equal size too."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, task or ablation) is named before the split."""
+    (another circuit's file, model, task or ablation) is named before the split."""
 
 
 @dataclass

@@ -112,11 +112,28 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     small = copied / "small.json"
     run_cli("export", copied, "num_edges=40", f"output={small}")
     assert run_cli("evaluate", small).returncode == 0
-    other = json.loads((copied / "evaluation-small-test.json").read_text())
+    other = json.loads((copied / "evaluation-small-json-test.json").read_text())
     assert other["circuit_file"] == str(small)
     assert other["num_edges"] == 40
     assert other["edges_sha256"] != json.loads(own)["edges_sha256"]
     assert (copied / "evaluation-test.json").read_text() == own
+
+
+def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, capsys, monkeypatch):
+    def evaluated(circuit, *arguments) -> list[str]:
+        before = set(copied.glob("evaluation-*"))
+        code, _, err = call(capsys, monkeypatch, "evaluate", circuit, *arguments)
+        assert code == 0, err
+        return [path.name for path in set(copied.glob("evaluation-*")) - before]
+
+    for format, name in (("eap_json", "graph.json"), ("eap_pt", "graph.pt")):
+        assert call(capsys, monkeypatch, "export", copied, f"format={format}")[0] == 0
+        expected = f"evaluation-{name.replace('.', '-')}-validation.json"
+        assert evaluated(copied / name, "split=validation") == [expected]
+    for name in ("sums", "more"):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", GOOD)
+        found = evaluated(copied, "task=custom", f"task.path={data}")
+        assert found == [f"evaluation-{name}-test.json"]
 
 
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):

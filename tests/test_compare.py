@@ -268,5 +268,6 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
     out = run("evaluate", tmp_path / "both/intersection", "task=boolean_expressions_few_shot",
               f"task.path={tmp_path / 'few_shot.jsonl'}")  # fmt: skip
     assert f"circuit, {result['intersection']['num_edges']} edges" in out
-    written = json.loads((tmp_path / "both/intersection/evaluation-test.json").read_text())
+    name = "evaluation-boolean_expressions_few_shot-test.json"  # another task than the first run's
+    written = json.loads((tmp_path / "both/intersection" / name).read_text())
     assert written["num_examples"] == 4

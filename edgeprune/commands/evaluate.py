@@ -32,6 +32,7 @@ from edgeprune.config import (
     TaskConfig,
     check_evaluate,
     evaluation_batch_size,
+    task_title,
     to_dict,
 )
 from edgeprune.files import write_text
@@ -82,8 +83,8 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             batch_size=batch_size,
             random_circuits=config.random_circuits,
         )
-    words = [] if edges_path.name == EDGES else [edges_path.stem]
-    if run_dir == edges_path.parent:
+    words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
+    if run_dir is not None:
         words += _apart(of_run, task, ablation_config)
     name = "-".join(["evaluation", *words, split])
     output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
@@ -109,7 +110,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
 
 def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -> list[str]:
     """Words for the file's name, so that what is measured otherwise than the run stands apart."""
-    words = [] if task == of_run["task"] else [task.name]
+    words = [] if task == of_run["task"] else [task_title(task.name, task.path)]
     return words if ablation == of_run["ablation"] else [*words, ablation.kind.name]
 
 
