@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 from conftest import assert_refused, call, run_cli, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgeprune.config import COMMANDS
 from edgeprune.launch import stop_signals
+from edgeprune.paths import EMBEDDED_MODEL
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -117,6 +118,39 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     assert other["num_edges"] == 40
     assert other["edges_sha256"] != json.loads(own)["edges_sha256"]
     assert (copied / "evaluation-test.json").read_text() == own
+
+
+def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, capsys, monkeypatch):
+    def evaluated(*arguments) -> tuple[list[str], str]:
+        before = set(copied.glob("evaluation-*"))
+        code, _, err = call(capsys, monkeypatch, "evaluate", copied, "split=validation", *arguments)
+        assert code == 0, err
+        return [path.name for path in set(copied.glob("evaluation-*")) - before], err
+
+    def content(name: str) -> dict:
+        return json.loads((copied / name).read_text())
+
+    own = content("evaluation-validation.json")
+    manifest = content("run.json")
+    assert own["model_sha256"] == manifest["model"]["sha256"]
+    assert own["data_sha256"] == manifest["data"]["sha256"]
+    (name,), _ = evaluated("model=embedded", "model.dtype=bfloat16")
+    assert name == "evaluation-embedded-dtype-bfloat16-validation.json"
+    other = shutil.copytree(EMBEDDED_MODEL, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights = {key: value * 1.1 for key, value in weights.items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    (name,), _ = evaluated("model=custom", f"model.path={other}")
+    assert name == "evaluation-other-validation.json"
+    assert content(name)["model_sha256"] != own["model_sha256"]
+    assert content(name)["circuit"] != own["circuit"]
+    assert content("evaluation-validation.json") == own
+
+    manifest["model"]["sha256"] = "0" * 64  # as if the weights had changed in their place
+    (copied / "run.json").write_text(json.dumps(manifest))
+    (name,), err = evaluated()
+    assert name == "evaluation-embedded-validation.json"
+    assert "has other weights now than when the run" in err
 
 
 def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,8 @@ def evaluation(circuit: Circuit, kl: float, accuracy: float = 1.0) -> dict:
     return {
         "edges_sha256": circuit.digest(),
         "ablation": ABLATION,
+        "model_sha256": "of the model",
+        "data_sha256": "of the data",
         "num_edges": len(circuit),
         "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy},
         "full": {"kl": 0.0, "exact_match": 1.0, "accuracy": 0.9},
@@ -257,6 +259,28 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
     ):
         assert wanted in err
     assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
+
+
+def test_evaluations_of_another_model_or_data_are_passed_over(tmp_path, capsys, monkeypatch):
+    own = evaluation(first(4), 1.0)
+    for name in ("ablation", "model", "data", "both"):
+        run = fake_run(tmp_path / name, first(4), ablation=ABLATION)
+        others = {f"{what}_sha256": "other" for what in ("model", "data") if name in (what, "both")}
+        (run / "evaluation-test.json").write_text(json.dumps({**own, **others}))
+    unsaid = {key: value for key, value in own.items() if key != "model_sha256"}
+    run = fake_run(tmp_path / "old", first(4), ablation=ABLATION)
+    (run / "evaluation-test.json").write_text(json.dumps(unsaid))
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    for wanted in (
+        "model/evaluation-test.json is passed over: it is of another model than the run's",
+        "data/evaluation-test.json is passed over: it is of another data file than the run's",
+        "both/evaluation-test.json is passed over: it is of another model and data file than",
+        "old/evaluation-test.json is passed over: KeyError: 'model_sha256'; evaluate it again",
+    ):
+        assert wanted in err
+    found = {row["run"]: row["kl"] for row in rows(tmp_path / "report/runs.csv")}
+    assert found == {"ablation": "1.0", "model": "", "data": "", "both": "", "old": ""}
 
 
 def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from edgeprune.commands.shared import (
     load_pairs,
     read_circuit,
     run_settings,
+    say,
     show,
 )
 from edgeprune.config import (
@@ -28,10 +29,12 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     EvaluateConfig,
+    ModelConfig,
     Split,
     TaskConfig,
     check_evaluate,
     evaluation_batch_size,
+    model_title,
     task_title,
     to_dict,
 )
@@ -48,7 +51,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.training.run import EDGES
+    from edgeprune.training.run import EDGES, file_digest, read_digests
 
     check_evaluate(config)
     edges_path, run_dir = find_circuit(config.circuit)
@@ -61,13 +64,23 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
             "task=custom"
         )
+    own_digests = {} if run_dir is None else read_digests(run_dir)
+    model_config = config.model or of_run["model"]
+    other_model = [] if run_dir is None else _other_model(of_run["model"], model_config)
     if model is None:
-        model = load_model(config.model or of_run["model"])
+        model = load_model(model_config)
+        if run_dir is not None and not other_model and model.fingerprint() != own_digests["model"]:
+            other_model = [model_title(model_config.name, model_config.path)]
+            say(
+                f"{model.name} has other weights now than when the run in {run_dir} began; it is "
+                "measured as another model"
+            )
     circuit = read_circuit(edges_path, model.graph)
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
     with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
         data_path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
+        data_digest = file_digest(data_path)
         pairs = load_pairs(data_path, task, model, split)
         reference_set = pairs
         if ablation_config.kind is AblationKind.mean:
@@ -85,20 +98,22 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         )
     words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
     if run_dir is not None:
-        words += _apart(of_run, task, ablation_config)
+        words += [*other_model, *_apart(of_run, task, ablation_config)]
     name = "-".join(["evaluation", *words, split])
     output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
-    settings = {
-        "circuit_file": str(edges_path),
-        "edges_sha256": circuit.digest(),
-        "model": model.name,
-        "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
-        "split": split,
-        "ablation": to_dict(ablation_config),
-    }
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
     if writes:
+        settings = {
+            "circuit_file": str(edges_path),
+            "edges_sha256": circuit.digest(),
+            "model": model.name,
+            "model_sha256": model.fingerprint(),
+            "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
+            "data_sha256": data_digest,
+            "split": split,
+            "ablation": to_dict(ablation_config),
+        }
         text = json.dumps({**settings, **result.to_dict()}, indent=1)
         try:
             write_text(output, text + "\n")
@@ -106,6 +121,20 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
             raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
     show(f"-> {output}")
+
+
+def _other_model(own: ModelConfig, model: ModelConfig) -> list[str]:
+    """Words for the file's name where a model is loaded otherwise than the run's, else none."""
+    free = ("name", "device", "trust_remote_code")
+    changed = {
+        field.name: getattr(model, field.name)
+        for field in fields(ModelConfig)
+        if field.name not in free and getattr(model, field.name) != getattr(own, field.name)
+    }
+    if not changed:
+        return []
+    settings = [f"{name}-{value}" for name, value in changed.items() if name != "path"]
+    return [model_title(model.name, model.path), *settings]
 
 
 def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -> list[str]:

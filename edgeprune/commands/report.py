@@ -20,6 +20,9 @@ from edgeprune.files import write_text
 
 LABELS = {"kl": "KL from the full model (nats)", "exact_match": "exact match with the full model",
           "accuracy": "accuracy"}  # fmt: skip
+OF = {"edges_sha256": "circuit", "ablation": "ablation", "model_sha256": "model",
+      "data_sha256": "data file"}  # fmt: skip
+"""What an evaluation must share with its run."""
 
 
 def report(config: ReportConfig) -> None:
@@ -97,10 +100,16 @@ def _read_runs(folder: Path) -> Iterator[tuple[Any, Path]]:
 def _read_run(run_dir: Path, name: str) -> Any:
     from edgeprune.analysis.report import SPLITS, Run
     from edgeprune.circuit import Circuit
-    from edgeprune.training.run import EDGES, flatten, read_config, read_graph
+    from edgeprune.training.run import EDGES, flatten, read_config, read_digests, read_graph
 
-    settings = read_config(run_dir)
+    settings, digests = read_config(run_dir), read_digests(run_dir)
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
+    own = {
+        "edges_sha256": circuit.digest(),
+        "ablation": settings.get("ablation"),
+        "model_sha256": digests["model"],
+        "data_sha256": digests["data"],
+    }
     evaluations = {}
     for split in SPLITS:
         path = run_dir / f"evaluation-{split}.json"
@@ -108,12 +117,12 @@ def _read_run(run_dir: Path, name: str) -> Any:
             continue
         try:
             evaluation = json.loads(path.read_text(encoding="utf-8"))
-            edges, ablation = evaluation["edges_sha256"], evaluation["ablation"]
+            others = [OF[key] for key, value in own.items() if evaluation[key] != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"{path} is passed over: {type(error).__name__}: {error}; evaluate it again")
             continue
-        if (edges, ablation) != (circuit.digest(), settings.get("ablation")):
-            what = "ablation" if edges == circuit.digest() else "circuit"
+        if others:
+            what = " and ".join(others)
             say(f"{path} is passed over: it is of another {what} than the run's; evaluate it again")
             continue
         evaluations[split] = evaluation
