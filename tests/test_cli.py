@@ -150,7 +150,7 @@ def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, cap
     (copied / "run.json").write_text(json.dumps(manifest))
     (name,), err = evaluated()
     assert name == "evaluation-embedded-validation.json"
-    assert "has other weights now than when the run" in err
+    assert "has not the weights of the run in" in err
 
 
 def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, capsys, monkeypatch):
@@ -206,6 +206,33 @@ def test_other_ablations_node_gates_and_ones_own_data(tmp_path, ablation):
     line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["node_sparsity"] is not None
     assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
+
+
+def test_changed_prompts_are_not_taken_for_the_runs_own(tmp_path, capsys, monkeypatch):
+    run_dir, data = tmp_path / "run", write_jsonl(tmp_path / "sums.jsonl", GOOD)
+    own = ("task=custom", f"task.path={data}")
+    prune = ("prune", *own, "num_edges=60", "trainer.steps=2", f"run_dir={run_dir}")
+    assert call(capsys, monkeypatch, *prune)[0] == 0
+    assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
+    names = ("evaluation-test.json", "edges.json", "circuit.json")
+    before = [(run_dir / name).read_text() for name in names]
+    original = data.read_text()
+    write_jsonl(data, GOOD, {**GOOD, "clean": "2 + 3 = <predict>5</predict>"})
+    for command in (("evaluate", run_dir), ("export", run_dir, "cleanup=0.01")):
+        code, _, err = call(capsys, monkeypatch, *command)
+        assert code == 2
+        assert f"{data} has changed since the run in {run_dir} began" in err
+        assert f"edgeprune evaluate {run_dir} task=custom task.path={data}" in err
+    code, _, err = call(capsys, monkeypatch, "evaluate", run_dir, *own)  # as the message says
+    assert code == 0, err
+    assert json.loads((run_dir / "evaluation-sums-test.json").read_text())["num_examples"] == 2
+    assert [(run_dir / name).read_text() for name in names] == before
+    data.unlink()
+    code, _, err = call(capsys, monkeypatch, "evaluate", run_dir)
+    assert (code, f"no data file {data}" in err) == (1, True)
+    data.write_text(original)
+    assert call(capsys, monkeypatch, "export", run_dir, "cleanup=0.01")[0] == 0
+    assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
 
 
 def test_how_many_prompts_have_distractors_is_said(finished, tmp_path):

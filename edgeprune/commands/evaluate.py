@@ -14,6 +14,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import (
     OUT,
+    check_own_data,
     data_file,
     find_circuit,
     first_split,
@@ -31,7 +32,6 @@ from edgeprune.config import (
     EvaluateConfig,
     ModelConfig,
     Split,
-    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
     model_title,
@@ -70,18 +70,18 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     if model is None:
         model = load_model(model_config)
         if run_dir is not None and not other_model and model.fingerprint() != own_digests["model"]:
+            say(f"{model.name} has not the weights of the run in {run_dir}; it is another model")
             other_model = [model_title(model_config.name, model_config.path)]
-            say(
-                f"{model.name} has other weights now than when the run in {run_dir} began; it is "
-                "measured as another model"
-            )
     circuit = read_circuit(edges_path, model.graph)
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
     with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
         data_path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
-        data_digest = file_digest(data_path)
         pairs = load_pairs(data_path, task, model, split)
+        data_digest = file_digest(data_path)
+        if is_own_task and config.task is None:
+            check_own_data(run_dir, data_digest, data_path)
+        is_own_task = is_own_task and data_digest == own_digests["data"]
         reference_set = pairs
         if ablation_config.kind is AblationKind.mean:
             reference_split = first_split(data_path, Split.train)
@@ -98,7 +98,9 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         )
     words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
     if run_dir is not None:
-        words += [*other_model, *_apart(of_run, task, ablation_config)]
+        words += other_model
+        words += [] if is_own_task else [task_title(task.name, task.path)]
+        words += [] if ablation_config == of_run["ablation"] else [ablation_config.kind.name]
     name = "-".join(["evaluation", *words, split])
     output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
@@ -114,12 +116,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             "split": split,
             "ablation": to_dict(ablation_config),
         }
-        text = json.dumps({**settings, **result.to_dict()}, indent=1)
-        try:
-            write_text(output, text + "\n")
-        except OSError as error:
-            hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
-            raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
+        _write(output, {**settings, **result.to_dict()})
     show(f"-> {output}")
 
 
@@ -137,10 +134,12 @@ def _other_model(own: ModelConfig, model: ModelConfig) -> list[str]:
     return [model_title(model.name, model.path), *settings]
 
 
-def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -> list[str]:
-    """Words for the file's name, so that what is measured otherwise than the run stands apart."""
-    words = [] if task == of_run["task"] else [task_title(task.name, task.path)]
-    return words if ablation == of_run["ablation"] else [*words, ablation.kind.name]
+def _write(output: Path, content: dict[str, Any]) -> None:
+    try:
+        write_text(output, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
+        raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
 
 
 def _print_evaluation(result: Any, title: str) -> None:

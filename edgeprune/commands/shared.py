@@ -69,6 +69,27 @@ def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
     return path
 
 
+def check_own_data(run_dir: Path, digest: str, data_path: Path) -> None:
+    """Refuse a data file that is no longer the one a run was trained on.
+
+    Args:
+        run_dir: the run's.
+        digest: SHA-256 of the file.
+        data_path: the file.
+
+    Raises:
+        ConfigError: run.json has another digest.
+    """
+    from edgeprune.training.run import read_digests
+
+    if digest != read_digests(run_dir)["data"]:
+        raise ConfigError(
+            f"{data_path} has changed since the run in {run_dir} began, whose prompts it held; "
+            "restore it, or measure what it holds now as other prompts: edgeprune evaluate "
+            f"{run_dir} task=custom task.path={data_path}"
+        )
+
+
 def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
     """A task's prompts, generated."""
     from edgeprune.tasks import FROM_MODEL, TASKS, make_records, tracr
