@@ -235,6 +235,38 @@ def test_changed_prompts_are_not_taken_for_the_runs_own(tmp_path, capsys, monkey
     assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
 
 
+def test_prompts_that_are_not_held_out_are_said(tmp_path, capsys, monkeypatch):
+    """A file without splits is measured on its training prompts."""
+    run_dir, data = tmp_path / "run", write_jsonl(tmp_path / "sums.jsonl", GOOD)
+    prune = ("prune", "task=custom", f"task.path={data}", "num_edges=60", "trainer.steps=2")
+    for command, split in (
+        ((*prune, f"run_dir={run_dir}"), "validation"), (("evaluate", run_dir), "test"),
+    ):  # fmt: skip
+        code, out, err = call(capsys, monkeypatch, *command)
+        assert code == 0, err
+        assert err.count("those measured are training prompts, not held out") == 1
+        assert "sums.jsonl [without splits]" in out
+        assert json.loads((run_dir / f"evaluation-{split}.json").read_text())["training_prompts"]
+    other = write_jsonl(tmp_path / "other.jsonl", {**GOOD, "clean": "2 + 2 = <predict>4</predict>"})
+    code, _, err = call(
+        capsys, monkeypatch, "evaluate", run_dir, "task=custom", f"task.path={other}"
+    )
+    assert (code, "training prompts" in err) == (0, False)
+    assert call(capsys, monkeypatch, "report", tmp_path)[0] == 0
+    page = (tmp_path / "report/report.html").read_text()
+    assert "test prompts, training prompts among them" in page
+
+    lines = [GOOD | {"split": split} for split in ("train", "validation")]
+    data = write_jsonl(tmp_path / "split.jsonl", *lines)
+    code, _, err = call(
+        capsys, monkeypatch, "prune", "task=custom", f"task.path={data}", "num_edges=60",
+        "trainer.steps=2", f"run_dir={tmp_path / 'held'}",
+    )  # fmt: skip
+    assert (code, "training prompts, not" in err) == (0, False)
+    evaluation = json.loads((tmp_path / "held/evaluation-validation.json").read_text())
+    assert evaluation["training_prompts"] is False
+
+
 def test_how_many_prompts_have_distractors_is_said(finished, tmp_path):
     sums = [{"clean": f"{a} + 2 = <predict>{a + 2}</predict>", "corrupted":
              f"{a} + 3 = <predict>{a + 3}</predict>"} for a in range(1, 6)]  # fmt: skip

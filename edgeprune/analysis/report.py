@@ -165,6 +165,15 @@ class Group:
     def runs(self) -> list[Run]:
         return [run for series in self.series for point in series.points for run in point.runs]
 
+    @property
+    def prompts(self) -> str:
+        """Whose evaluations are shown, in words, and whether they are of training prompts."""
+        if self.split is None:
+            return "not evaluated"
+        shown = [run.evaluations.get(self.split, {}) for run in self.runs]
+        among = any(evaluation.get("training_prompts") for evaluation in shown)
+        return f"{self.split} prompts" + (", training prompts among them" if among else "")
+
     def reference(self, of: str, metric: str) -> float | None:
         """A metric of the `full` or the `corrupted` model, averaged over the runs."""
         found = Spread.of(score(run, self.split, of, metric) for run in self.runs)

@@ -82,6 +82,13 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         if is_own_task and config.task is None:
             check_own_data(run_dir, data_digest, data_path)
         is_own_task = is_own_task and data_digest == own_digests["data"]
+        is_own_file = data_digest == own_digests.get("data")
+        if is_own_file and not pairs.has_splits:
+            say(
+                f"{data_path} has lines without a split, so those measured are training prompts, "
+                'not held out; lines of which each says "split": "train", "validation" or "test" '
+                "are apart"
+            )
         reference_set = pairs
         if ablation_config.kind is AblationKind.mean:
             reference_split = first_split(data_path, Split.train)
@@ -114,6 +121,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
             "data_sha256": data_digest,
             "split": split,
+            "training_prompts": is_own_file and (split == "train" or not pairs.has_splits),
             "ablation": to_dict(ablation_config),
         }
         _write(output, {**settings, **result.to_dict()})

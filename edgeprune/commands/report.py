@@ -254,7 +254,7 @@ def _draw(group: Any, stem: Path) -> Path | None:
     if group.split is None:
         say(f"{group.title}: no run has been evaluated, so there is no plot")
         return None
-    title = f"{group.title}: {group.split} prompts"
+    title = f"{group.title}: {group.prompts}"
     for suffix in ("png", "pdf", "svg"):
         path = stem.with_name(f"{stem.name}.{suffix}")
         draw_frontier(panels, path, title=title, all_edges=group.num_edges)
@@ -265,10 +265,9 @@ def _draw(group: Any, stem: Path) -> Path | None:
 
 
 def _print(group: Any) -> None:
-    split = f"{group.split} prompts" if group.split else "not evaluated"
     for series in group.series:
         name = f"; {series.name}" if series.name else ""
-        title = f"{group.title}, {group.num_edges:,} edges; {split}{name}"
+        title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
         table = Table(title=Text(title), title_justify="left")
         for index, column in enumerate(COLUMNS[:-1]):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)
