@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
-from edgeprune.commands.shared import OUT, say, show, write_circuit
+from edgeprune.commands.shared import OUT, read_origin, say, show, write_circuit
 from edgeprune.config import ConfigError, ReportConfig
 from edgeprune.files import write_text
 
@@ -104,6 +104,7 @@ def _read_run(run_dir: Path, name: str) -> Any:
 
     settings, digests = read_config(run_dir), read_digests(run_dir)
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
+    _check_size(run_dir, settings, circuit)
     own = {
         "edges_sha256": circuit.digest(),
         "ablation": settings.get("ablation"),
@@ -127,6 +128,29 @@ def _read_run(run_dir: Path, name: str) -> Any:
             continue
         evaluations[split] = evaluation
     return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)
+
+
+def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Any) -> None:
+    """A run's circuit has the size asked for, where one was, before any clean-up.
+
+    Raises:
+        ConfigError: it has another, such as of a later export.
+    """
+    from edgeprune.training.run import EDGES
+
+    sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
+    if sparsity is not None:
+        num_edges = round((1 - sparsity) * circuit.graph.num_edges)
+    origin, size = read_origin(run_dir / EDGES), len(circuit)
+    cleanup = origin.get("cleanup")
+    if isinstance(cleanup, dict) and origin.get("num_edges") == size:
+        size = cleanup.get("num_edges_before", size)
+    if num_edges is not None and size != num_edges:
+        asked = f"num_edges={num_edges}" if sparsity is None else f"sparsity={sparsity}"
+        raise ConfigError(
+            f"its circuit was made with {size:,} edges, but {asked} asks for {num_edges:,}; make "
+            f"that one again by `edgeprune export {run_dir}`, and evaluate it"
+        )
 
 
 # ------------------------------------------------------------------------------------- writing

@@ -159,12 +159,12 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
         path = path / EDGES
     if has_run(path.parent):
         return path, path.parent
-    origin = _origin(path).get("run")
+    origin = read_origin(path).get("run")
     run_dir = path.parent / origin if isinstance(origin, str) else None
     return path, run_dir if run_dir is not None and has_run(run_dir) else None
 
 
-def _origin(path: Path) -> dict[str, Any]:
+def read_origin(path: Path) -> dict[str, Any]:
     """The circuit.json beside a circuit, if there is one."""
     from edgeprune.training.run import REPORT
 
@@ -183,7 +183,7 @@ def known_graph(path: Path, run_dir: Path | None) -> Any:
     if run_dir is not None:
         return read_graph(run_dir)
     try:
-        return CircuitGraph.from_dict(_origin(path)["graph"])
+        return CircuitGraph.from_dict(read_origin(path)["graph"])
     except (KeyError, TypeError, ValueError):
         return None
 
