@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 MOST_EVALUATED = 64
@@ -282,7 +283,7 @@ class EvaluateConfig:
     """Measure so many random circuits of equal size too."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, task or ablation) is named before the split."""
+    (another circuit's file, model, task or ablation) is named before the split."""
 
 
 @dataclass
@@ -399,6 +400,16 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return plain(dataclasses.asdict(config))
+
+
+def task_title(name: str, path: str | None) -> str:
+    """A task's name for people: one's own data (task=custom) goes by its file's name."""
+    return Path(path).stem if name == "custom" and path else name
+
+
+def model_title(name: str, path: str | None) -> str:
+    """A model's name for people: one's own (model=custom) goes by its folder's or file's name."""
+    return Path(path).name if name == "custom" and path else name
 
 
 def check_size(sparsity: float | None, num_edges: int | None) -> None:

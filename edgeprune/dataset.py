@@ -354,11 +354,15 @@ class PairDataset(Sequence):
         pairs: are written as they come.
         name: for people.
         skipped: one message for each line that did not fit the tokenizer.
+
+    Attributes:
+        has_splits: whether every line says which split it is of; one that does not is of all.
     """
 
     def __init__(self, pairs: Iterable[Pair], name: str, skipped: Sequence[str] = ()) -> None:
         self.name = name
         self.skipped = skipped
+        self.has_splits = True
         self._file = TemporaryFile()  # noqa: SIM115 (it lasts as long as this)
         self._ends = array("q", [0])  # in bytes
         for pair in pairs:
@@ -422,7 +426,7 @@ def _parse_line(line: str, where: str) -> dict:
 def load_dataset(
     path: Path | str, tokenizer: Any, split: str, max_length: int | None = None
 ) -> PairDataset:
-    """Read one split of a JSONL file. A file without splits serves every purpose.
+    """Read one split of a JSONL file. Lines without a split are of every split.
 
     Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped and
     counted; malformed lines are errors.
@@ -440,11 +444,13 @@ def load_dataset(
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
     found: set[str] = set()
+    said: set[bool] = set()  # whether lines say their split
     skipped: list[str] = []
 
     def chosen() -> Iterator[dict]:
         for record in iterate_records(path):
             own = record.get("split", split)
+            said.add("split" in record)
             if own not in SPLITS:
                 raise DataError(
                     f"{record['_where']}: unknown split {own!r}; "
@@ -456,6 +462,9 @@ def load_dataset(
 
     pairs = _encode(chosen(), tokenizer, max_length, skipped)
     dataset = PairDataset(pairs, f"{Path(path).name} [{split}]", skipped)
+    dataset.has_splits = said == {True}
+    if said == {False}:
+        dataset.name = f"{Path(path).name} [without splits]"
     if split not in found:
         raise DataError(f"{path} has no line of split {split!r}; it has {', '.join(sorted(found))}")
     if not dataset:

@@ -65,7 +65,7 @@ def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """What one model does on each example of a batch; every field is [batch].
+    """What one model does on each example of a batch; every tensor is [batch].
 
     Attributes:
         kl: from the reference, nats per predicted token; NaN where outputs are not logits.
@@ -75,8 +75,8 @@ class ExampleScores:
         logit_difference: log-sum-exp of the answers' logits less that of the distractors'; NaN
             without distractors.
         probability_difference: the answers' probability less the distractors'; NaN likewise.
-        predicted: the most likely token where answer and distractor part; the number itself where
-            outputs are numbers.
+        predicted: of each example, the most likely tokens, [predicted]; the numbers themselves
+            where outputs are numbers.
     """
 
     kl: Tensor
@@ -85,7 +85,7 @@ class ExampleScores:
     exact_match: Tensor
     logit_difference: Tensor
     probability_difference: Tensor
-    predicted: Tensor
+    predicted: tuple[Tensor, ...]
 
 
 def score(
@@ -125,7 +125,7 @@ def score(
         exact_match=_every(best == reference.argmax(-1), batch),
         logit_difference=differences[:, 0],
         probability_difference=differences[:, 1],
-        predicted=best[batch.contrasts],
+        predicted=_by_example(best, batch),
     )
 
 
@@ -151,13 +151,18 @@ def _score_values(
         exact_match=_every(same, batch),
         logit_difference=unknown,
         probability_difference=unknown,
-        predicted=best[batch.contrasts],
+        predicted=_by_example(best, batch),
     )
 
 
 def _every(flags: Tensor, batch: Batch) -> Tensor:
     """[predicted] -> [batch], whether all of an example's are true."""
     return mean_by_example((~flags).float(), batch) == 0
+
+
+def _by_example(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """[predicted] -> the values of each example, on the CPU."""
+    return values.cpu().split([len(pair.target_ids) for pair in batch.pairs])
 
 
 def _log_odds(logits: Tensor, answers: tuple[int, ...], distractors: tuple[int, ...]) -> Tensor:

@@ -92,8 +92,12 @@ def fake_run(folder: Path, circuit: Circuit, **settings) -> Path:
         json.dumps({"model": {"name": "tiny"}, "task": {"name": "ioi"}, **settings})
     )
     (folder / "run.json").write_text(
-        json.dumps({"graph": circuit.graph.to_dict(), "model": {"d_model": 8}})
-    )
+        json.dumps({
+            "graph": circuit.graph.to_dict(),
+            "model": {"d_model": 8, "sha256": "of the model"},
+            "data": {"sha256": "of the data"},
+        })
+    )  # fmt: skip
     circuit.save(folder / "edges.json")
     return folder
 

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,9 +188,27 @@ def test_lines_without_distractors_are_left_out_of_differences(model):
     with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
     pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]
     some = Circuit.random(model.graph, 60, seed=0)
-    mixed, alone = (evaluate(model, some, p).circuit for p in (pairs, with_distractors))
+    results = [evaluate(model, some, p) for p in (pairs, with_distractors)]
+    assert [result.num_with_distractors for result in results] == [6, 6]
+    assert [result.num_examples for result in results] == [9, 6]
+    mixed, alone = (result.circuit for result in results)
     for name in ("logit_difference_ratio", "logit_difference", "two_way_accuracy"):
         assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
+
+
+def test_all_predicted_tokens_of_the_least_faithful_example_are_shown(model):
+    """So the two texts are the same just where the example is an exact match."""
+    model.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    some = Circuit.random(model.graph, 200, seed=0)
+    found = set()
+    for pair in random_pairs(12, predicted=3):
+        result = evaluate(model, some, [pair])
+        texts = result.worst.full_prediction, result.worst.circuit_prediction
+        first, second = ([int(token) for token in text.split()] for text in texts)
+        assert len(first) == len(second) == 3
+        assert (first == second) == (result.circuit.exact_match == 1)
+        found.add(first[0] == second[0] and first != second)
+    assert found == {False, True}
 
 
 def test_an_ablation_is_given_or_named(model):

@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 from conftest import assert_refused, call, run_cli, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgeprune.config import COMMANDS
 from edgeprune.launch import stop_signals
+from edgeprune.paths import EMBEDDED_MODEL
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -112,11 +113,61 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     small = copied / "small.json"
     run_cli("export", copied, "num_edges=40", f"output={small}")
     assert run_cli("evaluate", small).returncode == 0
-    other = json.loads((copied / "evaluation-small-test.json").read_text())
+    other = json.loads((copied / "evaluation-small-json-test.json").read_text())
     assert other["circuit_file"] == str(small)
     assert other["num_edges"] == 40
     assert other["edges_sha256"] != json.loads(own)["edges_sha256"]
     assert (copied / "evaluation-test.json").read_text() == own
+
+
+def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, capsys, monkeypatch):
+    def evaluated(*arguments) -> tuple[list[str], str]:
+        before = set(copied.glob("evaluation-*"))
+        code, _, err = call(capsys, monkeypatch, "evaluate", copied, "split=validation", *arguments)
+        assert code == 0, err
+        return [path.name for path in set(copied.glob("evaluation-*")) - before], err
+
+    def content(name: str) -> dict:
+        return json.loads((copied / name).read_text())
+
+    own = content("evaluation-validation.json")
+    manifest = content("run.json")
+    assert own["model_sha256"] == manifest["model"]["sha256"]
+    assert own["data_sha256"] == manifest["data"]["sha256"]
+    (name,), _ = evaluated("model=embedded", "model.dtype=bfloat16")
+    assert name == "evaluation-embedded-dtype-bfloat16-validation.json"
+    other = shutil.copytree(EMBEDDED_MODEL, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights = {key: value * 1.1 for key, value in weights.items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    (name,), _ = evaluated("model=custom", f"model.path={other}")
+    assert name == "evaluation-other-validation.json"
+    assert content(name)["model_sha256"] != own["model_sha256"]
+    assert content(name)["circuit"] != own["circuit"]
+    assert content("evaluation-validation.json") == own
+
+    manifest["model"]["sha256"] = "0" * 64  # as if the weights had changed in their place
+    (copied / "run.json").write_text(json.dumps(manifest))
+    (name,), err = evaluated()
+    assert name == "evaluation-embedded-validation.json"
+    assert "has not the weights of the run in" in err
+
+
+def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, capsys, monkeypatch):
+    def evaluated(circuit, *arguments) -> list[str]:
+        before = set(copied.glob("evaluation-*"))
+        code, _, err = call(capsys, monkeypatch, "evaluate", circuit, *arguments)
+        assert code == 0, err
+        return [path.name for path in set(copied.glob("evaluation-*")) - before]
+
+    for format, name in (("eap_json", "graph.json"), ("eap_pt", "graph.pt")):
+        assert call(capsys, monkeypatch, "export", copied, f"format={format}")[0] == 0
+        expected = f"evaluation-{name.replace('.', '-')}-validation.json"
+        assert evaluated(copied / name, "split=validation") == [expected]
+    for name in ("sums", "more"):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", GOOD)
+        found = evaluated(copied, "task=custom", f"task.path={data}")
+        assert found == [f"evaluation-{name}-test.json"]
 
 
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
@@ -155,6 +206,82 @@ def test_other_ablations_node_gates_and_ones_own_data(tmp_path, ablation):
     line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["node_sparsity"] is not None
     assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
+
+
+def test_changed_prompts_are_not_taken_for_the_runs_own(tmp_path, capsys, monkeypatch):
+    run_dir, data = tmp_path / "run", write_jsonl(tmp_path / "sums.jsonl", GOOD)
+    own = ("task=custom", f"task.path={data}")
+    prune = ("prune", *own, "num_edges=60", "trainer.steps=2", f"run_dir={run_dir}")
+    assert call(capsys, monkeypatch, *prune)[0] == 0
+    assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
+    names = ("evaluation-test.json", "edges.json", "circuit.json")
+    before = [(run_dir / name).read_text() for name in names]
+    original = data.read_text()
+    write_jsonl(data, GOOD, {**GOOD, "clean": "2 + 3 = <predict>5</predict>"})
+    for command in (("evaluate", run_dir), ("export", run_dir, "cleanup=0.01")):
+        code, _, err = call(capsys, monkeypatch, *command)
+        assert code == 2
+        assert f"{data} has changed since the run in {run_dir} began" in err
+        assert f"edgeprune evaluate {run_dir} task=custom task.path={data}" in err
+    code, _, err = call(capsys, monkeypatch, "evaluate", run_dir, *own)  # as the message says
+    assert code == 0, err
+    assert json.loads((run_dir / "evaluation-sums-test.json").read_text())["num_examples"] == 2
+    assert [(run_dir / name).read_text() for name in names] == before
+    data.unlink()
+    code, _, err = call(capsys, monkeypatch, "evaluate", run_dir)
+    assert (code, f"no data file {data}" in err) == (1, True)
+    data.write_text(original)
+    assert call(capsys, monkeypatch, "export", run_dir, "cleanup=0.01")[0] == 0
+    assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
+
+
+def test_prompts_that_are_not_held_out_are_said(tmp_path, capsys, monkeypatch):
+    """A file without splits is measured on its training prompts."""
+    run_dir, data = tmp_path / "run", write_jsonl(tmp_path / "sums.jsonl", GOOD)
+    prune = ("prune", "task=custom", f"task.path={data}", "num_edges=60", "trainer.steps=2")
+    for command, split in (
+        ((*prune, f"run_dir={run_dir}"), "validation"), (("evaluate", run_dir), "test"),
+    ):  # fmt: skip
+        code, out, err = call(capsys, monkeypatch, *command)
+        assert code == 0, err
+        assert err.count("those measured are training prompts, not held out") == 1
+        assert "sums.jsonl [without splits]" in out
+        assert json.loads((run_dir / f"evaluation-{split}.json").read_text())["training_prompts"]
+    other = write_jsonl(tmp_path / "other.jsonl", {**GOOD, "clean": "2 + 2 = <predict>4</predict>"})
+    code, _, err = call(
+        capsys, monkeypatch, "evaluate", run_dir, "task=custom", f"task.path={other}"
+    )
+    assert (code, "training prompts" in err) == (0, False)
+    assert call(capsys, monkeypatch, "report", tmp_path)[0] == 0
+    page = (tmp_path / "report/report.html").read_text()
+    assert "test prompts, training prompts among them" in page
+
+    lines = [GOOD | {"split": split} for split in ("train", "validation")]
+    data = write_jsonl(tmp_path / "split.jsonl", *lines)
+    code, _, err = call(
+        capsys, monkeypatch, "prune", "task=custom", f"task.path={data}", "num_edges=60",
+        "trainer.steps=2", f"run_dir={tmp_path / 'held'}",
+    )  # fmt: skip
+    assert (code, "training prompts, not" in err) == (0, False)
+    evaluation = json.loads((tmp_path / "held/evaluation-validation.json").read_text())
+    assert evaluation["training_prompts"] is False
+
+
+def test_how_many_prompts_have_distractors_is_said(finished, tmp_path):
+    sums = [{"clean": f"{a} + 2 = <predict>{a + 2}</predict>", "corrupted":
+             f"{a} + 3 = <predict>{a + 3}</predict>"} for a in range(1, 6)]  # fmt: skip
+    for record in sums[:2]:
+        record["distractor"] = "9"
+    data = write_jsonl(tmp_path / "sums.jsonl", *sums)
+    output = tmp_path / "evaluation.json"
+    evaluate = ("evaluate", finished, "task=custom", f"output={output}")
+    done = run_cli(*evaluate, f"task.path={data}")
+    assert "5 prompts" in done.stdout
+    assert "two way accuracy (2 prompts)" in done.stdout
+    assert "exact match (" not in done.stdout
+    assert json.loads(output.read_text())["num_with_distractors"] == 2
+    done = run_cli(*evaluate, f"task.path={write_jsonl(tmp_path / 'all.jsonl', *sums[:2])}")
+    assert "two way accuracy  " in done.stdout
 
 
 def test_prepare_is_seeded_and_of_the_sizes_asked_for(tmp_path):

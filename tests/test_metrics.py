@@ -47,7 +47,7 @@ def test_scores_by_hand():
     assert circuit.exact_match.tolist() == [False, True]
     assert circuit.logit_difference[0].item() == pytest.approx(-LOG2)
     assert circuit.probability_difference[0].item() == pytest.approx(1 / 4 - 1 / 2)
-    assert circuit.predicted.tolist() == [2, 2]
+    assert [tokens.tolist() for tokens in circuit.predicted] == [[2], [1, 2]]
     # p = (1/5, 3/5, 1/5), q = (1/4, 1/4, 1/2)
     by_hand = 0.2 * math.log(0.8) + 0.6 * math.log(2.4) + 0.2 * math.log(0.4)
     assert circuit.kl.tolist() == pytest.approx([by_hand, 0], abs=1e-6)

@@ -31,6 +31,8 @@ def evaluation(circuit: Circuit, kl: float, accuracy: float = 1.0) -> dict:
     return {
         "edges_sha256": circuit.digest(),
         "ablation": ABLATION,
+        "model_sha256": "of the model",
+        "data_sha256": "of the data",
         "num_edges": len(circuit),
         "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy},
         "full": {"kl": 0.0, "exact_match": 1.0, "accuracy": 0.9},
@@ -105,6 +107,24 @@ def test_runs_that_differ_otherwise_are_other_series_and_groups():
     ]  # fmt: skip
 
 
+def test_ones_own_data_and_models_go_by_their_files():
+    own = {"task.name": "custom", "model.name": "custom", "model.path": "/m/one"}
+    runs = [
+        a_run("a", first(4), 0.1, **own, **{"task.path": "/d/sums.jsonl"}),
+        a_run("b", first(4), 0.2, **own, **{"task.path": "/d/names.jsonl"}),
+        a_run("c", first(4), 0.3, **{**own, "model.path": "/m/two"},
+              **{"task.path": "/d/names.jsonl"}),
+        a_run("d", first(4), 0.4, **{"task.path": "/d/ioi.jsonl"}),
+    ]  # fmt: skip
+    assert [group.title.split(",")[0] for group in group_runs(runs)] == [
+        "ioi in tiny", "names in one", "names in two", "sums in one",
+    ]  # fmt: skip
+    elsewhere = a_run("e", first(4), 0.5, **own, **{"task.path": "/e/sums.jsonl"})
+    assert [group.task for group in group_runs([runs[0], elsewhere])] == [
+        "/d/sums.jsonl", "/e/sums.jsonl",
+    ]  # fmt: skip
+
+
 def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():
     runs = [
         a_run(str(edges), first(edges), 0.1, seed=seed, **{"trainer.target_sparsity": 1.05})
@@ -134,12 +154,12 @@ def test_the_split_that_most_runs_have_is_shown():
 
 def sweep(folder, task: str = "ioi") -> None:
     """Two sizes, three seeds each, and one run of another model."""
-    for sparsity, count in ((0.9, 12), (0.95, 6)):
+    for count in (12, 6):
         for seed in range(3):
             circuit = first(count, 30 + seed)
             run = fake_run(
-                folder / f"s{sparsity}-{seed}", circuit,
-                task={"name": task}, ablation=ABLATION, seed=seed, sparsity=sparsity,
+                folder / f"e{count + 1}-{seed}", circuit,
+                task={"name": task}, ablation=ABLATION, seed=seed, num_edges=count + 1,
             )  # fmt: skip
             kl = (20 - count) / 10 + seed / 10
             text = json.dumps(evaluation(circuit, kl, 1 - kl / 4))
@@ -185,13 +205,13 @@ def test_report_of_a_sweep(tmp_path):
     runs = rows(output / "runs.csv")
     assert len(runs) == 7
     assert {row["task"] for row in runs} == {HOSTILE, "ioi"}
-    (frontier,) = [row for row in rows(output / "frontier.csv") if row["asked"] == "sparsity 0.95"]
+    (frontier,) = [row for row in rows(output / "frontier.csv") if row["asked"] == "num_edges 7"]
     assert float(frontier["num_edges"]) == 7
     assert float(frontier["kl_mean"]) == pytest.approx(1.5)
     assert [float(frontier[f"kl_{end}"]) for end in ("low", "high")] == pytest.approx([1.4, 1.6])
     assert float(frontier["edge_iou_mean"]) == pytest.approx(6 / 8)
     assert len(rows(output / "stability.csv")) == 6
-    edges = [row for row in rows(output / "edges.csv") if row["asked"] == "sparsity 0.95"]
+    edges = [row for row in rows(output / "edges.csv") if row["asked"] == "num_edges 7"]
     assert [int(row["times_kept"]) for row in edges] == [3] * 6 + [1] * 3
 
     consensus = sorted((output / "consensus").iterdir())
@@ -221,24 +241,24 @@ def test_report_of_a_sweep(tmp_path):
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
     sweep(tmp_path)
-    (tmp_path / "s0.9-0/edges.json").unlink()
-    (tmp_path / "s0.9-1/edges.json").write_text('[["a9.h0", "m0"]]')
-    (tmp_path / "s0.9-2/evaluation-validation.json").write_text("{")
+    (tmp_path / "e13-0/edges.json").unlink()
+    (tmp_path / "e13-1/edges.json").write_text('[["a9.h0", "m0"]]')
+    (tmp_path / "e13-2/evaluation-validation.json").write_text("{")
     of_another = evaluation(first(6, 33), 1.0)  # of as many edges
-    (tmp_path / "s0.95-0/evaluation-validation.json").write_text(json.dumps(of_another))
+    (tmp_path / "e7-0/evaluation-validation.json").write_text(json.dumps(of_another))
     zero = {**evaluation(first(6, 32), 1.0), "ablation": {**ABLATION, "kind": "zero"}}
-    (tmp_path / "s0.95-2/evaluation-validation.json").write_text(json.dumps(zero))
-    (tmp_path / "s0.95-1/config.yaml").write_text("[")
+    (tmp_path / "e7-2/evaluation-validation.json").write_text(json.dumps(zero))
+    (tmp_path / "e7-1/config.yaml").write_text("[")
     code, out, err = call(capsys, monkeypatch, "report", tmp_path)
     assert code == 0, err
     assert "4 runs ->" in out
     for wanted in (
-        "s0.9-0 is left out: it has no edges.json yet",
-        "s0.9-1 is left out",
-        "s0.9-2/evaluation-validation.json is passed over: JSONDecodeError",
-        "s0.95-0/evaluation-validation.json is passed over: it is of another circuit",
-        "s0.95-2/evaluation-validation.json is passed over: it is of another ablation",
-        "s0.95-1 is left out",
+        "e13-0 is left out: it has no edges.json yet",
+        "e13-1 is left out",
+        "e13-2/evaluation-validation.json is passed over: JSONDecodeError",
+        "e7-0/evaluation-validation.json is passed over: it is of another circuit",
+        "e7-2/evaluation-validation.json is passed over: it is of another ablation",
+        "e7-1 is left out",
     ):
         assert wanted in err
     assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
@@ -256,8 +276,8 @@ def test_a_second_report_leaves_nothing_of_the_first_but_what_was_changed(
         return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
 
     first = files()
-    gone = next((output / "consensus").glob("*sparsity-0.9"))
-    kept = next((output / "consensus").glob("*sparsity-0.95"))
+    gone = next((output / "consensus").glob("*num_edges-13"))
+    kept = next((output / "consensus").glob("*num_edges-7"))
     (kept / "circuit.pdf").write_text("drawn by hand")
     (output / "frontier-mine.png").write_text("drawn by hand")
     for run in (tmp_path / "runs").iterdir():
@@ -275,14 +295,52 @@ def test_a_second_report_leaves_nothing_of_the_first_but_what_was_changed(
     assert len(rows(output / "runs.csv")) == 1
 
 
+def test_evaluations_of_another_model_or_data_are_passed_over(tmp_path, capsys, monkeypatch):
+    own = evaluation(first(4), 1.0)
+    for name in ("ablation", "model", "data", "both"):
+        run = fake_run(tmp_path / name, first(4), ablation=ABLATION)
+        others = {f"{what}_sha256": "other" for what in ("model", "data") if name in (what, "both")}
+        (run / "evaluation-test.json").write_text(json.dumps({**own, **others}))
+    unsaid = {key: value for key, value in own.items() if key != "model_sha256"}
+    run = fake_run(tmp_path / "old", first(4), ablation=ABLATION)
+    (run / "evaluation-test.json").write_text(json.dumps(unsaid))
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    for wanted in (
+        "model/evaluation-test.json is passed over: it is of another model than the run's",
+        "data/evaluation-test.json is passed over: it is of another data file than the run's",
+        "both/evaluation-test.json is passed over: it is of another model and data file than",
+        "old/evaluation-test.json is passed over: KeyError: 'model_sha256'; evaluate it again",
+    ):
+        assert wanted in err
+    found = {row["run"]: row["kl"] for row in rows(tmp_path / "report/runs.csv")}
+    assert found == {"ablation": "1.0", "model": "", "data": "", "both": "", "old": ""}
+
+
+def test_circuits_of_another_size_than_asked_are_left_out(tmp_path, capsys, monkeypatch):
+    """A later export leaves them; a clean-up does not count."""
+    for name, circuit in (("own", first(6)), ("later", first(20)), ("cleaned", first(4))):
+        fake_run(tmp_path / name, circuit, sparsity=0.9)
+    fake_run(tmp_path / "any", first(9), trainer={"target_sparsity": 1.05})
+    cleanup = {"tolerance": 0.01, "num_edges_before": 6}
+    for name in ("later", "cleaned"):  # the first's has been written over since
+        origin = json.dumps({"num_edges": 4, "cleanup": cleanup})
+        (tmp_path / name / "circuit.json").write_text(origin)
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert code == 0, err
+    assert {row["run"] for row in rows(tmp_path / "report/runs.csv")} == {"own", "cleaned", "any"}
+    (said,) = [line for line in err.splitlines() if "left out" in line]
+    assert "made with 20 edges, but sparsity=0.9 asks for 6; make that one again" in said
+
+
 def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):
     for name in ("a", "copy"):
-        fake_run(tmp_path / name, first(4), seed=0, sparsity=0.9)
-    fake_run(tmp_path / "b", first(4), seed=0, sparsity=0.8)
+        fake_run(tmp_path / name, first(4), seed=0, num_edges=4)
+    fake_run(tmp_path / "b", first(3), seed=0, num_edges=3)
     code, _, err = call(capsys, monkeypatch, "report", tmp_path)
     assert code == 0, err
     (said,) = [line for line in err.splitlines() if "same seed" in line]
-    assert "sparsity 0.9: runs of the same seed count as several seeds (a, copy)" in said
+    assert "num_edges 4: runs of the same seed count as several seeds (a, copy)" in said
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,17 @@ from edgeprune.dataset import Pair, iterate_batches
 from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
 
+OF_DISTRACTORS = (
+    "two_way_accuracy", "logit_difference", "logit_difference_ratio", "probability_difference",
+)  # fmt: skip
+"""Scores that are means over the examples with distractors alone."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the examples of a data set; NaN where the data has no distractors.
+    """Means over the examples of a data set, or over those with distractors (`OF_DISTRACTORS`).
+
+    NaN where the data has none.
 
     Attributes:
         kl: faithfulness, KL from the full model, nats per predicted token; NaN where outputs are
@@ -46,7 +53,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class WorstExample:
-    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`."""
+    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`.
+
+    Predictions are all of its predicted tokens, as text.
+    """
 
     text: str
     kl: float
@@ -66,6 +76,7 @@ class Evaluation:
         random: the mean over random circuits of the same size, or None.
         worst: the circuit's least faithful example.
         num_examples, num_edges, sparsity: of what was measured.
+        num_with_distractors: so many of the examples have distractors.
     """
 
     circuit: Scores
@@ -76,6 +87,7 @@ class Evaluation:
     num_examples: int
     num_edges: int
     sparsity: float
+    num_with_distractors: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
@@ -145,12 +157,15 @@ def evaluate(
         num_examples=len(texts),
         num_edges=len(circuit),
         sparsity=circuit.sparsity,
+        num_with_distractors=int((~full.logit_difference.isnan()).sum()),
     )
 
 
 def _concatenate(scores: list[ExampleScores]) -> ExampleScores:
+    names = [f.name for f in fields(ExampleScores) if f.name != "predicted"]
     return ExampleScores(
-        *(torch.cat([getattr(s, f.name).cpu() for s in scores]) for f in fields(ExampleScores))
+        **{name: torch.cat([getattr(s, name).cpu() for s in scores]) for name in names},
+        predicted=tuple(tokens for s in scores for tokens in s.predicted),
     )
 
 
@@ -175,10 +190,11 @@ def _mean_scores(scores: list[Scores]) -> Scores:
     return Scores(*(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Scores)))
 
 
-def _decode(model: CircuitModel, token: Tensor) -> str:
+def _decode(model: CircuitModel, predicted: Tensor) -> str:
+    """The predicted tokens as text, or the numbers."""
     if model.output is Output.number:
-        return f"{token.item():.4g}"
-    return "" if model.tokenizer is None else model.tokenizer.decode([int(token)])
+        return " ".join(f"{number:.4g}" for number in predicted.tolist())
+    return "" if model.tokenizer is None else model.tokenizer.decode(predicted.tolist())
 
 
 def _without_nan(value: Any) -> Any:

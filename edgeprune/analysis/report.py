@@ -8,7 +8,7 @@ are asked for the same size are a point, whose spread is that over seeds.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -16,6 +16,7 @@ from typing import Any
 
 from edgeprune.analysis.compare import Overlap, consensus, times_kept
 from edgeprune.circuit import Circuit
+from edgeprune.config import model_title, task_title
 from edgeprune.graph import Edge
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
@@ -143,7 +144,7 @@ class Group:
     """Runs that can be shown in one plot.
 
     Attributes:
-        task, model, ablation: their names.
+        task, model, ablation: their names; one's own data and models go by their files' names.
         num_edges: of the whole graph.
         split: whose evaluations are shown: that which most runs have; None: there are none.
         series: curves.
@@ -164,6 +165,15 @@ class Group:
     def runs(self) -> list[Run]:
         return [run for series in self.series for point in series.points for run in point.runs]
 
+    @property
+    def prompts(self) -> str:
+        """Whose evaluations are shown, in words, and whether they are of training prompts."""
+        if self.split is None:
+            return "not evaluated"
+        shown = [run.evaluations.get(self.split, {}) for run in self.runs]
+        among = any(evaluation.get("training_prompts") for evaluation in shown)
+        return f"{self.split} prompts" + (", training prompts among them" if among else "")
+
     def reference(self, of: str, metric: str) -> float | None:
         """A metric of the `full` or the `corrupted` model, averaged over the runs."""
         found = Spread.of(score(run, self.split, of, metric) for run in self.runs)
@@ -180,13 +190,35 @@ def score(run: Run, split: str | None, of: str, metric: str) -> float | None:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Sort runs into groups, series and points."""
     groups = defaultdict(list)
-    for run in runs:
-        names = (run.settings.get(key, "") for key in ("task.name", "model.name", "ablation.kind"))
-        groups[(*names, run.circuit.graph)].append(run)
+    tasks, models = _titles(runs, "task", task_title), _titles(runs, "model", model_title)
+    for run, task, model in zip(runs, tasks, models, strict=True):
+        ablation = run.settings.get("ablation.kind", "")
+        groups[(task, model, ablation, run.circuit.graph)].append(run)
     return [
         Group(*key[:3], key[3].num_edges, split := _split(members), _series(members, split))
         for key, members in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
+
+
+def _titles(runs: Sequence[Run], part: str, title: Callable[[str, str | None], str]) -> list[str]:
+    """What each run's `task` or `model` is called: where two of one's own share a title, its path.
+
+    Args:
+        runs: all of them.
+        part: `task` or `model`.
+        title: of a name and a path.
+    """
+    given = [
+        (run.settings.get(f"{part}.name", ""), run.settings.get(f"{part}.path")) for run in runs
+    ]
+    paths = defaultdict(set)
+    for name, path in given:
+        paths[title(name, path)].add(path)
+    return [
+        str(path) if path and name == "custom" and len(paths[title(name, path)]) > 1
+        else title(name, path)
+        for name, path in given
+    ]  # fmt: skip
 
 
 def _split(runs: Sequence[Run]) -> str | None:

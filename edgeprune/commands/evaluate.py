@@ -14,6 +14,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import (
     OUT,
+    check_own_data,
     data_file,
     find_circuit,
     first_split,
@@ -21,6 +22,7 @@ from edgeprune.commands.shared import (
     load_pairs,
     read_circuit,
     run_settings,
+    say,
     show,
 )
 from edgeprune.config import (
@@ -28,10 +30,12 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     EvaluateConfig,
+    ModelConfig,
     Split,
-    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
+    model_title,
+    task_title,
     to_dict,
 )
 from edgeprune.files import write_text
@@ -47,7 +51,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.training.run import EDGES
+    from edgeprune.training.run import EDGES, file_digest, read_digests
 
     check_evaluate(config)
     edges_path, run_dir = find_circuit(config.circuit)
@@ -60,14 +64,31 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
             "task=custom"
         )
+    own_digests = {} if run_dir is None else read_digests(run_dir)
+    model_config = config.model or of_run["model"]
+    other_model = [] if run_dir is None else _other_model(of_run["model"], model_config)
     if model is None:
-        model = load_model(config.model or of_run["model"])
+        model = load_model(model_config)
+        if run_dir is not None and not other_model and model.fingerprint() != own_digests["model"]:
+            say(f"{model.name} has not the weights of the run in {run_dir}; it is another model")
+            other_model = [model_title(model_config.name, model_config.path)]
     circuit = read_circuit(edges_path, model.graph)
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
     with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
         data_path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
         pairs = load_pairs(data_path, task, model, split)
+        data_digest = file_digest(data_path)
+        if is_own_task and config.task is None:
+            check_own_data(run_dir, data_digest, data_path)
+        is_own_task = is_own_task and data_digest == own_digests["data"]
+        is_own_file = data_digest == own_digests.get("data")
+        if is_own_file and not pairs.has_splits:
+            say(
+                f"{data_path} has lines without a split, so those measured are training prompts, "
+                'not held out; lines of which each says "split": "train", "validation" or "test" '
+                "are apart"
+            )
         reference_set = pairs
         if ablation_config.kind is AblationKind.mean:
             reference_split = first_split(data_path, Split.train)
@@ -82,39 +103,55 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             batch_size=batch_size,
             random_circuits=config.random_circuits,
         )
-    words = [] if edges_path.name == EDGES else [edges_path.stem]
-    if run_dir == edges_path.parent:
-        words += _apart(of_run, task, ablation_config)
+    words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
+    if run_dir is not None:
+        words += other_model
+        words += [] if is_own_task else [task_title(task.name, task.path)]
+        words += [] if ablation_config == of_run["ablation"] else [ablation_config.kind.name]
     name = "-".join(["evaluation", *words, split])
     output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
-    settings = {
-        "circuit_file": str(edges_path),
-        "edges_sha256": circuit.digest(),
-        "model": model.name,
-        "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
-        "split": split,
-        "ablation": to_dict(ablation_config),
-    }
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
     if writes:
-        text = json.dumps({**settings, **result.to_dict()}, indent=1)
-        try:
-            write_text(output, text + "\n")
-        except OSError as error:
-            hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
-            raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
+        settings = {
+            "circuit_file": str(edges_path),
+            "edges_sha256": circuit.digest(),
+            "model": model.name,
+            "model_sha256": model.fingerprint(),
+            "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
+            "data_sha256": data_digest,
+            "split": split,
+            "training_prompts": is_own_file and (split == "train" or not pairs.has_splits),
+            "ablation": to_dict(ablation_config),
+        }
+        _write(output, {**settings, **result.to_dict()})
     show(f"-> {output}")
 
 
-def _apart(of_run: dict[str, Any], task: TaskConfig, ablation: AblationConfig) -> list[str]:
-    """Words for the file's name, so that what is measured otherwise than the run stands apart."""
-    words = [] if task == of_run["task"] else [task.name]
-    return words if ablation == of_run["ablation"] else [*words, ablation.kind.name]
+def _other_model(own: ModelConfig, model: ModelConfig) -> list[str]:
+    """Words for the file's name where a model is loaded otherwise than the run's, else none."""
+    free = ("name", "device", "trust_remote_code")
+    changed = {
+        field.name: getattr(model, field.name)
+        for field in fields(ModelConfig)
+        if field.name not in free and getattr(model, field.name) != getattr(own, field.name)
+    }
+    if not changed:
+        return []
+    settings = [f"{name}-{value}" for name, value in changed.items() if name != "path"]
+    return [model_title(model.name, model.path), *settings]
+
+
+def _write(output: Path, content: dict[str, Any]) -> None:
+    try:
+        write_text(output, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
+        raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
 
 
 def _print_evaluation(result: Any, title: str) -> None:
-    from edgeprune.analysis.evaluate import Scores
+    from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
 
     columns = {
         f"circuit, {result.num_edges:,} edges": result.circuit,
@@ -131,7 +168,10 @@ def _print_evaluation(result: Any, title: str) -> None:
         values = [getattr(scores, field.name) for scores in columns.values()]
         if all(value != value for value in values):  # NaN: the data has no distractors
             continue
-        table.add_row(field.name.replace("_", " "), *(f"{value:.3f}" for value in values))
+        label = field.name.replace("_", " ")
+        if field.name in OF_DISTRACTORS and result.num_with_distractors < result.num_examples:
+            label += f" ({result.num_with_distractors:,} prompts)"
+        table.add_row(label, *(f"{value:.3f}" for value in values))
     OUT.print(table)
     worst = result.worst
     off = f"error {worst.error:.2g}" if worst.kl != worst.kl else f"KL {worst.kl:.2f}"

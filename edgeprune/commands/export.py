@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune.commands.shared import (
     OUT,
+    check_own_data,
     circuit_of,
     data_file,
     export_from,
@@ -86,12 +87,15 @@ def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
     """On the run's own training prompts, under its own ablation."""
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.cleanup import clean_up
+    from edgeprune.training.run import file_digest
 
     of_run = run_settings(run_dir)
     if model is None:
         model = load_model(of_run["model"])
     task = of_run["task"]
-    pairs = load_pairs(data_file(task, model.tokenizer, run_dir), task, model, "train")
+    data_path = data_file(task, model.tokenizer, run_dir)
+    pairs = load_pairs(data_path, task, model, "train")
+    check_own_data(run_dir, file_digest(data_path), data_path)
     batch_size = evaluation_batch_size(of_run["trainer"])
     with OUT.status(f"cleaning up {len(chosen.circuit):,} edges"):
         return clean_up(

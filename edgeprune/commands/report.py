@@ -14,12 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
-from edgeprune.commands.shared import OUT, replacing_earlier, say, show, write_circuit
+from edgeprune.commands.shared import (
+    OUT,
+    read_origin,
+    replacing_earlier,
+    say,
+    show,
+    write_circuit,
+)
 from edgeprune.config import ConfigError, ReportConfig
 from edgeprune.files import write_text
 
 LABELS = {"kl": "KL from the full model (nats)", "exact_match": "exact match with the full model",
           "accuracy": "accuracy"}  # fmt: skip
+OF = {"edges_sha256": "circuit", "ablation": "ablation", "model_sha256": "model",
+      "data_sha256": "data file"}  # fmt: skip
+"""What an evaluation must share with its run."""
 
 
 def report(config: ReportConfig) -> None:
@@ -103,10 +113,17 @@ def _read_runs(folder: Path) -> Iterator[tuple[Any, Path]]:
 def _read_run(run_dir: Path, name: str) -> Any:
     from edgeprune.analysis.report import SPLITS, Run
     from edgeprune.circuit import Circuit
-    from edgeprune.training.run import EDGES, flatten, read_config, read_graph
+    from edgeprune.training.run import EDGES, flatten, read_config, read_digests, read_graph
 
-    settings = read_config(run_dir)
+    settings, digests = read_config(run_dir), read_digests(run_dir)
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
+    _check_size(run_dir, settings, circuit)
+    own = {
+        "edges_sha256": circuit.digest(),
+        "ablation": settings.get("ablation"),
+        "model_sha256": digests["model"],
+        "data_sha256": digests["data"],
+    }
     evaluations = {}
     for split in SPLITS:
         path = run_dir / f"evaluation-{split}.json"
@@ -114,16 +131,39 @@ def _read_run(run_dir: Path, name: str) -> Any:
             continue
         try:
             evaluation = json.loads(path.read_text(encoding="utf-8"))
-            edges, ablation = evaluation["edges_sha256"], evaluation["ablation"]
+            others = [OF[key] for key, value in own.items() if evaluation[key] != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"{path} is passed over: {type(error).__name__}: {error}; evaluate it again")
             continue
-        if (edges, ablation) != (circuit.digest(), settings.get("ablation")):
-            what = "ablation" if edges == circuit.digest() else "circuit"
+        if others:
+            what = " and ".join(others)
             say(f"{path} is passed over: it is of another {what} than the run's; evaluate it again")
             continue
         evaluations[split] = evaluation
     return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)
+
+
+def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Any) -> None:
+    """A run's circuit has the size asked for, where one was, before any clean-up.
+
+    Raises:
+        ConfigError: it has another, such as of a later export.
+    """
+    from edgeprune.training.run import EDGES
+
+    sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
+    if sparsity is not None:
+        num_edges = round((1 - sparsity) * circuit.graph.num_edges)
+    origin, size = read_origin(run_dir / EDGES), len(circuit)
+    cleanup = origin.get("cleanup")
+    if isinstance(cleanup, dict) and origin.get("num_edges") == size:
+        size = cleanup.get("num_edges_before", size)
+    if num_edges is not None and size != num_edges:
+        asked = f"num_edges={num_edges}" if sparsity is None else f"sparsity={sparsity}"
+        raise ConfigError(
+            f"its circuit was made with {size:,} edges, but {asked} asks for {num_edges:,}; make "
+            f"that one again by `edgeprune export {run_dir}`, and evaluate it"
+        )
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -255,7 +295,7 @@ def _draw(group: Any, stem: Path) -> list[Path]:
     if group.split is None:
         say(f"{group.title}: no run has been evaluated, so there is no plot")
         return []
-    title = f"{group.title}: {group.split} prompts"
+    title = f"{group.title}: {group.prompts}"
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "svg")]
     for path in paths:
         draw_frontier(panels, path, title=title, all_edges=group.num_edges)
@@ -266,10 +306,9 @@ def _draw(group: Any, stem: Path) -> list[Path]:
 
 
 def _print(group: Any) -> None:
-    split = f"{group.split} prompts" if group.split else "not evaluated"
     for series in group.series:
         name = f"; {series.name}" if series.name else ""
-        title = f"{group.title}, {group.num_edges:,} edges; {split}{name}"
+        title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
         table = Table(title=Text(title), title_justify="left")
         for index, column in enumerate(COLUMNS[:-1]):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)

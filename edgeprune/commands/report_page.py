@@ -39,8 +39,7 @@ def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) 
         "the intersection over the union of two seeds' edges, averaged over every two seeds."
     )
     for group, picture in zip(groups, pictures, strict=True):
-        split = f"{group.split} prompts" if group.split else "not evaluated"
-        yield html.heading(f"{group.title}, {group.num_edges:,} edges; {split}")
+        yield html.heading(f"{group.title}, {group.num_edges:,} edges; {group.prompts}")
         if picture is not None:
             yield html.picture(picture, "KL, exact match and accuracy against edges kept")
         for series in group.series:

@@ -12,7 +12,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from edgeprune.config import ConfigError, ModelConfig, PruneConfig, Split, TaskConfig, check_model
+from edgeprune.config import (
+    ConfigError,
+    ModelConfig,
+    PruneConfig,
+    Split,
+    TaskConfig,
+    check_model,
+    model_title,
+    task_title,
+)
 from edgeprune.files import write_text
 
 OUT = Console()
@@ -63,6 +72,27 @@ def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
     if not path.exists():
         write_records(task_records(task, tokenizer), path)
     return path
+
+
+def check_own_data(run_dir: Path, digest: str, data_path: Path) -> None:
+    """Refuse a data file that is no longer the one a run was trained on.
+
+    Args:
+        run_dir: the run's.
+        digest: SHA-256 of the file.
+        data_path: the file.
+
+    Raises:
+        ConfigError: run.json has another digest.
+    """
+    from edgeprune.training.run import read_digests
+
+    if digest != read_digests(run_dir)["data"]:
+        raise ConfigError(
+            f"{data_path} has changed since the run in {run_dir} began, whose prompts it held; "
+            "restore it, or measure what it holds now as other prompts: edgeprune evaluate "
+            f"{run_dir} task=custom task.path={data_path}"
+        )
 
 
 def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
@@ -132,13 +162,13 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
                 raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
             raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
         path = path / EDGES
-    origin = _origin(path).get("run")
+    origin = read_origin(path).get("run")
     if isinstance(origin, str) and has_run(path.parent / origin):
         return path, path.parent / origin
     return path, path.parent if has_run(path.parent) else None
 
 
-def _origin(path: Path) -> dict[str, Any]:
+def read_origin(path: Path) -> dict[str, Any]:
     """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
     from edgeprune.training.run import EDGES, REPORT, file_digest
 
@@ -175,7 +205,7 @@ def known_graph(path: Path, run_dir: Path | None) -> Any:
     from edgeprune.training.run import read_graph
 
     try:
-        return CircuitGraph.from_dict(_origin(path)["graph"])
+        return CircuitGraph.from_dict(read_origin(path)["graph"])
     except (KeyError, TypeError, ValueError):
         return None if run_dir is None else read_graph(run_dir)
 
@@ -303,9 +333,7 @@ def run_title(run_dir: Path | None) -> str | None:
     if not of_run:
         return None
     task, model = of_run["task"], of_run["model"]
-    data = Path(task.path).stem if task.name == "custom" and task.path else task.name
-    folder = Path(model.path).name if model.name == "custom" and model.path else model.name
-    return f"{data} in {folder}"
+    return f"{task_title(task.name, task.path)} in {model_title(model.name, model.path)}"
 
 
 def export_from(

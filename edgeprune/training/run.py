@@ -280,6 +280,18 @@ def read_graph(run_dir: Path) -> CircuitGraph:
         raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
 
 
+def read_digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of a run's `data` and of its `model`'s weights; errors as `read_manifest`."""
+    manifest = read_manifest(run_dir)
+    try:
+        return {key: manifest[key]["sha256"] for key in ("data", "model")}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{run_dir / MANIFEST} does not say which data and model the run had ({error!r}); "
+            "restore it as `edgeprune prune` wrote it"
+        ) from None
+
+
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
