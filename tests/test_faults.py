@@ -377,8 +377,8 @@ def test_text_of_prompts_is_never_markup_in_what_is_said(tmp_path):
                    "trainer.steps=4", "num_edges=60", f"run_dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "on [green]mine[/]: 2 pairs" in done.stderr
-    assert "[red]data[-].jsonl [train]: left out 1 of 3" in done.stderr
-    assert "[red]data[-].jsonl [validation]" in done.stdout
+    assert "[red]data[-].jsonl [without splits]: left out 1 of 3" in done.stderr
+    assert "[red]data[-].jsonl [without splits]" in done.stdout
     assert "[bold red]1[/bold red] + \\x1b[31m 2 [link=x]" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
 
