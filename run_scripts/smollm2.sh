@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The circuits of SmolLM2-135M in RESULTS.md: pruned, evaluated beside random circuits, and drawn.
 #
-#   run_scripts/smollm2.sh                      # the model from the hub; about two hours on a processor
+#   run_scripts/smollm2.sh                      # the model from the hub; about an hour and a half on a processor
 #   run_scripts/smollm2.sh path/to/model.gguf   # or from a file
 #
 # Runs go to runs/smollm2/; what is there already is not run again.

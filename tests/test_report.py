@@ -387,6 +387,14 @@ def test_plots_show_names_as_they_are_and_are_the_same_each_time(tmp_path, name)
         assert any("$x_1$" in comment for comment in comments)
 
 
+def test_a_plot_of_less_than_two_decades_has_labels_between_powers_of_ten():
+    panel = Panel("KL", [Curve("", [9, 5], [0.18, 0.9], [0.18, 0.9], [0.18, 0.9])], [], log=True)
+    figure = _figure([panel], "t", 100)
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0.2", "0.5", "1"} <= set(labels)
+
+
 def test_a_plot_from_no_edges_to_all_has_room_where_its_points_are():
     """KL divergences of 0 come out a little below it, and sizes may be close to each other."""
     sizes = [5524, 552, 276, 110, 55, 28, 6, 0]

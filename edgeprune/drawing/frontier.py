@@ -15,6 +15,8 @@ TICK_DISTANCE = 0.1
 """Of ticks on the x axis at least, as a share of it: labels nearer than this would overlap."""
 ROUNDING = 1e-6
 """A KL divergence below this is rounding, which may be negative, and is drawn as 0."""
+FEW_DECADES = 100
+"""A logarithmic y axis of less than this range has labels between the powers of ten."""
 LEGEND_ROW = 0.22
 """Inches that a line of the legend is high."""
 
@@ -101,7 +103,7 @@ def _figure(panels: Sequence[Panel], title: str, all_edges: int) -> Any:
 
 
 def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if panel.log:
         panel = _without_rounding(panel)
@@ -143,6 +145,8 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
         drawn = [y for curve in panel.curves for y in (*curve.low, *curve.high)]
         if min(drawn, default=0) > 0:
             ax.set_yscale("log")
+            if max(drawn) < FEW_DECADES * min(drawn):
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         else:
             ax.set_yscale("symlog", linthresh=1e-3)
             ax.set_ylim(bottom=0)
