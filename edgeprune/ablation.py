@@ -37,7 +37,7 @@ class Ablation:
             config = AblationConfig(_kind(config))
         self.kind = config.kind
         self.needs_corrupted = config.kind is AblationKind.interchange
-        if config.kind is AblationKind.interchange and all(
+        if self.needs_corrupted and all(
             pair.clean_ids == pair.corrupted_ids for pair in reference_set
         ):
             raise DataError(

@@ -578,10 +578,7 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     Raises:
         ConfigError: more edges are asked for than the graph has.
     """
-    if config.num_edges is not None and config.num_edges > all_edges:
-        raise ConfigError(
-            f"num_edges={config.num_edges} is more than the {all_edges} edges of this model"
-        )
+    check_num_edges(config.num_edges, all_edges)
     if config.trainer.edge_price is not None:
         return None
     if config.trainer.target_sparsity is not None:
@@ -590,6 +587,17 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
     how = (config.trainer.constraint, config.trainer.warmup)
     lags = how == (Constraint.lagrangian, Warmup.linear)
     return asked + config.trainer.target_lead if lags else asked
+
+
+def check_num_edges(num_edges: int | None, all_edges: int) -> None:
+    """Raises ConfigError where more edges are asked for than the graph has."""
+    if num_edges is not None and num_edges > all_edges:
+        raise ConfigError(f"num_edges={num_edges} is more than the {all_edges} edges of this model")
+
+
+def edges_left(sparsity: float, all_edges: int) -> int:
+    """Of a circuit of this sparsity, to the nearest whole edge."""
+    return round((1 - sparsity) * all_edges)
 
 
 def asked_sparsity(config: PruneConfig, all_edges: int) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import check_size
+from edgeprune.config import check_size, edges_left
 from edgeprune.masks import CircuitMasks, Thresholds
 
 
@@ -51,7 +51,7 @@ def export_circuit(
     """
     check_size(sparsity, num_edges)
     if sparsity is not None:
-        num_edges = round((1 - sparsity) * masks.graph.num_edges)
+        num_edges = edges_left(sparsity, masks.graph.num_edges)
     if num_edges is not None:
         return Export(masks.circuit_of_size(num_edges), None, masks.ranking())
     thresholds = masks.thresholds()

@@ -27,7 +27,9 @@ from edgeprune.config import (
     ConfigError,
     ExportConfig,
     check_cleanup,
+    check_num_edges,
     check_size,
+    edges_left,
     evaluation_batch_size,
 )
 from edgeprune.files import write_text
@@ -156,7 +158,6 @@ def _choose(path: Path, file: Any, config: ExportConfig) -> Any:
         )
     num_edges, all_edges = config.num_edges, file.graph.num_edges
     if num_edges is None:
-        num_edges = round((1 - config.sparsity) * all_edges)
-    if num_edges > all_edges:
-        raise ConfigError(f"num_edges={num_edges} is more than the {all_edges} edges of this model")
+        num_edges = edges_left(config.sparsity, all_edges)
+    check_num_edges(num_edges, all_edges)
     return replace(file, edges=file.largest(num_edges), notes=())

@@ -22,7 +22,7 @@ from edgeprune.commands.shared import (
     show,
     write_circuit,
 )
-from edgeprune.config import ConfigError, ReportConfig
+from edgeprune.config import ConfigError, ReportConfig, edges_left
 from edgeprune.files import write_text
 
 LABELS = {"kl": "KL from the full model (nats)", "exact_match": "exact match with the full model",
@@ -153,7 +153,7 @@ def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Any) -> None:
 
     sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
     if sparsity is not None:
-        num_edges = round((1 - sparsity) * circuit.graph.num_edges)
+        num_edges = edges_left(sparsity, circuit.graph.num_edges)
     origin, size = read_origin(run_dir / EDGES), len(circuit)
     cleanup = origin.get("cleanup")
     if isinstance(cleanup, dict) and origin.get("num_edges") == size:

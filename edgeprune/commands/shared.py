@@ -19,6 +19,7 @@ from edgeprune.config import (
     Split,
     TaskConfig,
     check_model,
+    check_num_edges,
     model_title,
     task_title,
 )
@@ -355,10 +356,7 @@ def export_from(
     from edgeprune.training.run import load_masks, read_config
 
     masks, step = load_masks(run_dir, step)
-    if num_edges is not None and num_edges > masks.graph.num_edges:
-        raise ConfigError(
-            f"num_edges={num_edges} is more than the {masks.graph.num_edges} edges of this model"
-        )
+    check_num_edges(num_edges, masks.graph.num_edges)
     if sparsity is None and num_edges is None and not threshold:
         settings = read_config(run_dir)
         sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")

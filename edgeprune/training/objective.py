@@ -9,6 +9,9 @@ from edgeprune.config import TrainerConfig, Warmup
 from edgeprune.dataset import Batch
 from edgeprune.metrics import Output, kl_per_token, unexplained_variance
 
+MOST_OPEN = 2.0
+"""Times as many open gates as the circuit has edges, at the end of a run that went well."""
+
 
 def faithfulness(
     batch: Batch, reference: Tensor, logits: Tensor, output: Output = Output.logits
@@ -20,10 +23,6 @@ def faithfulness(
     if output is not Output.logits:
         return unexplained_variance(reference, logits)
     return (kl_per_token(reference, logits) * batch.shares).sum() / len(batch.pairs)
-
-
-MOST_OPEN = 2.0
-"""Times as many open gates as the circuit has edges, at the end of a run that went well."""
 
 
 class SparsityConstraint(nn.Module):
