@@ -126,6 +126,9 @@ class TrainerConfig:
     """Pairs run at a time, for less memory; null: the whole batch."""
     recompute: bool = False
     """Run blocks again in the backward pass: slower, for less memory."""
+    cuda_graph: bool = False
+    """On a GPU, record the steps of each shape of batch once and replay them, which saves what
+    Python takes to start their many operations: for small models."""
     learning_rate: float = 0.1
     """Of log alpha."""
     adam_epsilon: float = 1e-8
@@ -343,6 +346,10 @@ class PrepareConfig:
     """File to write."""
 
 
+ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
+"""What `edgeprune benchmark` can measure."""
+
+
 @dataclass
 class BenchmarkConfig:
     """Time a step beside the published way and the model's own passes."""
@@ -363,7 +370,8 @@ class BenchmarkConfig:
     """Run blocks again in the backward pass."""
     engines: list[str] = field(default_factory=lambda: ["ours", "ours_kept", "naive", "stock"])
     """What is measured, in turns: ours with all passes; ours with the unchanging ones kept from
-    before; the published way; the stock model's passes."""
+    before; the published way; the stock model's passes. On a GPU ours_graph too: ours_kept,
+    replayed from CUDA graphs."""
     repetitions: int = 5
     """Timed steps of each."""
     compare_float32: bool = False
@@ -475,6 +483,11 @@ def check_prune(config: PruneConfig) -> None:
             "launcher.shard=true and cleanup= do not go together, since one process cleans up; do "
             "that afterwards: edgeprune export RUN cleanup=..."
         )
+    if config.launcher.shard and trainer.cuda_graph:
+        raise ConfigError(
+            "launcher.shard=true and trainer.cuda_graph=true do not go together, since layers are "
+            "gathered from other processes; leave out one of them"
+        )
     if config.launcher.shard and config.model.bits is not None:
         raise ConfigError(
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
@@ -556,10 +569,9 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 def check_benchmark(config: BenchmarkConfig) -> None:
     """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
-    known = BenchmarkConfig().engines
     for name in config.engines:
-        if name not in known:
-            raise ConfigError(f"unknown engine {name!r}; choose {', '.join(known)}")
+        if name not in ENGINES:
+            raise ConfigError(f"unknown engine {name!r}; choose {', '.join(ENGINES)}")
     for name in ("batch_size", "length", "repetitions"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")

@@ -15,7 +15,7 @@ import math
 import os
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -96,13 +96,17 @@ class Batch:
     contrasts: Tensor
     pairs: tuple[Pair, ...]
 
-    def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            name: value.to(device, non_blocking=True)
+    def map(self, function: Callable[..., Tensor], *others: Batch) -> Batch:
+        """Apply a function to every tensor (and the others' at its place)."""
+        mapped = {
+            name: function(value, *(getattr(other, name) for other in others))
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **mapped)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 # --------------------------------------------------------------------------------------- encoding

@@ -82,5 +82,7 @@ def test_the_command_measures_any_shape(tmp_path):
     for measured in report["engines"].values():
         assert measured["seconds"] > 0
         assert measured["times_the_floor"] > 0
-    assert run_cli("benchmark", "engines=[theirs]").returncode == 2
-    assert "choose ours" in run_cli("benchmark", "engines=[theirs]").stderr
+    for engine, message in (("theirs", "choose ours"), ("ours_graph", "is for a GPU")):
+        refused = run_cli("benchmark", f"engines=[{engine}]", "device=cpu")
+        assert refused.returncode == 2
+        assert message in refused.stderr

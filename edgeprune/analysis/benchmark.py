@@ -5,6 +5,8 @@ Engines:
 - `ours`: reference and corrupted pass, circuit pass, gate gradients, AdamW on log alpha;
 - `ours_kept`: the same with the first two passes kept from before, as the trainer does for a small
   training set;
+- `ours_graph`: the same as `ours_kept`, replayed from CUDA graphs, on a GPU (its memory: of a step
+  that is not replayed);
 - `naive`: the published way (see `naive.py`), with the same optimiser;
 - `stock`: the library's model alone: two forward passes without gradients, then one forward and
   backward pass with the gradient of the embeddings (none of the weights), one prompt set each.
@@ -23,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from edgeprune.metrics import kl_per_token
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.model import stretches
 from edgeprune.modeling.shapes import random_model
+from edgeprune.training.gradient import CudaGraphs, Inputs, differentiate
 
 
 @dataclass(frozen=True)
@@ -235,34 +239,34 @@ def _step(
         return lambda: _run_stock(model, parts)
     masks = CircuitMasks(model.graph, init_mean=1.0).to(model.device)
     optimizer = torch.optim.AdamW(masks.parameters(), lr=0.1, weight_decay=0.0)
+    run = partial(differentiate, model, recompute=recompute)
+    if engine == "ours_graph":
+        run = CudaGraphs(model, recompute=recompute).differentiate
     kept: list = []
 
     def passes(index: int) -> tuple:
-        if engine != "ours_kept":
+        if engine == "ours":
             return model.run_pair(parts[index])
         if len(kept) == index:
             kept.append(model.run_pair(parts[index]))
         return kept[index]
 
-    def divergence(index: int, gates: Tensor) -> Tensor:
-        part = parts[index]
+    def gradient(index: int, gates: Tensor) -> Tensor:
+        part, share = parts[index], 1 / len(parts)
         if engine == "naive":
             at = (part.rows, part.cols)
             reference, corrupted = naive.run_pair(model, part)
             logits, _ = naive.run(model, part.clean_ids, gates, corrupted)
-            return kl_per_token(reference[at], logits[at])
-        reference, corrupted = passes(index)
-        return kl_per_token(
-            reference, model.run_circuit(part, gates, corrupted, recompute=recompute)
-        )
+            distance = share * kl_per_token(reference[at], logits[at]).mean()
+            return torch.autograd.grad(distance, gates)[0]
+        return run(Inputs(part, *passes(index), gates), share=share)[1]
 
     def step() -> None:
         gates = masks.sample(0).edge
         leaf = gates.detach().requires_grad_()
-        for index in range(len(parts)):
-            (divergence(index, leaf).mean() / len(parts)).backward()
+        of_gates = sum(gradient(index, leaf) for index in range(len(parts)))
         optimizer.zero_grad()
-        gates.backward(leaf.grad)
+        gates.backward(of_gates)
         optimizer.step()
 
     return step
@@ -391,7 +395,7 @@ def count(
     seen = sum(graph.sites[2 * layers.start].num_writers for layers in stretches(graph))
     moved = ((4 + again) * seen + (4 + 2 * again) * readers + 4 * writers) * outbox
     moved += (2 + again) * weights
-    if engine == "ours_kept":
+    if engine in ("ours_kept", "ours_graph"):
         return Count(circuit, moved)
     return Count(circuit + 2 * (blocks + predicted), moved + weights)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeprune.commands.shared import OUT, show
-from edgeprune.config import BenchmarkConfig, check_benchmark, to_dict
+from edgeprune.config import BenchmarkConfig, ConfigError, check_benchmark, to_dict
 from edgeprune.files import write_text
 
 
@@ -23,6 +23,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     from edgeprune.modeling import pick_device
 
     device = pick_device(config.device)
+    if "ours_graph" in config.engines and not device.startswith("cuda"):
+        raise ConfigError(f"engine ours_graph is for a GPU, but the device is {device}")
     with OUT.status("measuring the machine"):
         found = ceilings(torch.device(device), getattr(torch, config.dtype))
     report = {

@@ -21,9 +21,9 @@ from edgeprune.modeling.passes import KeptPasses
 from edgeprune.modeling.sharding import is_sharded
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
 from edgeprune.training.distributed import Processes
+from edgeprune.training.gradient import CudaGraphs, Gradient, Inputs, differentiate
 from edgeprune.training.objective import (
     SparsityConstraint,
-    faithfulness,
     learning_rate_factor,
     scheduled_target,
 )
@@ -80,7 +80,8 @@ class Trainer:
 
     Raises:
         ConfigError: a batch has fewer pairs than there are processes, or is to be run in parts
-            where the model's outputs are values.
+            where the model's outputs are values; or CUDA graphs are asked for elsewhere than on a
+            GPU.
     """
 
     def __init__(
@@ -108,6 +109,11 @@ class Trainer:
             raise ConfigError(
                 f"the outputs of {model.name} are values, and their variance is taken over a whole "
                 "batch; leave out trainer.micro_batch_size, and start one process"
+            )
+        if config.cuda_graph and model.device.type != "cuda":
+            raise ConfigError(
+                f"trainer.cuda_graph=true is for a GPU, but the model is on {model.device.type}; "
+                "leave it out"
             )
         self._sharded = is_sharded(model.architecture.blocks[0].layer)
         self.step = 0
@@ -209,18 +215,26 @@ class Trainer:
         config = self.config
         gates.requires_grad_()
         total = torch.zeros((), device=gates.device)
+        of_gates = torch.zeros_like(gates)
         mine = self.processes.part(pairs)
         size = config.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             batch = collate(mine[start : start + size]).to(gates.device)
             reference, corrupted = self._run_pair(batch)
-            closed = self.ablation.values(batch, corrupted)
-            outputs = self.model.run_circuit(batch, gates, closed, recompute=config.recompute)
+            inputs = Inputs(batch, reference, self.ablation.values(batch, corrupted), gates)
             share = len(batch.pairs) / len(pairs)
-            distance = share * faithfulness(batch, reference, outputs, self.model.output)
-            distance.backward()
-            total += distance.detach()
-        return total, gates.grad
+            distance, gradient = self._differentiate_slice(inputs, share=share)
+            total += distance
+            of_gates += gradient
+        return total, of_gates
+
+    @cached_property
+    def _differentiate_slice(self) -> Callable[..., Gradient]:
+        """See `differentiate`."""
+        recompute = self.config.recompute
+        if self.config.cuda_graph:
+            return CudaGraphs(self.model, recompute=recompute).differentiate
+        return partial(differentiate, self.model, recompute=recompute)
 
     @cached_property
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
