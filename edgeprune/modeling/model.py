@@ -455,12 +455,15 @@ class CircuitModel:
             _, activations = self.run_full(batch.clean_ids, slice(None))
             length = batch.clean_ids.shape[1]
             real = torch.arange(length, device=self.device) < batch.lengths[:, None]
-            count = torch.zeros(width, device=self.device)
+            count = torch.zeros(width)
             count[:length] = real.sum(0)
 
             def total(x: Tensor, real=real, length=length) -> Tensor:
-                """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d]."""
-                summed = (x.double() * real[..., None]).sum(-3, keepdim=True)
+                """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d], on the CPU.
+
+                Batches are added up there in float64, which Apple's GPUs do not have.
+                """
+                summed = (x.float() * real[..., None]).sum(-3, keepdim=True).cpu().double()
                 return nn.functional.pad(summed, (0, 0, 0, width - length))
 
             batch_totals = activations.map(total)
@@ -469,8 +472,10 @@ class CircuitModel:
         if not per_position:
             totals = totals.map(lambda x: x.sum(-2, keepdim=True))
             counts = counts.sum(0, keepdim=True)
-        dtype = next(self.architecture.body.parameters()).dtype
-        means = totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(dtype))
+        like = next(self.architecture.body.parameters())
+        means = totals.map(
+            lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device)
+        )
         return MeanActivations(means, per_position)
 
 
