@@ -105,9 +105,9 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     assert run_cli("evaluate", copied).returncode == 0
     own = (copied / "evaluation-test.json").read_text()
     done = run_cli("evaluate", copied, "task=greater_than", "task.train=2", "task.validation=2",
-                   "task.test=5", "ablation=zero")  # fmt: skip
+                   "task.test=5", "task.seed=3", "ablation=zero")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    other = json.loads((copied / "evaluation-greater_than-zero-test.json").read_text())
+    other = json.loads((copied / "evaluation-greater_than-seed-3-zero-test.json").read_text())
     assert (other["data"], other["num_examples"]) == ("data.jsonl [test]", 5)
     assert other["edges_sha256"] == json.loads(own)["edges_sha256"]
     small = copied / "small.json"

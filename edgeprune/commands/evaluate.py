@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from edgeprune.config import (
     EvaluateConfig,
     ModelConfig,
     Split,
+    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
     model_title,
@@ -106,7 +108,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
     if run_dir is not None:
         words += other_model
-        words += [] if is_own_task else [task_title(task.name, task.path)]
+        words += [] if is_own_task else _other_task(of_run["task"], task)
         words += [] if ablation_config == of_run["ablation"] else [ablation_config.kind.name]
     name = "-".join(["evaluation", *words, split])
     output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
@@ -130,16 +132,23 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
 
 def _other_model(own: ModelConfig, model: ModelConfig) -> list[str]:
     """Words for the file's name where a model is loaded otherwise than the run's, else none."""
-    free = ("name", "device", "trust_remote_code")
-    changed = {
-        field.name: getattr(model, field.name)
-        for field in fields(ModelConfig)
-        if field.name not in free and getattr(model, field.name) != getattr(own, field.name)
-    }
+    changed = _changed(own, model, ("name", "device", "trust_remote_code"))
     if not changed:
         return []
-    settings = [f"{name}-{value}" for name, value in changed.items() if name != "path"]
-    return [model_title(model.name, model.path), *settings]
+    changed.pop("path", None)
+    return [model_title(model.name, model.path), *(f"{k}-{v}" for k, v in changed.items())]
+
+
+def _other_task(own: TaskConfig, task: TaskConfig) -> list[str]:
+    """Words for the file's name where prompts are not the run's, however many they are."""
+    changed = _changed(own, task, ("name", "path", *(split.name for split in Split)))
+    return [task_title(task.name, task.path), *(f"{k}-{v}" for k, v in changed.items())]
+
+
+def _changed(own: Any, other: Any, passed_over: Sequence[str]) -> dict[str, Any]:
+    """The settings of another part of the configuration that differ from the run's own."""
+    names = [f.name for f in fields(own) if f.name not in passed_over]
+    return {n: getattr(other, n) for n in names if getattr(other, n) != getattr(own, n)}
 
 
 def _write(output: Path, content: dict[str, Any]) -> None:
