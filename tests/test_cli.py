@@ -52,8 +52,9 @@ def test_a_run_leaves_everything_needed(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
-        "circuit.json", "evaluation-validation.json", ".lock",
+        "circuit.json", "evaluation-validation.json", ".lock", "training.png",
     }  # fmt: skip
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
     edges = json.loads((finished / "edges.json").read_text())
     assert len(edges) == 60
     assert all(len(edge) == 2 for edge in edges)

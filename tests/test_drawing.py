@@ -239,7 +239,7 @@ def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monk
 def test_drawing_imports_no_torch():
     code = (
         "import sys, edgeprune.drawing, edgeprune.drawing.page, edgeprune.drawing.frontier, "
-        "matplotlib.figure; sys.exit('torch' in sys.modules)"
+        "edgeprune.drawing.training, matplotlib.figure; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

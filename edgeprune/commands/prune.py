@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,16 @@ from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.evaluate import evaluate
 from edgeprune.commands.export import export
-from edgeprune.commands.shared import be_quiet, data_file, first_split, load_model, load_pairs, say
+from edgeprune.commands.shared import (
+    be_quiet,
+    data_file,
+    first_split,
+    load_model,
+    load_pairs,
+    run_title,
+    say,
+    show,
+)
 from edgeprune.config import (
     AblationKind,
     ConfigError,
@@ -150,18 +160,31 @@ def _train(
     def after_step(metrics: StepMetrics) -> None:
         nonlocal last
         last = metrics
-        show(metrics)
+        progress(metrics)
         track(metrics)
 
     with (
         Tracker(tracker, run_dir, to_dict(config)) as track,
-        training_progress(config.trainer.steps, enabled=processes.is_first) as show,
+        training_progress(config.trainer.steps, enabled=processes.is_first) as progress,
     ):
         run.train(trainer, run_dir, after_step, say)
+    if processes.is_first:
+        _plot(run_dir)
     asked = asked_sparsity(config, model.graph.num_edges)
     message = unfinished(last.sparsity, asked) if last and asked is not None else None
     if message:
         say(message)
+
+
+def _plot(run_dir: Path) -> None:
+    from edgeprune.drawing.training import draw_training
+    from edgeprune.training.run import METRICS, PLOT
+
+    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
+    if lines:
+        path = run_dir / PLOT
+        draw_training([json.loads(line) for line in lines], path, title=run_title(run_dir))
+        show(f"-> {path}")
 
 
 def _finish(

@@ -7,16 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.files import write_atomically
+from edgeprune.drawing.plots import COLORS, GREY, grid, log_axis, save_plot
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4A4E57")
 MARKERS = "osD^vPX"
 TICK_DISTANCE = 0.1
 """Of ticks on the x axis at least, as a share of it: labels nearer than this would overlap."""
 ROUNDING = 1e-6
 """A KL divergence below this is rounding, which may be negative, and is drawn as 0."""
-FEW_DECADES = 100
-"""A logarithmic y axis of less than this range has labels between the powers of ten."""
 LEGEND_ROW = 0.22
 """Inches that a line of the legend is high."""
 
@@ -64,23 +61,7 @@ def draw_frontier(panels: Sequence[Panel], path: Path | str, *, title: str, all_
         title: a line of text above.
         all_edges: of the whole graph, named on the x axis.
     """
-    import matplotlib
-
-    # text is never math or TeX, and the same plot is the same file
-    settings = {
-        "text.parse_math": False, "svg.hashsalt": "edgeprune", "font.size": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#6B6F78",
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = _figure(panels, title, all_edges)
-        path = Path(path)
-        format = path.suffix.removeprefix(".")
-        dated = {"pdf": "CreationDate", "svg": "Date"}.get(format)
-        metadata = {dated: None} if dated else None
-        write_atomically(
-            path,
-            lambda temporary: figure.savefig(temporary, format=format, dpi=150, metadata=metadata),
-        )
+    save_plot(lambda: _figure(panels, title, all_edges), Path(path))
 
 
 def _figure(panels: Sequence[Panel], title: str, all_edges: int) -> Any:
@@ -103,7 +84,7 @@ def _figure(panels: Sequence[Panel], title: str, all_edges: int) -> Any:
 
 
 def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     if panel.log:
         panel = _without_rounding(panel)
@@ -121,10 +102,10 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
         if len(curve.num_edges) == 1:  # a band of no width
             ax.vlines(curve.num_edges, curve.low, curve.high, color=color, alpha=0.35, linewidth=5)
     for text, level in panel.levels:
-        ax.axhline(level, color="#6B6F78", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        ax.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         ax.annotate(
             text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8, color="#6B6F78",
+            textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
         )  # fmt: skip
     largest = max([1, *sizes])
     if sizes and sizes[0] > 0:
@@ -143,20 +124,11 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
     ax.set_ylabel(panel.label)
     if panel.log:
         drawn = [y for curve in panel.curves for y in (*curve.low, *curve.high)]
-        if min(drawn, default=0) > 0:
-            ax.set_yscale("log")
-            if max(drawn) < FEW_DECADES * min(drawn):
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        else:
-            ax.set_yscale("symlog", linthresh=1e-3)
-            ax.set_ylim(bottom=0)
+        log_axis(ax, drawn)
         ax.set_ylim(top=1.6 * max([1e-3, *drawn, *(level for _, level in panel.levels)]))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(-0.03, 1.06)
-    ax.grid(axis="y", color="#E3E5EA", linewidth=0.8, zorder=0)
-    ax.set_axisbelow(True)
+    grid(ax)
 
 
 def _without_rounding(panel: Panel) -> Panel:

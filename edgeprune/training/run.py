@@ -3,7 +3,7 @@
 config.yaml      the resolved settings
 run.json         graph, data and model fingerprints, versions
 data.jsonl       the prompts, where they were generated
-metrics.jsonl    one line every few steps
+metrics.jsonl    one line every few steps; training.png is their plot
 checkpoints/     masks and optimiser state
 edges.json       the circuit; circuit.json says how it was chosen
 """
@@ -45,6 +45,7 @@ from edgeprune.training.trainer import StepMetrics, Trainer, TrainingError
 CONFIG = "config.yaml"
 MANIFEST = "run.json"
 METRICS = "metrics.jsonl"
+PLOT = "training.png"
 DATA = "data.jsonl"
 EDGES = "edges.json"
 REPORT = "circuit.json"
@@ -53,7 +54,8 @@ EVALUATIONS = "evaluation-*.json"
 LOCK = ".lock"
 
 FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
-                  "model.name", "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+                  "model.name", "trainer.log_every", "trainer.checkpoint_every",
+                  "trainer.cuda_graph")  # fmt: skip
 """Settings that do not change what is computed, so a run may be resumed with others."""
 
 
@@ -135,7 +137,7 @@ def _clear(run_dir: Path, task_path: str | None) -> None:
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
     """
-    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, CHECKPOINTS, DATA, MANIFEST)
+    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, PLOT, CHECKPOINTS, DATA, MANIFEST)
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
