@@ -101,8 +101,7 @@ class Outboxes:
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
         of_gates = torch.empty_like(gates)  # every edge is mixed once, and so written once
         self.of_gates = split_by_site(of_gates, sites)
-        if _wants_multiples(like):
-            num_writers += MULTIPLE - 1  # for products with more writers than there are
+        num_writers += MULTIPLE if _wants_multiples(like) else 1  # what else is mixed in
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
         self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.keep_inputs = keep_inputs
@@ -128,17 +127,39 @@ class Outboxes:
             self.gradients.leave_out(writers)
             _store(self, delta, writers)
 
-    def look_ahead(self, stop: int) -> None:
-        """Mix the deltas written so far for the next reads, up to a site.
+    def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
+        """Mix the deltas written so far into one input for each reader of the next site.
 
-        Those reads, or look-aheads for some of them, add only what is written after. Mixing for
-        many readers at once is faster: the buffer is gone through once for all of them, forward and
-        backward.
+        An edge with gate g carries g * clean + (1 - g) * corrupted
+        (interchange ablation; Bhaskar et al. 2024, arXiv:2406.16778).
 
         Args:
-            stop: the number of the first site that is left out.
+            base: [batch, pos, d_model], the stream when every gate is 0; None: nothing.
+            stop: look ahead, up to this site, which is left out: mix the deltas for the readers of
+                those sites, too. Their reads then add only what is written after. Mixing for many
+                readers at once is faster: the buffer is gone through once for all of them, forward
+                and backward. None: no farther than the next site.
+
+        Returns:
+            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next read that
+            begins a buffer of inputs or, if inputs are kept, the next forward pass. The backward
+            pass may put its gradient in its place.
         """
-        sites = range(self._site, stop)
+        num_readers, num_writers = self.gates[self._site].shape
+        assert num_writers == self.num_written, f"site {self._site} reads {num_writers} writers"
+        self._mix(range(self._site, stop or self._site + 1), base)
+        self._site += 1
+        rows = slice(self._num_read, self._num_read + num_readers)
+        self._num_read = rows.stop
+        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
+        inputs = self._inputs[:, rows].data
+        return _Read.apply(self._link, self, inputs).unflatten(1, self._shape[:2])
+
+    def _mix(self, sites: range, base: Tensor | None) -> None:
+        """Mix the deltas written so far into the inputs of some sites, and a base into the first's.
+
+        What an earlier call for more sites has mixed in is there already.
+        """
         num_readers = sum(len(self.gates[site]) for site in sites)
         first = 0  # of the writers that are not yet mixed in
         is_new = self._num_read == self._inputs.shape[1]
@@ -155,35 +176,10 @@ class Outboxes:
             first = self._levels[-1].num_writers
         rows = slice(self._num_read, self._num_read + num_readers)
         self._levels.append(_Level(rows.stop, self.num_written))
-        if is_new or first < self.num_written:
-            writers = slice(first, self.num_written)
-            inputs = self._inputs[:, rows]
-            self._link = _Mix.apply(self._link, self, inputs, sites, writers, is_new)
-
-    def read(self, base: Tensor) -> Tensor:
-        """Mix the deltas written so far into one input for each reader of the next site.
-
-        An edge with gate g carries g * clean + (1 - g) * corrupted
-        (interchange ablation; Bhaskar et al. 2024, arXiv:2406.16778).
-
-        Args:
-            base: [batch, pos, d_model], the stream when every gate is 0.
-
-        Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next new
-            look-ahead or, if inputs are kept, the next forward pass. The backward pass may put its
-            gradient in its place.
-        """
-        num_readers, num_writers = self.gates[self._site].shape
-        assert num_writers == self.num_written, f"site {self._site} reads {num_writers} writers"
-        self.look_ahead(self._site + 1)
-        self._site += 1
-        rows = slice(self._num_read, self._num_read + num_readers)
-        self._num_read = rows.stop
-        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
-        inputs = self._inputs[:, rows].data
-        mixed = _Read.apply(self._link, self, inputs, base.reshape(-1, base.shape[-1]))
-        return mixed.unflatten(1, self._shape[:2])
+        writers, inputs = slice(first, self.num_written), self._inputs[:, rows]
+        if base is not None:
+            base = base.reshape(-1, base.shape[-1])
+        self._link = _Mix.apply(self._link, self, inputs, sites, writers, base, is_new)
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
         """The deltas written so far at some tokens, differentiable.
@@ -303,19 +299,19 @@ class _Gradients:
                 part[:, : new.shape[1]].index_add_(0, tokens, new)
 
 
-def mix(gates: Tensor, delta: Tensor, base: Tensor) -> Tensor:
+def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
     """base + gates @ delta, by autograd's own means: for few tokens.
 
     Args:
         gates: [reader, writer].
         delta: [writer, token, d_model].
-        base: [token, d_model].
+        base: [token, d_model]; None: nothing.
 
     Returns:
         [reader, token, d_model].
     """
-    mixed = torch.addmm(base.reshape(1, -1), gates.to(delta.dtype), delta.flatten(1))
-    return mixed.view(len(gates), *base.shape)
+    mixed = (gates.to(delta.dtype) @ delta.flatten(1)).view(len(gates), *delta.shape[1:])
+    return mixed if base is None else base + mixed
 
 
 def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -366,7 +362,9 @@ def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
 class _Mix(torch.autograd.Function):
     """Adds some writers, or if `is_new` puts them, into the inputs of the readers of some sites.
 
-    Inputs are [token, reader, d_model].
+    Inputs are [token, reader, d_model]. For the first site's readers, `base` ([token, d_model] or
+    None) is one more writer, with gates of 1: for the time of the product it lies where the next
+    writer will.
     """
 
     @staticmethod
@@ -377,20 +375,23 @@ class _Mix(torch.autograd.Function):
         inputs: Tensor,
         sites: range,
         writers: slice,
+        base: Tensor | None,
         is_new: bool,
     ) -> Tensor:
         boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has none
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
-        ctx.gates = torch.cat([boxes.gates[site][:, writers] for site in sites])
-        ctx.mixed = writers
-        if _wants_multiples(boxes.delta):
-            missing = -ctx.gates.shape[1] % MULTIPLE
-            ctx.gates = nn.functional.pad(ctx.gates, (0, missing))
-            ctx.mixed = slice(writers.start, writers.stop + missing)
-            boxes.delta[:, writers.stop : ctx.mixed.stop].zero_()  # times 0, anything but NaN
-        values = boxes.delta[:, ctx.mixed]
-        _add_mixed(boxes.workspace, inputs, ctx.gates, values, onto_nothing=is_new)
+        gates = torch.cat([boxes.gates[site][:, writers] for site in sites])
+        ctx.gates = mixing = _with_closed(gates, boxes.delta)
+        if base is not None:
+            of_base = torch.arange(len(gates), device=gates.device) < len(boxes.gates[sites.start])
+            gates = torch.cat([gates, of_base[:, None].to(gates.dtype)], 1)
+            mixing = _with_closed(gates, boxes.delta)
+            boxes.delta[:, writers.stop].copy_(base)
+        start, num_open, num_mixed = writers.start, gates.shape[1], mixing.shape[1]
+        boxes.delta[:, start + num_open : start + num_mixed].zero_()  # times 0, anything but NaN
+        values = boxes.delta[:, start : start + num_mixed]
+        _add_mixed(boxes.workspace, inputs, mixing, values, onto_nothing=is_new)
         return torch.empty(0, device=link.device)
 
     @staticmethod
@@ -400,12 +401,19 @@ class _Mix(torch.autograd.Function):
         boxes, of_inputs = ctx.boxes, ctx.inputs
         ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        boxes.gradients.add_mixed(ctx.mixed, ctx.gates, of_inputs)
-        of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, ctx.mixed])
+        mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])
+        boxes.gradients.add_mixed(mixed, ctx.gates, of_inputs)
+        of_gates = _of_gates(boxes.workspace, of_inputs, boxes.delta[:, mixed])
         targets = [boxes.of_gates[site][:, ctx.writers] for site in ctx.sites]
         for target, of_site in zip(targets, of_gates.split([len(t) for t in targets]), strict=True):
             target.copy_(of_site[:, : target.shape[1]])
-        return (None,) * 6
+        return (None,) * 7
+
+
+def _with_closed(gates: Tensor, delta: Tensor) -> Tensor:
+    """[reader, writer], with closed gates up to a multiple of writers where that is wanted."""
+    missing = -gates.shape[1] % MULTIPLE if _wants_multiples(delta) else 0
+    return nn.functional.pad(gates, (0, missing)) if missing else gates
 
 
 def _is_better_wide(like: Tensor) -> bool:
@@ -472,10 +480,10 @@ def _of_gates(workspace: Workspace, of_inputs: Tensor, values: Tensor) -> Tensor
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor, base: Tensor) -> Tensor:
+    def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor) -> Tensor:
         boxes.check_current()
         ctx.boxes, ctx.inputs = boxes, inputs
-        return inputs.add_(base[:, None]).data.transpose(0, 1)
+        return inputs.data.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
@@ -485,7 +493,7 @@ class _Read(torch.autograd.Function):
         boxes.check_current()
         if grad.data_ptr() != inputs.data_ptr():
             inputs.copy_(grad.transpose(0, 1))
-        return None, None, None, None
+        return None, None, None
 
 
 class _At(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """One process of a run on random prompts, for test_distributed.py: writes its masks to a file.
 
 Arguments: JSON objects with `output`, and perhaps `resume` (a checkpoint's run directory), `until`
-(a step), `keep` (passes), `model`, `shard` and `look_ahead`; the rest are fields of TrainerConfig.
+(a step), `keep` (passes), `model` and `shard`; the rest are fields of TrainerConfig.
 """
 
 import json
@@ -13,11 +13,9 @@ import torch
 from conftest import random_gpt2, random_pairs
 from safetensors.torch import save_file
 
-from edgeprune import modeling
 from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, TrainerConfig
 from edgeprune.modeling import passes, wrap_model
-from edgeprune.modeling.model import LOOK_AHEAD
 from edgeprune.training.checkpoint import load_latest, save_checkpoint
 from edgeprune.training.distributed import Processes
 from edgeprune.training.trainer import Trainer
@@ -43,7 +41,6 @@ with Processes.join("cpu", timeout=1) as processes:
         job = json.loads(argument)
         output, resume, until = (job.pop(key, None) for key in ("output", "resume", "until"))
         passes.MOST_KEPT = 2**30 if job.pop("keep", True) else 0
-        modeling.model.LOOK_AHEAD = job.pop("look_ahead", LOOK_AHEAD)
         make = MODELS[job.pop("model", "gpt2")]
         if shard := job.pop("shard", None):
             with torch.device("meta"):

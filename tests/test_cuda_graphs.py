@@ -68,6 +68,19 @@ def stand_in(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """Grows with each call of `differentiate` by CudaGraphs."""
+    calls = []
+
+    def differentiate_(*args, **kwargs):
+        calls.append(1)
+        return differentiate(*args, **kwargs)
+
+    monkeypatch.setattr(gradient, "differentiate", differentiate_)
+    return calls
+
+
 def some_inputs(model, ablation: str, *, seed: int, width: int = 7) -> Inputs:
     pairs = random_pairs(2, width, seed=seed) + random_pairs(2, width - 2, seed=seed, predicted=2)
     batch = collate(pairs)
@@ -79,16 +92,9 @@ def some_inputs(model, ablation: str, *, seed: int, width: int = 7) -> Inputs:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("ablation", ["interchange", "zero", "mean"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
-def test_replays_equal_runs(stand_in, monkeypatch, family, ablation, recompute):
+def test_replays_equal_runs(stand_in, counted, family, ablation, recompute):
     hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
     model = wrap_model(hf_model)
-    runs = []
-
-    def counted(*args, **kwargs):
-        runs.append(1)
-        return differentiate(*args, **kwargs)
-
-    monkeypatch.setattr(gradient, "differentiate", counted)
     graphs = CudaGraphs(model, recompute=recompute)
     # shapes take turns, and the second one's buffers take the first one's place
     for seed, width in enumerate([5, 7, 5, 7, 5, 7, 5, 7]):
@@ -98,7 +104,7 @@ def test_replays_equal_runs(stand_in, monkeypatch, family, ablation, recompute):
         assert wanted[1].abs().max() > 1e-4
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other)
-    assert len(runs) == 4  # each shape is run once, and recorded once
+    assert len(counted) == 4  # each shape is run once, and recorded once
 
 
 def test_what_has_been_given_is_not_overwritten(stand_in):
@@ -109,6 +115,22 @@ def test_what_has_been_given_is_not_overwritten(stand_in):
         for seed in range(4)
     ]
     assert len({distance.item() for distance, _ in given}) == 4
+
+
+def test_what_used_other_buffers_is_recorded_again(stand_in, counted):
+    model = wrap_model(random_gpt2())
+    graphs = CudaGraphs(model, recompute=False)
+
+    def runs(width: int) -> int:
+        before = len(counted)
+        inputs = some_inputs(model, "interchange", seed=width, width=width)
+        graphs.differentiate(inputs, share=1.0)
+        return len(counted) - before
+
+    # run, recorded, replayed; a longer batch takes larger buffers; recorded anew, replayed
+    assert [runs(width) for width in (5, 5, 5, 7, 5, 5)] == [1, 1, 0, 1, 1, 0]
+    model.release()
+    assert [runs(width) for width in (5, 5)] == [1, 0]
 
 
 def test_shares_are_told_apart(stand_in):

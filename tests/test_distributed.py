@@ -35,7 +35,7 @@ SHARDED = [
     {**JOBS[2], "shard": "offload"},
     {**JOBS[3], "shard": "on the device"},
     {**JOBS[2], "shard": "on the device", "recompute": True},
-    {**JOBS[3], "shard": "on the device", "recompute": True, "look_ahead": 1},
+    {**JOBS[3], "shard": "on the device", "recompute": True},
     {**JOBS[4], "shard": "on the device"},
 ]
 

@@ -12,6 +12,7 @@ from edgeprune import outbox
 from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, AblationKind
 from edgeprune.dataset import collate
+from edgeprune.graph import CircuitGraph
 from edgeprune.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
 from edgeprune.modeling import ModelError, load, pick_device, verify_parity, wrap_model
@@ -216,18 +217,34 @@ def gate_gradient(model, batch, gates, **settings) -> torch.Tensor:
     return torch.autograd.grad(kl_per_token(reference, logits).mean(), gates)[0]
 
 
-@pytest.mark.parametrize("look_ahead", [1, 26, 1000])
+@pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_neither_look_ahead_nor_recomputing_changes_gradients(look_ahead, recompute, monkeypatch):
+def test_neither_look_ahead_nor_recomputing_changes_gradients(length, recompute, monkeypatch):
     """Stretches of one layer, of two, and of all seven, by halves."""
     model = wrap_model(random_gpt2(n_layer=7))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()
-    monkeypatch.setattr(engine, "LOOK_AHEAD", 39)
+    monkeypatch.setattr(engine, "stretch_length", lambda graph: 3)
     wanted = gate_gradient(model, batch, gates)
-    monkeypatch.setattr(engine, "LOOK_AHEAD", look_ahead)
+    monkeypatch.setattr(engine, "stretch_length", lambda graph: length)
     got = gate_gradient(model, batch, gates, recompute=recompute)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "kv_heads", "length"),
+    [
+        (12, 12, 12, 3),  # GPT-2 small
+        (30, 9, 3, 6),  # SmolLM2-135M
+        (32, 32, 8, 8),  # Llama 3.1 8B
+        # 5 writers and 13 readers a layer, one embedding. Lengths of 2: 1 + 11 writers, two layers
+        # that add once; of 3: 1 + 16, and 1 + 1; of 4: 1, and 1 + 1 + 2: 38, 43, 53.
+        (4, 4, 4, 2),
+    ],
+)
+def test_look_aheads_are_as_long_as_moves_least(layers, heads, kv_heads, length):
+    graph = CircuitGraph(layers, heads, kv_heads, ("embeds",))
+    assert engine.stretch_length(graph) == length
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -261,7 +278,7 @@ def test_products_with_more_writers_than_there_are_change_nothing(recompute, mon
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_nothing_of_a_step_outlives_it(recompute, monkeypatch):
-    monkeypatch.setattr(engine, "LOOK_AHEAD", 26)
+    monkeypatch.setattr(engine, "stretch_length", lambda graph: 2)
     model = wrap_model(random_gpt2(n_layer=4))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()

@@ -7,7 +7,6 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from edgeprune.modeling.heads import centre
 from edgeprune.modeling.sharding import begin_layer, end_layer, receive, shard_layers
 from edgeprune.outbox import Outboxes, Workspace, mix, split_by_site
 
-LOOK_AHEAD = 96
-"""Readers that are served in one product, at least: whole layers, two or more of them."""
+MOST_AHEAD = 8
+"""Layers of a look-ahead, at most: more save little, and take memory where blocks run again."""
 
 
 class Block(Protocol):
@@ -391,17 +390,19 @@ class CircuitModel:
         closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
         inputs = arch.attention_inputs(stream)
 
-        def base(site: int) -> Tensor:
-            there = torch.zeros_like(stream) if corrupted is None else corrupted.residuals[site]
+        def base(site: int) -> Tensor | None:
+            if corrupted is None:
+                return always_on
+            there = corrupted.residuals[site]
             return there if always_on is None else there + always_on
 
         def run_stretch(layers: range) -> Tensor:
             """Returns the last one's heads' values."""
             for index, layer in enumerate(layers):
                 ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
-                boxes.look_ahead(min(2 * (layer + ahead), 2 * layers.stop, len(everywhere)))
+                stop = min(2 * (layer + ahead), 2 * layers.stop, len(everywhere))
                 block, site = arch.blocks[layer], 2 * layer
-                x = boxes.read(base(site))
+                x = boxes.read(base(site), stop)
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
@@ -421,16 +422,19 @@ class CircuitModel:
                 values = run_stretch(stretch)
         # Of the last layer, only the predicted tokens matter from here on.
         block, at = arch.blocks[-1], (batch.rows, batch.cols)
-        closed = None if corrupted is None else closed_heads[-1][at]
+
+        def predicted(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[at]
+
+        closed = predicted(closed_heads[-1])
         heads_delta = block.head_delta(values[at], closed, centred=self._centred)
         delta = torch.cat([boxes.at(*at), heads_delta])
         mlp_gates, final_gates = split_by_site(last_gates, at_predicted)
-        x = mix(mlp_gates, delta, base(-2)[at])[0]
-        closed = None if corrupted is None else closed_mlps[-1][at]
-        mlp_delta = _mlp_delta(block, x, closed)
+        x = mix(mlp_gates, delta, predicted(base(-2)))[0]
+        mlp_delta = _mlp_delta(block, x, predicted(closed_mlps[-1]))
         end_layer(block.layer, mlp_delta)
         delta = torch.cat([delta, mlp_delta])
-        x = mix(final_gates, delta, base(-1)[at])[0]
+        x = mix(final_gates, delta, predicted(base(-1)))[0]
         return arch.logits(arch.final_norm(x))
 
     def _centre(self, x: Tensor) -> Tensor:
@@ -515,10 +519,29 @@ def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
 
 def stretches(graph: CircuitGraph) -> list[range]:
     """The layers of each look-ahead."""
-    readers = len(graph.sites[0].readers) + 1
-    length = max(2, math.ceil(LOOK_AHEAD / readers))
+    length = stretch_length(graph)
     starts = range(0, graph.num_layers, length)
     return [range(start, min(start + length, graph.num_layers)) for start in starts]
+
+
+def stretch_length(graph: CircuitGraph) -> int:
+    """Layers of a look-ahead, as many as make the fewest arrays of [token, d_model] move.
+
+    Forward and backward, a look-ahead goes four times through the outboxes that are there (or their
+    gradients), and what is written after is added in four goes through the inputs of the readers
+    (or theirs): of the layer with index i in its stretch as often as i has binary digits of 1.
+    """
+    readers = len(graph.sites[0].readers) + 1
+
+    def moved(length: int) -> int:
+        total = 0
+        for start in range(0, graph.num_layers, length):
+            indices = range(min(length, graph.num_layers - start))
+            total += graph.sites[2 * start].num_writers
+            total += readers * sum(index.bit_count() for index in indices)
+        return total
+
+    return min(range(2, MOST_AHEAD + 1), key=moved)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from edgeprune.dataset import Batch
 from edgeprune.modeling import Activations, CircuitModel
 from edgeprune.training.objective import faithfulness
 
-MOST_GRAPHS = 64
+MOST_GRAPHS = 16
 """Shapes of batches of which CUDA graphs are kept; what comes after is run as it is."""
 
 Gradient = tuple[Tensor, Tensor]
@@ -74,13 +74,13 @@ class _Recording:
     Attributes:
         inputs: where it finds them.
         gradient: where it leaves it.
-        buffers: of the outboxes, which must not be freed while the graph lives.
+        buffers: of the outboxes: address and size of each.
     """
 
     graph: Any
     inputs: Inputs
     gradient: Gradient
-    buffers: tuple[Tensor, ...]
+    buffers: frozenset[tuple[int, int]]
 
 
 class CudaGraphs:
@@ -114,13 +114,18 @@ class CudaGraphs:
                 self._recordings[key] = None
             return self._run(inputs, share)
         recording = self._recordings[key]
-        if recording is None:
+        if recording is None or not recording.buffers <= self._buffers():
             recording = self._recordings[key] = self._record(inputs, share)
         with torch.no_grad():
             recording.inputs.map(Tensor.copy_, inputs)
         recording.graph.replay()
         distance, of_gates = recording.gradient  # the next replay writes there
         return distance.clone(), of_gates.clone()
+
+    def _buffers(self) -> frozenset[tuple[int, int]]:
+        """Those that are there; a larger batch or a release has put others in their place."""
+        buffers = self._model.workspace.buffers
+        return frozenset((buffer.data_ptr(), buffer.nbytes) for buffer in buffers)
 
     def _run(self, inputs: Inputs, share: float) -> Gradient:
         """On the stream that records: what libraries keep for a stream is then there."""
@@ -135,12 +140,17 @@ class CudaGraphs:
         own = inputs.map(torch.clone)
         own = replace(own, gates=own.gates.detach().requires_grad_())
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._model.device)
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.stream(current), recording:  # a failed recording leaves its stream on
                 gradient = differentiate(self._model, own, share=share, recompute=self._recompute)
-        except RuntimeError as error:  # the graph's own, beside what was the matter
+        except RuntimeError as error:
+            reason = error.__context__ or error  # the graph has an error of its own to add
+            if isinstance(reason, torch.OutOfMemoryError):
+                raise reason from None
             raise ConfigError(
-                f"a step of {self._model.name} cannot be recorded as a CUDA graph: "
-                f"{error.__context__ or error}; give trainer.cuda_graph=false"
+                f"a step of {self._model.name} cannot be recorded as a CUDA graph: {reason}; give "
+                "trainer.cuda_graph=false"
             ) from error
-        return _Recording(graph, own, gradient, self._model.workspace.buffers)
+        return _Recording(graph, own, gradient, self._buffers())
