@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from edgeprune.config import COMMANDS, ConfigError, did_you_mean
+from edgeprune.config import COMMANDS, LESS_MEMORY, ConfigError, did_you_mean
 from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
@@ -194,6 +194,8 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
         _fail(str(error), 2)
     if isinstance(error, AssertionError) and "Unexpected type for root" in str(error):
         _fail(_explain_part(arguments), 2)  # a setting of a group that is null
+    if name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        _fail(f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}", 1)
     if isinstance(error, (ValueError, RuntimeError)) and _ours(error):
         _fail(str(error), 1)
     if isinstance(error, OSError):

@@ -346,6 +346,14 @@ class PrepareConfig:
     """File to write."""
 
 
+LESS_MEMORY = (
+    "Take fewer examples at a time (trainer.micro_batch_size, or more processes; of evaluate: "
+    "batch_size), run blocks again (trainer.recompute=true), hold the weights in less "
+    "(model.dtype=bfloat16, model.bits=4), or split them over processes (launcher.shard=true, "
+    "launcher.offload=true)"
+)
+"""What to do where memory is short."""
+
 ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
 """What `edgeprune benchmark` can measure."""
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import (
     assert_refused,
@@ -418,3 +419,31 @@ def test_damaged_checkpoints_are_passed_over_and_said(tmp_path, damage, name):
     assert "resuming from step 4 of 12" in done.stderr
     assert last.read_bytes() == wanted
     assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()] == [10, 12]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_said_with_what_to_do(tmp_path, capsys, monkeypatch, error):
+    """And what a GPU had learned by then is kept."""
+    run_dir, step = tmp_path / "run", Trainer.train_step
+    arguments = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}")
+
+    def failing(self):
+        if self.step == 2:
+            raise error
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", failing)
+        code, _, err = call(capsys, monkeypatch, *arguments)
+    assert code == 1
+    assert f"out of memory ({str(error).splitlines()[0]}). Take fewer" in err
+    assert "trainer.micro_batch_size" in err
+    kept = [path.name for path in (run_dir / "checkpoints").glob("*")]
+    assert len(kept) == isinstance(error, torch.OutOfMemoryError)
+    assert call(capsys, monkeypatch, *arguments, "resume=auto")[0] == 0

@@ -25,6 +25,7 @@ from edgeprune.commands.shared import (
     show,
 )
 from edgeprune.config import (
+    LESS_MEMORY,
     AblationKind,
     ConfigError,
     EvaluateConfig,
@@ -246,9 +247,5 @@ def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Process
     if processes.any(plan.total > free):
         raise ConfigError(
             f"{config.model.name} needs about {plan}, but less are free for a process "
-            f"({in_gb(free)} for this one). Take fewer examples at a time "
-            "(trainer.micro_batch_size, or more processes), run blocks again "
-            "(trainer.recompute=true), hold the weights in less (model.dtype=bfloat16, "
-            "model.bits=4), or split them over processes (launcher.shard=true, "
-            "launcher.offload=true)"
+            f"({in_gb(free)} for this one). {LESS_MEMORY}"
         )

@@ -344,7 +344,8 @@ def train(
     Raises:
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after saving a checkpoint, in the last
             step, too.
-        TrainingError: a loss was not finite; a checkpoint of the state before it is saved.
+        TrainingError: a loss was not finite; a checkpoint of the state before it is saved, as when
+            a GPU's memory is too small.
         CheckpointError: a checkpoint cannot be saved.
     """
     processes, config = trainer.processes, trainer.config
@@ -358,7 +359,7 @@ def train(
         while trainer.step < config.steps:
             try:
                 done = trainer.train_step()
-            except (TrainingError, ProcessError):
+            except (TrainingError, ProcessError, torch.OutOfMemoryError):
                 _save(trainer, run_dir, saved)
                 raise
             if metrics and (done.step % config.log_every == 0 or done.step == config.steps):
