@@ -63,6 +63,7 @@ class CircuitMasks(nn.Module):
 
         self.edge_log_alpha = start(graph.num_edges)
         self.node_log_alpha = start(graph.num_writers) if node_gates else None
+        self._noise: tuple[int, list[Tensor]] | None = None  # the latest step's
         self.register_buffer(
             "edge_writers", torch.tensor(graph.edge_writers(), dtype=torch.long), persistent=False
         )
@@ -102,14 +103,14 @@ class CircuitMasks(nn.Module):
 
     def _with_noise(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Log alphas of the edges and, with node gates, of the nodes, each with its noise."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        low, high = hard_concrete.EPSILON, 1 - hard_concrete.EPSILON
-
-        def draw(log_alpha: Tensor) -> Tensor:
-            uniform = torch.rand(log_alpha.shape, generator=generator) * (high - low) + low
-            return uniform.to(log_alpha.device, non_blocking=True)
-
-        return [(log_alpha, draw(log_alpha)) for log_alpha in self.parameters()]
+        if self._noise is None or self._noise[0] != step:  # asked for twice: to hold and to sample
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            low, high = hard_concrete.EPSILON, 1 - hard_concrete.EPSILON
+            shapes = [log_alpha.shape for log_alpha in self.parameters()]
+            drawn = [torch.rand(s, generator=generator) * (high - low) + low for s in shapes]
+            self._noise = step, drawn
+        pairs = zip(self.parameters(), self._noise[1], strict=True)
+        return [(log_alpha, u.to(log_alpha.device, non_blocking=True)) for log_alpha, u in pairs]
 
     @torch.no_grad()
     def deterministic(self) -> Gates:

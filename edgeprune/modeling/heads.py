@@ -76,7 +76,11 @@ class _ScaledProjection(torch.autograd.Function):
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """A norm's scale as part of the weights of all heads."""
-    return scale * weights[0] if len(weights) == 1 else torch.cat([scale * w for w in weights])
+    num_heads = [len(weight) for weight in weights]
+    folded = weights[0].new_empty(sum(num_heads), *weights[0].shape[1:])
+    for weight, part in zip(weights, folded.split(num_heads), strict=True):
+        torch.mul(scale, weight, out=part)
+    return folded
 
 
 def centre(x: Tensor) -> Tensor:
