@@ -331,3 +331,41 @@ def test_a_norm_folded_into_a_projection_is_that_norm():
         if norm is layer_norm:  # what comes before has no mean, whatever it gets
             got, wanted = (grad - grad.mean(-1, keepdim=True) for grad in (got, wanted))
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def zero_some_heads(weight):
+    weight[:, 17:31] = 0
+
+
+def swap_two_rows(weight):
+    weight[[3, 5]] = weight[[5, 3]]
+
+
+def swap_two_columns(weight):
+    weight[:, [3, 5]] = weight[:, [5, 3]]
+
+
+def change_one_bit(weight):
+    bits = weight.view(torch.int32)
+    bits[7, 9] ^= 1
+
+
+@pytest.mark.parametrize(
+    "edit", [zero_some_heads, swap_two_rows, swap_two_columns, change_one_bit, torch.neg_]
+)
+def test_a_fingerprint_tells_every_edit_of_a_weight(edit):
+    names = []
+    for seed in (0, 0, 1):
+        names.append(wrap_model(random_gpt2(seed=seed)).fingerprint())
+    assert names[0] == names[1] != names[2]
+    edited = random_gpt2(seed=0)
+    with torch.no_grad():
+        edit(edited.transformer.h[1].attn.c_attn.weight)
+    assert wrap_model(edited).fingerprint() != names[0]
+
+
+def test_a_fingerprint_is_of_the_dtype_too():
+    model = wrap_model(random_gpt2())
+    half = wrap_model(random_gpt2())
+    half.to(torch.bfloat16)
+    assert model.fingerprint() != half.fingerprint()

@@ -200,7 +200,7 @@ class CircuitModel:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 over a sample of every weight: tells whether a model is still the same."""
+        """SHA-256 over what tells whether any weight has changed: see `_bit_sums`."""
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256()
@@ -208,9 +208,9 @@ class CircuitModel:
         weights = dict(arch.body.named_parameters())
         weights |= {f"unembed.{name}": weight for name, weight in arch.unembed.named_parameters()}
         for name, weight in weights.items():
-            sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
-            digest.update(f"{name} {list(weight.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            for sums in _bit_sums(weight.detach()):
+                digest.update(sums.cpu().numpy().tobytes())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -509,6 +509,16 @@ class MeanActivations:
             return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
 
         return self.means.map(spread)
+
+
+def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the first axis and over the others of a weight's bits, read as whole numbers.
+
+    They are exact, so the same on any device, and no single edit leaves them as they were.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = weight.view(whole[weight.element_size()]).reshape(len(weight), -1)
+    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
 
 
 def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
