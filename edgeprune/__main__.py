@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         _tell(command_help(command))
         sys.exit(0)
     rest = _as_text(command, _name_path(command, rest))
+    _check_names(command, rest)
     try:
         _run(command, rest)
     except KeyboardInterrupt:
@@ -89,6 +90,19 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
             _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
         value = _quote(bare[0])
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
+
+
+def _check_names(command: str, arguments: list[str]) -> None:
+    """Exit where a setting is unknown: with a + before its name Hydra would take any."""
+    known = setting_names(command)
+    for argument in arguments:
+        key = argument.split("=")[0].lstrip("+~")
+        if "=" in argument and key not in known and not key.startswith(("hydra", "-")):
+            _fail(
+                f"unknown setting {key!r}{did_you_mean(key, known)} "
+                f"(all settings: edgeprune {command} --help)",
+                2,
+            )
 
 
 def _as_text(command: str, arguments: list[str]) -> list[str]:
@@ -189,7 +203,7 @@ def _report(command: str, arguments: list[str], error: Exception) -> None:
     if getattr(error, "exit_code", None) is not None:
         _fail(str(error), error.exit_code)
     if _of_hydra(error):
-        _fail(_explain_hydra(command, arguments, error), 2)
+        _fail(_explain_hydra(command, error), 2)
     if isinstance(error, ConfigError):
         _fail(str(error), 2)
     if isinstance(error, AssertionError) and "Unexpected type for root" in str(error):
@@ -224,18 +238,10 @@ def _ours(error: Exception) -> bool:
     return isinstance(error, ValueError) and where.startswith("edgeprune.")
 
 
-def _explain_hydra(command: str, arguments: list[str], error: Exception) -> str:
+def _explain_hydra(command: str, error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one line, with the nearest right setting."""
     text = str(error)
     cause = error.__cause__
-    known = setting_names(command)
-    for argument in arguments:
-        key = argument.split("=")[0].lstrip("+~")
-        if key and "=" in argument and key not in known and not key.startswith("hydra"):
-            return (
-                f"unknown setting {key!r}{did_you_mean(key, known)} "
-                f"(all settings: edgeprune {command} --help)"
-            )
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         if missing[1] == "hydra/launcher/submitit_slurm":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -109,7 +110,8 @@ class AblationConfig:
     """What a closed edge carries."""
 
     kind: AblationKind = AblationKind.interchange
-    """interchange: the value on the corrupted prompt; zero: nothing; mean: a mean over prompts."""
+    """interchange: the value on the corrupted prompt; zero: nothing, nor the share of the attention
+    output's bias that goes with each head; mean: a mean over prompts."""
     per_position: bool = True
     """For mean: one mean a position, or one over all positions."""
 
@@ -286,7 +288,8 @@ class EvaluateConfig:
     """Measure so many random circuits of equal size too."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, model, task or ablation) is named before the split."""
+    (another circuit's file, model, task or ablation) is named before the split; where there is no
+    run, all are."""
 
 
 @dataclass
@@ -465,6 +468,9 @@ def check_prune(config: PruneConfig) -> None:
     if not 0 <= config.seed < 2**31:
         raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
     trainer = config.trainer
+    for name, value in vars(trainer).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"trainer.{name}={value} must be a finite number")
     if trainer.init_std < 0:
         raise ConfigError(f"trainer.init_std={trainer.init_std} must not be negative")
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):

@@ -19,39 +19,50 @@ def lines(*distances: float, **more) -> list[dict]:
     ]
 
 
-def shown(metrics: list[dict]) -> list[dict]:
-    """Of both panels: label -> (x, y) of each line."""
-    axes = _figure(metrics, "t").axes
+def shown(metrics: list[dict]) -> list[list[tuple]]:
+    """Of both panels: label, colour, dashed or not, and (x, y) of each line."""
     return [
-        {line.get_label() if ax is axes[1] else "": line.get_xydata().tolist() for line in ax.lines}
-        for ax in axes
+        [
+            (line.get_label(), line.get_color(), line.is_dashed(), line.get_xydata().tolist())
+            for line in ax.lines
+        ]
+        for ax in _figure(metrics, "t").axes
     ]
 
 
 def test_distance_and_sparsity_are_drawn():
     left, right = shown(lines(2.0, 0.5, 0.01))
-    assert left == {"": [[10, 2.0], [20, 0.5], [30, 0.01]]}
-    assert list(right) == ["edge gates", "target of edge gates"]
-    assert right["edge gates"] == [[10, 0.1], [20, 0.2], [30, 0.3]]
-    targets = [y for _, y in right["target of edge gates"]]
-    assert targets == pytest.approx([0.15, 0.25, 0.35])
+    assert [points for *_, points in left] == [[[10, 2.0], [20, 0.5], [30, 0.01]]]
+    gates, target = right
+    assert gates[0] == "edge gates"
+    assert gates[-1] == [[10, 0.1], [20, 0.2], [30, 0.3]]
+    assert [y for _, y in target[-1]] == pytest.approx([0.15, 0.25, 0.35])
 
 
-def test_node_gates_have_lines_of_their_own():
-    _, right = shown(lines(2.0, node_sparsity=0.4, node_target=0.5))
-    assert right["node gates"] == [[10, 0.4]]
-    assert right["target of node gates"] == [[10, 0.5]]
-    assert right["edge gates"] == [[10, 0.1]]
+def test_targets_are_dashed_in_the_colour_of_their_gates():
+    _, right = shown(lines(2.0, 1.0, node_sparsity=0.4, node_target=0.5))
+    assert [line[0] for line in right][::2] == ["edge gates", "node gates"]
+    assert [line[2] for line in right] == [False, True, False, True]
+    colors = [line[1] for line in right]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    assert right[2][-1] == [[10, 0.4], [20, 0.4]]
+    assert right[3][-1] == [[10, 0.5], [20, 0.5]]
 
 
 def test_where_outputs_are_values_and_edges_have_a_price():
-    metrics = lines(0.5, 0.0, kl=None, target=None)
+    metrics = lines(0.5, 0.25, kl=None, target=None)
     for line in metrics:
         line["unexplained"] = line["loss"]
     left, right = shown(metrics)
-    assert left == {"": [[10, 0.5], [20, 0.0]]}
-    assert list(right) == ["edge gates"]
+    assert [points for *_, points in left] == [[[10, 0.5], [20, 0.25]]]
+    assert [line[0] for line in right] == ["edge gates"]
     assert _figure(metrics, "t").axes[0].get_ylabel() == "unexplained variance"
+
+
+def test_axes_do_not_magnify_nothing():
+    left, right = _figure(lines(-1e-8, 3e-9), "t").axes
+    assert left.lines[0].get_ydata().tolist() == [1e-6, 1e-6]
+    assert right.get_ylim()[0] <= 0 < 1 <= right.get_ylim()[1]
 
 
 @pytest.mark.parametrize("distances", [[0.0], [0.5], [0.0, 0.0], [1e-9, 3.0, -1e-8], [1e30, 2.0]])

@@ -68,12 +68,10 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         )
     own_digests = {} if run_dir is None else read_digests(run_dir)
     model_config = config.model or of_run["model"]
-    other_model = [] if run_dir is None else _other_model(of_run["model"], model_config)
     if model is None:
         model = load_model(model_config)
-        if run_dir is not None and not other_model and model.fingerprint() != own_digests["model"]:
+        if config.model is None and model.fingerprint() != own_digests["model"]:
             say(f"{model.name} has not the weights of the run in {run_dir}; it is another model")
-            other_model = [model_title(model_config.name, model_config.path)]
     circuit = read_circuit(edges_path, model.graph)
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name
@@ -83,7 +81,6 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         data_digest = file_digest(data_path)
         if is_own_task and config.task is None:
             check_own_data(run_dir, data_digest, data_path)
-        is_own_task = is_own_task and data_digest == own_digests["data"]
         is_own_file = data_digest == own_digests.get("data")
         if is_own_file and not pairs.has_splits:
             say(
@@ -105,44 +102,61 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
             batch_size=batch_size,
             random_circuits=config.random_circuits,
         )
-    words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
-    if run_dir is not None:
-        words += other_model
-        words += [] if is_own_task else _other_task(of_run["task"], task)
-        words += [] if ablation_config == of_run["ablation"] else [ablation_config.kind.name]
-    name = "-".join(["evaluation", *words, split])
-    output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
     _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
     show(_in_words(result, circuit))
-    if writes:
-        settings = {
-            "circuit_file": str(edges_path),
-            "edges_sha256": circuit.digest(),
-            "model": model.name,
-            "model_sha256": model.fingerprint(),
-            "data": str(data_path) if is_own_task or task.path is not None else pairs.name,
-            "data_sha256": data_digest,
-            "split": split,
-            "training_prompts": is_own_file and (split == "train" or not pairs.has_splits),
-            "ablation": to_dict(ablation_config),
-        }
-        _write(output, {**settings, **result.to_dict()})
+    if not writes:
+        return
+    words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
+    words += _other_model(of_run.get("model"), model_config, model, own_digests.get("model"))
+    words += _other_task(of_run.get("task"), task, data_digest, own_digests.get("data"))
+    ablation_name = _ablation_name(ablation_config)
+    if not of_run or ablation_name != _ablation_name(of_run["ablation"]):
+        words.append(ablation_name)
+    name = "-".join(["evaluation", *words, split])
+    output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
+    settings = {
+        "circuit_file": str(edges_path),
+        "edges_sha256": circuit.digest(),
+        "model": model.name,
+        "model_sha256": model.fingerprint(),
+        "data": str(data_path) if is_own_file or task.path is not None else pairs.name,
+        "data_sha256": data_digest,
+        "split": split,
+        "training_prompts": is_own_file and (split == "train" or not pairs.has_splits),
+        "ablation": to_dict(ablation_config),
+    }
+    _write(output, {**settings, **result.to_dict()})
     show(f"-> {output}")
 
 
-def _other_model(own: ModelConfig, model: ModelConfig) -> list[str]:
-    """Words for the file's name where a model is loaded otherwise than the run's, else none."""
-    changed = _changed(own, model, ("name", "device", "trust_remote_code"))
-    if not changed:
+def _other_model(
+    own: ModelConfig | None, config: ModelConfig, model: Any, own_digest: str | None
+) -> list[str]:
+    """Words for the file's name where the model is not the run's, wherever its weights lie."""
+    passed_over = ("name", "path", "device", "trust_remote_code")
+    changed = {} if own is None else _changed(own, config, passed_over)
+    if not changed and model.fingerprint() == own_digest:
         return []
-    changed.pop("path", None)
-    return [model_title(model.name, model.path), *(f"{k}-{v}" for k, v in changed.items())]
+    return [model_title(config.name, config.path), *(f"{k}-{v}" for k, v in changed.items())]
 
 
-def _other_task(own: TaskConfig, task: TaskConfig) -> list[str]:
+def _other_task(
+    own: TaskConfig | None, task: TaskConfig, digest: str, own_digest: str | None
+) -> list[str]:
     """Words for the file's name where prompts are not the run's, however many they are."""
-    changed = _changed(own, task, ("name", "path", *(split.name for split in Split)))
-    return [task_title(task.name, task.path), *(f"{k}-{v}" for k, v in changed.items())]
+    passed_over = ("name", "path", *(split.name for split in Split))
+    changed = {} if own is None else _changed(own, task, passed_over)
+    if not changed and digest == own_digest:
+        return []
+    words = [task_title(task.name, task.path), *(f"{k}-{v}" for k, v in changed.items())]
+    if task.path is not None:  # several files may have this name
+        words.append(digest[:8])
+    return words
+
+
+def _ablation_name(ablation: AblationConfig) -> str:
+    is_over_positions = ablation.kind is AblationKind.mean and not ablation.per_position
+    return "mean-over-positions" if is_over_positions else ablation.kind.name
 
 
 def _changed(own: Any, other: Any, passed_over: Sequence[str]) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def _print_evaluation(result: Any, title: str) -> None:
     columns = {
         f"circuit, {result.num_edges:,} edges": result.circuit,
         "full model": result.full,
-        "all corrupted": result.corrupted,
+        "every edge closed": result.corrupted,
     }
     if result.random is not None:
         columns["random circuits"] = result.random

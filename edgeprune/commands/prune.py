@@ -164,28 +164,30 @@ def _train(
         progress(metrics)
         track(metrics)
 
-    with (
-        Tracker(tracker, run_dir, to_dict(config)) as track,
-        training_progress(config.trainer.steps, enabled=processes.is_first) as progress,
-    ):
-        run.train(trainer, run_dir, after_step, say)
-    if processes.is_first:
-        _plot(run_dir)
+    try:
+        with (
+            Tracker(tracker, run_dir, to_dict(config)) as track,
+            training_progress(config.trainer.steps, enabled=processes.is_first) as progress,
+        ):
+            run.train(trainer, run_dir, after_step, say)
+    finally:  # also of a run that was stopped
+        if processes.is_first:
+            _plot(run_dir, config)
     asked = asked_sparsity(config, model.graph.num_edges)
     message = unfinished(last.sparsity, asked) if last and asked is not None else None
     if message:
         say(message)
 
 
-def _plot(run_dir: Path) -> None:
+def _plot(run_dir: Path, config: PruneConfig) -> None:
     from edgeprune.drawing.training import draw_training
     from edgeprune.training.run import METRICS, PLOT
 
     lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
     if lines:
-        path = run_dir / PLOT
-        draw_training([json.loads(line) for line in lines], path, title=run_title(run_dir))
-        show(f"-> {path}")
+        title = f"{run_title(run_dir)}, seed {config.seed}"
+        draw_training([json.loads(line) for line in lines], run_dir / PLOT, title=title)
+        show(f"-> {run_dir / PLOT}")
 
 
 def _finish(

@@ -287,8 +287,8 @@ def _draw(group: Any, stem: Path) -> list[Path]:
             xs, spreads = [x for x, _ in points], [spread for _, spread in points]
             curves.append(Curve(series.name, xs, [s.mean for s in spreads],
                                 [s.low for s in spreads], [s.high for s in spreads]))  # fmt: skip
-        of = {"all corrupted": "corrupted"} if metric == "kl" else {
-            "full model": "full", "all corrupted": "corrupted"}  # fmt: skip
+        of = {"every edge closed": "corrupted"} if metric == "kl" else {
+            "full model": "full", "every edge closed": "corrupted"}  # fmt: skip
         levels = [(text, level) for text, one in of.items()
                   if (level := group.reference(one, metric)) is not None]  # fmt: skip
         panels.append(Panel(LABELS[metric], curves, levels, log=metric == "kl"))

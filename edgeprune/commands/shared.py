@@ -25,8 +25,17 @@ from edgeprune.config import (
 )
 from edgeprune.files import write_text
 
-OUT = Console()
-ERR = Console(stderr=True)
+
+class _Console(Console):
+    """Goes on when nobody reads any more (`| head`), so that results are still written."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+OUT = _Console()
+ERR = _Console(stderr=True)
 
 ORIGIN = ".origin"
 """Added to the name of an exported circuit: a note beside it of its graph and run."""

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.drawing.plots import COLORS, GREY, grid, log_axis, save_plot
+from edgeprune.drawing.plots import COLORS, grid, log_axis, save_plot
 
-TARGET = (0, (4, 3))
-"""Dashes of a target's line."""
+DASHES = (0, (4, 3))
+"""Of a target's line."""
+LEAST_KL = 1e-6
+"""Nats; what is below is rounding, and is drawn as this much."""
 
 
 def draw_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -25,31 +27,35 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) 
 
 def _figure(metrics: Sequence[dict[str, Any]], title: str) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in metrics]
+    marker = "o" if len(steps) == 1 else None  # a line through one point is not seen
 
     def draw(ax: Any, name: str, label: str, **style: Any) -> list[float]:
         values = [line[name] for line in metrics]
         if any(value is None for value in values):
             return []
-        marker = "o" if len(steps) == 1 else None  # a line through one point is not seen
+        if ax is left:
+            values = [max(value, LEAST_KL) for value in values]
         ax.plot(steps, values, label=label, linewidth=1.4, marker=marker, **style)
         return values
 
     kl = draw(left, "kl", "", color=COLORS[0])
-    unexplained = draw(left, "unexplained", "", color=COLORS[0])
-    log_axis(left, kl or unexplained)
+    log_axis(left, kl + draw(left, "unexplained", "", color=COLORS[0]))
     left.set_ylabel("KL on each step's batch (nats)" if kl else "unexplained variance")
-    draw(right, "sparsity", "edge gates", color=COLORS[1])
-    draw(right, "target", "target of edge gates", color=GREY, linestyle=TARGET)
-    draw(right, "node_sparsity", "node gates", color=COLORS[2])
-    draw(right, "node_target", "target of node gates", color=COLORS[6], linestyle=TARGET)
+    for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
+        draw(right, f"{prefix}sparsity", f"{kind} gates", color=color)
+        draw(right, f"{prefix}target", "what they are driven to", color=color, linestyle=DASHES)
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, 0.0), max(high, 1.0))
     right.set_ylabel("sparsity of the gates")
     right.legend(frameon=False, fontsize=9)
     for ax in (left, right):
         ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         grid(ax)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     return figure

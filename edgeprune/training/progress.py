@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -61,7 +61,8 @@ def _log_lines(steps: int) -> Callable[[StepMetrics], None]:
         per_second = rate.after(metrics.step)
         if metrics.step % every == 0 or metrics.step == steps:
             text = _text(metrics, per_second)
-            print(f"step {metrics.step}/{steps}  {text}", file=sys.stderr, flush=True)
+            with suppress(BrokenPipeError):  # nobody reads any more
+                print(f"step {metrics.step}/{steps}  {text}", file=sys.stderr, flush=True)
 
     return show
 

@@ -196,7 +196,7 @@ class Trainer:
         return StepMetrics(
             step=self.step,
             loss=values["loss"],
-            kl=values["distance"] if of_logits else None,
+            kl=max(values["distance"], 0.0) if of_logits else None,  # rounding may be below
             unexplained=None if of_logits else values["distance"],
             sparsity=values["edge"],
             target=targets["edge"],
