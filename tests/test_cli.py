@@ -1,5 +1,6 @@
 """Whole commands, each in a fresh process, as people run them."""
 
+import hashlib
 import json
 import os
 import resource
@@ -165,10 +166,49 @@ def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, cap
         assert call(capsys, monkeypatch, "export", copied, f"format={format}")[0] == 0
         expected = f"evaluation-{name.replace('.', '-')}-validation.json"
         assert evaluated(copied / name, "split=validation") == [expected]
-    for name in ("sums", "more"):
-        data = write_jsonl(tmp_path / f"{name}.jsonl", GOOD)
-        found = evaluated(copied, "task=custom", f"task.path={data}")
-        assert found == [f"evaluation-{name}-test.json"]
+    for path, line in (("sums", GOOD), ("other/sums", {**GOOD, "split": "test"}), ("more", GOOD)):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        data = write_jsonl(tmp_path / f"{path}.jsonl", line)
+        (found,) = evaluated(copied, "task=custom", f"task.path={data}")
+        digest = hashlib.sha256(data.read_bytes()).hexdigest()
+        assert found == f"evaluation-{data.stem}-{digest[:8]}-test.json"
+    (found,) = evaluated(copied, "ablation=mean")
+    assert found == "evaluation-mean-test.json"
+    (found,) = evaluated(copied, "ablation=mean", "ablation.per_position=false")
+    assert found == "evaluation-mean-over-positions-test.json"
+
+
+def test_a_run_moved_with_its_model_and_data_knows_them(tmp_path, capsys, monkeypatch):
+    """By what they are, not by where they lie."""
+    there, here = tmp_path / "cluster", tmp_path / "laptop"
+    shutil.copytree(EMBEDDED_MODEL, there / "model")
+    write_jsonl(there / "sums.jsonl", GOOD)
+    prune = ("task=custom", f"task.path={there / 'sums.jsonl'}", "model=custom",
+             f"model.path={there / 'model'}", "num_edges=60", "trainer.steps=2")  # fmt: skip
+    assert call(capsys, monkeypatch, "prune", *prune, f"run_dir={there / 'run'}")[0] == 0
+    there.rename(here)
+    code, _, err = call(capsys, monkeypatch, "evaluate", here / "run")
+    assert code != 0
+    assert f"no folder {there / 'model'}" in err
+    (here / "run/evaluation-train.json").unlink(missing_ok=True)
+    moved = [argument.replace(str(there), str(here)) for argument in prune[:4]]
+    code, _, err = call(capsys, monkeypatch, "evaluate", here / "run", "split=test", *moved)
+    assert code == 0, err
+    assert (here / "run/evaluation-test.json").exists()
+
+
+def test_without_a_run_an_evaluations_file_names_everything(
+    finished, tmp_path, capsys, monkeypatch
+):
+    edges = shutil.copy(finished / "edges.json", tmp_path / "copy.json")
+    sizes = ("task.train=2", "task.validation=2", "task.test=2")
+    for settings, name in (
+        (("task=ioi", *sizes), "ioi-interchange"),
+        (("task=ioi", "ablation=zero", *sizes), "ioi-zero"),
+        (("task=ioi_t1", *sizes), "ioi_t1-interchange"),
+    ):
+        assert call(capsys, monkeypatch, "evaluate", edges, "model=embedded", *settings)[0] == 0
+        assert (tmp_path / f"evaluation-copy-json-embedded-{name}-test.json").exists()
 
 
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
@@ -184,7 +224,8 @@ def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
     done = run_cli("evaluate", edges, "model=embedded", "task=ioi_t1", "task.test=5",
                    "task.train=3", "task.validation=3", "ablation=mean")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "evaluation-test.json").read_text())["num_examples"] == 5
+    written = tmp_path / "evaluation-embedded-ioi_t1-mean-test.json"
+    assert json.loads(written.read_text())["num_examples"] == 5
     assert run_cli("draw", edges, "formats=[dot]").returncode == 0
     assert_refused(run_cli("evaluate", edges), 2, "is of no run, or of several", "model=embedded")
 
@@ -226,7 +267,8 @@ def test_changed_prompts_are_not_taken_for_the_runs_own(tmp_path, capsys, monkey
         assert f"edgeprune evaluate {run_dir} task=custom task.path={data}" in err
     code, _, err = call(capsys, monkeypatch, "evaluate", run_dir, *own)  # as the message says
     assert code == 0, err
-    assert json.loads((run_dir / "evaluation-sums-test.json").read_text())["num_examples"] == 2
+    (written,) = run_dir.glob("evaluation-sums-*-test.json")
+    assert json.loads(written.read_text())["num_examples"] == 2
     assert [(run_dir / name).read_text() for name in names] == before
     data.unlink()
     code, _, err = call(capsys, monkeypatch, "evaluate", run_dir)
@@ -581,6 +623,9 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
     ("arguments", "wanted"),
     [
         (["prun"], ["unknown command 'prun'; did you mean 'prune'"]),
+        (["prune", "+sparcity=0.5"], ["unknown setting 'sparcity'", "'sparsity'"]),
+        (["prune", "++trainer.stepz=3"], ["unknown setting 'trainer.stepz'", "'trainer.steps'"]),
+        (["prune", "sparsity=0.5", "trainer.init_mean=inf"], ["init_mean=inf must be a finite"]),
         (["prune", "trainer.stepz=3"], ["unknown setting 'trainer.stepz'", "'trainer.steps'"]),
         (["prune", "steps=3"], ["unknown setting 'steps'; did you mean 'trainer.steps'"]),
         (["prune", "task=iio"], ["no task 'iio'; choose", "ioi"]),

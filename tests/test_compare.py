@@ -1,5 +1,6 @@
 """Comparing circuits: by hand, as properties, and as a command."""
 
+import hashlib
 import json
 import math
 
@@ -416,6 +417,8 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
         "task=boolean_expressions_few_shot", f"task.path={tmp_path / 'few_shot.jsonl'}",
     )  # fmt: skip
     assert f"circuit, {result['intersection']['num_edges']} edges" in out
-    name = "evaluation-test.json"  # of no run, since the two tasks differ
+    digest = hashlib.sha256((tmp_path / "few_shot.jsonl").read_bytes()).hexdigest()[:8]
+    task = f"boolean_expressions_few_shot-{digest}"
+    name = f"evaluation-embedded-{task}-interchange-test.json"  # of no run: the two tasks differ
     written = json.loads((tmp_path / "both/intersection" / name).read_text())
     assert written["num_examples"] == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -172,7 +172,8 @@ def _train(
             run.train(trainer, run_dir, after_step, say)
     finally:  # also of a run that was stopped
         if processes.is_first:
-            _plot(run_dir, config)
+            with suppress(OSError):  # a full disk shows when what counts is written
+                _plot(run_dir, config)
     asked = asked_sparsity(config, model.graph.num_edges)
     message = unfinished(last.sparsity, asked) if last and asked is not None else None
     if message:

@@ -283,6 +283,12 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
                 f"{path}: reading it needs two packages; pip install 'edgeprune[gguf]'"
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    is_hub_name = len(path.parts) <= 2 and not str(name_or_path).startswith(("/", ".", "~"))
+    if not is_hub_name and not path.exists():
+        raise ModelError(
+            f"no folder {path}; give the folder of a model with config.json and *.safetensors, a "
+            ".gguf file, or a hub name, for a run that was moved by model=custom model.path=FOLDER"
+        )
     name = EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path
     return {"pretrained_model_name_or_path": str(name)}
 
@@ -301,9 +307,9 @@ def _in_bits(bits: int, model_type: str, other: GgufConfig | None) -> BitsAndByt
 
 
 def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"cannot load model {str(name_or_path)!r}: {first_line} "
+        f"cannot load model {str(name_or_path)!r}: {lines[0].removesuffix('from one of:').strip()} "
         "(give the folder of a model with config.json and *.safetensors, a .gguf file, "
         "or a hub name)"
     )
