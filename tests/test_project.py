@@ -85,4 +85,5 @@ def test_every_experiment_is_valid(experiment):
 
 
 def test_every_task_has_an_experiment_on_the_embedded_model():
-    assert set(TASKS) <= set(EXPERIMENTS)
+    """Except the list with commas, which that model has never seen."""
+    assert set(TASKS) - {"induction_list"} <= set(EXPERIMENTS)

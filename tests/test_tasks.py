@@ -87,15 +87,26 @@ def test_greater_than_for_a_tokenizer_that_reads_digit_by_digit():
     assert len(encode_pair(tokenizer, record).target_ids) == 1
 
 
-def test_induction_by_hand(tokenizer):
-    for record in make_records("induction", tokenizer, {"train": 50}, seed=0)[0]:
-        words = prompt(record).split()
+@pytest.mark.parametrize(
+    ("task", "comma", "shortest", "longest"),
+    [("induction", "", 5, 8), ("induction_list", ",", 10, 12)],
+)
+def test_induction_by_hand(task, comma, shortest, longest):
+    lengths = set()
+    for seed in range(50):
+        record = TASKS[task](random.Random(seed))
+        parts = prompt(record).split()
+        assert all(part.endswith(comma) for part in parts)
+        words = [part.removesuffix(",") for part in parts]
+        lengths.add(len(set(words)))
         last = words[-1]
         first = words.index(last)
         assert first < len(words) - 1
         assert record["clean"].endswith(f"<predict> {words[first + 1]}</predict>")
         assert record["distractor"].strip() in words
-        assert prompt({"clean": record["corrupted"]}).split().index(last) == len(words) - 1
+        others = prompt({"clean": record["corrupted"]}).split()
+        assert others.index(last + comma) == len(words) - 1
+    assert (min(lengths), max(lengths)) == (shortest, longest)
 
 
 FORMS = ("instruction", "few_shot")

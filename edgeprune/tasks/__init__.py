@@ -25,6 +25,7 @@ TASKS: dict[str, Callable[[random.Random], dict]] = {
     "greater_than": greater_than.sample,
     "gendered_pronoun": gendered_pronoun.sample,
     "induction": induction.sample,
+    "induction_list": induction.sample_list,
     "boolean_expressions_instruction": boolean_expressions.sample_instruction,
     "boolean_expressions_few_shot": boolean_expressions.sample_few_shot,
 }
