@@ -171,6 +171,20 @@ def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, cap
         assert found == [f"evaluation-{name}-test.json"]
 
 
+def test_a_circuit_cut_from_an_exported_graph_is_the_one_cut_from_the_run(
+    copied, tmp_path, capsys, monkeypatch
+):
+    def export(source, *arguments) -> None:
+        code, _, err = call(capsys, monkeypatch, "export", source, *arguments)
+        assert code == 0, err
+
+    export(copied, "num_edges=110", f"output={tmp_path / 'whole.json'}")
+    for format, name in (("eap_json", "g.json"), ("eap_pt", "g.pt")):
+        export(copied, f"format={format}", f"output={tmp_path / name}")
+        export(tmp_path / name, "num_edges=110", f"output={tmp_path / 'cut.json'}")
+        assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
     target = finished / "run.json/evaluation.json"  # below a file
     done = run_cli("evaluate", finished, f"output={target}")
