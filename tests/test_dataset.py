@@ -2,6 +2,7 @@ import json
 import tracemalloc
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from conftest import random_pairs, write_jsonl
@@ -178,6 +179,39 @@ def test_fields_of_ones_own_are_passed_over(tokenizer):
     assert encode_pair(tokenizer, {**SPEC, **own}) == encode_pair(
         tokenizer, {**SPEC, "answers": ["4"]}
     )
+
+
+IDS = {"clean_ids": [5, 6, 7], "corrupted_ids": [5, 8, 7], "target_ids": [9]}
+
+
+def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
+    plain = encode_pair(tokenizer, IDS)
+    assert plain.answer_ids == plain.distractor_ids == ()
+    more = {"distractor_ids": [12, 11, 12], "answer_ids": [10]}
+    assert encode_pair(tokenizer, {**IDS, **more}) == replace(
+        plain, answer_ids=(9, 10), distractor_ids=(11, 12)
+    )
+    unknown = encode_pair(tokenizer, {**IDS, **more, "target_ids": [-1]})
+    assert unknown.answer_ids == (10,)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**IDS, "distractor": "4"}, "'distractor' .* of token ids; give 'distractor_ids'"),
+        ({**IDS, "answers": ["4"]}, "'answers' .* of token ids; give 'answer_ids'"),
+        ({**SPEC, "distractor_ids": [4]}, "'distractor_ids' .* of text; give 'distractor'"),
+        ({**IDS, "distractor_id": [4]}, "did you mean 'distractor_ids'"),
+        ({**IDS, "distractor_ids": 4}, "'distractor_ids' must be a list of numbers"),
+        ({**IDS, "distractor_ids": [-1]}, "'distractor_ids' has ids outside of 0 to"),
+        ({**IDS, "distractor_ids": [9]}, r"right tokens.* are \[9\], and distractor_ids \[9\]"),
+        ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"the right tokens.* are \[\]"),
+        ({**IDS, "target_values": [1.5], "distractor_ids": [9]}, "outputs are values"),
+    ],
+)
+def test_answers_and_distractors_that_do_not_fit_a_line_are_refused(tokenizer, record, message):
+    with pytest.raises(DataError, match=message):
+        encode_pair(tokenizer, record)
 
 
 def test_predictions_of_unequal_length_are_refused():
