@@ -648,6 +648,24 @@ def test_wrong_usage(arguments, wanted):
     assert_refused(run_cli(*arguments), 2, *wanted)
 
 
+def test_a_file_of_ones_own_is_asked_for_and_needs_no_preparing(tmp_path, capsys, monkeypatch):
+    def refused(*arguments) -> str:
+        code, _, err = call(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert not list(tmp_path.iterdir())
+        return err
+
+    message = "task.path is missing: task=custom takes a file of your own; give task.path=FILE"
+    assert message in refused("prune", "task=custom", "sparsity=0.9", f"run_dir={tmp_path / 'r'}")
+    output = f"output={tmp_path / 'x.jsonl'}"
+    assert message in refused("evaluate", "nowhere", "task=custom")
+    for task in ("task=custom", "task=ioi"):
+        err = refused("prepare", task, "task.path=my.jsonl", output)
+        assert "prepare writes the prompts of one of the project's tasks, such as task=ioi" in err
+        assert "needs no preparing: give prune task=custom task.path=my.jsonl" in err
+    assert "give prune task=custom task.path=FILE" in refused("prepare", "task=custom", output)
+
+
 def test_without_dot_everything_but_the_picture_works(copied, tmp_path):
     (tmp_path / "bin").mkdir()
     result = run_cli("draw", copied, PATH=str(tmp_path / "bin"))
