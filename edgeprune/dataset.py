@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -461,8 +462,8 @@ def load_dataset(
 ) -> PairDataset:
     """Read one split of a JSONL file. Lines without a split are of every split.
 
-    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped and
-    counted; malformed lines are errors.
+    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped, with
+    one warning that counts them; malformed lines are errors.
 
     Args:
         path: the file.
@@ -502,6 +503,12 @@ def load_dataset(
         raise DataError(f"{path} has no line of split {split!r}; it has {', '.join(sorted(found))}")
     if not dataset:
         raise _none_usable(skipped)
+    if skipped:
+        warnings.warn(
+            f"{dataset.name}: left out {len(skipped)} of {len(dataset) + len(skipped)} examples, "
+            f"for instance {skipped[0]}",
+            stacklevel=2,
+        )
     return dataset
 
 
@@ -580,7 +587,13 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 
 
 def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
-    """All examples once, those of like length together (least padding), for evaluation."""
+    """All examples once, those of like length together (least padding), for evaluation.
+
+    Raises:
+        ValueError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i].clean_ids))
     for start in range(0, len(order), batch_size):
         yield collate([dataset[i] for i in order[start : start + batch_size]])

@@ -574,6 +574,18 @@ def test_bad_data(tmp_path, lines, wanted, capsys, monkeypatch):
         assert text in last
 
 
+def test_examples_left_out_are_said_once(finished, tmp_path, capsys, monkeypatch):
+    unequal = {**GOOD, "corrupted": "1 + 4 + 2 = <predict>5</predict>"}
+    data = write_jsonl(tmp_path / "data.jsonl", GOOD, unequal)
+    evaluate = ("evaluate", finished, "task=custom", f"task.path={data}")
+    for _ in range(2):  # Python shows the same warning once
+        code, _, err = call(capsys, monkeypatch, *evaluate, f"output={tmp_path / 'e.json'}")
+        assert code == 0, err
+        lines = [line for line in err.splitlines() if "left out 1 of 2 examples" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("data.jsonl [without splits]: left out")
+
+
 def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
     prune = ("prune", "task=custom", "sparsity=0.9", f"run_dir={tmp_path / 'run'}")
     missing = tmp_path / "missing.jsonl"

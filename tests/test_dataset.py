@@ -261,13 +261,16 @@ def test_bad_files_are_refused(tokenizer, tmp_path):
 
 def test_lines_that_do_not_fit_are_skipped_and_counted_or_refused_if_all(tokenizer, tmp_path):
     unequal = {**SPEC, "corrupted": "1 + 4 + 5 = <predict>9</predict>"}
-    mixed = load_dataset(write_jsonl(tmp_path / "a.jsonl", SPEC, unequal), tokenizer, "train")
+    path = write_jsonl(tmp_path / "a.jsonl", SPEC, unequal, unequal)
+    with pytest.warns(UserWarning, match="left out 2 of 3 examples, for instance .*line 2") as said:
+        mixed = load_dataset(path, tokenizer, "train")
+    assert len(said) == 1
     assert len(mixed) == 1
-    assert len(mixed.skipped) == 1
+    assert len(mixed.skipped) == 2
     assert "line 2" in mixed.skipped[0]
     with pytest.raises(DataError, match="none of the 2 examples can be used.*unequal lengths"):
         load_dataset(write_jsonl(tmp_path / "b.jsonl", unequal, unequal), tokenizer, "train")
-    with pytest.raises(DataError, match="6 tokens are more than the 3 allowed"):
+    with pytest.raises(DataError, match="3 examples .* 6 tokens are more than the 3 allowed"):
         load_dataset(tmp_path / "a.jsonl", tokenizer, "train", max_length=3)
 
 

@@ -85,6 +85,11 @@ def test_key_value_readers_join_every_head_of_their_group():
     }
 
 
+def test_a_list_of_edges_is_no_circuit(tmp_path):
+    with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+        draw_circuit(EDGES, tmp_path / "c.dot")
+
+
 def test_order_of_edges_does_not_matter():
     assert circuit_dot(CIRCUIT) == circuit_dot(of(reversed(EDGES)))
 

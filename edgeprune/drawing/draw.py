@@ -146,6 +146,7 @@ def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[
 
     Arguments and errors as `draw_circuit`.
     """
+    Circuit.check(circuit)
     graph = circuit.graph
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     many = len(edges) >= MANY
