@@ -80,6 +80,7 @@ def prune(
     asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
     whole = from_keywords(PruneConfig, {"trainer": config, **asked})
     check_prune(whole)
+    CircuitModel.check(model)
     model.check_prompts(pairs)
     batch_size = evaluation_batch_size(config)  # of passes without gradients
     closed = Ablation.of(model, ablation, pairs, batch_size)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,15 @@ class Circuit:
 
     @classmethod
     def random(cls, graph: CircuitGraph, num_edges: int, seed: int) -> Circuit:
-        """A circuit of `num_edges` edges drawn at random, for comparison."""
+        """A circuit of `num_edges` edges drawn at random, for comparison.
+
+        Raises:
+            ValueError: `num_edges` is negative or more than the graph has.
+        """
+        if not 0 <= num_edges <= graph.num_edges:
+            raise ValueError(
+                f"num_edges={num_edges} is out of range: the graph has {graph.num_edges} edges"
+            )
         return cls(graph, frozenset(random.Random(seed).sample(list(graph.edges()), num_edges)))
 
     @property
@@ -73,6 +81,13 @@ class Circuit:
 
     def __len__(self) -> int:
         return len(self.edge_set)
+
+    def __iter__(self) -> Iterator[Edge]:
+        """The edges, in the graph's order."""
+        return iter(self.edges)
+
+    def __contains__(self, edge: Sequence[str]) -> bool:
+        return tuple(edge) in self.edge_set
 
     @property
     def sparsity(self) -> float:
@@ -155,6 +170,7 @@ class Circuit:
         return Circuit(self.graph, self.edge_set - self._same_graph(other).edge_set)
 
     def _same_graph(self, other: Circuit) -> Circuit:
+        self.check(other)
         if other.graph != self.graph:
             raise ValueError(f"circuits of different graphs: {self.graph} and {other.graph}")
         return other

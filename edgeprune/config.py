@@ -16,6 +16,9 @@ MOST_EVALUATED = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+OWN_TASK = "custom"
+"""The task whose prompts are a file of one's own, `task.path`."""
+
 
 class ConfigError(ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
@@ -573,8 +576,18 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
 
 
+def check_task(task: TaskConfig) -> None:
+    """Raises ConfigError where a file of one's own is meant and none is given."""
+    if task.name == OWN_TASK and task.path is None:
+        raise ConfigError(
+            f"task.path is missing: task={OWN_TASK} takes a file of your own; give task.path=FILE"
+        )
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
-    """Raises ConfigError for a number out of range."""
+    """Raises ConfigError for a number out of range, or a file that is missing."""
+    if config.task is not None:
+        check_task(config.task)
     if config.batch_size is not None and config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
     if config.random_circuits < 0:

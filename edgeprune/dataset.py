@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +29,11 @@ from torch import Tensor
 SPLITS = ("train", "validation", "test")
 FIELDS = (
     "clean", "corrupted", "split", "distractor", "answers", "clean_ids", "corrupted_ids",
-    "target_ids", "target_values",
+    "target_ids", "target_values", "distractor_ids", "answer_ids",
 )  # fmt: skip
 """What is read of a line; other fields are passed over."""
+IN_IDS = {"distractor": "distractor_ids", "answers": "answer_ids"}
+"""Fields of text, and those that say the same beside `clean_ids`."""
 OPEN, CLOSE = "<predict>", "</predict>"
 
 
@@ -129,7 +132,13 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
             raise DataError(
                 f"unknown field {name!r}; did you mean {meant!r}? If not, choose another name"
             )
-    if "clean_ids" in record:
+    is_ids = "clean_ids" in record
+    for text, ids in IN_IDS.items():
+        given, wanted = (text, ids) if is_ids else (ids, text)
+        if record.get(given):
+            line = "of token ids" if is_ids else "of text"
+            raise DataError(f"field {given!r} is not for a line {line}; give {wanted!r} there")
+    if is_ids:
         return encode_ids(record, len(tokenizer), getattr(tokenizer, "num_outputs", None))
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")
@@ -177,6 +186,8 @@ def encode_ids(record: dict, num_tokens: int, num_outputs: int | None = None) ->
     Args:
         record: `clean_ids` and `corrupted_ids`, as many; and what the last positions have to give:
             `target_ids` (-1 where nothing is known to be right) or `target_values` (null likewise).
+            Beside `target_ids`, lists of tokens in place of the first of them: `distractor_ids`,
+            which are wrong and give the logit difference, and `answer_ids`, which are right too.
         num_tokens: that the model knows; ids are below.
         num_outputs: columns of the model's output, and so the limit of `target_ids`; None: as many
             as tokens.
@@ -205,14 +216,33 @@ def encode_ids(record: dict, num_tokens: int, num_outputs: int | None = None) ->
     for field, ids in (("clean_ids", clean), ("corrupted_ids", corrupted)):
         if not all(0 <= number < num_tokens for number in ids):
             raise DataError(f"field {field!r} has ids outside of 0 to {num_tokens - 1}: {ids}")
-    num_outputs = num_tokens if num_outputs is None else num_outputs
+    is_compiled = num_outputs is not None
+    num_outputs = num_outputs if is_compiled else num_tokens
     if not all(-1 <= number < num_outputs for number in targets):
         raise DataError(
             f"field 'target_ids' has ids outside of 0 to {num_outputs - 1} (or -1, where nothing "
             f"is known to be right): {targets}"
         )
+    answers, distractors = (
+        () if record.get(field) in (None, []) else _numbers(record, field, int)
+        for field in ("answer_ids", "distractor_ids")
+    )
+    if answers or distractors:
+        if values or is_compiled:
+            raise DataError("answer_ids and distractor_ids need logits, but outputs are values")
+        for field, ids in (("answer_ids", answers), ("distractor_ids", distractors)):
+            if not all(0 <= number < num_outputs for number in ids):
+                raise DataError(f"field {field!r} has ids outside of 0 to {num_outputs - 1}: {ids}")
+        right = {*answers, *targets[:1]} - {-1}
+        if not right or right & set(distractors):
+            raise DataError(
+                f"the right tokens, of target_ids and answer_ids, are {sorted(right)}, and "
+                f"distractor_ids {sorted(set(distractors))}; expected a right token or more, and "
+                "distractors that are none of them"
+            )
+        answers, distractors = tuple(sorted(right)), tuple(sorted(set(distractors)))
     text = str(record.get("clean", " ".join(map(str, clean))))
-    return Pair(clean, corrupted, targets, (), (), 0, text, values)
+    return Pair(clean, corrupted, targets, answers, distractors, 0, text, values)
 
 
 def _numbers(record: dict, field: str, kind: Any) -> tuple:
@@ -432,8 +462,8 @@ def load_dataset(
 ) -> PairDataset:
     """Read one split of a JSONL file. Lines without a split are of every split.
 
-    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped and
-    counted; malformed lines are errors.
+    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped, with
+    one warning that counts them; malformed lines are errors.
 
     Args:
         path: the file.
@@ -473,6 +503,12 @@ def load_dataset(
         raise DataError(f"{path} has no line of split {split!r}; it has {', '.join(sorted(found))}")
     if not dataset:
         raise _none_usable(skipped)
+    if skipped:
+        warnings.warn(
+            f"{dataset.name}: left out {len(skipped)} of {len(dataset) + len(skipped)} examples, "
+            f"for instance {skipped[0]}",
+            stacklevel=2,
+        )
     return dataset
 
 
@@ -551,7 +587,13 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 
 
 def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
-    """All examples once, those of like length together (least padding), for evaluation."""
+    """All examples once, those of like length together (least padding), for evaluation.
+
+    Raises:
+        ValueError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i].clean_ids))
     for start in range(0, len(order), batch_size):
         yield collate([dataset[i] for i in order[start : start + batch_size]])

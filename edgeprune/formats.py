@@ -14,8 +14,9 @@ than ours:
 - Only edges count. Flags and scores of nodes are written but not read: EAP-IG too works them out
   from the edges. Graphs of single neurons are refused.
 
-What `input` cannot say, and how heads are grouped, is kept under a key of our own, `edgeprune`,
-which others pass over; so a circuit that we wrote is read back exactly. In a file that someone else
+What `input` cannot say, how heads are grouped, and every edge's own score are kept under a key of
+our own, `edgeprune`, which others pass over; so a circuit that we wrote is read back exactly, and
+one cut from it by score is the one that the scores would have given. In a file that someone else
 wrote, or wrote anew, circuits that differ only in which of two embeddings a node reads are the
 same.
 """
@@ -27,7 +28,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -232,13 +233,26 @@ def _grouped(reader: str, graph: CircuitGraph) -> str:
     return f"{layer}.h{int(head) // graph.heads_per_kv_head}.{kind}"
 
 
+def _our_edges(edge: Edge, graph: CircuitGraph) -> list[Edge]:
+    """What an edge of `_their_graph(graph)` stands for: several, one, or none of the graph."""
+    writer, reader = edge
+    ours = _grouped(reader, graph)
+    return [
+        (source, ours) for source in (graph.embedding_writers if writer == INPUT else (writer,))
+    ]
+
+
+def _largest_score(edge: Edge, scores: Sequence[float], graph: CircuitGraph) -> float | None:
+    """The largest by magnitude of what an edge of theirs stands for; None if that is nothing."""
+    ours = _our_edges(edge, graph)
+    return max((scores[graph.edge_index(one)] for one in ours), key=abs, default=None)
+
+
 def _translate(theirs: list[Edge], graph: CircuitGraph) -> tuple[list[Edge], list[str]]:
     """Edges of `_their_graph(graph)` as edges of the graph, in its order, and notes."""
     kept: Counter[Edge] = Counter()
-    for writer, reader in theirs:
-        ours = _grouped(reader, graph)
-        for source in graph.embedding_writers if writer == INPUT else (writer,):
-            kept[(source, ours)] += 1
+    for edge in theirs:
+        kept.update(_our_edges(edge, graph))
     notes = []
     size = graph.heads_per_kv_head
     partly = sum(r.endswith((".k", ".v")) and count < size for (_, r), count in kept.items())
@@ -264,15 +278,47 @@ def _translate_scores(theirs: dict[Edge, Any], graph: CircuitGraph) -> list[floa
     None where an edge has no score that is a number.
     """
     scores = [0.0] * graph.num_edges
-    for writer, reader in _their_graph(graph).edges():
-        score = theirs.get((writer, reader))
-        if type(score) not in (int, float) or not math.isfinite(score):
+    for edge in _their_graph(graph).edges():
+        score = theirs.get(edge)
+        if not _is_score(score):
             return None
-        ours = _grouped(reader, graph)
-        for source in graph.embedding_writers if writer == INPUT else (writer,):
-            index = graph.edge_index((source, ours))
+        for one in _our_edges(edge, graph):
+            index = graph.edge_index(one)
             scores[index] = max(scores[index], score, key=abs)
     return scores
+
+
+def _is_score(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _merged(graph: CircuitGraph) -> list[int]:
+    """Numbers of the edges that are one edge there with others: those from several embeddings."""
+    if len(graph.embedding_writers) < 2:
+        return []
+    of_embeddings = graph.embedding_writers
+    return [i for i, (writer, _) in enumerate(graph.edges()) if writer in of_embeddings]
+
+
+def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> list[float]:
+    """Scores with our own in their places: of all edges, or of `_merged`."""
+    if len(own) == len(scores):
+        return own
+    scores = list(scores)
+    for index, score in zip(_merged(graph), own, strict=True):
+        scores[index] = score
+    return scores
+
+
+def _still_hold(own: list[float], theirs: dict[Edge, Any], graph: CircuitGraph) -> bool:
+    """Whether a file's scores are still those written with our own, but for rounding."""
+    for edge in _their_graph(graph).edges():
+        score, written = theirs.get(edge), _largest_score(edge, own, graph)
+        if not _is_score(score):
+            return False
+        if written is not None and not math.isclose(score, written, rel_tol=1e-6, abs_tol=1e-30):
+            return False
+    return True
 
 
 def _finish(
@@ -284,7 +330,7 @@ def _finish(
     graph: CircuitGraph | None,
 ) -> CircuitFile:
     """Edges of a graph file as edges of the model's graph, or of the one they were written from."""
-    written_from, left_out = _read_ours(path, content.get(OURS))
+    written_from, left_out, own_scores = _read_ours(path, content.get(OURS))
     target = graph or written_from or CircuitGraph(size[0], size[1], size[1], ("embeds",))
     if (target.num_layers, target.num_heads) != size:
         raise CircuitError(
@@ -297,6 +343,9 @@ def _finish(
     elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in theirs):
         notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
     our_scores = _translate_scores(scores, target)
+    if target == written_from and own_scores and our_scores:
+        exact = _with_own(our_scores, own_scores, target)
+        our_scores = exact if _still_hold(exact, scores, target) else our_scores
     if not edges:
         choose = "; choose edges by score: `edgeprune export FILE num_edges=... output=...`"
         notes.append(f"no edge is in the graph{choose if our_scores else ''}")
@@ -310,13 +359,20 @@ def _finish(
     )
 
 
-def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge]]:
+def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge], list[float] | None]:
+    """(graph, edges of embeddings left out, own scores), the last not in older files."""
     if ours is None:
-        return None, set()
+        return None, set(), None
     try:
         left_out = {(writer, reader) for writer, reader in ours["left_out"]}
-        return CircuitGraph.from_dict(ours["graph"]), left_out
-    except (KeyError, TypeError, ValueError) as error:
+        graph, scores = CircuitGraph.from_dict(ours["graph"]), ours.get("scores")
+        if scores is not None:
+            scores = scores if isinstance(scores, list) else scores.tolist()  # of a .pt
+            sizes = (len(_merged(graph)), graph.num_edges)
+            if len(scores) not in sizes or any(type(s) not in (int, float) for s in scores):
+                raise ValueError(f"'scores' are not {sizes[0]} or {sizes[1]} numbers")
+        return graph, left_out, scores
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CircuitError(
             f"{path}: what stands under {OURS!r} cannot be read ({type(error).__name__}: {error}); "
             "remove that key, or export the circuit again"
@@ -383,7 +439,9 @@ def _write_eap_json(exported: _Exported, file: TextIO) -> None:
     """Edge by edge: a model of 13 B parameters has four million."""
     nodes = {name: {"in_graph": kept} for name, kept in exported.nodes.items()}
     file.write(f'{{"cfg": {json.dumps(exported.config)},\n"nodes": {json.dumps(nodes)},\n')
-    file.write(f'"{OURS}": {json.dumps(exported.ours)},\n"edges": {{')
+    own = [exported.scores[index] for index in _merged(exported.graph)]  # others are exact there
+    ours = {**exported.ours, "scores": own}
+    file.write(f'"{OURS}": {json.dumps(ours)},\n"edges": {{')
     end = "\n"
     for (writer, reader), kept, score in exported.edges():
         entry = json.dumps({"score": score, "in_graph": kept})
@@ -475,7 +533,7 @@ def _as_tensors(exported: _Exported) -> dict[str, Any]:
         "edges_scores": scores,
         "edges_in_graph": flags,
         "nodes_in_graph": torch.tensor([exported.nodes[writer] for writer in theirs.writers]),
-        OURS: exported.ours,
+        OURS: {**exported.ours, "scores": torch.tensor(exported.scores, dtype=torch.float64)},
     }
 
 
@@ -486,7 +544,7 @@ class _Exported:
     graph: CircuitGraph
     theirs: CircuitGraph
     kept: frozenset[Edge]
-    scores: Sequence[float] | None
+    scores: Sequence[float]
     config: dict[str, Any]
     nodes: dict[str, bool]
     ours: dict[str, Any]
@@ -517,7 +575,7 @@ class _Exported:
             graph=graph,
             theirs=theirs,
             kept=kept,
-            scores=scores,
+            scores=[float(edge in kept) for edge in graph.edges()] if scores is None else scores,
             config={
                 "n_layers": graph.num_layers,
                 "n_heads": graph.num_heads,
@@ -531,15 +589,10 @@ class _Exported:
             },
         )
 
-    def edges(self):
+    def edges(self) -> Iterator[tuple[Edge, bool, float]]:
         """((writer, reader), kept, score) of each of their edges, readers by our kind of name."""
-        for writer, reader in self.theirs.edges():
-            ours = _grouped(reader, self.graph)
-            sources = self.graph.embedding_writers if writer == INPUT else (writer,)
-            edges = [(source, ours) for source in sources]
-            kept = not edges or any(edge in self.kept for edge in edges)
-            if self.scores is None or not edges:
-                score = float(kept)
-            else:
-                score = max((self.scores[self.graph.edge_index(edge)] for edge in edges), key=abs)
-            yield (writer, reader), kept, score
+        for edge in self.theirs.edges():
+            ours = _our_edges(edge, self.graph)
+            kept = not ours or any(one in self.kept for one in ours)
+            score = _largest_score(edge, self.scores, self.graph)
+            yield edge, kept, float(kept) if score is None else score

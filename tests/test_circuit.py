@@ -43,6 +43,23 @@ def test_circuits_of_different_graphs_do_not_mix():
             getattr(circuit(PATH), operation)(other)
 
 
+def test_a_circuit_holds_its_edges_in_the_order_of_the_graph():
+    a = circuit(PATH, NEVER_FED)
+    assert list(a) == a.edges
+    assert ("m1", "resid_post") in a
+    assert ["m1", "resid_post"] in a  # as JSON has it
+    assert ("m0", "resid_post") not in a
+    with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+        _ = a & a.edges
+
+
+@pytest.mark.parametrize("size", [-1, GRAPH.num_edges + 1])
+def test_a_random_circuit_has_no_more_edges_than_the_graph(size):
+    with pytest.raises(ValueError, match=f"num_edges={size} is out of range: the graph has 61"):
+        Circuit.random(GRAPH, size, seed=0)
+    assert len(Circuit.random(GRAPH, GRAPH.num_edges, seed=0)) == GRAPH.num_edges
+
+
 def test_mask_and_edges_are_in_the_order_of_the_graph():
     a = circuit(PATH, NEVER_FED)
     order = [edge for edge in GRAPH.edges() if edge in a.edge_set]
@@ -229,6 +246,16 @@ def test_an_ablation_is_given_or_named(model):
     for wrong in ("noise", ["zero"], None):
         with pytest.raises(ConfigError, match="unknown ablation .*; choose interchange, zero"):
             evaluate(model, some, pairs, ablation=wrong)
+
+
+def test_numbers_out_of_range_are_refused(model):
+    pairs = random_pairs(2)
+    some = Circuit.random(model.graph, 60, seed=0)
+    for ablation in ("interchange", "mean"):
+        with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+            evaluate(model, some, pairs, ablation=ablation, batch_size=0)
+    with pytest.raises(ValueError, match="random_circuits=-1 must be 0 or more"):
+        evaluate(model, some, pairs, random_circuits=-1)
 
 
 def test_batch_size_does_not_change_an_evaluation(model):

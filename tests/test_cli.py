@@ -211,6 +211,20 @@ def test_without_a_run_an_evaluations_file_names_everything(
         assert (tmp_path / f"evaluation-copy-json-embedded-{name}-test.json").exists()
 
 
+def test_a_circuit_cut_from_an_exported_graph_is_the_one_cut_from_the_run(
+    copied, tmp_path, capsys, monkeypatch
+):
+    def export(source, *arguments) -> None:
+        code, _, err = call(capsys, monkeypatch, "export", source, *arguments)
+        assert code == 0, err
+
+    export(copied, "num_edges=110", f"output={tmp_path / 'whole.json'}")
+    for format, name in (("eap_json", "g.json"), ("eap_pt", "g.pt")):
+        export(copied, f"format={format}", f"output={tmp_path / name}")
+        export(tmp_path / name, "num_edges=110", f"output={tmp_path / 'cut.json'}")
+        assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
     target = finished / "run.json/evaluation.json"  # below a file
     done = run_cli("evaluate", finished, f"output={target}")
@@ -602,6 +616,18 @@ def test_bad_data(tmp_path, lines, wanted, capsys, monkeypatch):
         assert text in last
 
 
+def test_examples_left_out_are_said_once(finished, tmp_path, capsys, monkeypatch):
+    unequal = {**GOOD, "corrupted": "1 + 4 + 2 = <predict>5</predict>"}
+    data = write_jsonl(tmp_path / "data.jsonl", GOOD, unequal)
+    evaluate = ("evaluate", finished, "task=custom", f"task.path={data}")
+    for _ in range(2):  # Python shows the same warning once
+        code, _, err = call(capsys, monkeypatch, *evaluate, f"output={tmp_path / 'e.json'}")
+        assert code == 0, err
+        lines = [line for line in err.splitlines() if "left out 1 of 2 examples" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("data.jsonl [without splits]: left out")
+
+
 def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
     prune = ("prune", "task=custom", "sparsity=0.9", f"run_dir={tmp_path / 'run'}")
     missing = tmp_path / "missing.jsonl"
@@ -677,6 +703,24 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
 )
 def test_wrong_usage(arguments, wanted):
     assert_refused(run_cli(*arguments), 2, *wanted)
+
+
+def test_a_file_of_ones_own_is_asked_for_and_needs_no_preparing(tmp_path, capsys, monkeypatch):
+    def refused(*arguments) -> str:
+        code, _, err = call(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert not list(tmp_path.iterdir())
+        return err
+
+    message = "task.path is missing: task=custom takes a file of your own; give task.path=FILE"
+    assert message in refused("prune", "task=custom", "sparsity=0.9", f"run_dir={tmp_path / 'r'}")
+    output = f"output={tmp_path / 'x.jsonl'}"
+    assert message in refused("evaluate", "nowhere", "task=custom")
+    for task in ("task=custom", "task=ioi"):
+        err = refused("prepare", task, "task.path=my.jsonl", output)
+        assert "prepare writes the prompts of one of the project's tasks, such as task=ioi" in err
+        assert "needs no preparing: give prune task=custom task.path=my.jsonl" in err
+    assert "give prune task=custom task.path=FILE" in refused("prepare", "task=custom", output)
 
 
 def test_without_dot_everything_but_the_picture_works(copied, tmp_path):

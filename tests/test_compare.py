@@ -115,6 +115,23 @@ def test_parts_make_up_the_union(circuits):
                 assert math.isclose(found.f1, 2 * ab.edge_iou / (1 + ab.edge_iou))
 
 
+def test_no_circuits_and_what_are_none_are_refused():
+    some = circuit(ONE)
+    for function in (consensus, intersection, union, times_kept):
+        with pytest.raises(ValueError, match="got no circuits, expected at least one"):
+            function([])
+        with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+            function([some, some.edges])
+    with pytest.raises(TypeError, match="got a list, expected circuits by name"):
+        compare([some, some])
+    with pytest.raises(ValueError, match="got no circuits"):
+        compare({})
+    with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+        compare({"a": some, "b": [ONE]})
+    with pytest.raises(ValueError, match="unknown reference 'c'; choose a, b"):
+        compare({"a": some, "b": some}, reference="c")
+
+
 def test_labels_tell_paths_apart(tmp_path):
     def labels(*names: str) -> list[str]:
         return labels_of([tmp_path / name for name in names])

@@ -2,6 +2,7 @@ import json
 import tracemalloc
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from conftest import random_pairs, write_jsonl
@@ -180,6 +181,39 @@ def test_fields_of_ones_own_are_passed_over(tokenizer):
     )
 
 
+IDS = {"clean_ids": [5, 6, 7], "corrupted_ids": [5, 8, 7], "target_ids": [9]}
+
+
+def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
+    plain = encode_pair(tokenizer, IDS)
+    assert plain.answer_ids == plain.distractor_ids == ()
+    more = {"distractor_ids": [12, 11, 12], "answer_ids": [10]}
+    assert encode_pair(tokenizer, {**IDS, **more}) == replace(
+        plain, answer_ids=(9, 10), distractor_ids=(11, 12)
+    )
+    unknown = encode_pair(tokenizer, {**IDS, **more, "target_ids": [-1]})
+    assert unknown.answer_ids == (10,)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**IDS, "distractor": "4"}, "'distractor' .* of token ids; give 'distractor_ids'"),
+        ({**IDS, "answers": ["4"]}, "'answers' .* of token ids; give 'answer_ids'"),
+        ({**SPEC, "distractor_ids": [4]}, "'distractor_ids' .* of text; give 'distractor'"),
+        ({**IDS, "distractor_id": [4]}, "did you mean 'distractor_ids'"),
+        ({**IDS, "distractor_ids": 4}, "'distractor_ids' must be a list of numbers"),
+        ({**IDS, "distractor_ids": [-1]}, "'distractor_ids' has ids outside of 0 to"),
+        ({**IDS, "distractor_ids": [9]}, r"right tokens.* are \[9\], and distractor_ids \[9\]"),
+        ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"the right tokens.* are \[\]"),
+        ({**IDS, "target_values": [1.5], "distractor_ids": [9]}, "outputs are values"),
+    ],
+)
+def test_answers_and_distractors_that_do_not_fit_a_line_are_refused(tokenizer, record, message):
+    with pytest.raises(DataError, match=message):
+        encode_pair(tokenizer, record)
+
+
 def test_predictions_of_unequal_length_are_refused():
     record = {"clean": "a<predict>bc</predict>", "corrupted": "a<predict>b</predict>"}
     with pytest.raises(DataError, match="predictions have unequal lengths: 2 and 1"):
@@ -227,13 +261,16 @@ def test_bad_files_are_refused(tokenizer, tmp_path):
 
 def test_lines_that_do_not_fit_are_skipped_and_counted_or_refused_if_all(tokenizer, tmp_path):
     unequal = {**SPEC, "corrupted": "1 + 4 + 5 = <predict>9</predict>"}
-    mixed = load_dataset(write_jsonl(tmp_path / "a.jsonl", SPEC, unequal), tokenizer, "train")
+    path = write_jsonl(tmp_path / "a.jsonl", SPEC, unequal, unequal)
+    with pytest.warns(UserWarning, match="left out 2 of 3 examples, for instance .*line 2") as said:
+        mixed = load_dataset(path, tokenizer, "train")
+    assert len(said) == 1
     assert len(mixed) == 1
-    assert len(mixed.skipped) == 1
+    assert len(mixed.skipped) == 2
     assert "line 2" in mixed.skipped[0]
     with pytest.raises(DataError, match="none of the 2 examples can be used.*unequal lengths"):
         load_dataset(write_jsonl(tmp_path / "b.jsonl", unequal, unequal), tokenizer, "train")
-    with pytest.raises(DataError, match="6 tokens are more than the 3 allowed"):
+    with pytest.raises(DataError, match="3 examples .* 6 tokens are more than the 3 allowed"):
         load_dataset(tmp_path / "a.jsonl", tokenizer, "train", max_length=3)
 
 

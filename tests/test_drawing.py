@@ -85,6 +85,22 @@ def test_key_value_readers_join_every_head_of_their_group():
     }
 
 
+def test_edges_and_arrows_are_both_counted_where_they_differ():
+    grouped = CircuitGraph(1, 4, 2, ("embeds",))
+    edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h1.v"), ("a0.h2", "resid_post")]
+    dot = circuit_dot(Circuit.from_edges(grouped, edges))
+    assert "3 edges, 3 nodes and the output" in dot
+    assert f"{len(drawn_edges(dot))} arrows: an edge into a key or value that heads share" in dot
+    assert len(drawn_edges(dot)) == 5
+    assert "arrows:" not in circuit_dot(Circuit.from_edges(grouped, edges[2:]))
+    assert "arrows:" not in circuit_dot(CIRCUIT)
+
+
+def test_a_list_of_edges_is_no_circuit(tmp_path):
+    with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+        draw_circuit(EDGES, tmp_path / "c.dot")
+
+
 def test_order_of_edges_does_not_matter():
     assert circuit_dot(CIRCUIT) == circuit_dot(of(reversed(EDGES)))
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -209,7 +210,54 @@ def test_scores_are_read_back_and_the_largest_by_magnitude_chosen(tmp_path, form
     assert read_circuit_file(write_json(tmp_path / "h.json", content)).scores is None
 
 
+@pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
+def test_scores_that_were_changed_since_count_in_place_of_our_own(tmp_path, format):
+    scores = [number / GPT2.num_edges for number in range(GPT2.num_edges)]
+    path = tmp_path / "g"
+    Circuit(GPT2, frozenset()).save(path, format, scores=scores)
+    best = ("pos_embeds", "a0.h0.q")
+    assert best not in read_circuit_file(path).largest(20)
+    if format == "eap_json":
+        content = json.loads(path.read_text())
+        content["edges"]["input->a0.h0<q>"]["score"] = 2.0
+        write_json(path, content)
+    else:
+        content = torch.load(path, weights_only=True)
+        content["edges_scores"][0, 0] = 2.0
+        torch.save(content, path)
+    assert read_circuit_file(path).largest(2) == [("tok_embeds", "a0.h0.q"), best]
+
+
+def test_files_of_ours_without_own_scores_are_read_by_theirs(tmp_path):
+    """As they were written before."""
+    path = tmp_path / "g.json"
+    Circuit(GPT2, frozenset()).save(path, "eap_json", scores=list(range(GPT2.num_edges)))
+    content = json.loads(path.read_text())
+    del content["edgeprune"]["scores"]
+    file = read_circuit_file(write_json(path, content))
+    assert file.scores[:2] == [1, 1]  # both embeddings have the higher one
+    assert file.scores[-1] == GPT2.num_edges - 1
+
+
 # ---------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
+@settings(max_examples=40, deadline=None)
+@given(circuit=circuits(), seed=st.integers(0, 99))
+def test_every_edge_has_its_own_score_again(tmp_path_factory, format, circuit, seed):
+    """Also where two embeddings are one input, or scores differ by less than float32 can say."""
+    rng = random.Random(seed)
+    scores = [
+        rng.choice((-1, 1)) * (1 - rng.random() * 10 ** -rng.randrange(12))
+        for _ in range(circuit.graph.num_edges)
+    ]
+    path = tmp_path_factory.mktemp("formats") / "circuit"
+    circuit.save(path, format, scores=scores)
+    assert read_circuit_file(path).scores == scores
+    assert read_circuit_file(path, circuit.graph).scores == scores
+    circuit.save(path, format)
+    assert set(read_circuit_file(path).largest(len(circuit))) == circuit.edge_set
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -271,6 +319,10 @@ def changed(**changes) -> dict:
         (changed(edges={"m1->logits": True}), "'m1->logits' has no 'in_graph'"),
         (changed(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}), "circuits of neuron"),
         (changed(edgeprune={"graph": 3}), "'edgeprune' cannot be read"),
+        (
+            changed(edgeprune={"graph": GPT2.to_dict(), "left_out": [], "scores": [1.0]}),
+            "'scores' are not 30 or 61 numbers",
+        ),
         ({"cfg": {}}, "nor a graph of EAP-IG"),
     ],
 )

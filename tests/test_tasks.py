@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from test_dataset import byte_tokenizer
 
 from edgeprune.dataset import SPLITS, encode_pair
+from edgeprune.paths import CONF
 from edgeprune.tasks import TASKS, boolean_expressions, make_records
 
 SIZES = {"train": 30, "validation": 20, "test": 40}
@@ -178,6 +180,13 @@ def test_examples_that_do_not_fit_the_tokenizer_are_counted(tokenizer):
     assert len(records) == 10
     assert sum(report.misfits.values()) > 10
     assert "that do not fit the tokenizer" in str(report)
+
+
+def test_the_sizes_that_a_task_has_by_default_leave_room(task, tokenizer):
+    """`edgeprune prepare task=...` on the embedded model, and a tenth more."""
+    settings = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())
+    sizes = {split: settings[split] * 11 // 10 for split in SPLITS}
+    assert len(make_records(task, tokenizer, sizes, seed=0)[0]) == sum(sizes.values())
 
 
 def test_impossible_requests_are_refused(tokenizer):

@@ -201,6 +201,17 @@ def test_the_library_finds_a_circuit_of_the_size_asked_for():
         prune(model, pairs, num_edges=17, ablation="noise")
 
 
+def test_a_name_is_no_model(model):
+    circuit, pairs = Circuit.random(model.graph, 20, seed=0), random_pairs(2)
+    message = "got a str, expected a CircuitModel, from load_model"
+    with pytest.raises(TypeError, match=message):
+        prune("embedded", pairs, num_edges=17, progress=False)
+    with pytest.raises(TypeError, match=message):
+        evaluate("embedded", circuit, pairs)
+    with pytest.raises(TypeError, match=message):
+        clean_up("embedded", circuit, pairs, tolerance=1, ranking=range(model.graph.num_edges))
+
+
 def test_prompts_that_are_none_or_too_long_are_refused(model):
     circuit = Circuit.random(model.graph, 20, seed=0)
     longest = random_pairs(2, length=32)

@@ -89,9 +89,10 @@ def clean_up(
 
     Raises:
         ConfigError: the tolerance is negative.
-        ValueError: there are no prompts, or one is too long for the model.
+        ValueError: there are no prompts, one is too long for the model, or `batch_size` is below 1.
     """
     check_cleanup(tolerance)
+    CircuitModel.check(model)
     Circuit.check(circuit)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)

@@ -76,12 +76,22 @@ def iou(a: Set, b: Set) -> float:
 
 def intersection(circuits: Iterable[Circuit]) -> Circuit:
     """The edges that all of at least one circuit have."""
-    return reduce(and_, circuits)
+    return reduce(and_, _checked(circuits))
 
 
 def union(circuits: Iterable[Circuit]) -> Circuit:
     """The edges that any of at least one circuit has."""
-    return reduce(or_, circuits)
+    return reduce(or_, _checked(circuits))
+
+
+def _checked(circuits: Iterable[Circuit]) -> list[Circuit]:
+    """As a list. Raises ValueError where there are none, TypeError where one is something else."""
+    circuits = list(circuits)
+    if not circuits:
+        raise ValueError("got no circuits, expected at least one")
+    for circuit in circuits:
+        Circuit.check(circuit)
+    return circuits
 
 
 def only_in(name: str, circuits: Mapping[str, Circuit]) -> Circuit:
@@ -93,8 +103,9 @@ def times_kept(circuits: Sequence[Circuit]) -> Counter[Edge]:
     """For every edge that any circuit has, how many have it; by count, then in the graph's order.
 
     Raises:
-        ValueError: the circuits are of different graphs.
+        ValueError: there are no circuits, or of different graphs.
     """
+    circuits = _checked(circuits)
     counts = Counter(edge for circuit in circuits for edge in circuit.edge_set)
     order = {edge: index for index, edge in enumerate(union(circuits).edges)}
     return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], order[item[0]]))))
@@ -102,6 +113,7 @@ def times_kept(circuits: Sequence[Circuit]) -> Counter[Edge]:
 
 def consensus(circuits: Sequence[Circuit]) -> Circuit:
     """The edges that more than half of at least one circuit have."""
+    circuits = _checked(circuits)
     kept = {edge for edge, count in times_kept(circuits).items() if 2 * count > len(circuits)}
     return Circuit(circuits[0].graph, frozenset(kept))
 
@@ -114,8 +126,16 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
         reference: the name of the circuit by which the others are measured.
 
     Raises:
-        ValueError: the circuits are of different graphs.
+        ValueError: there are no circuits, or of different graphs, or none has the reference's name.
     """
+    if not isinstance(circuits, Mapping):
+        raise TypeError(
+            f"got a {type(circuits).__name__}, expected circuits by name, such as "
+            "{'one': a, 'other': b}"
+        )
+    _checked(circuits.values())
+    if reference is not None and reference not in circuits:
+        raise ValueError(f"unknown reference {reference!r}; choose {', '.join(circuits)}")
     result: dict[str, Any] = {
         "circuits": {
             name: {**circuit.sizes(), "num_nodes": len(circuit.nodes),

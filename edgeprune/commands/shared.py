@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,13 +136,12 @@ def load_pairs(path: Path, task: TaskConfig, model: Any, split: str) -> Any:
     from edgeprune.dataset import load_dataset
 
     limit = model.max_length if task.max_length is None else task.max_length
-    pairs = load_dataset(path, model.tokenizer, split, max_length=min(limit, model.max_length))
-    if pairs.skipped:
-        total = len(pairs) + len(pairs.skipped)
-        say(
-            f"{pairs.name}: left out {len(pairs.skipped)} of {total} examples, "
-            f"for instance {pairs.skipped[0]}"
-        )
+    limit = min(limit, model.max_length)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        pairs = load_dataset(path, model.tokenizer, split, max_length=limit)
+    for warning in caught:
+        say(str(warning.message))
     return pairs
 
 

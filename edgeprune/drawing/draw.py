@@ -146,17 +146,19 @@ def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[
 
     Arguments and errors as `draw_circuit`.
     """
+    Circuit.check(circuit)
     graph = circuit.graph
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     many = len(edges) >= MANY
     boxes = {w for w, _ in edges} | {n for _, r in edges for n in _boxes_of(r, graph)}
     nodes = sorted(boxes | {"resid_post"}, key=_order)
+    counts = _counts(len(edges), len(nodes) - 1, sum(len(_boxes_of(r, graph)) for _, r in edges))
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, len(edges), len(nodes) - 1, _legend(edges, groups)),
+            "label": _title(title, counts, _legend(edges, groups)),
             "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
@@ -267,14 +269,25 @@ def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
     return marks if groups else f"edges into {marks}"
 
 
-def _title(title: str | None, num_edges: int, num_nodes: int, legend: str) -> str:
+def _counts(num_edges: int, num_nodes: int, num_arrows: int) -> list[str]:
+    """Lines that say how much there is to see."""
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
-    counts = f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"
+    lines = [f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"]
+    if num_arrows != num_edges:
+        lines.append(
+            f"{num_arrows:,} arrows: an edge into a key or value that heads share is drawn into "
+            "each of them"
+        )
+    return lines
+
+
+def _title(title: str | None, counts: Sequence[str], legend: str) -> str:
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
     small = '<FONT POINT-SIZE="13">'
-    return f"<{first}{small}{counts}</FONT>{gap}{small}{legend}</FONT>{gap}&#160;>"
+    lines = gap.join(f"{small}{line}</FONT>" for line in (*counts, legend))
+    return f"<{first}{lines}{gap}&#160;>"
 
 
 def _label(node: str, inputs: Iterable[str], outline: str) -> str:

@@ -152,6 +152,14 @@ class CircuitModel:
         self._centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
         self._fingerprint: str | None = None
 
+    @staticmethod
+    def check(model: Any) -> None:
+        """Raises TypeError for anything but a model."""
+        if not isinstance(model, CircuitModel):
+            raise TypeError(
+                f"got a {type(model).__name__}, expected a CircuitModel, from load_model"
+            )
+
     @property
     def device(self) -> torch.device:
         return next(self.architecture.body.parameters()).device
