@@ -236,7 +236,7 @@ class PruneConfig:
     resume: Resume = Resume.never
     """auto: go on from the last checkpoint in run_dir, if there is one."""
     overwrite: bool = False
-    """Throw away what an earlier run left in run_dir."""
+    """Throw away what an earlier run left in run_dir, once model and data are loaded."""
 
 
 @dataclass

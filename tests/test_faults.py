@@ -1,5 +1,6 @@
 """Things going wrong for real: kills, full and read-only disks, two runs in one place, NaN."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
-from edgeprune.training.run import Interrupted, claim, train
+from edgeprune.training.run import Interrupted, begin, claim, first_files, train
 from edgeprune.training.trainer import Trainer
 
 SMALL = (
@@ -137,12 +137,21 @@ def put(folder: Path, *names: str) -> Path:
     return folder
 
 
+def set_up(folder: Path, **settings) -> None:
+    """A run begins."""
+    config = PruneConfig(run_dir=str(folder), **settings)
+    claim(folder, config)
+    data = Path(__file__)
+    if config.task.path is None:
+        data = put(first_files(folder), "data.jsonl") / "data.jsonl"
+    begin(folder, config, wrap_model(random_gpt2()), data)
+
+
 def leave_run(folder: Path, **settings) -> Path:
     """What a run leaves, as far as names go."""
-    claim(folder, PruneConfig(run_dir=str(folder), **settings))
+    set_up(folder, **settings)
     put(folder, "metrics.jsonl", "edges.json", "circuit.json", "evaluation-test.json",
         "checkpoints/step-00000001/masks.safetensors", "circuit.pdf")  # fmt: skip
-    (folder / "run.json").write_text('{"graph": {}, "data": {}, "model": {}}')
     return folder
 
 
@@ -173,8 +182,8 @@ def test_one_file_of_a_runs_names_is_enough_to_be_refused(tmp_path, name):
 
 
 def test_a_folder_of_other_files_may_be_a_run_directory(tmp_path):
-    claim(put(tmp_path, "notes.txt"), PruneConfig(run_dir=str(tmp_path)))
-    assert set(contents(tmp_path)) == {"notes.txt", "config.yaml"}
+    set_up(put(tmp_path, "notes.txt"))
+    assert set(contents(tmp_path)) == {"notes.txt", "config.yaml", "data.jsonl", "run.json"}
 
 
 def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
@@ -188,15 +197,86 @@ def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
 
 
 def test_overwriting_throws_away_a_run_and_nothing_else(tmp_path):
-    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl", "mine/edges.json", "notes.txt")
-    claim(run_dir, PruneConfig(run_dir=str(run_dir), seed=1, overwrite=True))
-    left = {"config.yaml", "circuit.pdf", "mine/edges.json", "notes.txt"}
+    run_dir = put(leave_run(tmp_path / "run"), "mine/edges.json", "notes.txt")
+    task = TaskConfig(name="custom", path="my.jsonl")
+    set_up(run_dir, seed=1, overwrite=True, task=task)
+    left = {"config.yaml", "run.json", "circuit.pdf", "mine/edges.json", "notes.txt"}
     assert set(contents(run_dir)) == left
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["seed"] == 1
 
 
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("faults") / "run"
+    done = run_cli("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("task=custom", "task.path=typo.jsonl"),
+        ("task=custom", "task.path=same.jsonl"),  # interchange ablation would change nothing
+        ("model.device=cuda:99",),
+        ("num_edges=9999999",),
+        ("trainer.cuda_graph=true", "model.device=cpu"),
+    ],
+)
+def test_a_command_that_cannot_begin_overwrites_nothing(
+    a_run, tmp_path, arguments, capsys, monkeypatch
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "same.jsonl", dict.fromkeys(
+        ("clean", "corrupted"), "1 + 2 = <predict>3</predict>"
+    ))  # fmt: skip
+    overwrite = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "overwrite=true")
+    code, _, err = call(capsys, monkeypatch, *overwrite, *arguments)
+    assert code in (1, 2), err
+    assert contents(run_dir) == contents(a_run)
+
+
+def test_a_command_that_is_stopped_while_loading_overwrites_nothing(
+    a_run, tmp_path, capsys, monkeypatch
+):
+    from edgeprune.commands import prune
+
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    overwrite = ("prune", *SMALL, "trainer.steps=2", "task.seed=1", f"run_dir={run_dir}",
+                 "overwrite=true")  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "load_model", stop)
+        assert call(capsys, monkeypatch, *overwrite)[0] == 130
+    assert contents(run_dir) == contents(a_run)
+
+    process = start(*overwrite)
+    wait_for((run_dir / ".new-run/data.jsonl").exists, process)
+    process.kill()
+    process.communicate()
+    left = {name: c for name, c in contents(run_dir).items() if not name.startswith(".new-run/")}
+    assert left == contents(a_run)
+    resume = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "resume=auto")
+    assert call(capsys, monkeypatch, *resume)[0] == 0
+    assert not (run_dir / ".new-run").exists()
+
+    assert call(capsys, monkeypatch, *overwrite)[0] == 0
+    assert contents(run_dir).keys() != contents(a_run).keys()  # another last step
+    assert list_checkpoints(run_dir) == [2]
+    prompts = (run_dir / "data.jsonl").read_bytes()
+    assert prompts != (a_run / "data.jsonl").read_bytes()
+    noted = json.loads((run_dir / "run.json").read_text())["data"]
+    assert noted == {
+        "path": str(run_dir / "data.jsonl"), "sha256": hashlib.sha256(prompts).hexdigest()
+    }  # fmt: skip
+
+
 def test_overwriting_does_not_throw_away_the_prompts_to_be_read(tmp_path):
-    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl")
+    run_dir = leave_run(tmp_path / "run")
     before = contents(run_dir)
     link = tmp_path / "link"
     link.symlink_to(run_dir)
@@ -222,15 +302,12 @@ def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
     Path("my-model").mkdir()
     run_dir = Path("run")
     for model, wanted in (("my-model", str(tmp_path / "my-model")), ("org/model", "org/model")):
-        config = PruneConfig(
-            model=ModelConfig(path=model), task=TaskConfig(path="my.jsonl"), run_dir="run"
-        )
-        claim(run_dir, config)
+        parts = {"model": ModelConfig(path=model), "task": TaskConfig(path="my.jsonl")}
+        set_up(run_dir, **parts, overwrite=True)
         settings = yaml.safe_load((run_dir / "config.yaml").read_text())
         assert settings["task"]["path"] == str(tmp_path / "my.jsonl")
         assert settings["model"]["path"] == wanted
-    (run_dir / "run.json").write_text("{}")
-    claim(run_dir, replace(config, resume=Resume.auto))  # the same settings
+    claim(run_dir, PruneConfig(run_dir="run", **parts, resume=Resume.auto))  # the same settings
 
 
 def test_an_empty_run_dir_is_refused(tmp_path, capsys, monkeypatch):
@@ -327,7 +404,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, size):
     )
     error = process.communicate(timeout=120)[1].strip().splitlines()
     assert process.returncode == 1
-    assert error[-1] == f"edgeprune: {tmp_path / 'run/config.yaml'}: File too large"
+    assert error[-1] == f"edgeprune: {tmp_path / 'run/.new-run/config.yaml'}: File too large"
     left = [path.name for path in (tmp_path / "run").rglob("*")]
     assert set(left) <= {".lock"}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import shutil
 import signal
@@ -52,6 +53,8 @@ REPORT = "circuit.json"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
 LOCK = ".lock"
+NEW = ".new-run"
+"""Where a new run's first files lie until it begins; what is there already stays until then."""
 
 FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
                   "model.name", "trainer.log_every", "trainer.checkpoint_every",
@@ -103,11 +106,15 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def claim(run_dir: Path, config: PruneConfig) -> None:
-    """Make the run directory ready for this config, before anything slow is done.
+    """Find whether this config may run there, before anything slow is done.
+
+    Nothing is deleted yet, see `begin`; a new run's settings are written into NEW.
 
     Raises:
         ConfigError: it holds another run, one that is not to be resumed, or files of no run.
     """
+    if (run_dir / NEW).exists():  # of one that was killed
+        shutil.rmtree(run_dir / NEW)
     if has_run(run_dir) and not config.overwrite:
         if config.resume is Resume.never:
             raise ConfigError(
@@ -116,9 +123,38 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
             )
         _check_same(run_dir, _settings(config))
         return
-    _clear(run_dir, config.task.path)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+    _left_by_earlier(run_dir, config.task.path)
+    write_text(run_dir / NEW / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+
+
+def first_files(run_dir: Path) -> Path:
+    """Where the settings and generated prompts of a claimed run lie."""
+    return run_dir / NEW if (run_dir / NEW).exists() else run_dir
+
+
+def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Path) -> None:
+    """Put a new run in the place of an earlier one, or check that one goes on as it was.
+
+    To be called when everything is loaded, since what the earlier run left is deleted here.
+
+    Raises:
+        ConfigError: on resuming, the data file or the model's weights have changed.
+    """
+    manifest = _manifest(model, data_path)
+    new = run_dir / NEW
+    if not new.exists():
+        _check_unchanged(run_dir, manifest)
+        return
+    if config.task.path is None:
+        manifest["data"]["path"] = str(run_dir / DATA)
+    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for path in _left_by_earlier(run_dir, config.task.path):  # run.json, which makes it a run, last
+        if path.name != CONFIG:  # which is replaced
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (CONFIG, DATA, MANIFEST):
+        if (new / name).exists():
+            os.replace(new / name, run_dir / name)
+    new.rmdir()
 
 
 def _settings(config: PruneConfig) -> dict[str, Any]:
@@ -131,8 +167,8 @@ def _settings(config: PruneConfig) -> dict[str, Any]:
     return settings
 
 
-def _clear(run_dir: Path, task_path: str | None) -> None:
-    """Delete what an earlier run left, or one that failed before it began, and nothing else.
+def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
+    """What a run left there, or one that was stopped as it began, and nothing else.
 
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
@@ -152,9 +188,7 @@ def _clear(run_dir: Path, task_path: str | None) -> None:
             f"task.path={task_path} would be deleted with the earlier run in {run_dir}; copy it to "
             "another place, or choose another run_dir="
         )
-    for path in found:  # run.json, by which a run is known, last
-        if path.name != CONFIG:  # which is written over
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
 
 
 def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
@@ -221,13 +255,9 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
-    """Write run.json, or on resuming check that data and model are still the same.
-
-    Raises:
-        ConfigError: the data file or the model's weights have changed.
-    """
-    manifest = {
+def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
         "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": file_digest(data_path)},
         "model": {
@@ -246,18 +276,17 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
             "processor": platform.machine(),
         },
     }
-    path = run_dir / MANIFEST
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("data", "model"):
-            if old[key]["sha256"] != manifest[key]["sha256"]:
-                raise ConfigError(
-                    f"cannot resume {run_dir}: the {key} has changed since the run began "
-                    f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
-                    "with overwrite=true"
-                )
-    else:
-        write_text(path, json.dumps(manifest, indent=1) + "\n")
+
+
+def _check_unchanged(run_dir: Path, manifest: dict[str, Any]) -> None:
+    old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    for key in ("data", "model"):
+        if old[key]["sha256"] != manifest[key]["sha256"]:
+            raise ConfigError(
+                f"cannot resume {run_dir}: the {key} has changed since the run began "
+                f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
+                "with overwrite=true"
+            )
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
