@@ -172,7 +172,7 @@ def test_files_that_no_run_left_are_not_touched(tmp_path, overwrite, capsys, mon
 
 @pytest.mark.parametrize(
     "name", ["config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "edges.json",
-             "evaluation-test.json", "checkpoints/best.pt"]
+             "evaluation-test.json", "checkpoints/best.pt", "circuit.svg", "graph.json"]
 )  # fmt: skip
 def test_one_file_of_a_runs_names_is_enough_to_be_refused(tmp_path, name):
     put(tmp_path, name)
@@ -200,8 +200,7 @@ def test_overwriting_throws_away_a_run_and_nothing_else(tmp_path):
     run_dir = put(leave_run(tmp_path / "run"), "mine/edges.json", "notes.txt")
     task = TaskConfig(name="custom", path="my.jsonl")
     set_up(run_dir, seed=1, overwrite=True, task=task)
-    left = {"config.yaml", "run.json", "circuit.pdf", "mine/edges.json", "notes.txt"}
-    assert set(contents(run_dir)) == left
+    assert set(contents(run_dir)) == {"config.yaml", "run.json", "mine/edges.json", "notes.txt"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["seed"] == 1
 
 
@@ -273,6 +272,20 @@ def test_a_command_that_is_stopped_while_loading_overwrites_nothing(
     assert noted == {
         "path": str(run_dir / "data.jsonl"), "sha256": hashlib.sha256(prompts).hexdigest()
     }  # fmt: skip
+
+
+def test_overwriting_throws_away_what_commands_made_of_a_run(a_run, tmp_path, capsys, monkeypatch):
+    run_dir = put(shutil.copytree(a_run, tmp_path / "run"), "report/notes.txt", "mine.pdf")
+    before = set(contents(run_dir))
+    for command in (("draw",), ("export", "format=eap_json"), ("export", "format=eap_pt"),
+                    ("evaluate",), ("report",)):  # fmt: skip
+        assert call(capsys, monkeypatch, command[0], run_dir, *command[1:])[0] == 0
+    made = {"circuit.pdf", "circuit.svg", "circuit.png", "circuit.dot", "graph.json", "graph.pt",
+            "evaluation-test.json", "report/report.html", "report/.report.json"}  # fmt: skip
+    assert made <= set(contents(run_dir))
+    again = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "overwrite=true")
+    assert call(capsys, monkeypatch, *again)[0] == 0
+    assert set(contents(run_dir)) == before
 
 
 def test_overwriting_does_not_throw_away_the_prompts_to_be_read(tmp_path):

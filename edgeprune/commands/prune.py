@@ -41,6 +41,7 @@ from edgeprune.config import (
     target_sparsity,
     to_dict,
 )
+from edgeprune.files import file_digest
 from edgeprune.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def prune(config: PruneConfig) -> None:
 def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any, Any, Path]:
     """The model, the training prompts and the file they are in, the same on each process."""
     from edgeprune.modeling import model_shape
-    from edgeprune.training.run import file_digest, first_files
+    from edgeprune.training.run import first_files
 
     make_shape = partial(
         model_shape,

@@ -11,7 +11,6 @@ edges.json       the circuit; circuit.json says how it was chosen
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -29,7 +28,8 @@ import transformers
 import yaml
 
 from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
-from edgeprune.files import write_text
+from edgeprune.drawing import SUFFIXES
+from edgeprune.files import file_digest, remove_listed, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
@@ -52,6 +52,10 @@ EDGES = "edges.json"
 REPORT = "circuit.json"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
+GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
+DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
+REPORT_LIST = "report/.report.json"
+"""What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
@@ -148,7 +152,10 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
     if config.task.path is None:
         manifest["data"]["path"] = str(run_dir / DATA)
     write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    for path in _left_by_earlier(run_dir, config.task.path):  # run.json, which makes it a run, last
+    left = _left_by_earlier(run_dir, config.task.path)
+    if has_run(run_dir):
+        remove_listed(run_dir / REPORT_LIST)
+    for path in left:  # run.json, which makes it a run, last
         if path.name != CONFIG:  # which is replaced
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (CONFIG, DATA, MANIFEST):
@@ -173,7 +180,8 @@ def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
     """
-    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, PLOT, CHECKPOINTS, DATA, MANIFEST)
+    made_of_it = (EVALUATIONS, EDGES, REPORT, PLOT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
+    names = (CONFIG, *made_of_it, METRICS, CHECKPOINTS, DATA, MANIFEST)
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
@@ -321,11 +329,6 @@ def read_digests(run_dir: Path) -> dict[str, str]:
             f"{run_dir / MANIFEST} does not say which data and model the run had ({error!r}); "
             "restore it as `edgeprune prune` wrote it"
         ) from None
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_masks(run_dir: Path, step: int | None = None) -> tuple[CircuitMasks, int]:
