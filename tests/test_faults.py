@@ -42,7 +42,7 @@ from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
 from edgeprune.training.run import Interrupted, begin, claim, first_files, train
-from edgeprune.training.trainer import Trainer
+from edgeprune.training.trainer import Trainer, TrainingError
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -320,6 +320,7 @@ def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
         settings = yaml.safe_load((run_dir / "config.yaml").read_text())
         assert settings["task"]["path"] == str(tmp_path / "my.jsonl")
         assert settings["model"]["path"] == wanted
+    put(run_dir, "checkpoints/step-00000001/masks.safetensors")
     claim(run_dir, PruneConfig(run_dir="run", **parts, resume=Resume.auto))  # the same settings
 
 
@@ -353,6 +354,53 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     assert list_checkpoints(run_dir) == [step - 1]
     masks = load_file(run_dir / f"checkpoints/step-{step - 1:08d}/masks.safetensors")
     assert masks["edge_log_alpha"].isfinite().all()
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(
+    tmp_path, resume, capsys, monkeypatch
+):
+    """Not even of other settings; and it is no run to evaluate."""
+    run_dir = tmp_path / "run"
+    prune = ("prune", *SMALL, "trainer.steps=2", f"run_dir={run_dir}", f"resume={resume}")
+
+    def failing(self):
+        raise TrainingError("the loss is nan at step 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", failing)
+        assert call(capsys, monkeypatch, *prune)[0] == 1
+    assert (run_dir / "run.json").exists()
+    for command, wanted in (("evaluate", "no edges.json yet"), ("export", "no usable checkpoint")):
+        code, _, err = call(capsys, monkeypatch, command, run_dir)
+        assert (code in (1, 2), wanted in err) == (True, True), err
+    code, _, err = call(capsys, monkeypatch, *prune, "trainer.learning_rate=0.1", "task.seed=1")
+    assert code == 0, err
+    assert list_checkpoints(run_dir) == [2]
+    again = call(capsys, monkeypatch, *prune, "trainer.learning_rate=0.2", "task.seed=1")
+    assert again[0] == 2
+    assert "already holds a run" in again[2] or "run of another config" in again[2]
+
+
+@pytest.mark.parametrize("name", ["edges.json", "circuit.pdf", "checkpoints/step-00000001/x"])
+def test_what_was_made_of_a_run_protects_it(tmp_path, name):
+    set_up(tmp_path)
+    set_up(tmp_path)  # nothing yet
+    before = contents(put(tmp_path, name))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim(tmp_path, PruneConfig(run_dir=str(tmp_path)))
+    assert contents(tmp_path) == before
+
+
+def test_prompts_without_a_difference_leave_no_run(tmp_path, capsys, monkeypatch):
+    same = dict.fromkeys(("clean", "corrupted"), "1 + 2 = <predict>3</predict>")
+    data, run_dir = write_jsonl(tmp_path / "sums.jsonl", same), tmp_path / "run"
+    prune = ("prune", "task=custom", f"task.path={data}", "num_edges=60", "trainer.steps=2",
+             f"run_dir={run_dir}")  # fmt: skip
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert (code, "the same as their clean ones" in err) == (1, True)
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+    assert call(capsys, monkeypatch, *prune, "ablation=zero")[0] == 0
 
 
 def test_a_run_stopped_in_its_last_step_does_not_go_on_to_what_follows(tmp_path):

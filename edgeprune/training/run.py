@@ -54,6 +54,7 @@ CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
 GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
+MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, PLOT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
@@ -88,6 +89,12 @@ def has_run(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).exists()
 
 
+def _has_results(run_dir: Path) -> bool:
+    """Whether a run there has learned anything: a checkpoint, or what was made of one."""
+    names = (f"{CHECKPOINTS}/step-*", *MADE_OF_A_RUN)
+    return has_run(run_dir) and any(path for name in names for path in run_dir.glob(name))
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory, so that no second run writes there.
@@ -112,14 +119,15 @@ def locked(run_dir: Path) -> Iterator[None]:
 def claim(run_dir: Path, config: PruneConfig) -> None:
     """Find whether this config may run there, before anything slow is done.
 
-    Nothing is deleted yet, see `begin`; a new run's settings are written into NEW.
+    Nothing is deleted yet, see `begin`; a new run's settings are written into NEW. A run that was
+    stopped before its first checkpoint has nothing to lose, and a new one begins.
 
     Raises:
         ConfigError: it holds another run, one that is not to be resumed, or files of no run.
     """
     if (run_dir / NEW).exists():  # of one that was killed
         shutil.rmtree(run_dir / NEW)
-    if has_run(run_dir) and not config.overwrite:
+    if _has_results(run_dir) and not config.overwrite:
         if config.resume is Resume.never:
             raise ConfigError(
                 f"{run_dir} already holds a run; go on with resume=auto, start anew with "
@@ -180,8 +188,7 @@ def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
     """
-    made_of_it = (EVALUATIONS, EDGES, REPORT, PLOT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
-    names = (CONFIG, *made_of_it, METRICS, CHECKPOINTS, DATA, MANIFEST)
+    names = (CONFIG, *MADE_OF_A_RUN, METRICS, CHECKPOINTS, DATA, MANIFEST)
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
