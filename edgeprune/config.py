@@ -478,7 +478,8 @@ def check_prune(config: PruneConfig) -> None:
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
             raise ConfigError(
-                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
+                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}; "
+                f"with trainer.{name}=null it follows from the steps"
             )
     for name in ("processes", "timeout"):
         given = getattr(config.launcher, name)
