@@ -241,7 +241,7 @@ class PruneConfig:
     resume: Resume = Resume.never
     """auto: go on from the last checkpoint in run_dir, if there is one."""
     overwrite: bool = False
-    """Throw away what an earlier run left in run_dir."""
+    """Throw away what an earlier run left in run_dir, once model and data are loaded."""
 
 
 @dataclass
@@ -487,7 +487,8 @@ def check_prune(config: PruneConfig) -> None:
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
             raise ConfigError(
-                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}"
+                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}; "
+                f"with trainer.{name}=null it follows from the steps"
             )
     for name in ("processes", "timeout"):
         given = getattr(config.launcher, name)

@@ -1,8 +1,10 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and removed only as they were listed."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +37,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed(note: Path) -> dict[str, str]:
+    """What a list of files has: each path, from the list's own folder, and its digest."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def remove_listed(note: Path) -> None:
+    """Remove listed files that are as they were listed, then folders left empty, and the list."""
+    folder = note.parent
+    for name, digest in listed(note).items():
+        path = folder / name
+        if path.is_file() and file_digest(path) == digest:
+            path.unlink()
+            for parent in path.parents[: len(Path(name).parents) - 1]:  # below the list's folder
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+    note.unlink(missing_ok=True)

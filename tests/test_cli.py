@@ -687,6 +687,10 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ["trainer.lr_warmup_steps=6 must lie between 0 and trainer.steps=5"],
         ),
         (
+            ["prune", "experiment=ioi", "trainer=paper", "trainer.steps=40"],
+            ["and trainer.steps=40; with trainer.lr_warmup_steps=null it follows from the steps"],
+        ),
+        (
             ["prune", "experiment=ioi", "overwrite=true", "resume=auto"],
             ["overwrite=true throws away what resume=auto would go on from"],
         ),

@@ -1,5 +1,6 @@
 """Things going wrong for real: kills, full and read-only disks, two runs in one place, NaN."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +41,8 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
-from edgeprune.training.run import Interrupted, claim, train
-from edgeprune.training.trainer import Trainer
+from edgeprune.training.run import Interrupted, begin, claim, first_files, train
+from edgeprune.training.trainer import Trainer, TrainingError
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -137,12 +137,21 @@ def put(folder: Path, *names: str) -> Path:
     return folder
 
 
+def set_up(folder: Path, **settings) -> None:
+    """A run begins."""
+    config = PruneConfig(run_dir=str(folder), **settings)
+    claim(folder, config)
+    data = Path(__file__)
+    if config.task.path is None:
+        data = put(first_files(folder), "data.jsonl") / "data.jsonl"
+    begin(folder, config, wrap_model(random_gpt2()), data)
+
+
 def leave_run(folder: Path, **settings) -> Path:
     """What a run leaves, as far as names go."""
-    claim(folder, PruneConfig(run_dir=str(folder), **settings))
+    set_up(folder, **settings)
     put(folder, "metrics.jsonl", "edges.json", "circuit.json", "evaluation-test.json",
         "checkpoints/step-00000001/masks.safetensors", "circuit.pdf")  # fmt: skip
-    (folder / "run.json").write_text('{"graph": {}, "data": {}, "model": {}}')
     return folder
 
 
@@ -163,7 +172,7 @@ def test_files_that_no_run_left_are_not_touched(tmp_path, overwrite, capsys, mon
 
 @pytest.mark.parametrize(
     "name", ["config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "edges.json",
-             "evaluation-test.json", "checkpoints/best.pt"]
+             "evaluation-test.json", "checkpoints/best.pt", "circuit.svg", "graph.json"]
 )  # fmt: skip
 def test_one_file_of_a_runs_names_is_enough_to_be_refused(tmp_path, name):
     put(tmp_path, name)
@@ -173,8 +182,8 @@ def test_one_file_of_a_runs_names_is_enough_to_be_refused(tmp_path, name):
 
 
 def test_a_folder_of_other_files_may_be_a_run_directory(tmp_path):
-    claim(put(tmp_path, "notes.txt"), PruneConfig(run_dir=str(tmp_path)))
-    assert set(contents(tmp_path)) == {"notes.txt", "config.yaml"}
+    set_up(put(tmp_path, "notes.txt"))
+    assert set(contents(tmp_path)) == {"notes.txt", "config.yaml", "data.jsonl", "run.json"}
 
 
 def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
@@ -188,15 +197,99 @@ def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
 
 
 def test_overwriting_throws_away_a_run_and_nothing_else(tmp_path):
-    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl", "mine/edges.json", "notes.txt")
-    claim(run_dir, PruneConfig(run_dir=str(run_dir), seed=1, overwrite=True))
-    left = {"config.yaml", "circuit.pdf", "mine/edges.json", "notes.txt"}
-    assert set(contents(run_dir)) == left
+    run_dir = put(leave_run(tmp_path / "run"), "mine/edges.json", "notes.txt")
+    task = TaskConfig(name="custom", path="my.jsonl")
+    set_up(run_dir, seed=1, overwrite=True, task=task)
+    assert set(contents(run_dir)) == {"config.yaml", "run.json", "mine/edges.json", "notes.txt"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["seed"] == 1
 
 
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("faults") / "run"
+    done = run_cli("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("task=custom", "task.path=typo.jsonl"),
+        ("task=custom", "task.path=same.jsonl"),  # interchange ablation would change nothing
+        ("model.device=cuda:99",),
+        ("num_edges=9999999",),
+        ("trainer.cuda_graph=true", "model.device=cpu"),
+    ],
+)
+def test_a_command_that_cannot_begin_overwrites_nothing(
+    a_run, tmp_path, arguments, capsys, monkeypatch
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "same.jsonl", dict.fromkeys(
+        ("clean", "corrupted"), "1 + 2 = <predict>3</predict>"
+    ))  # fmt: skip
+    overwrite = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "overwrite=true")
+    code, _, err = call(capsys, monkeypatch, *overwrite, *arguments)
+    assert code in (1, 2), err
+    assert contents(run_dir) == contents(a_run)
+
+
+def test_a_command_that_is_stopped_while_loading_overwrites_nothing(
+    a_run, tmp_path, capsys, monkeypatch
+):
+    from edgeprune.commands import prune
+
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    overwrite = ("prune", *SMALL, "trainer.steps=2", "task.seed=1", f"run_dir={run_dir}",
+                 "overwrite=true")  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "load_model", stop)
+        assert call(capsys, monkeypatch, *overwrite)[0] == 130
+    assert contents(run_dir) == contents(a_run)
+
+    process = start(*overwrite)
+    wait_for((run_dir / ".new-run/data.jsonl").exists, process)
+    process.kill()
+    process.communicate()
+    left = {name: c for name, c in contents(run_dir).items() if not name.startswith(".new-run/")}
+    assert left == contents(a_run)
+    resume = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "resume=auto")
+    assert call(capsys, monkeypatch, *resume)[0] == 0
+    assert not (run_dir / ".new-run").exists()
+
+    assert call(capsys, monkeypatch, *overwrite)[0] == 0
+    assert contents(run_dir).keys() != contents(a_run).keys()  # another last step
+    assert list_checkpoints(run_dir) == [2]
+    prompts = (run_dir / "data.jsonl").read_bytes()
+    assert prompts != (a_run / "data.jsonl").read_bytes()
+    noted = json.loads((run_dir / "run.json").read_text())["data"]
+    assert noted == {
+        "path": str(run_dir / "data.jsonl"), "sha256": hashlib.sha256(prompts).hexdigest()
+    }  # fmt: skip
+
+
+def test_overwriting_throws_away_what_commands_made_of_a_run(a_run, tmp_path, capsys, monkeypatch):
+    run_dir = put(shutil.copytree(a_run, tmp_path / "run"), "report/notes.txt", "mine.pdf")
+    before = set(contents(run_dir))
+    for command in (("draw",), ("export", "format=eap_json"), ("export", "format=eap_pt"),
+                    ("evaluate",), ("report",)):  # fmt: skip
+        assert call(capsys, monkeypatch, command[0], run_dir, *command[1:])[0] == 0
+    made = {"circuit.pdf", "circuit.svg", "circuit.png", "circuit.dot", "graph.json", "graph.pt",
+            "evaluation-test.json", "report/report.html", "report/.report.json"}  # fmt: skip
+    assert made <= set(contents(run_dir))
+    again = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "overwrite=true")
+    assert call(capsys, monkeypatch, *again)[0] == 0
+    assert set(contents(run_dir)) == before
+
+
 def test_overwriting_does_not_throw_away_the_prompts_to_be_read(tmp_path):
-    run_dir = put(leave_run(tmp_path / "run"), "data.jsonl")
+    run_dir = leave_run(tmp_path / "run")
     before = contents(run_dir)
     link = tmp_path / "link"
     link.symlink_to(run_dir)
@@ -222,15 +315,13 @@ def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
     Path("my-model").mkdir()
     run_dir = Path("run")
     for model, wanted in (("my-model", str(tmp_path / "my-model")), ("org/model", "org/model")):
-        config = PruneConfig(
-            model=ModelConfig(path=model), task=TaskConfig(path="my.jsonl"), run_dir="run"
-        )
-        claim(run_dir, config)
+        parts = {"model": ModelConfig(path=model), "task": TaskConfig(path="my.jsonl")}
+        set_up(run_dir, **parts, overwrite=True)
         settings = yaml.safe_load((run_dir / "config.yaml").read_text())
         assert settings["task"]["path"] == str(tmp_path / "my.jsonl")
         assert settings["model"]["path"] == wanted
-    (run_dir / "run.json").write_text("{}")
-    claim(run_dir, replace(config, resume=Resume.auto))  # the same settings
+    put(run_dir, "checkpoints/step-00000001/masks.safetensors")
+    claim(run_dir, PruneConfig(run_dir="run", **parts, resume=Resume.auto))  # the same settings
 
 
 def test_an_empty_run_dir_is_refused(tmp_path, capsys, monkeypatch):
@@ -263,6 +354,53 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     assert list_checkpoints(run_dir) == [step - 1]
     masks = load_file(run_dir / f"checkpoints/step-{step - 1:08d}/masks.safetensors")
     assert masks["edge_log_alpha"].isfinite().all()
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(
+    tmp_path, resume, capsys, monkeypatch
+):
+    """Not even of other settings; and it is no run to evaluate."""
+    run_dir = tmp_path / "run"
+    prune = ("prune", *SMALL, "trainer.steps=2", f"run_dir={run_dir}", f"resume={resume}")
+
+    def failing(self):
+        raise TrainingError("the loss is nan at step 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", failing)
+        assert call(capsys, monkeypatch, *prune)[0] == 1
+    assert (run_dir / "run.json").exists()
+    for command, wanted in (("evaluate", "no edges.json yet"), ("export", "no usable checkpoint")):
+        code, _, err = call(capsys, monkeypatch, command, run_dir)
+        assert (code in (1, 2), wanted in err) == (True, True), err
+    code, _, err = call(capsys, monkeypatch, *prune, "trainer.learning_rate=0.1", "task.seed=1")
+    assert code == 0, err
+    assert list_checkpoints(run_dir) == [2]
+    again = call(capsys, monkeypatch, *prune, "trainer.learning_rate=0.2", "task.seed=1")
+    assert again[0] == 2
+    assert "already holds a run" in again[2] or "run of another config" in again[2]
+
+
+@pytest.mark.parametrize("name", ["edges.json", "circuit.pdf", "checkpoints/step-00000001/x"])
+def test_what_was_made_of_a_run_protects_it(tmp_path, name):
+    set_up(tmp_path)
+    set_up(tmp_path)  # nothing yet
+    before = contents(put(tmp_path, name))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim(tmp_path, PruneConfig(run_dir=str(tmp_path)))
+    assert contents(tmp_path) == before
+
+
+def test_prompts_without_a_difference_leave_no_run(tmp_path, capsys, monkeypatch):
+    same = dict.fromkeys(("clean", "corrupted"), "1 + 2 = <predict>3</predict>")
+    data, run_dir = write_jsonl(tmp_path / "sums.jsonl", same), tmp_path / "run"
+    prune = ("prune", "task=custom", f"task.path={data}", "num_edges=60", "trainer.steps=2",
+             f"run_dir={run_dir}")  # fmt: skip
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert (code, "the same as their clean ones" in err) == (1, True)
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+    assert call(capsys, monkeypatch, *prune, "ablation=zero")[0] == 0
 
 
 def test_a_run_stopped_in_its_last_step_does_not_go_on_to_what_follows(tmp_path):
@@ -327,7 +465,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, size):
     )
     error = process.communicate(timeout=120)[1].strip().splitlines()
     assert process.returncode == 1
-    assert error[-1] == f"edgeprune: {tmp_path / 'run/config.yaml'}: File too large"
+    assert error[-1] == f"edgeprune: {tmp_path / 'run/.new-run/config.yaml'}: File too large"
     left = [path.name for path in (tmp_path / "run").rglob("*")]
     assert set(left) <= {".lock"}
 

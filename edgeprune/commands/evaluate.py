@@ -40,7 +40,7 @@ from edgeprune.config import (
     task_title,
     to_dict,
 )
-from edgeprune.files import write_text
+from edgeprune.files import file_digest, write_text
 
 
 def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> None:
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     """
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.training.run import EDGES, file_digest, read_digests
+    from edgeprune.training.run import EDGES, read_digests
 
     check_evaluate(config)
     edges_path, run_dir = find_circuit(config.circuit)

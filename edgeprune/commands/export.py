@@ -32,7 +32,7 @@ from edgeprune.config import (
     edges_left,
     evaluation_batch_size,
 )
-from edgeprune.files import write_text
+from edgeprune.files import file_digest, write_text
 
 
 def export(config: ExportConfig, model: Any = None) -> None:
@@ -41,7 +41,14 @@ def export(config: ExportConfig, model: Any = None) -> None:
     if config.threshold and (config.sparsity, config.num_edges) != (None, None):
         raise ConfigError("threshold=true finds the size itself; leave out sparsity= or num_edges=")
     check_cleanup(config.cleanup)
-    from edgeprune.training.run import EDGES, REPORT, load_masks, read_manifest
+    from edgeprune.training.run import (
+        EDGES,
+        GRAPH_JSON,
+        GRAPH_PT,
+        REPORT,
+        load_masks,
+        read_manifest,
+    )
 
     if Path(config.run).is_file():
         _convert(config)
@@ -55,7 +62,7 @@ def export(config: ExportConfig, model: Any = None) -> None:
         cleaned = _clean_up(run_dir, chosen, config.cleanup, model)
         chosen = replace(chosen, circuit=cleaned.circuit)
     format = _format(config)
-    names = {"edges": EDGES, "eap_json": "graph.json", "eap_pt": "graph.pt"}
+    names = {"edges": EDGES, "eap_json": GRAPH_JSON, "eap_pt": GRAPH_PT}
     output = Path(config.output) if config.output else run_dir / names[format]
     if format == "edges":
         chosen.circuit.save(output)
@@ -89,7 +96,6 @@ def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
     """On the run's own training prompts, under its own ablation."""
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.cleanup import clean_up
-    from edgeprune.training.run import file_digest
 
     of_run = run_settings(run_dir)
     if model is None:

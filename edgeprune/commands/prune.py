@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,7 @@ from edgeprune.config import (
     target_sparsity,
     to_dict,
 )
+from edgeprune.files import file_digest
 from edgeprune.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
@@ -72,21 +74,22 @@ def prune(config: PruneConfig) -> None:
 
             def claim() -> None:
                 held.enter_context(run.locked(run_dir))
+                held.callback(shutil.rmtree, run_dir / run.NEW, ignore_errors=True)
                 run.claim(run_dir, config)
 
             processes.first_does(claim)
             model, pairs, data_path = _load(config, run_dir, processes)
-            _train(config, run_dir, processes, model, pairs)
+            _train(config, run_dir, processes, model, pairs, data_path)
             if not config.launcher.shard:  # only a sharded model needs all of them to the end
                 processes.part_company()
             if config.launcher.shard or processes.is_first:
-                _finish(config, run_dir, processes, model, data_path)
+                _finish(config, run_dir, processes, model)
 
 
 def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any, Any, Path]:
     """The model, the training prompts and the file they are in, the same on each process."""
     from edgeprune.modeling import model_shape
-    from edgeprune.training import run
+    from edgeprune.training.run import first_files
 
     make_shape = partial(
         model_shape,
@@ -96,12 +99,13 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
         trust_remote_code=config.model.trust_remote_code,
     )
     shape = make_shape()  # not every attention can be planned with
-    processes.first_does(lambda: data_file(config.task, shape.tokenizer, run_dir))
-    data_path = data_file(config.task, shape.tokenizer, run_dir)
+    folder = first_files(run_dir)
+    processes.first_does(lambda: data_file(config.task, shape.tokenizer, folder))
+    data_path = data_file(config.task, shape.tokenizer, folder)
     pairs = load_pairs(data_path, config.task, shape, "train")
     _check_validation(config, shape, pairs, data_path)
     _plan_memory(config, shape, pairs, processes)
-    processes.check_same("the data", run.file_digest(data_path))
+    processes.check_same("the data", file_digest(data_path))
     if config.launcher.shard:
         on_cpu = replace(config.model, device="cpu")
         shape = make_shape(attention=config.model.attention)
@@ -109,7 +113,6 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
     else:
         model = load_model(replace(config.model, device=processes.device))
         processes.check_same("the models", model.fingerprint())
-    processes.first_does(lambda: run.write_manifest(run_dir, model, data_path))
     return model, pairs, data_path
 
 
@@ -134,7 +137,12 @@ def _check_validation(config: PruneConfig, shape: Any, pairs: Any, data_path: Pa
 
 
 def _train(
-    config: PruneConfig, run_dir: Path, processes: Processes, model: Any, pairs: Any
+    config: PruneConfig,
+    run_dir: Path,
+    processes: Processes,
+    model: Any,
+    pairs: Any,
+    data_path: Path,
 ) -> None:
     from edgeprune.ablation import Ablation
     from edgeprune.training import run
@@ -152,6 +160,7 @@ def _train(
         ablation=Ablation(model, config.ablation, pairs, evaluation_batch_size(config.trainer)),
         processes=processes,
     )
+    processes.first_does(lambda: run.begin(run_dir, config, model, data_path))
     number = f", {processes.count} processes" if processes.count > 1 else ""
     say(
         f"pruning {model.name} ({model.graph.num_edges:,} edges) on {config.task.name}: "
@@ -193,9 +202,7 @@ def _plot(run_dir: Path, config: PruneConfig) -> None:
         show(f"-> {run_dir / PLOT}")
 
 
-def _finish(
-    config: PruneConfig, run_dir: Path, processes: Processes, model: Any, data_path: Path
-) -> None:
+def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Any) -> None:
     """Export the circuit, and measure it on the validation prompts."""
     model.release()
     size = ExportConfig(
@@ -211,7 +218,7 @@ def _finish(
     evaluate(
         EvaluateConfig(
             circuit=str(run_dir),
-            split=first_split(data_path, Split.validation),
+            split=first_split(data_file(config.task, model.tokenizer, run_dir), Split.validation),
             batch_size=evaluation_batch_size(config.trainer),
         ),
         model=model,

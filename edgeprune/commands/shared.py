@@ -24,7 +24,7 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
-from edgeprune.files import write_text
+from edgeprune.files import file_digest, listed, remove_listed, write_text
 
 
 class _Console(Console):
@@ -180,7 +180,7 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
 
 def read_origin(path: Path) -> dict[str, Any]:
     """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
-    from edgeprune.training.run import EDGES, REPORT, file_digest
+    from edgeprune.training.run import EDGES, REPORT
 
     notes = [path.with_name(path.name + ORIGIN)]
     if path.name == EDGES:
@@ -200,8 +200,6 @@ def write_origin(path: Path, graph: Any, run_dir: Path | None) -> Path:
 
     The note holds for the file as it now is. Returns the note's path.
     """
-    from edgeprune.training.run import file_digest
-
     run = None if run_dir is None else os.path.relpath(run_dir, path.parent)
     origin = {"sha256": file_digest(path), "run": run, "graph": graph.to_dict()}
     note = path.with_name(path.name + ORIGIN)
@@ -292,27 +290,15 @@ def replacing_earlier(
     Raises:
         ConfigError: it reads a file that would be removed.
     """
-    from edgeprune.training.run import file_digest
-
     note = folder / f".{command}.json"
-    try:
-        earlier = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = {}
-    before = {(folder / name).resolve() for name in earlier}
+    before = {(folder / name).resolve() for name in listed(note)}
     for path in reads:
         if path.resolve() in before:
             raise ConfigError(
                 f"{path} is of an earlier `edgeprune {command}`, which would be replaced in "
                 f"{folder}; choose another output="
             )
-    for name, digest in earlier.items():
-        path = folder / name
-        if path.is_file() and file_digest(path) == digest:
-            path.unlink()
-            for parent in path.parents[: len(Path(name).parents) - 1]:  # below the folder
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+    remove_listed(note)
     written: list[Path] = []
     try:
         yield written

@@ -11,8 +11,8 @@ edges.json       the circuit; circuit.json says how it was chosen
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import os
 import platform
 import shutil
 import signal
@@ -28,7 +28,8 @@ import transformers
 import yaml
 
 from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
-from edgeprune.files import write_text
+from edgeprune.drawing import SUFFIXES
+from edgeprune.files import file_digest, remove_listed, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
@@ -51,7 +52,14 @@ EDGES = "edges.json"
 REPORT = "circuit.json"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
+GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
+DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
+MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, PLOT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
+REPORT_LIST = "report/.report.json"
+"""What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
+NEW = ".new-run"
+"""Where a new run's first files lie until it begins; what is there already stays until then."""
 
 FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
                   "model.name", "trainer.log_every", "trainer.checkpoint_every",
@@ -81,6 +89,12 @@ def has_run(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).exists()
 
 
+def _has_results(run_dir: Path) -> bool:
+    """Whether a run there has learned anything: a checkpoint, or what was made of one."""
+    names = (f"{CHECKPOINTS}/step-*", *MADE_OF_A_RUN)
+    return has_run(run_dir) and any(path for name in names for path in run_dir.glob(name))
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory, so that no second run writes there.
@@ -103,12 +117,17 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def claim(run_dir: Path, config: PruneConfig) -> None:
-    """Make the run directory ready for this config, before anything slow is done.
+    """Find whether this config may run there, before anything slow is done.
+
+    Nothing is deleted yet, see `begin`; a new run's settings are written into NEW. A run that was
+    stopped before its first checkpoint has nothing to lose, and a new one begins.
 
     Raises:
         ConfigError: it holds another run, one that is not to be resumed, or files of no run.
     """
-    if has_run(run_dir) and not config.overwrite:
+    if (run_dir / NEW).exists():  # of one that was killed
+        shutil.rmtree(run_dir / NEW)
+    if _has_results(run_dir) and not config.overwrite:
         if config.resume is Resume.never:
             raise ConfigError(
                 f"{run_dir} already holds a run; go on with resume=auto, start anew with "
@@ -116,9 +135,41 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
             )
         _check_same(run_dir, _settings(config))
         return
-    _clear(run_dir, config.task.path)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+    _left_by_earlier(run_dir, config.task.path)
+    write_text(run_dir / NEW / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+
+
+def first_files(run_dir: Path) -> Path:
+    """Where the settings and generated prompts of a claimed run lie."""
+    return run_dir / NEW if (run_dir / NEW).exists() else run_dir
+
+
+def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Path) -> None:
+    """Put a new run in the place of an earlier one, or check that one goes on as it was.
+
+    To be called when everything is loaded, since what the earlier run left is deleted here.
+
+    Raises:
+        ConfigError: on resuming, the data file or the model's weights have changed.
+    """
+    manifest = _manifest(model, data_path)
+    new = run_dir / NEW
+    if not new.exists():
+        _check_unchanged(run_dir, manifest)
+        return
+    if config.task.path is None:
+        manifest["data"]["path"] = str(run_dir / DATA)
+    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    left = _left_by_earlier(run_dir, config.task.path)
+    if has_run(run_dir):
+        remove_listed(run_dir / REPORT_LIST)
+    for path in left:  # run.json, which makes it a run, last
+        if path.name != CONFIG:  # which is replaced
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (CONFIG, DATA, MANIFEST):
+        if (new / name).exists():
+            os.replace(new / name, run_dir / name)
+    new.rmdir()
 
 
 def _settings(config: PruneConfig) -> dict[str, Any]:
@@ -131,13 +182,13 @@ def _settings(config: PruneConfig) -> dict[str, Any]:
     return settings
 
 
-def _clear(run_dir: Path, task_path: str | None) -> None:
-    """Delete what an earlier run left, or one that failed before it began, and nothing else.
+def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
+    """What a run left there, or one that was stopped as it began, and nothing else.
 
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
     """
-    names = (CONFIG, EVALUATIONS, EDGES, REPORT, METRICS, PLOT, CHECKPOINTS, DATA, MANIFEST)
+    names = (CONFIG, *MADE_OF_A_RUN, METRICS, CHECKPOINTS, DATA, MANIFEST)
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
@@ -152,9 +203,7 @@ def _clear(run_dir: Path, task_path: str | None) -> None:
             f"task.path={task_path} would be deleted with the earlier run in {run_dir}; copy it to "
             "another place, or choose another run_dir="
         )
-    for path in found:  # run.json, by which a run is known, last
-        if path.name != CONFIG:  # which is written over
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
 
 
 def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
@@ -221,13 +270,9 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
-    """Write run.json, or on resuming check that data and model are still the same.
-
-    Raises:
-        ConfigError: the data file or the model's weights have changed.
-    """
-    manifest = {
+def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
         "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": file_digest(data_path)},
         "model": {
@@ -246,18 +291,17 @@ def write_manifest(run_dir: Path, model: CircuitModel, data_path: Path) -> None:
             "processor": platform.machine(),
         },
     }
-    path = run_dir / MANIFEST
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("data", "model"):
-            if old[key]["sha256"] != manifest[key]["sha256"]:
-                raise ConfigError(
-                    f"cannot resume {run_dir}: the {key} has changed since the run began "
-                    f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
-                    "with overwrite=true"
-                )
-    else:
-        write_text(path, json.dumps(manifest, indent=1) + "\n")
+
+
+def _check_unchanged(run_dir: Path, manifest: dict[str, Any]) -> None:
+    old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+    for key in ("data", "model"):
+        if old[key]["sha256"] != manifest[key]["sha256"]:
+            raise ConfigError(
+                f"cannot resume {run_dir}: the {key} has changed since the run began "
+                f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
+                "with overwrite=true"
+            )
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -292,11 +336,6 @@ def read_digests(run_dir: Path) -> dict[str, str]:
             f"{run_dir / MANIFEST} does not say which data and model the run had ({error!r}); "
             "restore it as `edgeprune prune` wrote it"
         ) from None
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_masks(run_dir: Path, step: int | None = None) -> tuple[CircuitMasks, int]:
