@@ -52,6 +52,18 @@ def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
     return (reference - outputs).square().sum() / scale
 
 
+def faithfulness(
+    batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
+) -> Tensor:
+    """KL(reference || circuit), mean over an example's predicted tokens and over examples, nats.
+
+    Where outputs are values in place of logits: the share of their variance that is unexplained.
+    """
+    if output is not Output.logits:
+        return unexplained_variance(reference, outputs)
+    return (kl_per_token(reference, outputs) * batch.shares).sum() / len(batch.pairs)
+
+
 def error_per_token(reference: Tensor, outputs: Tensor) -> Tensor:
     """Largest absolute difference over the columns, [predicted]."""
     return (reference.float() - outputs.float()).abs().amax(-1)

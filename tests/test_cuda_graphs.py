@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from edgeprune import gradient
 from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, AblationKind, ConfigError, TrainerConfig
 from edgeprune.dataset import collate
+from edgeprune.gradient import CudaGraphs, Inputs, differentiate
 from edgeprune.modeling import wrap_model
-from edgeprune.training import gradient
-from edgeprune.training.gradient import CudaGraphs, Inputs, differentiate
 from edgeprune.training.trainer import Trainer
 
 

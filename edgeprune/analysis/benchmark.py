@@ -34,12 +34,12 @@ from torch import Tensor
 
 from edgeprune.analysis import naive
 from edgeprune.dataset import Batch, Pair, collate
+from edgeprune.gradient import CudaGraphs, Inputs, differentiate
 from edgeprune.masks import CircuitMasks
 from edgeprune.metrics import kl_per_token
 from edgeprune.modeling import CircuitModel
 from edgeprune.modeling.model import stretches
 from edgeprune.modeling.shapes import random_model
-from edgeprune.training.gradient import CudaGraphs, Inputs, differentiate
 
 
 @dataclass(frozen=True)

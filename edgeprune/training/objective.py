@@ -1,4 +1,4 @@
-"""The loss: faithfulness plus a sparsity constraint, and their schedules."""
+"""The sparsity constraint, and the schedules of its target and of learning rates."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.config import TrainerConfig, Warmup
-from edgeprune.dataset import Batch
-from edgeprune.metrics import Output, kl_per_token, unexplained_variance
 
 MOST_OPEN = 2.0
 """Times as many open gates as the circuit has edges, at the end of a run that went well."""
-
-
-def faithfulness(
-    batch: Batch, reference: Tensor, logits: Tensor, output: Output = Output.logits
-) -> Tensor:
-    """KL(reference || circuit), mean over an example's predicted tokens and over examples, nats.
-
-    Where outputs are values in place of logits: the share of their variance that is unexplained.
-    """
-    if output is not Output.logits:
-        return unexplained_variance(reference, logits)
-    return (kl_per_token(reference, logits) * batch.shares).sum() / len(batch.pairs)
 
 
 class SparsityConstraint(nn.Module):

@@ -14,6 +14,7 @@ from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
 from edgeprune.config import ConfigError, Constraint, TrainerConfig
 from edgeprune.dataset import Batch, Pair, collate, training_pairs
+from edgeprune.gradient import CudaGraphs, Gradient, Inputs, differentiate
 from edgeprune.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import Output
 from edgeprune.modeling import Activations, CircuitModel
@@ -21,7 +22,6 @@ from edgeprune.modeling.passes import KeptPasses
 from edgeprune.modeling.sharding import is_sharded
 from edgeprune.training.checkpoint import Checkpoint, CheckpointError
 from edgeprune.training.distributed import Processes
-from edgeprune.training.gradient import CudaGraphs, Gradient, Inputs, differentiate
 from edgeprune.training.objective import (
     SparsityConstraint,
     learning_rate_factor,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from edgeprune.config import ConfigError
 from edgeprune.dataset import Batch
+from edgeprune.metrics import faithfulness
 from edgeprune.modeling import Activations, CircuitModel
-from edgeprune.training.objective import faithfulness
 
 MOST_GRAPHS = 16
 """Shapes of batches of which CUDA graphs are kept; what comes after is run as it is."""
