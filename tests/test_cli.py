@@ -225,6 +225,18 @@ def test_a_circuit_cut_from_an_exported_graph_is_the_one_cut_from_the_run(
         assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
+def test_results_are_written_though_nobody_reads(copied):
+    """As in `edgeprune evaluate RUN | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "edgeprune", "evaluate", copied]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((copied / "evaluation-test.json").read_text())["num_examples"]
+
+
 def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
     target = finished / "run.json/evaluation.json"  # below a file
     done = run_cli("evaluate", finished, f"output={target}")
