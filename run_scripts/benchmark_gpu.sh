@@ -16,6 +16,10 @@ measure gpt2 shape=gpt2 dtype=bfloat16 batch_size=32 length=64 repetitions=20 \
     engines=[ours,ours_kept,stock] compare_float32=true
 measure gpt2-graph shape=gpt2 dtype=bfloat16 batch_size=32 length=64 repetitions=20 \
     engines=[ours_kept,ours_graph,stock]
+measure gpt2-graph-sliced shape=gpt2 dtype=bfloat16 batch_size=32 micro_batch_size=8 length=64 \
+    repetitions=20 engines=[ours_kept,ours_graph,stock]
+measure gpt2-float32 shape=gpt2 dtype=float32 batch_size=32 length=64 repetitions=10 \
+    engines=[ours_kept,ours_graph,stock]
 measure gpt2-naive shape=gpt2 dtype=bfloat16 batch_size=8 length=32 repetitions=3
 measure codellama-13b shape=codellama-13b dtype=bfloat16 batch_size=32 micro_batch_size=8 \
     length=72 repetitions=3 recompute=true engines=[ours,stock]

@@ -25,7 +25,8 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in EMBEDDED_MODEL.iterdir()) <= 8 * 2**20
 
 
-LEARNED = [task for task in TASKS if not task.startswith("boolean_expressions")]
+NOT_LEARNED = ("induction_list", "boolean_expressions_instruction", "boolean_expressions_few_shot")
+LEARNED = [task for task in TASKS if task not in NOT_LEARNED]
 
 
 @pytest.mark.parametrize("task", LEARNED)

@@ -248,7 +248,8 @@ def _step(
         if engine == "ours":
             return model.run_pair(parts[index])
         if len(kept) == index:
-            kept.append(model.run_pair(parts[index]))
+            reference, corrupted = model.run_pair(parts[index])
+            kept.append((reference, corrupted.stacked()))  # as the trainer keeps them
         return kept[index]
 
     def gradient(index: int, gates: Tensor) -> Tensor:
