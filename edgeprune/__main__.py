@@ -96,8 +96,9 @@ def _check_names(command: str, arguments: list[str]) -> None:
     """Exit where a setting is unknown: with a + before its name Hydra would take any."""
     known = setting_names(command)
     for argument in arguments:
-        key = argument.split("=")[0].lstrip("+~")
-        if "=" in argument and key not in known and not key.startswith(("hydra", "-")):
+        key = argument.split("=")[0].lstrip("+~").split("@")[0]
+        is_hydras = key == "hydra" or key.startswith(("hydra.", "hydra/", "-"))
+        if "=" in argument and key not in known and not is_hydras:
             _fail(
                 f"unknown setting {key!r}{did_you_mean(key, known)} "
                 f"(all settings: edgeprune {command} --help)",

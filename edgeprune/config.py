@@ -132,8 +132,8 @@ class TrainerConfig:
     recompute: bool = False
     """Run blocks again in the backward pass: slower, for less memory."""
     cuda_graph: bool = False
-    """On a GPU, record the steps of each shape of batch once and replay them, which saves what
-    Python takes to start their many operations: for small models."""
+    """On a GPU, record the circuit's pass, forward and backward, once for each shape of batch and
+    replay it, which saves what Python takes to start its many operations: for small models."""
     learning_rate: float = 0.1
     """Of log alpha."""
     adam_epsilon: float = 1e-8
@@ -291,8 +291,8 @@ class EvaluateConfig:
     """Measure so many random circuits of equal size too."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, model, task or ablation) is named before the split; where there is no
-    run, all are."""
+    (another circuit's file, model, task or ablation) is named before the split, weights and
+    prompts with the beginning of their SHA-256; where there is no run, all are."""
 
 
 @dataclass
@@ -359,6 +359,11 @@ LESS_MEMORY = (
     "launcher.offload=true)"
 )
 """What to do where memory is short."""
+
+FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
+                  "model.name", "trainer.log_every", "trainer.checkpoint_every",
+                  "trainer.cuda_graph")  # fmt: skip
+"""Settings that do not change what is computed, so a run may be resumed with others."""
 
 ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
 """What `edgeprune benchmark` can measure."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -44,6 +45,18 @@ def copied(finished, tmp_path):
 
 def masks(run_dir) -> list[float]:
     return load_file(run_dir / LAST / "masks.safetensors")["edge_log_alpha"].tolist()
+
+
+def without_digests(name: str) -> str:
+    """A file's name, with DIGEST for the beginnings of SHA-256 in it."""
+    return re.sub(r"(?<=-)[0-9a-f]{8}(?=-)", "DIGEST", name)
+
+
+def read_evaluation(folder, name: str) -> dict:
+    """The one evaluation there of this name; in it DIGEST stands for any."""
+    found = [p for p in folder.glob("evaluation-*") if f"-{name}.json" in without_digests(p.name)]
+    (path,) = found
+    return json.loads(path.read_text())
 
 
 # ------------------------------------------------------------------------------- what is left
@@ -109,7 +122,7 @@ def test_what_is_not_the_runs_own_is_measured_apart_from_it(copied):
     done = run_cli("evaluate", copied, "task=greater_than", "task.train=2", "task.validation=2",
                    "task.test=5", "task.seed=3", "ablation=zero")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    other = json.loads((copied / "evaluation-greater_than-seed-3-zero-test.json").read_text())
+    other = read_evaluation(copied, "greater_than-seed-3-DIGEST-zero-test")
     assert (other["data"], other["num_examples"]) == ("data.jsonl [test]", 5)
     assert other["edges_sha256"] == json.loads(own)["edges_sha256"]
     small = copied / "small.json"
@@ -137,13 +150,13 @@ def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, cap
     assert own["model_sha256"] == manifest["model"]["sha256"]
     assert own["data_sha256"] == manifest["data"]["sha256"]
     (name,), _ = evaluated("model=embedded", "model.dtype=bfloat16")
-    assert name == "evaluation-embedded-dtype-bfloat16-validation.json"
+    assert without_digests(name) == "evaluation-embedded-dtype-bfloat16-DIGEST-validation.json"
     other = shutil.copytree(EMBEDDED_MODEL, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     weights = {key: value * 1.1 for key, value in weights.items()}
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     (name,), _ = evaluated("model=custom", f"model.path={other}")
-    assert name == "evaluation-other-validation.json"
+    assert without_digests(name) == "evaluation-other-DIGEST-validation.json"
     assert content(name)["model_sha256"] != own["model_sha256"]
     assert content(name)["circuit"] != own["circuit"]
     assert content("evaluation-validation.json") == own
@@ -151,7 +164,7 @@ def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, cap
     manifest["model"]["sha256"] = "0" * 64  # as if the weights had changed in their place
     (copied / "run.json").write_text(json.dumps(manifest))
     (name,), err = evaluated()
-    assert name == "evaluation-embedded-validation.json"
+    assert without_digests(name) == "evaluation-embedded-DIGEST-validation.json"
     assert "has not the weights of the run in" in err
 
 
@@ -203,12 +216,18 @@ def test_without_a_run_an_evaluations_file_names_everything(
     edges = shutil.copy(finished / "edges.json", tmp_path / "copy.json")
     sizes = ("task.train=2", "task.validation=2", "task.test=2")
     for settings, name in (
-        (("task=ioi", *sizes), "ioi-interchange"),
-        (("task=ioi", "ablation=zero", *sizes), "ioi-zero"),
-        (("task=ioi_t1", *sizes), "ioi_t1-interchange"),
-    ):
+        (("task=ioi", *sizes), "DIGEST-ioi-DIGEST-interchange"),
+        (("task=ioi", *sizes, "task.test=3"), "DIGEST-ioi-DIGEST-interchange"),
+        (("task=ioi", *sizes, "task.seed=1"), "DIGEST-ioi-seed-1-DIGEST-interchange"),
+        (("task=ioi", "ablation=zero", *sizes), "DIGEST-ioi-DIGEST-zero"),
+        (("task=ioi_t1", *sizes), "DIGEST-ioi_t1-DIGEST-interchange"),
+        (("task=ioi", *sizes, "model.dtype=bfloat16"),
+         "dtype-bfloat16-DIGEST-ioi-DIGEST-interchange"),
+    ):  # fmt: skip
+        before = set(tmp_path.glob("evaluation-*"))
         assert call(capsys, monkeypatch, "evaluate", edges, "model=embedded", *settings)[0] == 0
-        assert (tmp_path / f"evaluation-copy-json-embedded-{name}-test.json").exists()
+        (new,) = set(tmp_path.glob("evaluation-*")) - before
+        assert without_digests(new.name) == f"evaluation-copy-json-embedded-{name}-test.json"
 
 
 def test_a_circuit_cut_from_an_exported_graph_is_the_one_cut_from_the_run(
@@ -250,8 +269,8 @@ def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
     done = run_cli("evaluate", edges, "model=embedded", "task=ioi_t1", "task.test=5",
                    "task.train=3", "task.validation=3", "ablation=mean")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    written = tmp_path / "evaluation-embedded-ioi_t1-mean-test.json"
-    assert json.loads(written.read_text())["num_examples"] == 5
+    written = read_evaluation(tmp_path, "embedded-DIGEST-ioi_t1-DIGEST-mean-test")
+    assert written["num_examples"] == 5
     assert run_cli("draw", edges, "formats=[dot]").returncode == 0
     assert_refused(run_cli("evaluate", edges), 2, "is of no run, or of several", "model=embedded")
 

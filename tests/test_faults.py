@@ -41,8 +41,9 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.training.checkpoint import list_checkpoints
+from edgeprune.training.distributed import Processes
 from edgeprune.training.run import Interrupted, begin, claim, first_files, train
-from edgeprune.training.trainer import Trainer, TrainingError
+from edgeprune.training.trainer import Trainer
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -143,7 +144,7 @@ def set_up(folder: Path, **settings) -> None:
     claim(folder, config)
     data = Path(__file__)
     if config.task.path is None:
-        data = put(first_files(folder), "data.jsonl") / "data.jsonl"
+        data = put(first_files(folder, Processes()), "data.jsonl") / "data.jsonl"
     begin(folder, config, wrap_model(random_gpt2()), data)
 
 
@@ -364,13 +365,17 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(
     run_dir = tmp_path / "run"
     prune = ("prune", *SMALL, "trainer.steps=2", f"run_dir={run_dir}", f"resume={resume}")
 
-    def failing(self):
-        raise TrainingError("the loss is nan at step 1")
+    step = Trainer.train_step
+
+    def failing(self):  # in a step after which no checkpoint is saved
+        if self.step == 1:
+            raise ConfigError("cannot be done")
+        return step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing)
-        assert call(capsys, monkeypatch, *prune)[0] == 1
-    assert (run_dir / "run.json").exists()
+        assert call(capsys, monkeypatch, *prune, "trainer.log_every=1")[0] == 2
+    assert (run_dir / "training.png").exists()
     for command, wanted in (("evaluate", "no edges.json yet"), ("export", "no usable checkpoint")):
         code, _, err = call(capsys, monkeypatch, command, run_dir)
         assert (code in (1, 2), wanted in err) == (True, True), err
@@ -585,3 +590,16 @@ def test_too_little_memory_is_said_with_what_to_do(tmp_path, capsys, monkeypatch
     kept = [path.name for path in (run_dir / "checkpoints").glob("*")]
     assert len(kept) == isinstance(error, torch.OutOfMemoryError)
     assert call(capsys, monkeypatch, *arguments, "resume=auto")[0] == 0
+
+
+def test_a_full_disk_is_said_though_metrics_end_in_half_a_line(tmp_path):
+    run_dir = tmp_path / "run"
+    limit = 1500  # some lines of metrics, and no checkpoint
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "prune", *SMALL, "trainer.log_every=1",
+         "trainer.steps=20", f"run_dir={run_dir}"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert_refused(done, 1, "File too large")
+    assert "defect" not in done.stderr

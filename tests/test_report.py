@@ -93,7 +93,18 @@ def test_runs_that_differ_otherwise_are_other_series_and_groups():
     runs = [
         a_run("a", first(4), 0.1, **base),
         a_run("b", first(4), 0.2, **{**base, "trainer.steps": 20, "run_dir": "y"}),
-        a_run("c", first(4), 0.3, **{**base, "seed": 1, "tracker.kind": "wandb"}),
+        a_run(
+            "c",
+            first(4),
+            0.3,
+            **{
+                **base,
+                "seed": 1,
+                "tracker.kind": "wandb",
+                "trainer.cuda_graph": True,
+                "trainer.recompute": True,
+            },
+        ),
         a_run("d", first(4), 0.4, **{**base, "ablation.kind": "zero"}),
         a_run("e", first(4), 0.5, **{**base, "model.name": "other"}),
         a_run("f", Circuit(CircuitGraph(3, 2, 2, ()), frozenset()), 0.6, **base),

@@ -16,13 +16,13 @@ from typing import Any
 
 from edgeprune.analysis.compare import Overlap, consensus, times_kept
 from edgeprune.circuit import Circuit
-from edgeprune.config import model_title, task_title
+from edgeprune.config import FREE_TO_CHANGE, model_title, task_title
 from edgeprune.graph import Edge
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
 """Settings that say how sparse a circuit shall be."""
-IGNORED = (*SIZE, "seed", "run_dir", "resume", "overwrite", "tracker", "launcher", "model.device",
-           "trainer.log_every", "trainer.checkpoint_every")  # fmt: skip
+IGNORED = (*SIZE, "seed", "trainer.micro_batch_size", "trainer.recompute",
+           *(name for name in FREE_TO_CHANGE if name != "model.name"))  # fmt: skip
 """Settings which do not make another series."""
 SPLITS = ("test", "validation", "train")
 """Whose evaluation is preferred."""

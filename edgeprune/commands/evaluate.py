@@ -107,7 +107,8 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     if not writes:
         return
     words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
-    words += _other_model(of_run.get("model"), model_config, model, own_digests.get("model"))
+    model_digest = model.fingerprint()
+    words += _other_model(of_run.get("model"), model_config, model_digest, own_digests.get("model"))
     words += _other_task(of_run.get("task"), task, data_digest, own_digests.get("data"))
     ablation_name = _ablation_name(ablation_config)
     if not of_run or ablation_name != _ablation_name(of_run["ablation"]):
@@ -118,7 +119,7 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         "circuit_file": str(edges_path),
         "edges_sha256": circuit.digest(),
         "model": model.name,
-        "model_sha256": model.fingerprint(),
+        "model_sha256": model_digest,
         "data": str(data_path) if is_own_file or task.path is not None else pairs.name,
         "data_sha256": data_digest,
         "split": split,
@@ -130,28 +131,25 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
 
 
 def _other_model(
-    own: ModelConfig | None, config: ModelConfig, model: Any, own_digest: str | None
+    own: ModelConfig | None, config: ModelConfig, digest: str, own_digest: str | None
 ) -> list[str]:
     """Words for the file's name where the model is not the run's, wherever its weights lie."""
     passed_over = ("name", "path", "device", "trust_remote_code")
-    changed = {} if own is None else _changed(own, config, passed_over)
-    if not changed and model.fingerprint() == own_digest:
+    changed = _changed(own or ModelConfig(), config, passed_over)
+    if own is not None and not changed and digest == own_digest:
         return []
-    return [model_title(config.name, config.path), *(f"{k}-{v}" for k, v in changed.items())]
+    return [model_title(config.name, config.path), *changed, digest[:8]]
 
 
 def _other_task(
     own: TaskConfig | None, task: TaskConfig, digest: str, own_digest: str | None
 ) -> list[str]:
-    """Words for the file's name where prompts are not the run's, however many they are."""
+    """Words for the file's name where prompts are not the run's, wherever they lie."""
     passed_over = ("name", "path", *(split.name for split in Split))
-    changed = {} if own is None else _changed(own, task, passed_over)
-    if not changed and digest == own_digest:
+    changed = _changed(own or TaskConfig(), task, passed_over)
+    if own is not None and not changed and digest == own_digest:
         return []
-    words = [task_title(task.name, task.path), *(f"{k}-{v}" for k, v in changed.items())]
-    if task.path is not None:  # several files may have this name
-        words.append(digest[:8])
-    return words
+    return [task_title(task.name, task.path), *changed, digest[:8]]
 
 
 def _ablation_name(ablation: AblationConfig) -> str:
@@ -159,10 +157,10 @@ def _ablation_name(ablation: AblationConfig) -> str:
     return "mean-over-positions" if is_over_positions else ablation.kind.name
 
 
-def _changed(own: Any, other: Any, passed_over: Sequence[str]) -> dict[str, Any]:
+def _changed(own: Any, other: Any, passed_over: Sequence[str]) -> list[str]:
     """The settings of another part of the configuration that differ from the run's own."""
     names = [f.name for f in fields(own) if f.name not in passed_over]
-    return {n: getattr(other, n) for n in names if getattr(other, n) != getattr(own, n)}
+    return [f"{n}-{getattr(other, n)}" for n in names if getattr(other, n) != getattr(own, n)]
 
 
 def _write(output: Path, content: dict[str, Any]) -> None:

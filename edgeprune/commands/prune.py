@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +98,7 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
         trust_remote_code=config.model.trust_remote_code,
     )
     shape = make_shape()  # not every attention can be planned with
-    folder = first_files(run_dir)
+    folder = first_files(run_dir, processes)
     processes.first_does(lambda: data_file(config.task, shape.tokenizer, folder))
     data_path = data_file(config.task, shape.tokenizer, folder)
     pairs = load_pairs(data_path, config.task, shape, "train")
@@ -183,8 +182,7 @@ def _train(
             run.train(trainer, run_dir, after_step, say)
     finally:  # also of a run that was stopped
         if processes.is_first:
-            with suppress(OSError):  # a full disk shows when what counts is written
-                _plot(run_dir, config)
+            _plot(run_dir, config)
     asked = asked_sparsity(config, model.graph.num_edges)
     message = unfinished(last.sparsity, asked) if last and asked is not None else None
     if message:
@@ -192,14 +190,18 @@ def _train(
 
 
 def _plot(run_dir: Path, config: PruneConfig) -> None:
+    """Draw how the run went. What fails there must not hide how it ended, nor cost the circuit."""
     from edgeprune.drawing.training import draw_training
-    from edgeprune.training.run import METRICS, PLOT
+    from edgeprune.training.run import METRICS, PLOT, read_metrics
 
-    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
-    if lines:
-        title = f"{run_title(run_dir)}, seed {config.seed}"
-        draw_training([json.loads(line) for line in lines], run_dir / PLOT, title=title)
-        show(f"-> {run_dir / PLOT}")
+    path = run_dir / PLOT
+    try:
+        metrics = read_metrics(run_dir / METRICS)
+        if metrics:
+            draw_training(metrics, path, title=f"{run_title(run_dir)}, seed {config.seed}")
+            show(f"-> {path}")
+    except Exception as error:
+        say(f"{path} is not drawn: {error}")
 
 
 def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Any) -> None:

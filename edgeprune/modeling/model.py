@@ -27,6 +27,9 @@ from edgeprune.outbox import Outboxes, Workspace, mix, split_by_site
 MOST_AHEAD = 8
 """Layers of a look-ahead, at most: more save little, and take memory where blocks run again."""
 
+SUMMED = 2**22
+"""Numbers of a weight that are added up at a time."""
+
 
 class Block(Protocol):
     """One transformer block, run on a separate input for each reader.
@@ -522,11 +525,16 @@ class MeanActivations:
 def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the first axis and over the others of a weight's bits, read as whole numbers.
 
-    They are exact, so the same on any device, and no single edit leaves them as they were.
+    They are exact, so the same on any device, and no single edit leaves them as they were. Some
+    rows at a time, since adding up takes a copy in 64 bits.
     """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = weight.view(whole[weight.element_size()]).reshape(len(weight), -1)
-    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
+    num_rows = weight.shape[0] if weight.dim() else 1
+    columns = weight.numel() // max(1, num_rows)
+    bits = weight.view(whole[weight.element_size()]).reshape(num_rows, columns)
+    parts = bits.split(max(1, SUMMED // max(1, columns)))
+    over_rows = sum(part.sum(0, dtype=torch.int64) for part in parts)
+    return over_rows, torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
 
 
 def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:

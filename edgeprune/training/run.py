@@ -27,7 +27,7 @@ import torch
 import transformers
 import yaml
 
-from edgeprune.config import ConfigError, PruneConfig, Resume, to_dict
+from edgeprune.config import FREE_TO_CHANGE, ConfigError, PruneConfig, Resume, to_dict
 from edgeprune.drawing import SUFFIXES
 from edgeprune.files import file_digest, remove_listed, write_text
 from edgeprune.graph import CircuitGraph
@@ -40,7 +40,7 @@ from edgeprune.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
-from edgeprune.training.distributed import ProcessError
+from edgeprune.training.distributed import ProcessError, Processes
 from edgeprune.training.trainer import StepMetrics, Trainer, TrainingError
 
 CONFIG = "config.yaml"
@@ -60,11 +60,6 @@ REPORT_LIST = "report/.report.json"
 LOCK = ".lock"
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
-
-FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
-                  "model.name", "trainer.log_every", "trainer.checkpoint_every",
-                  "trainer.cuda_graph")  # fmt: skip
-"""Settings that do not change what is computed, so a run may be resumed with others."""
 
 
 class Interrupted(Exception):
@@ -91,7 +86,7 @@ def has_run(run_dir: Path) -> bool:
 
 def _has_results(run_dir: Path) -> bool:
     """Whether a run there has learned anything: a checkpoint, or what was made of one."""
-    names = (f"{CHECKPOINTS}/step-*", *MADE_OF_A_RUN)
+    names = (f"{CHECKPOINTS}/step-*", *(name for name in MADE_OF_A_RUN if name != PLOT))
     return has_run(run_dir) and any(path for name in names for path in run_dir.glob(name))
 
 
@@ -139,9 +134,12 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
     write_text(run_dir / NEW / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
 
 
-def first_files(run_dir: Path) -> Path:
-    """Where the settings and generated prompts of a claimed run lie."""
-    return run_dir / NEW if (run_dir / NEW).exists() else run_dir
+def first_files(run_dir: Path, processes: Processes) -> Path:
+    """Where the settings and generated prompts of a claimed run lie, as the first process sees it.
+
+    Others may, on a disk that several machines share, see it later.
+    """
+    return run_dir / NEW if processes.from_first((run_dir / NEW).exists()) else run_dir
 
 
 def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Path) -> None:
@@ -437,16 +435,23 @@ def _save(trainer: Trainer, run_dir: Path, saved: int) -> int:
 
 def _truncate_metrics(path: Path, step: int) -> None:
     """Keep the lines up to a step; later ones will be written again."""
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, up to one that a crash or a full disk cut short."""
+    read = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break  # the line a crash cut short
-    write_text(path, "".join(kept))
+            metrics = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(metrics, dict) or "step" not in metrics:
+            break
+        read.append(metrics)
+    return read
 
 
 @contextmanager
