@@ -431,7 +431,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def task_title(name: str, path: str | None) -> str:
     """A task's name for people: one's own data (task=custom) goes by its file's name."""
-    return Path(path).stem if name == "custom" and path else name
+    return Path(path).stem if name == OWN_TASK and path else name
 
 
 def model_title(name: str, path: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,9 +31,7 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     EvaluateConfig,
-    ModelConfig,
     Split,
-    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
     model_title,
@@ -41,6 +39,9 @@ from edgeprune.config import (
     to_dict,
 )
 from edgeprune.files import file_digest, write_text
+
+NOT_NAMED = ("name", "path", "device", "trust_remote_code", *(split.name for split in Split))
+"""Settings of a model or task that do not tell evaluations apart; the others and digests do."""
 
 
 def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> None:
@@ -108,8 +109,9 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         return
     words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
     model_digest = model.fingerprint()
-    words += _other_model(of_run.get("model"), model_config, model_digest, own_digests.get("model"))
-    words += _other_task(of_run.get("task"), task, data_digest, own_digests.get("data"))
+    is_own_model = model_digest == own_digests.get("model")
+    words += _if_foreign(of_run.get("model"), model_config, is_own_model, model_title, model_digest)
+    words += _if_foreign(of_run.get("task"), task, is_own_file, task_title, data_digest)
     ablation_name = _ablation_name(ablation_config)
     if not of_run or ablation_name != _ablation_name(of_run["ablation"]):
         words.append(ablation_name)
@@ -130,37 +132,29 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     show(f"-> {output}")
 
 
-def _other_model(
-    own: ModelConfig | None, config: ModelConfig, digest: str, own_digest: str | None
+def _if_foreign(
+    own: Any, config: Any, has_own_digest: bool, title: Callable[..., str], digest: str
 ) -> list[str]:
-    """Words for the file's name where the model is not the run's, wherever its weights lie."""
-    passed_over = ("name", "path", "device", "trust_remote_code")
-    changed = _changed(own or ModelConfig(), config, passed_over)
-    if own is not None and not changed and digest == own_digest:
-        return []
-    return [model_title(config.name, config.path), *changed, digest[:8]]
+    """Words for the file's name where a model or prompts are not the run's, wherever they lie.
 
-
-def _other_task(
-    own: TaskConfig | None, task: TaskConfig, digest: str, own_digest: str | None
-) -> list[str]:
-    """Words for the file's name where prompts are not the run's, wherever they lie."""
-    passed_over = ("name", "path", *(split.name for split in Split))
-    changed = _changed(own or TaskConfig(), task, passed_over)
-    if own is not None and not changed and digest == own_digest:
+    Args:
+        own, config: ModelConfig or TaskConfig, the run's (None: there is none) and this one.
+        has_own_digest: whether weights or prompts are the run's.
+        title, digest: what they are called.
+    """
+    usual = own or type(config)()
+    names = [f.name for f in fields(config) if f.name not in NOT_NAMED]
+    changed = [
+        f"{n}-{getattr(config, n)}" for n in names if getattr(config, n) != getattr(usual, n)
+    ]
+    if own is not None and not changed and has_own_digest:
         return []
-    return [task_title(task.name, task.path), *changed, digest[:8]]
+    return [title(config.name, config.path), *changed, digest[:8]]
 
 
 def _ablation_name(ablation: AblationConfig) -> str:
     is_over_positions = ablation.kind is AblationKind.mean and not ablation.per_position
     return "mean-over-positions" if is_over_positions else ablation.kind.name
-
-
-def _changed(own: Any, other: Any, passed_over: Sequence[str]) -> list[str]:
-    """The settings of another part of the configuration that differ from the run's own."""
-    names = [f.name for f in fields(own) if f.name not in passed_over]
-    return [f"{n}-{getattr(other, n)}" for n in names if getattr(other, n) != getattr(own, n)]
 
 
 def _write(output: Path, content: dict[str, Any]) -> None:

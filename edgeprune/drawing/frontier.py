@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.drawing.plots import COLORS, GREY, grid, log_axis, save_plot
+from edgeprune.drawing.plots import COLORS, DASHES, GREY, ROUNDING, grid, log_axis, save_plot
 
 MARKERS = "osD^vPX"
 TICK_DISTANCE = 0.1
 """Of ticks on the x axis at least, as a share of it: labels nearer than this would overlap."""
-ROUNDING = 1e-6
-"""A KL divergence below this is rounding, which may be negative, and is drawn as 0."""
 LEGEND_ROW = 0.22
 """Inches that a line of the legend is high."""
 
@@ -102,7 +100,7 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
         if len(curve.num_edges) == 1:  # a band of no width
             ax.vlines(curve.num_edges, curve.low, curve.high, color=color, alpha=0.35, linewidth=5)
     for text, level in panel.levels:
-        ax.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        ax.axhline(level, color=GREY, linewidth=0.9, linestyle=DASHES, zorder=1)
         ax.annotate(
             text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
             textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,

@@ -10,6 +10,9 @@ from edgeprune.files import write_atomically
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4A4E57")
 GREY = "#6B6F78"
+DASHES = (0, (4, 3))
+ROUNDING = 1e-6
+"""A KL divergence below this is rounding, which may be negative."""
 FEW_DECADES = 100
 """A logarithmic y axis of less than this range has labels between the powers of ten."""
 

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.drawing.plots import COLORS, grid, log_axis, save_plot
-
-DASHES = (0, (4, 3))
-"""Of a target's line."""
-LEAST_KL = 1e-6
-"""Nats; what is below is rounding, and is drawn as this much."""
+from edgeprune.drawing.plots import COLORS, DASHES, ROUNDING, grid, log_axis, save_plot
 
 
 def draw_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -39,7 +34,7 @@ def _figure(metrics: Sequence[dict[str, Any]], title: str) -> Any:
         if any(value is None for value in values):
             return []
         if ax is left:
-            values = [max(value, LEAST_KL) for value in values]
+            values = [max(value, ROUNDING) for value in values]
         ax.plot(steps, values, label=label, linewidth=1.4, marker=marker, **style)
         return values
 

@@ -525,8 +525,9 @@ class MeanActivations:
 def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the first axis and over the others of a weight's bits, read as whole numbers.
 
-    They are exact, so the same on any device, and no single edit leaves them as they were. Some
-    rows at a time, since adding up takes a copy in 64 bits.
+    They are exact, so the same on any device, and no single edit leaves them as they were (of
+    weights in 4 or 8 bits the scales are not looked at). Some rows at a time, since adding up takes
+    a copy in 64 bits.
     """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     num_rows = weight.shape[0] if weight.dim() else 1

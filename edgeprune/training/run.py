@@ -54,7 +54,7 @@ CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
 GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
-MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, PLOT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
+MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
@@ -86,7 +86,7 @@ def has_run(run_dir: Path) -> bool:
 
 def _has_results(run_dir: Path) -> bool:
     """Whether a run there has learned anything: a checkpoint, or what was made of one."""
-    names = (f"{CHECKPOINTS}/step-*", *(name for name in MADE_OF_A_RUN if name != PLOT))
+    names = (f"{CHECKPOINTS}/step-*", *MADE_OF_A_RUN)
     return has_run(run_dir) and any(path for name in names for path in run_dir.glob(name))
 
 
@@ -186,7 +186,7 @@ def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
     Raises:
         ConfigError: files that no run left are in the way, or the task's prompts are among them.
     """
-    names = (CONFIG, *MADE_OF_A_RUN, METRICS, CHECKPOINTS, DATA, MANIFEST)
+    names = (CONFIG, *MADE_OF_A_RUN, METRICS, PLOT, CHECKPOINTS, DATA, MANIFEST)
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
