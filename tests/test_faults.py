@@ -457,6 +457,32 @@ def test_another_model_on_resuming_is_refused(tmp_path):
     assert_refused(run_cli(*arguments, "resume=auto"), 2, "the model has changed", str(model))
 
 
+def test_a_run_goes_on_where_it_and_its_model_and_data_were_moved(tmp_path, capsys, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(EMBEDDED_MODEL, old / "model")
+    pair = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
+    write_jsonl(old / "sums.jsonl", *[pair] * 4)
+
+    def prune(place: Path, *more: str) -> tuple[int, str, str]:
+        return call(
+            capsys, monkeypatch, "prune", "num_edges=60", "trainer.batch_size=4",
+            "trainer.steps=4", "model=custom", f"model.path={place / 'model'}",
+            "task=custom", f"task.path={place / 'sums.jsonl'}",
+            f"run_dir={place / 'run'}", *more,
+        )  # fmt: skip
+
+    assert prune(old)[0] == 0
+    old.rename(new)
+    code, _, err = prune(new, "resume=auto")
+    assert code == 0, err
+    assert "resuming from step 4 of 4" in err
+    assert call(capsys, monkeypatch, "evaluate", str(new / "run"))[0] == 0  # the places are noted
+    write_jsonl(new / "sums.jsonl", *[pair] * 5)
+    code, _, err = prune(new, "resume=auto")
+    assert code == 2
+    assert "the data has changed" in err
+
+
 def limited(size: int):
     """Files may not grow beyond a size: what a full disk does, without one."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -58,6 +58,8 @@ MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
+KNOWN_BY_DIGEST = ("model.path", "task.path")
+"""Settings of whose file run.json has the digest, wherever it lies."""
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
 
@@ -131,7 +133,7 @@ def claim(run_dir: Path, config: PruneConfig) -> None:
         _check_same(run_dir, _settings(config))
         return
     _left_by_earlier(run_dir, config.task.path)
-    write_text(run_dir / NEW / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+    write_text(run_dir / NEW / CONFIG, _as_yaml(config))
 
 
 def first_files(run_dir: Path, processes: Processes) -> Path:
@@ -145,7 +147,8 @@ def first_files(run_dir: Path, processes: Processes) -> Path:
 def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Path) -> None:
     """Put a new run in the place of an earlier one, or check that one goes on as it was.
 
-    To be called when everything is loaded, since what the earlier run left is deleted here.
+    To be called when everything is loaded, since what the earlier run left is deleted here. One
+    that goes on notes where data and model lie now.
 
     Raises:
         ConfigError: on resuming, the data file or the model's weights have changed.
@@ -154,6 +157,7 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
     new = run_dir / NEW
     if not new.exists():
         _check_unchanged(run_dir, manifest)
+        write_text(run_dir / CONFIG, _as_yaml(config))
         return
     if config.task.path is None:
         manifest["data"]["path"] = str(run_dir / DATA)
@@ -168,6 +172,10 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
         if (new / name).exists():
             os.replace(new / name, run_dir / name)
     new.rmdir()
+
+
+def _as_yaml(config: PruneConfig) -> str:
+    return yaml.safe_dump(_settings(config), sort_keys=False)
 
 
 def _settings(config: PruneConfig) -> dict[str, Any]:
@@ -244,11 +252,13 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def _check_same(run_dir: Path, config: dict[str, Any]) -> None:
     old, new = flatten(read_config(run_dir)), flatten(config)
+    free = list(FREE_TO_CHANGE)
+    free += [key for key in KNOWN_BY_DIGEST if old.get(key) and new.get(key)]  # they may have moved
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if changed:
         raise ConfigError(
