@@ -201,6 +201,20 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def test_where_outputs_are_values_a_report_shows_their_error(tmp_path, capsys, monkeypatch):
+    circuit = first(3)
+    fake_run(tmp_path / "tracr", circuit, ablation=ABLATION, num_edges=3)
+    shown = evaluation(circuit, None)
+    shown["circuit"]["error"], shown["corrupted"]["error"] = 0.25, 2.0
+    (tmp_path / "tracr/evaluation-test.json").write_text(json.dumps(shown))
+    code, out, err = call(capsys, monkeypatch, "report", str(tmp_path))
+    assert code == 0, err
+    assert "error" in out and "0.25" in out and "KL" not in out
+    (row,) = rows(tmp_path / "report/frontier.csv")
+    assert (row["error_mean"], row["kl_mean"]) == ("0.25", "")
+    assert "error from the full model" in next(tmp_path.glob("report/*.svg")).read_text()
+
+
 HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
 
 

@@ -26,8 +26,11 @@ IGNORED = (*SIZE, "seed", "trainer.micro_batch_size", "trainer.recompute",
 """Settings which do not make another series."""
 SPLITS = ("test", "validation", "train")
 """Whose evaluation is preferred."""
-METRICS = ("kl", "exact_match", "accuracy")
-"""What a frontier shows."""
+DISTANCES = ("kl", "error")
+"""From the full model: of logits, and of values."""
+SHARES = ("exact_match", "accuracy")
+METRICS = (*DISTANCES, *SHARES)
+"""What a frontier says."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,13 @@ class Group:
         among = any(evaluation.get("training_prompts") for evaluation in shown)
         return f"{self.split} prompts" + (", training prompts among them" if among else "")
 
+    @property
+    def distance(self) -> str:
+        """Which of `DISTANCES` its outputs have."""
+        return "kl" if self.reference("circuit", "error") is None else "error"
+
     def reference(self, of: str, metric: str) -> float | None:
-        """A metric of the `full` or the `corrupted` model, averaged over the runs."""
+        """A metric of the `circuit`, `full` or `corrupted` model, averaged over the runs."""
         found = Spread.of(score(run, self.split, of, metric) for run in self.runs)
         return None if found is None else found.mean
 

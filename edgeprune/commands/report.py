@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from edgeprune.commands.report_page import COLUMNS, frontier_rows, report_page
+from edgeprune.commands.report_page import columns, frontier_rows, report_page
 from edgeprune.commands.shared import (
     OUT,
     read_origin,
@@ -25,8 +25,8 @@ from edgeprune.commands.shared import (
 from edgeprune.config import ConfigError, ReportConfig, edges_left
 from edgeprune.files import write_text
 
-LABELS = {"kl": "KL from the full model (nats)", "exact_match": "exact match with the full model",
-          "accuracy": "accuracy"}  # fmt: skip
+LABELS = {"kl": "KL from the full model (nats)", "error": "error from the full model",
+          "exact_match": "exact match with the full model", "accuracy": "accuracy"}  # fmt: skip
 OF = {"edges_sha256": "circuit", "ablation": "ablation", "model_sha256": "model",
       "data_sha256": "data file"}  # fmt: skip
 """What an evaluation must share with its run."""
@@ -275,11 +275,11 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 
 def _draw(group: Any, stem: Path) -> list[Path]:
     """The frontier as .png, .pdf and .svg, in this order; nothing without evaluations."""
-    from edgeprune.analysis.report import METRICS
+    from edgeprune.analysis.report import DISTANCES, SHARES
     from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 
     panels = []
-    for metric in METRICS:
+    for metric in (group.distance, *SHARES):
         curves = []
         for series in group.series:
             points = [(point.num_edges.mean, spread) for point in series.points
@@ -287,11 +287,12 @@ def _draw(group: Any, stem: Path) -> list[Path]:
             xs, spreads = [x for x, _ in points], [spread for _, spread in points]
             curves.append(Curve(series.name, xs, [s.mean for s in spreads],
                                 [s.low for s in spreads], [s.high for s in spreads]))  # fmt: skip
-        of = {"every edge closed": "corrupted"} if metric == "kl" else {
-            "full model": "full", "every edge closed": "corrupted"}  # fmt: skip
+        of = {"every edge closed": "corrupted"}
+        if metric not in DISTANCES:
+            of = {"full model": "full", **of}
         levels = [(text, level) for text, one in of.items()
                   if (level := group.reference(one, metric)) is not None]  # fmt: skip
-        panels.append(Panel(LABELS[metric], curves, levels, log=metric == "kl"))
+        panels.append(Panel(LABELS[metric], curves, levels, log=metric in DISTANCES))
     if group.split is None:
         say(f"{group.title}: no run has been evaluated, so there is no plot")
         return []
@@ -310,8 +311,8 @@ def _print(group: Any) -> None:
         name = f"; {series.name}" if series.name else ""
         title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
         table = Table(title=Text(title), title_justify="left")
-        for index, column in enumerate(COLUMNS[:-1]):
+        for index, column in enumerate(columns(group)[:-1]):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-        for row in frontier_rows(series, group.num_edges, ranges=False):
+        for row in frontier_rows(group, series, ranges=False):
             table.add_row(*map(Text, row[:-1]))
         OUT.print(table)

@@ -11,8 +11,7 @@ from typing import Any
 from edgeprune.commands.shared import say
 from edgeprune.drawing import page as html
 
-COLUMNS = ("asked for", "runs", "edges", "KL", "exact match", "accuracy", "edge IoU", "sparsity")
-"""The console shows all but the last."""
+DISTANCES = {"kl": "KL", "error": "error"}
 MOST_SEEDS = 24
 """Up to so many runs their overlaps are shown one by one; stability.csv has all."""
 
@@ -34,18 +33,22 @@ def report_page(
 def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) -> Iterator:
     yield html.note(
         "Lines are means over seeds; bands, and brackets in tables, reach from the lowest seed to "
-        "the highest. KL is from the full model, in nats per predicted token. Exact match is the "
-        "share of prompts on which the circuit predicts what the full model predicts. Edge IoU is "
-        "the intersection over the union of two seeds' edges, averaged over every two seeds."
+        "the highest. KL is from the full model, in nats per predicted token. Where outputs are "
+        "values, error is the largest absolute difference from the full model's in an example, "
+        "averaged over examples. Exact match is the share of prompts on which the circuit predicts "
+        "what the full model predicts. Edge IoU is the intersection over the union of two seeds' "
+        "edges, averaged over every two seeds."
     )
     for group, picture in zip(groups, pictures, strict=True):
         yield html.heading(f"{group.title}, {group.num_edges:,} edges; {group.prompts}")
         if picture is not None:
-            yield html.picture(picture, "KL, exact match and accuracy against edges kept")
+            yield html.picture(
+                picture, f"{DISTANCES[group.distance]}, exact match and accuracy against edges kept"
+            )
         for series in group.series:
             if series.name:
                 yield html.heading(series.name, 3)
-            yield html.table(COLUMNS, frontier_rows(series, group.num_edges, ranges=True))
+            yield html.table(columns(group), frontier_rows(group, series, ranges=True))
             for point in series.points:
                 if point.stability is not None:
                     summary = f"Stability over {len(point.runs)} seeds at {point.asked}"
@@ -94,17 +97,23 @@ def _drawing(circuit: Any, title: str) -> str | None:
         return html.picture(path, title)
 
 
-def frontier_rows(series: Any, all_edges: int, ranges: bool) -> list[Sequence[str]]:
-    """A series' points as texts, under `COLUMNS`: means over seeds, with or without ranges."""
+def columns(group: Any) -> tuple[str, ...]:
+    """Of a group's tables; the console shows all but the last."""
+    return ("asked for", "runs", "edges", DISTANCES[group.distance], "exact match", "accuracy",
+            "edge IoU", "sparsity")  # fmt: skip
+
+
+def frontier_rows(group: Any, series: Any, ranges: bool) -> list[Sequence[str]]:
+    """A series' points as texts, under `columns`: means over seeds, with or without ranges."""
     rows = []
     for point in series.points:
         spreads = [point.spread("exact_match"), point.spread("accuracy")]
         spreads.append(point.stability and point.stability.edge_iou)
         rows.append((
             point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
-            spread_text(point.spread("kl"), ".3g", ranges),
+            spread_text(point.spread(group.distance), ".3g", ranges),
             *(spread_text(spread, ".3f", ranges) for spread in spreads),
-            f"{1 - point.num_edges.mean / all_edges:.4f}",
+            f"{1 - point.num_edges.mean / group.num_edges:.4f}",
         ))  # fmt: skip
     return rows
 
