@@ -291,7 +291,7 @@ class EvaluateConfig:
     """Measure so many random circuits of equal size too."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, model, task or ablation) is named before the split, weights and
+    (another circuit's file, model, task or ablation) is named before the split, models and
     prompts with the beginning of their SHA-256; where there is no run, all are."""
 
 
@@ -364,6 +364,9 @@ FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "mode
                   "model.name", "trainer.log_every", "trainer.checkpoint_every",
                   "trainer.cuda_graph")  # fmt: skip
 """Settings that do not change what is computed, so a run may be resumed with others."""
+
+KNOWN_BY_DIGEST = {"model.path": "model", "task.path": "data"}
+"""Settings of what a run knows by a digest, wherever it lies, and what run.json calls it."""
 
 ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
 """What `edgeprune benchmark` can measure."""

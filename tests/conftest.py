@@ -85,8 +85,8 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def fake_run(folder: Path, circuit: Circuit, **settings) -> Path:
-    """What a finished run leaves, as far as comparing goes."""
+def fake_run(folder: Path, circuit: Circuit, data: str = "of the data", **settings) -> Path:
+    """What a finished run leaves, as far as comparing goes; `data` is its data's digest."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         json.dumps({"model": {"name": "tiny"}, "task": {"name": "ioi"}, **settings})
@@ -95,7 +95,7 @@ def fake_run(folder: Path, circuit: Circuit, **settings) -> Path:
         json.dumps({
             "graph": circuit.graph.to_dict(),
             "model": {"d_model": 8, "sha256": "of the model"},
-            "data": {"sha256": "of the data"},
+            "data": {"sha256": data},
         })
     )  # fmt: skip
     circuit.save(folder / "edges.json")

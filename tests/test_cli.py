@@ -165,7 +165,7 @@ def test_another_model_is_measured_apart_from_the_runs_own(copied, tmp_path, cap
     (copied / "run.json").write_text(json.dumps(manifest))
     (name,), err = evaluated()
     assert without_digests(name) == "evaluation-embedded-DIGEST-validation.json"
-    assert "has not the weights of the run in" in err
+    assert "is not the model of the run in" in err
 
 
 def test_evaluations_of_like_names_have_files_of_their_own(copied, tmp_path, capsys, monkeypatch):
@@ -611,6 +611,9 @@ def test_a_run_directory_of_another_run(copied):
     with (copied / "data.jsonl").open("a") as file:
         file.write("\n")
     assert_refused(run_cli(*again, "resume=auto"), 2, "the data has changed")
+    manifest = copied / "run.json"
+    manifest.write_text(manifest.read_text()[:-100])
+    assert_refused(run_cli(*again, "resume=auto"), 2, "cannot read", "run.json")
 
 
 # ---------------------------------------------------------------------------------- bad input

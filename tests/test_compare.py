@@ -340,10 +340,10 @@ def test_a_graph_of_which_the_grouping_is_a_guess_is_said(tmp_path, capsys, monk
 
 def test_circuits_of_different_tasks_are_measured_on_none_unasked(tmp_path, capsys, monkeypatch):
     runs = [
-        fake_run(tmp_path / name, circuit(ONE, TWO), task={"name": name})
+        fake_run(tmp_path / name, circuit(ONE, TWO), f"of {name}", task={"name": name})
         for name in ("ioi", "induction")
     ]
-    again = fake_run(tmp_path / "again", circuit(ONE), task={"name": "ioi"}, seed=1)
+    again = fake_run(tmp_path / "again", circuit(ONE), "of ioi", task={"name": "ioi"}, seed=1)
     output = tmp_path / "out"
 
     def compare_(*paths) -> str:

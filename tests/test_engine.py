@@ -1,6 +1,8 @@
 """The fast engine against the naive one and against Hugging Face."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
@@ -15,9 +17,17 @@ from edgeprune.dataset import collate
 from edgeprune.graph import CircuitGraph
 from edgeprune.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import ModelError, load, pick_device, verify_parity, wrap_model
+from edgeprune.modeling import (
+    ModelError,
+    load,
+    load_model,
+    pick_device,
+    verify_parity,
+    wrap_model,
+)
 from edgeprune.modeling import model as engine
 from edgeprune.modeling.heads import project_to_heads
+from edgeprune.paths import EMBEDDED_MODEL
 
 
 def random_gates(graph, seed=0, node=True) -> Gates:
@@ -369,3 +379,21 @@ def test_a_fingerprint_is_of_the_dtype_too():
     half = wrap_model(random_gpt2())
     half.to(torch.bfloat16)
     assert model.fingerprint() != half.fingerprint()
+
+
+def test_a_fingerprint_is_of_configuration_and_tokenizer_too(tmp_path):
+    """But not of where the model lies and how it was saved."""
+    copy = shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
+    wanted = load_model("embedded").fingerprint()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    assert load_model(copy).fingerprint() == wanted
+    (copy / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    assert load_model(copy).fingerprint() != wanted
+    (copy / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    words = list(tokenizer["model"]["vocab"])
+    ids = tokenizer["model"]["vocab"]
+    ids[words[-1]], ids[words[-2]] = ids[words[-2]], ids[words[-1]]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_model(copy).fingerprint() != wanted

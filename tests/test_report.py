@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import xml.dom.minidom
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -43,7 +44,8 @@ def evaluation(circuit: Circuit, kl: float, accuracy: float = 1.0) -> dict:
 def a_run(name: str, circuit: Circuit, kl: float | None = None, split="test", **settings) -> Run:
     flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange", **settings}
     evaluations = {} if kl is None else {split: evaluation(circuit, kl)}
-    return Run(name, flat, circuit, evaluations)
+    digests = {"model": f"of {flat.get('model.path')}", "data": f"of {flat.get('task.path')}"}
+    return Run(name, flat, circuit, evaluations, digests)
 
 
 # ---------------------------------------------------------------------------------------- by hand
@@ -134,6 +136,11 @@ def test_ones_own_data_and_models_go_by_their_files():
     assert [group.task for group in group_runs([runs[0], elsewhere])] == [
         "/d/sums.jsonl", "/e/sums.jsonl",
     ]  # fmt: skip
+    moved = replace(elsewhere, digests=runs[0].digests, settings={**elsewhere.settings, "seed": 1})
+    (group,) = group_runs([runs[0], moved])
+    assert group.title.startswith("sums in one")
+    (point,) = group.series[0].points
+    assert len(point.runs) == 2
 
 
 def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():

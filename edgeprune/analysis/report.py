@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 from edgeprune.analysis.compare import Overlap, consensus, times_kept
 from edgeprune.circuit import Circuit
-from edgeprune.config import FREE_TO_CHANGE, model_title, task_title
+from edgeprune.config import FREE_TO_CHANGE, KNOWN_BY_DIGEST, model_title, task_title
 from edgeprune.graph import Edge
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
@@ -42,12 +42,14 @@ class Run:
         settings: its config.yaml, flattened: 'trainer.steps' -> 600.
         circuit: its edges.json.
         evaluations: by split, as evaluation-<split>.json has them.
+        digests: of its `data` and `model`, by which they are known wherever they lie.
     """
 
     name: str
     settings: Mapping[str, Any]
     circuit: Circuit
     evaluations: Mapping[str, Mapping[str, Any]]
+    digests: Mapping[str, str]
 
     @property
     def size(self) -> tuple:
@@ -124,8 +126,13 @@ class Point:
     def num_edges(self) -> Spread:
         return Spread.of(len(run.circuit) for run in self.runs)
 
+    @property
+    def num_evaluated(self) -> int:
+        """Runs with an evaluation on the split."""
+        return sum(self.split in run.evaluations for run in self.runs)
+
     def spread(self, metric: str) -> Spread | None:
-        """Of a metric of the circuits; None where no run has been evaluated."""
+        """Of a metric of the evaluated runs' circuits; None where there are none."""
         return Spread.of(score(run, self.split, "circuit", metric) for run in self.runs)
 
     @cached_property
@@ -197,6 +204,7 @@ def score(run: Run, split: str | None, of: str, metric: str) -> float | None:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Sort runs into groups, series and points."""
+    runs = _in_one_place(runs)
     groups = defaultdict(list)
     tasks, models = _titles(runs, "task", task_title), _titles(runs, "model", model_title)
     for run, task, model in zip(runs, tasks, models, strict=True):
@@ -206,6 +214,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         Group(*key[:3], key[3].num_edges, split := _split(members), _series(members, split))
         for key, members in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
+
+
+def _in_one_place(runs: Sequence[Run]) -> list[Run]:
+    """The runs, as if the same model or data had always lain where the first of them has it."""
+    places, moved = {}, []
+    for run in runs:
+        settings = dict(run.settings)
+        for key, part in KNOWN_BY_DIGEST.items():
+            if settings.get(key):
+                settings[key] = places.setdefault((key, run.digests[part]), settings[key])
+        moved.append(replace(run, settings=settings))
+    return moved
 
 
 def _titles(runs: Sequence[Run], part: str, title: Callable[[str, str | None], str]) -> list[str]:

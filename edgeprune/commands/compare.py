@@ -17,7 +17,6 @@ from edgeprune.commands.shared import (
     find_circuit,
     known_graph,
     replacing_earlier,
-    run_settings,
     run_title,
     say,
     show,
@@ -89,13 +88,11 @@ def compare(config: CompareConfig) -> None:
 
 
 def _run_of_all(run_dirs: list[Path]) -> Path | None:
-    """The first run, if all are of one task and model, so that its prompts measure them all."""
-    settings = [run_settings(run_dir) for run_dir in run_dirs]
-    same = all(
-        (one["task"], one["model"]) == (settings[0]["task"], settings[0]["model"])
-        for one in settings
-    )
-    return run_dirs[0] if run_dirs and same else None
+    """The first run, if all are of the same prompts and model, so that they measure them all."""
+    from edgeprune.training.run import read_digests
+
+    digests = [read_digests(run_dir) for run_dir in run_dirs]
+    return run_dirs[0] if digests and all(one == digests[0] for one in digests) else None
 
 
 def labels_of(paths: list[Path]) -> list[str]:

@@ -72,7 +72,10 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
     if model is None:
         model = load_model(model_config)
         if config.model is None and model.fingerprint() != own_digests["model"]:
-            say(f"{model.name} has not the weights of the run in {run_dir}; it is another model")
+            say(
+                f"{model.name} is not the model of the run in {run_dir}, whose weights, "
+                "configuration or tokenizer were others"
+            )
     circuit = read_circuit(edges_path, model.graph)
     ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
     split = config.split.name

@@ -140,7 +140,8 @@ def _read_run(run_dir: Path, name: str) -> Any:
             say(f"{path} is passed over: it is of another {what} than the run's; evaluate it again")
             continue
         evaluations[split] = evaluation
-    return Run(run_dir.name if name == "." else name, flatten(settings), circuit, evaluations)
+    name = run_dir.name if name == "." else name
+    return Run(name, flatten(settings), circuit, evaluations, digests)
 
 
 def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Any) -> None:
@@ -237,7 +238,8 @@ def _csv_tables(groups: list) -> dict[str, list[dict]]:
                 **{metric: score(run, group.split, "circuit", metric) for metric in metrics},
             })  # fmt: skip
         size = point.num_edges.mean
-        row = {**where, "runs": len(point.runs), "num_edges": size,
+        row = {**where, "runs": len(point.runs), "evaluated": point.num_evaluated,
+               "num_edges": size,
                "sparsity": 1 - size / group.num_edges, "split": group.split}  # fmt: skip
         spreads = {metric: point.spread(metric) for metric in METRICS}
         if point.stability:

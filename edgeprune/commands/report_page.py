@@ -110,12 +110,18 @@ def frontier_rows(group: Any, series: Any, ranges: bool) -> list[Sequence[str]]:
         spreads = [point.spread("exact_match"), point.spread("accuracy")]
         spreads.append(point.stability and point.stability.edge_iou)
         rows.append((
-            point.asked, str(len(point.runs)), spread_text(point.num_edges, ",.0f", ranges),
+            point.asked, _runs_text(point), spread_text(point.num_edges, ",.0f", ranges),
             spread_text(point.spread(group.distance), ".3g", ranges),
             *(spread_text(spread, ".3f", ranges) for spread in spreads),
             f"{1 - point.num_edges.mean / group.num_edges:.4f}",
         ))  # fmt: skip
     return rows
+
+
+def _runs_text(point: Any) -> str:
+    """'3', or '3 (1 evaluated)'."""
+    runs, evaluated = len(point.runs), point.num_evaluated
+    return f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)"
 
 
 def spread_text(spread: Any, format: str, ranges: bool) -> str:

@@ -37,6 +37,10 @@ FAMILIES = {
 }
 """model_type -> (architecture, graph builder). What is not here is refused by name."""
 
+OF_THE_FILE = ("architectures", "dtype", "quantization_config", "torch_dtype",
+               "transformers_version")  # fmt: skip
+"""What a configuration says of how its model was saved, or its weights say themselves."""
+
 LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, IndexError, struct.error)
 """What the libraries raise on files that are missing, damaged or of another kind."""
 
@@ -237,7 +241,17 @@ def wrap_model(
     model.requires_grad_(False).eval()
     _prepare_gpus()
     graph = build_graph(model.config, embedding_writers=embedding_writers)
-    return CircuitModel(architecture(model), graph, tokenizer, name)
+    return CircuitModel(architecture(model), graph, tokenizer, name, _own_settings(model.config))
+
+
+def _own_settings(config: Any) -> dict[str, Any]:
+    """Where a configuration is not its family's usual one, wherever and by what it was saved."""
+    usual = type(config)().to_dict()
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if value != usual.get(key) and key not in OF_THE_FILE and not key.startswith("_")
+    }
 
 
 def _prepare_gpus() -> None:
@@ -262,7 +276,8 @@ def _load_tracr(
 def _build_tracr(folder: Path, embedding_writers: bool) -> CircuitModel:
     architecture, config = _tracr(tracr.build, folder)
     graph = tracr.build_graph(config, embedding_writers=embedding_writers)
-    return CircuitModel(architecture, graph, tracr.TracrTokenizer(folder, config), str(folder))
+    tokenizer = tracr.TracrTokenizer(folder, config)
+    return CircuitModel(architecture, graph, tokenizer, str(folder), config)
 
 
 def _tracr(read: Callable[[Path], Any], folder: Path) -> Any:

@@ -7,6 +7,7 @@ architecture has to tell for that is in `gpt2.py` (and its siblings); what is co
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -139,15 +140,22 @@ class CircuitModel:
         graph: its nodes and edges.
         tokenizer: its tokenizer, or None.
         name: for people.
+        settings: what beside its weights decides what it computes, as plain values.
     """
 
     def __init__(
-        self, architecture: Architecture, graph: CircuitGraph, tokenizer: Any, name: str
+        self,
+        architecture: Architecture,
+        graph: CircuitGraph,
+        tokenizer: Any,
+        name: str,
+        settings: dict[str, Any],
     ) -> None:
         self.architecture = architecture
         self.graph = graph
         self.tokenizer = tokenizer
         self.name = name
+        self.settings = settings
         self.workspace = Workspace()
         # A LayerNorm takes the mean away from whatever it reads, so outboxes are kept without.
         norms = [architecture.final_norm]
@@ -211,10 +219,12 @@ class CircuitModel:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 over what tells whether any weight has changed: see `_bit_sums`."""
+        """SHA-256 that tells any change of weights (see `_bit_sums`), settings or tokenizer."""
         if self._fingerprint is not None:
             return self._fingerprint
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode())
+        if hasattr(self.tokenizer, "backend_tokenizer"):
+            digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         arch = self.architecture
         weights = dict(arch.body.named_parameters())
         weights |= {f"unembed.{name}": weight for name, weight in arch.unembed.named_parameters()}

@@ -27,7 +27,14 @@ import torch
 import transformers
 import yaml
 
-from edgeprune.config import FREE_TO_CHANGE, ConfigError, PruneConfig, Resume, to_dict
+from edgeprune.config import (
+    FREE_TO_CHANGE,
+    KNOWN_BY_DIGEST,
+    ConfigError,
+    PruneConfig,
+    Resume,
+    to_dict,
+)
 from edgeprune.drawing import SUFFIXES
 from edgeprune.files import file_digest, remove_listed, write_text
 from edgeprune.graph import CircuitGraph
@@ -58,8 +65,6 @@ MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
-KNOWN_BY_DIGEST = ("model.path", "task.path")
-"""Settings of whose file run.json has the digest, wherever it lies."""
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
 
@@ -151,7 +156,7 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
     that goes on notes where data and model lie now.
 
     Raises:
-        ConfigError: on resuming, the data file or the model's weights have changed.
+        ConfigError: on resuming, the data file or the model has changed.
     """
     manifest = _manifest(model, data_path)
     new = run_dir / NEW
@@ -302,13 +307,13 @@ def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
 
 
 def _check_unchanged(run_dir: Path, manifest: dict[str, Any]) -> None:
-    old = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
-    for key in ("data", "model"):
-        if old[key]["sha256"] != manifest[key]["sha256"]:
+    for key, digest in read_digests(run_dir).items():
+        if digest != manifest[key]["sha256"]:
+            was = read_manifest(run_dir)[key]
             raise ConfigError(
                 f"cannot resume {run_dir}: the {key} has changed since the run began "
-                f"({old[key].get('path') or old[key].get('name')}); restore it, or start anew "
-                "with overwrite=true"
+                f"({was.get('path') or was.get('name')}); restore it, or start anew with "
+                "overwrite=true"
             )
 
 
@@ -335,7 +340,7 @@ def read_graph(run_dir: Path) -> CircuitGraph:
 
 
 def read_digests(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of a run's `data` and of its `model`'s weights; errors as `read_manifest`."""
+    """SHA-256 of a run's `data` and of its `model`; errors as `read_manifest`."""
     manifest = read_manifest(run_dir)
     try:
         return {key: manifest[key]["sha256"] for key in ("data", "model")}
