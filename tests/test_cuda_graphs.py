@@ -17,6 +17,7 @@ from test_llama import FAMILIES, random_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers import masking_utils
 
 from edgeprune import gradient
 from edgeprune.ablation import Ablation
@@ -163,6 +164,23 @@ def test_what_cannot_be_recorded_is_refused_in_words(stand_in, monkeypatch):
     graphs.differentiate(inputs, share=1.0)
     with pytest.raises(ConfigError, match="not permitted when stream.*trainer.cuda_graph=false"):
         graphs.differentiate(inputs, share=1.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_sdpa_is_given_no_mask_whatever_the_library_thinks(family, monkeypatch):
+    """Some of its versions make one while a graph is recorded, and with it take another kernel."""
+    hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
+    model = wrap_model(hf_model)
+    embeddings = model.run_pair(collate(random_pairs(2, 3)))[1].embeddings[0]
+    monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *args, **more: False)
+
+    def masks() -> list:
+        inputs = model.architecture.attention_inputs(embeddings)
+        return [inputs] if family == "gpt2" else list(inputs.masks.values())
+
+    assert all(mask is None for mask in masks())
+    model.architecture.body.config._attn_implementation = "eager"  # which needs one
+    assert all(mask is not None for mask in masks())
 
 
 def test_a_run_with_graphs_is_the_run_without(stand_in, monkeypatch):

@@ -54,6 +54,7 @@ def test_code_llama_13b():
     assert away.weights == pytest.approx(layer + rest, abs=rotation)
     packed = plan_memory(model, pairs, 1, bits=4)
     assert packed.weights == pytest.approx(40 * layer / 4 + rest, rel=0.01)
+    assert packed.blocks == plan.blocks + 40 * 4 * 5120 * 5120 * 2  # unpacked q, k, v and o
 
 
 def test_the_plan_of_a_small_model_is_that_of_the_real_one():

@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.modeling.heads import project_from_heads, project_to_heads
+from edgeprune.modeling.heads import attention_mask, project_from_heads, project_to_heads
 
 
 def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
@@ -97,6 +97,4 @@ class GPT2:
         return torch.stack([tokens, positions.expand_as(tokens)])
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
-        return create_causal_mask(
-            self.body.config, embeddings, attention_mask=None, past_key_values=None
-        )
+        return attention_mask(create_causal_mask, self.body.config, embeddings)

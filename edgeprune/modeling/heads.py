@@ -1,13 +1,33 @@
-"""Projections of single heads: what all architectures share."""
+"""Attention by single heads: what all architectures share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def attention_mask(
+    make: Callable[..., Any], config: Any, embeddings: Tensor, window: int | None = None
+) -> Any:
+    """A causal mask, as the library makes it, or None where its attention needs none.
+
+    The library leaves masks out too, but in some versions not while a CUDA graph is recorded, which
+    would then hold another kernel than the one it stands for.
+
+    Args:
+        make: the library's function.
+        config: the model's.
+        embeddings: [batch, pos, d_model], without padding on the left.
+        window: tokens that a token sees, itself included; None: all before it.
+    """
+    sees_all = window is None or embeddings.shape[1] < window
+    if sees_all and config._attn_implementation == "sdpa":
+        return None
+    return make(config, embeddings, attention_mask=None, past_key_values=None)
 
 
 def project_to_heads(

@@ -23,13 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.modeling.heads import project_from_heads, project_to_heads
-
-MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-"""Layer type -> what makes its mask."""
+from edgeprune.modeling.heads import attention_mask, project_from_heads, project_to_heads
 
 
 def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
@@ -178,12 +172,12 @@ class Llama:
         body = self.body
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         layer_types = {block.layer_type for block in self.blocks}
-        masks = {
-            layer_type: MASKS[layer_type](
-                body.config, embeddings, attention_mask=None, past_key_values=None
-            )
-            for layer_type in layer_types
-        }
+        masks = {}
+        for layer_type in layer_types:
+            make, window = create_causal_mask, None
+            if layer_type == "sliding_attention":
+                make, window = create_sliding_window_causal_mask, body.config.sliding_window
+            masks[layer_type] = attention_mask(make, body.config, embeddings, window)
         if hasattr(body.rotary_emb, "layer_types"):  # each type of layer turns at its own speeds
             rotations = {t: body.rotary_emb(embeddings, positions, t) for t in layer_types}
         else:

@@ -95,6 +95,12 @@ def plan_memory(
         held = max(in_layers) + (0 if offload else sum(in_layers) // shares)
 
     known = {*weights, *_storages(corrupted)}
+    if bits is not None:  # heads unpack their matrices and keep them for the backward pass
+        known -= {
+            weight.untyped_storage()._cdata
+            for block in model.architecture.blocks
+            for weight in block.attention.parameters()
+        }
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
