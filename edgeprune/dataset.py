@@ -42,7 +42,8 @@ class DataError(ValueError):
 
 
 class MisfitError(DataError):
-    """Clean and corrupted have different numbers of tokens."""
+    """A pair that does not fit the tokenizer: clean and corrupted have different numbers of tokens,
+    or a prediction has none that go on from its prompt."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,9 @@ def _tokenize(
     The whole text is tokenised at once, as the model would see it, and cut where the prediction
     begins. Where that would cut a token in two ("17" + "45" read as "1745"), or where predictions
     disagree on the prompt's tokens, prompt and predictions are tokenised apart.
+
+    Raises:
+        MisfitError: tokenised apart, a prediction does not go on from the prompt.
     """
     whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
     cuts = [
@@ -329,7 +333,33 @@ def _tokenize(
     ids, offsets = alone["input_ids"][0], alone["offset_mapping"][0]
     while ids and offsets[len(ids) - 1] == (0, 0):  # a closing special token spans no text
         ids = ids[:-1]
-    return ids, tokenizer(predictions, add_special_tokens=False)["input_ids"]
+    texts = [_decode(tokenizer, one) for one in whole["input_ids"]]
+    apart = tokenizer(predictions, add_special_tokens=False)["input_ids"]
+    for number, prediction in enumerate(predictions):
+        if _decode(tokenizer, ids + apart[number]) != texts[number]:
+            apart[number] = _after_line_break(tokenizer, prediction)
+            if _decode(tokenizer, ids + apart[number]) != texts[number]:
+                raise MisfitError(
+                    f"this tokenizer has no tokens for {_shorten(prediction)} as it goes on from "
+                    "its prompt: by themselves they would read otherwise there, such as with a "
+                    f"space before them; have {OPEN} follow a space or a whole word"
+                )
+    return ids, apart
+
+
+def _after_line_break(tokenizer: Any, prediction: str) -> list[int]:
+    """A prediction's tokens without what is put before every text; none if that is not to be had.
+
+    SentencePiece's tokenizers (Llama 2's) have texts begin with a space, so that "ga" + "me" would
+    read "ga me". After a line break, which joins no letters, they put none.
+    """
+    line = tokenizer(f"\n{prediction}", add_special_tokens=False, return_offsets_mapping=True)
+    cut = _cut(line["input_ids"], line["offset_mapping"], 1)
+    return [] if cut is None else cut[1]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _cut(
@@ -462,8 +492,9 @@ def load_dataset(
 ) -> PairDataset:
     """Read one split of a JSONL file. Lines without a split are of every split.
 
-    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped, with
-    one warning that counts them; malformed lines are errors.
+    Lines whose clean and corrupted prompts differ in length for this tokenizer, or which do not fit
+    it otherwise (`MisfitError`), are skipped, with one warning that counts them; malformed lines
+    are errors.
 
     Args:
         path: the file.
