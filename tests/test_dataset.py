@@ -193,6 +193,42 @@ def test_answers_and_distractors_are_compared_where_they_part():
     assert pair.distractor_ids == ()
 
 
+def test_answers_that_leave_the_target_elsewhere_are_right_too():
+    tokenizer = byte_tokenizer([])
+    record = {
+        "clean": "q:<predict>abc</predict>",
+        "corrupted": "r:<predict>xyz</predict>",
+        "answers": ["abd", "kbc", "aec", "abcd"],
+        "distractor": ["axx", "ayc"],
+    }
+    pair = encode_pair(tokenizer, record)
+    assert pair.contrast == 1
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["b", "e"]
+    assert [(place, *words(tokenizer, [token])) for place, token in pair.also_right] == [
+        (0, "k"), (2, "d"),
+    ]  # fmt: skip
+    dataset = PairDataset([pair], "one")
+    assert dataset[0] == pair
+    assert hash(dataset[0]) == hash(pair)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Later years, digit by digit: 30 to 32 differ from 35 in the second, 00 to 29 in the first.
+        ({"distractor": ["29", "30"]}, "in its token 1, others only in token 2.*prompt end later"),
+        ({"distractor": ["29"], "answers": ["24"]}, "share token 1, in which they are compared"),
+        ({"distractor": ["35", "29"]}, "begin with the same tokens"),
+        ({"distractor": ["351"]}, "begin with the same tokens"),
+        ({"answers": ["3"]}, "one of the answers is the beginning of another, 1 of its 2 tokens"),
+    ],
+)
+def test_options_that_no_one_token_tells_apart_are_refused(change, message):
+    line = "17<predict>35</predict>"
+    with pytest.raises(DataError, match=message):
+        encode_pair(byte_tokenizer([]), {"clean": line, "corrupted": line, **change})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
