@@ -26,12 +26,26 @@ class Circuit:
         return f"Circuit({len(self):,} of {self.graph.num_edges:,} edges)"
 
     @staticmethod
-    def check(circuit: Any) -> None:
-        """Raises TypeError for anything but a circuit."""
+    def check(circuit: Any, graph: CircuitGraph | None = None) -> None:
+        """Refuse what cannot be used.
+
+        Args:
+            circuit: to be one.
+            graph: the model's, if the circuit is to be run in it.
+
+        Raises:
+            TypeError: it is anything but a circuit.
+            ValueError: it is of another graph.
+        """
         if not isinstance(circuit, Circuit):
             raise TypeError(
                 f"got a {type(circuit).__name__}, expected a Circuit, such as `pruned.circuit` or "
                 "`Circuit.load(path, model.graph)`"
+            )
+        if graph is not None and circuit.graph != graph:
+            raise ValueError(
+                f"the circuit is of another graph than the model's: {circuit.graph} and {graph}; "
+                "load the model that it was found in, with the same embedding_writers"
             )
 
     @classmethod
