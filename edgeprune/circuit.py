@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -205,12 +206,16 @@ class Circuit:
 
     @classmethod
     def load(cls, path: Path | str, graph: CircuitGraph) -> Circuit:
-        """Read a file of any format (see `formats`).
+        """Read a file of any format (see `formats`); warns of what was lost or decided in reading.
 
         Raises:
             CircuitError: no such file, a damaged one, or one of another graph.
         """
-        return cls.from_edges_checked(graph, read_circuit_file(path, graph).edges, str(path))
+        file = read_circuit_file(path, graph)
+        circuit = cls.from_edges_checked(graph, file.edges, str(path))
+        for note in file.notes:
+            warnings.warn(note, stacklevel=2)
+        return circuit
 
     @classmethod
     def from_edges_checked(cls, graph: CircuitGraph, edges: list[Edge], where: str) -> Circuit:
