@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,26 @@ class Circuit:
         return f"Circuit({len(self):,} of {self.graph.num_edges:,} edges)"
 
     @staticmethod
-    def check(circuit: Any) -> None:
-        """Raises TypeError for anything but a circuit."""
+    def check(circuit: Any, graph: CircuitGraph | None = None) -> None:
+        """Refuse what cannot be used.
+
+        Args:
+            circuit: to be one.
+            graph: the model's, if the circuit is to be run in it.
+
+        Raises:
+            TypeError: it is anything but a circuit.
+            ValueError: it is of another graph.
+        """
         if not isinstance(circuit, Circuit):
             raise TypeError(
                 f"got a {type(circuit).__name__}, expected a Circuit, such as `pruned.circuit` or "
                 "`Circuit.load(path, model.graph)`"
+            )
+        if graph is not None and circuit.graph != graph:
+            raise ValueError(
+                f"the circuit is of another graph than the model's: {circuit.graph} and {graph}; "
+                "load the model that it was found in, with the same embedding_writers"
             )
 
     @classmethod
@@ -191,12 +206,16 @@ class Circuit:
 
     @classmethod
     def load(cls, path: Path | str, graph: CircuitGraph) -> Circuit:
-        """Read a file of any format (see `formats`).
+        """Read a file of any format (see `formats`); warns of what was lost or decided in reading.
 
         Raises:
             CircuitError: no such file, a damaged one, or one of another graph.
         """
-        return cls.from_edges_checked(graph, read_circuit_file(path, graph).edges, str(path))
+        file = read_circuit_file(path, graph)
+        circuit = cls.from_edges_checked(graph, file.edges, str(path))
+        for note in file.notes:
+            warnings.warn(note, stacklevel=2)
+        return circuit
 
     @classmethod
     def from_edges_checked(cls, graph: CircuitGraph, edges: list[Edge], where: str) -> Circuit:

@@ -42,7 +42,8 @@ class DataError(ValueError):
 
 
 class MisfitError(DataError):
-    """Clean and corrupted have different numbers of tokens."""
+    """A pair that does not fit the tokenizer: clean and corrupted have different numbers of tokens,
+    or a prediction has none that go on from its prompt."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Pair:
         corrupted_ids: as many tokens from the corrupted prompt.
         target_ids: the tokens to predict; the last `len(target_ids)` positions predict them.
         answer_ids, distractor_ids: the right and the wrong tokens at position `contrast`; empty
-            without distractors.
+            without answers and distractors.
         contrast: which predicted token tells answer and distractor apart.
         text: the clean line, for people.
         target_values: the right numbers where the model's outputs are numbers, NaN for one that is
             not known; the token ids are 0 then, the only column.
+        also_right: of answers that leave the target at another token than `contrast`: where, and
+            the token, [(position, token)].
     """
 
     clean_ids: tuple[int, ...]
@@ -70,6 +73,7 @@ class Pair:
     contrast: int
     text: str
     target_values: tuple[float, ...] = ()
+    also_right: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
 
     Raises:
         DataError: a field is missing, misspelt or malformed, the clean and corrupted prompts differ
-            in length, or a distractor equals the answer.
+            in length, or no one token tells answers and distractors apart (see `_contrast`).
     """
     for name in record:
         meant = _misspelt(name)
@@ -161,7 +165,9 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
             f"{len(other_target)} tokens; choose predictions with equally many tokens"
         )
     split = 1 + len(answers)
-    contrast, answer_ids, distractor_ids = _contrast(target, options[:split], options[split:])
+    contrast, answer_ids, distractor_ids, also_right = _contrast(
+        target, options[1:split], options[split:]
+    )
     return Pair(
         clean_ids=tuple(prompt + target[:-1]),
         corrupted_ids=tuple(other_prompt + other_target[: len(target) - 1]),
@@ -170,6 +176,7 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
         distractor_ids=distractor_ids,
         contrast=contrast,
         text=record["clean"],
+        also_right=also_right,
     )
 
 
@@ -317,6 +324,9 @@ def _tokenize(
     The whole text is tokenised at once, as the model would see it, and cut where the prediction
     begins. Where that would cut a token in two ("17" + "45" read as "1745"), or where predictions
     disagree on the prompt's tokens, prompt and predictions are tokenised apart.
+
+    Raises:
+        MisfitError: tokenised apart, a prediction does not go on from the prompt.
     """
     whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
     cuts = [
@@ -329,7 +339,33 @@ def _tokenize(
     ids, offsets = alone["input_ids"][0], alone["offset_mapping"][0]
     while ids and offsets[len(ids) - 1] == (0, 0):  # a closing special token spans no text
         ids = ids[:-1]
-    return ids, tokenizer(predictions, add_special_tokens=False)["input_ids"]
+    texts = [_decode(tokenizer, one) for one in whole["input_ids"]]
+    apart = tokenizer(predictions, add_special_tokens=False)["input_ids"]
+    for number, prediction in enumerate(predictions):
+        if _decode(tokenizer, ids + apart[number]) != texts[number]:
+            apart[number] = _after_line_break(tokenizer, prediction)
+            if _decode(tokenizer, ids + apart[number]) != texts[number]:
+                raise MisfitError(
+                    f"this tokenizer has no tokens for {_shorten(prediction)} as it goes on from "
+                    "its prompt: by themselves they would read otherwise there, such as with a "
+                    f"space before them; have {OPEN} follow a space or a whole word"
+                )
+    return ids, apart
+
+
+def _after_line_break(tokenizer: Any, prediction: str) -> list[int]:
+    """A prediction's tokens without what is put before every text; none if that is not to be had.
+
+    SentencePiece's tokenizers (Llama 2's) have texts begin with a space, so that "ga" + "me" would
+    read "ga me". After a line break, which joins no letters, they put none.
+    """
+    line = tokenizer(f"\n{prediction}", add_special_tokens=False, return_offsets_mapping=True)
+    cut = _cut(line["input_ids"], line["offset_mapping"], 1)
+    return [] if cut is None else cut[1]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _cut(
@@ -347,31 +383,66 @@ def _cut(
 
 def _contrast(
     target: list[int], answers: list[list[int]], distractors: list[list[int]]
-) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Where and by which tokens the answers differ from the distractors.
 
-    Without distractors: where, and in which tokens, the answers first differ from one another.
+    Tokens after the first are predicted from the target's, so an option can be compared with it at
+    one token alone: where it leaves it. All distractors have to do so at the same one.
+
+    Args:
+        target: the tokens to predict.
+        answers: others that are right.
+        distractors: those that are wrong; without any, answers are told from one another.
+
+    Returns:
+        The `contrast`, `answer_ids`, `distractor_ids` and `also_right` of a `Pair`.
+
+    Raises:
+        DataError: an answer is the beginning of the target, distractors leave the target at
+            different tokens or never, or one leaves it by the same token as an answer.
     """
-    for position in range(len(target)):
-        prefix = target[:position]
+    rights = []
+    for answer in answers:
+        place = _leaves(target, answer)
+        if place is not None:
+            rights.append((place, answer[place]))
+        elif len(answer) < len(target):
+            raise DataError(
+                f"one of the answers is the beginning of another, {len(answer)} of its "
+                f"{len(target)} tokens, so what follows could not be judged; predict the shorter "
+                "one"
+            )
+    places = {_leaves(target, distractor) for distractor in distractors}
+    if None in places:
+        raise DataError(
+            "answers and distractors begin with the same tokens; choose distractors that differ "
+            "from every answer"
+        )
+    if len(places) > 1:
+        first, second, *_ = sorted(places)
+        raise DataError(
+            f"some distractors differ from the prediction in its token {first + 1}, others only "
+            f"in token {second + 1}, but answers and distractors are compared at one token; leave "
+            "one kind out, or have the prompt end later, so that all differ in the first token"
+        )
+    place = min(places or (one for one, _ in rights), default=0)
+    right = {token for one, token in rights if one == place}
+    if right or distractors:
+        right.add(target[place])
+    wrong = {distractor[place] for distractor in distractors}
+    if right & wrong:
+        raise DataError(
+            f"answers and distractors share token {place + 1}, in which they are compared; choose "
+            "distractors that differ there from every answer, or have the prompt end later"
+        )
+    others = sorted({other for other in rights if other[0] != place})
+    return place, tuple(sorted(right)), tuple(sorted(wrong)), tuple(others)
 
-        def tokens(options: list[list[int]], prefix=prefix, position=position) -> set[int]:
-            return {
-                option[position]
-                for option in options
-                if len(option) > position and option[:position] == prefix
-            }
 
-        right, wrong = tokens(answers), tokens(distractors)
-        differ = wrong and not right & wrong if distractors else len(right) > 1
-        if differ:
-            return position, tuple(sorted(right)), tuple(sorted(wrong))
-    if not distractors:
-        return 0, (), ()
-    raise DataError(
-        "answers and distractors begin with the same tokens; choose distractors that differ from "
-        "every answer"
-    )
+def _leaves(target: list[int], option: list[int]) -> int | None:
+    """The first token in which an option differs; None if one is the beginning of the other."""
+    pairs = enumerate(zip(target, option, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), None)
 
 
 def _shorten(text: str, limit: int = 60) -> str:
@@ -416,7 +487,11 @@ class PairDataset(Sequence):
         start, end = self._ends[index : index + 2]
         content = os.pread(self._file.fileno(), end - start, start)
         values = json.loads(content, parse_constant=lambda _: math.nan)
-        return Pair(*(tuple(v) if isinstance(v, list) else v for v in values))
+        return Pair(*map(_tuples, values))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def iterate_records(path: Path | str) -> Iterator[dict]:
@@ -462,8 +537,9 @@ def load_dataset(
 ) -> PairDataset:
     """Read one split of a JSONL file. Lines without a split are of every split.
 
-    Lines whose clean and corrupted prompts differ in length for this tokenizer are skipped, with
-    one warning that counts them; malformed lines are errors.
+    Lines whose clean and corrupted prompts differ in length for this tokenizer, or which do not fit
+    it otherwise (`MisfitError`), are skipped, with one warning that counts them; malformed lines
+    are errors.
 
     Args:
         path: the file.

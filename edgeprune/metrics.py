@@ -82,10 +82,12 @@ class ExampleScores:
     Attributes:
         kl: from the reference, nats per predicted token; NaN where outputs are not logits.
         error: largest absolute difference from the reference; NaN where outputs are logits.
-        correct: every predicted token is the most likely one (or one of several right answers).
+        correct: every predicted token is the most likely one, or that of another answer which is
+            the same up to there.
         exact_match: every most likely token is the reference's.
-        logit_difference: log-sum-exp of the answers' logits less that of the distractors'; NaN
-            without distractors.
+        logit_difference: log-sum-exp of the answers' logits less that of the distractors', at the
+            token in which distractors differ from the prediction, of answers that are the same up
+            to there; NaN without distractors.
         probability_difference: the answers' probability less the distractors'; NaN likewise.
         predicted: of each example, the most likely tokens, [predicted]; the numbers themselves
             where outputs are numbers.
@@ -116,11 +118,7 @@ def score(
     best = logits.argmax(-1)
     right = (best == batch.target_ids) | (batch.target_ids < 0)
     at_contrast = logits[batch.contrasts].float().cpu()  # fetched once, not number by number
-    of_contrast = best[batch.contrasts].tolist()
-    also_right = [
-        token in pair.answer_ids for pair, token in zip(batch.pairs, of_contrast, strict=True)
-    ]
-    right[batch.contrasts] |= torch.tensor(also_right, device=right.device)
+    right |= torch.tensor(_of_other_answers(best.tolist(), batch), device=right.device)
     differences = torch.full((len(batch.pairs), 2), float("nan"))
     for row, pair in enumerate(batch.pairs):
         if pair.distractor_ids:
@@ -139,6 +137,16 @@ def score(
         probability_difference=differences[:, 1],
         predicted=_by_example(best, batch),
     )
+
+
+def _of_other_answers(best: list[int], batch: Batch) -> list[bool]:
+    """[predicted], whether a most likely token is right by an answer other than the target."""
+    flags: list[bool] = []
+    for pair in batch.pairs:
+        right = {*pair.also_right, *((pair.contrast, token) for token in pair.answer_ids)}
+        tokens = best[len(flags) : len(flags) + len(pair.target_ids)]
+        flags += [place in right for place in enumerate(tokens)]
+    return flags
 
 
 def _score_values(

@@ -105,6 +105,12 @@ def test_a_distance_that_is_no_number_is_refused():
         clean_up(model, whole(model), pairs, tolerance=0.1, ranking=range(model.graph.num_edges))
 
 
+@pytest.mark.parametrize("ranking", [[], [1, 2, 3], [0] * 302, range(1, 303), range(303)])
+def test_a_ranking_of_other_than_all_edges_is_refused(model, ranking):
+    with pytest.raises(ValueError, match=rf"of {len(ranking)} numbers.* expected each of 0 to 301"):
+        clean_up(model, whole(model), random_pairs(2), tolerance=0.1, ranking=ranking)
+
+
 def test_a_circuit_that_misses_something_is_completed():
     model = load_model("tracr/reverse")
     folder, config = model.tokenizer.folder, model.tokenizer.config

@@ -8,11 +8,12 @@ import pytest
 from conftest import random_pairs, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune.dataset import (
     DataError,
+    MisfitError,
     PairDataset,
     collate,
     encode_pair,
@@ -41,6 +42,32 @@ def byte_tokenizer(merges: list[tuple[str, str]], begin: bool = False) -> PreTra
             single="<s> $A", special_tokens=[("<s>", 0)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def sentencepiece_tokenizer(merges: list[str], kind: str) -> PreTrainedTokenizerFast:
+    """As Llama 2's, which begins every text with a space: letters, bytes, and the merges given."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyzS0123456789.:"]
+    pairs = [tuple(merge.split()) for merge in merges]
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", *every_byte, *letters, *("".join(pair) for pair in pairs)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", byte_fallback=True)
+    )
+    if kind == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        strip = [normalizers.Strip()] if kind == "stripping" else []
+        tokenizer.normalizer = normalizers.Sequence([*strip, *steps])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
 def words(tokenizer, ids) -> list[str]:
@@ -110,6 +137,35 @@ def test_a_token_across_prompt_and_prediction_is_not_cut():
     assert words(tokenizer, pair.target_ids) == ["4", "5"]
 
 
+@pytest.mark.parametrize("kind", ["prepending", "metaspace"])
+def test_a_tokenizer_that_begins_texts_with_a_space_puts_none_into_a_word(kind):
+    tokenizer = sentencepiece_tokenizer(["a m", "▁ S", "▁S h", "▁Sh e"], kind)
+
+    def pieces(ids) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(list(ids))
+
+    line = "ga<predict>me</predict>"  # which in one piece is g, am, e
+    pair = encode_pair(tokenizer, {"clean": line, "corrupted": line, "distractor": "te"})
+    assert pieces([*pair.clean_ids, pair.target_ids[-1]]) == ["<s>", "▁", "g", "a", "m", "e"]
+    assert pieces(pair.target_ids) == ["m", "e"]
+    assert tokenizer.decode([*pair.clean_ids, pair.target_ids[-1]]) == "<s> game"
+    assert pieces(pair.distractor_ids) == ["t"]
+    # One distractor of several, which would cut "am", has all of them read apart.
+    line = "ga<predict>te</predict>"
+    pair = encode_pair(
+        tokenizer, {"clean": line, "corrupted": line, "distractor": ["me", " She", "\nx"]}
+    )
+    assert pieces(pair.target_ids) == ["t", "e"]
+    assert set(pieces(pair.distractor_ids)) == {"m", "▁She", "<0x0A>"}
+
+
+def test_a_prediction_that_cannot_go_on_without_a_space_is_refused():
+    tokenizer = sentencepiece_tokenizer(["a m"], "stripping")  # takes the line break away, too
+    line = "ga<predict>me</predict>"
+    with pytest.raises(MisfitError, match="no tokens for 'me' as it goes on from its prompt"):
+        encode_pair(tokenizer, {"clean": line, "corrupted": line})
+
+
 def test_special_tokens_at_the_beginning_are_kept_once():
     tokenizer = byte_tokenizer([("7", "4")], begin=True)
     for prediction in ("45", "55"):  # read in one piece with the prompt, and apart from it
@@ -135,6 +191,42 @@ def test_answers_and_distractors_are_compared_where_they_part():
     assert pair.contrast == 2  # where the answers part from one another
     assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
     assert pair.distractor_ids == ()
+
+
+def test_answers_that_leave_the_target_elsewhere_are_right_too():
+    tokenizer = byte_tokenizer([])
+    record = {
+        "clean": "q:<predict>abc</predict>",
+        "corrupted": "r:<predict>xyz</predict>",
+        "answers": ["abd", "kbc", "aec", "abcd"],
+        "distractor": ["axx", "ayc"],
+    }
+    pair = encode_pair(tokenizer, record)
+    assert pair.contrast == 1
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["b", "e"]
+    assert [(place, *words(tokenizer, [token])) for place, token in pair.also_right] == [
+        (0, "k"), (2, "d"),
+    ]  # fmt: skip
+    dataset = PairDataset([pair], "one")
+    assert dataset[0] == pair
+    assert hash(dataset[0]) == hash(pair)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Later years, digit by digit: 30 to 32 differ from 35 in the second, 00 to 29 in the first.
+        ({"distractor": ["29", "30"]}, "in its token 1, others only in token 2.*prompt end later"),
+        ({"distractor": ["29"], "answers": ["24"]}, "share token 1, in which they are compared"),
+        ({"distractor": ["35", "29"]}, "begin with the same tokens"),
+        ({"distractor": ["351"]}, "begin with the same tokens"),
+        ({"answers": ["3"]}, "one of the answers is the beginning of another, 1 of its 2 tokens"),
+    ],
+)
+def test_options_that_no_one_token_tells_apart_are_refused(change, message):
+    line = "17<predict>35</predict>"
+    with pytest.raises(DataError, match=message):
+        encode_pair(byte_tokenizer([]), {"clean": line, "corrupted": line, **change})
 
 
 @pytest.mark.parametrize(

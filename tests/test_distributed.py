@@ -1,6 +1,7 @@
 """Several processes compute what one computes; on the CPU, by gloo."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from conftest import run_cli
 from safetensors.torch import load_file
 
 from edgeprune.config import ConfigError
-from edgeprune.training.distributed import Processes
+from edgeprune.training.distributed import Processes, memory_allowed
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -38,6 +39,38 @@ SHARDED = [
     {**JOBS[3], "shard": "on the device", "recompute": True},
     {**JOBS[4], "shard": "on the device"},
 ]
+
+
+def test_memory_is_what_control_groups_leave(tmp_path, monkeypatch):
+    """Of a container, or of a SLURM job, whose limit is not that of its innermost group."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+
+    def group(path: str, limit: object, current: int, inactive: int) -> None:
+        folder = root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\nslab 1\n")
+
+    assert memory_allowed(root, own) == math.inf  # no control groups
+    own.write_text("4:memory:/older\n0::/job/step/task\n")
+    assert memory_allowed(root, own) == math.inf  # of another version
+    group("job", 1000, 700, 200)
+    group("job/step", 900, 100, 0)
+    group("job/step/task", "max", 100, 0)
+    assert memory_allowed(root, own) == 1000 - 700 + 200
+    group("job/step", 900, 600, 50)
+    assert memory_allowed(root, own) == 900 - 600 + 50
+    group("job/step", 900, 901, 0)
+    assert memory_allowed(root, own) == 0
+    own.write_text("0::/elsewhere/of/the/host\n")  # a container, which sees its own as the root
+    assert memory_allowed(root, own) == math.inf
+    group("", 300, 100, 0)
+    assert memory_allowed(root, own) == 200
+
+    monkeypatch.setattr("edgeprune.training.distributed.memory_allowed", lambda: 200)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Processes(device="cpu").free_memory() == 100
 
 
 def free_port() -> int:

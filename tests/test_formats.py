@@ -143,9 +143,9 @@ def test_either_embedding_puts_the_input_in_the_graph(tmp_path):
     assert Circuit.load(tmp_path / "g.json", GPT2) == circuit  # by what our own key holds
     del content["edgeprune"]  # as another program writes it anew
     write_json(tmp_path / "g.json", content)
-    assert Circuit.load(tmp_path / "g.json", GPT2).edge_set == circuit.edge_set | {
-        ("tok_embeds", "m0")
-    }
+    with pytest.warns(UserWarning, match=r"g\.json: edges from the input are kept from tok_embeds"):
+        read = Circuit.load(tmp_path / "g.json", GPT2)
+    assert read.edge_set == circuit.edge_set | {("tok_embeds", "m0")}
 
 
 def test_scores_are_written_and_the_higher_of_two_embeddings_counts(tmp_path):
@@ -260,6 +260,7 @@ def test_every_edge_has_its_own_score_again(tmp_path_factory, format, circuit, s
     assert set(read_circuit_file(path).largest(len(circuit))) == circuit.edge_set
 
 
+@pytest.mark.filterwarnings("ignore:.*no edge is in the graph")
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=40, deadline=None)
 @given(circuit=circuits())
@@ -291,7 +292,7 @@ def test_without_our_key_a_circuit_that_the_format_can_hold_is_the_same(tmp_path
     content = json.loads((folder / "g.json").read_text())
     del content["edgeprune"]
     write_json(folder / "g.json", content)
-    assert Circuit.load(folder / "g.json", graph) == circuit
+    assert set(read_circuit_file(folder / "g.json", graph).edges) == circuit.edge_set
 
 
 # -------------------------------------------------------------------------------------- bad input

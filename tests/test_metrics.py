@@ -1,6 +1,7 @@
 """Metrics by hand, on a vocabulary of three tokens."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,13 @@ def test_any_of_several_answers_is_right():
     batch = collate([pair((1,), (0, 1), (2,))])
     logits = torch.tensor([[2.0, 1, 0]])
     assert score(batch, logits, logits).correct.tolist() == [True]
+
+
+def test_answers_that_leave_the_target_elsewhere_are_right_there_alone():
+    one = replace(pair((1, 2), (2,), (0,), contrast=1), also_right=((0, 2),))
+    batch = collate([pair((1,)), one, one, one])
+    logits = torch.eye(3)[[1, 2, 2, 1, 2, 2, 1]]  # most likely: 1; 2 2, 1 2, 2 1
+    assert score(batch, logits, logits).correct.tolist() == [True, True, True, False]
 
 
 def test_without_distractors_there_is_no_difference():

@@ -12,6 +12,7 @@ import pytest
 from conftest import run_cli, write_jsonl
 
 from edgeprune import load_dataset, load_model
+from edgeprune.dataset import encode_pair
 
 BESIDE = Path(__file__).parents[2] / "shared/models/stories260k"
 FOLDER = Path(os.environ.get("EDGEPRUNE_STORIES", BESIDE))
@@ -62,6 +63,14 @@ def test_prompts_begin_with_bos_and_predictions_are_one_token(data):
         assert pair.clean_ids[0] == tokenizer.bos_token_id
         assert tokenizer.convert_ids_to_tokens(list(pair.target_ids)) in (["▁She"], ["▁He"])
         assert tokenizer.convert_ids_to_tokens(list(pair.distractor_ids)) in (["▁He"], ["▁She"])
+
+
+def test_no_space_is_put_into_a_word():
+    tokenizer = load_model(FOLDER, device="cpu").tokenizer
+    line = "Once upon a ga<predict>me</predict>"  # in one piece it ends in g, am, e
+    pair = encode_pair(tokenizer, {"clean": line, "corrupted": line, "distractor": " She"})
+    assert tokenizer.convert_ids_to_tokens(list(pair.target_ids)) == ["m", "e"]
+    assert tokenizer.convert_ids_to_tokens(list(pair.distractor_ids)) == ["▁She"]
 
 
 def test_prune_resume_export_evaluate_draw(tmp_path, data):

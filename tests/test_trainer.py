@@ -316,6 +316,19 @@ def test_what_is_no_circuit_or_prompt_is_refused_in_words(model):
         prune(model, [{"clean": "x"}], num_edges=9, progress=False)
 
 
+def test_a_circuit_of_another_graph_is_refused(model):
+    """Also where it has as many edges, or only edges that the model has."""
+    pairs, ranking = random_pairs(3), range(model.graph.num_edges)
+    fewer = wrap_model(random_gpt2(), embedding_writers=False).graph
+    renamed = replace(model.graph, embedding_writers=("embeds", "pos_embeds"))
+    for graph in (fewer, renamed):
+        other = Circuit.random(graph, 20, seed=0)
+        with pytest.raises(ValueError, match="another graph than the model's: .* embedding_writ"):
+            evaluate(model, other, pairs)
+        with pytest.raises(ValueError, match="another graph than the model's: .* embedding_writ"):
+            clean_up(model, other, pairs, tolerance=0.1, ranking=ranking)
+
+
 def test_kept_passes_are_those_of_the_model(model):
     pairs = random_pairs(5) + random_pairs(4, 5, seed=1, predicted=2)
     kept = KeptPasses(model, pairs, batch_size=4, corrupted=True)

@@ -89,11 +89,18 @@ def clean_up(
 
     Raises:
         ConfigError: the tolerance is negative.
-        ValueError: there are no prompts, one is too long for the model, or `batch_size` is below 1.
+        ValueError: the circuit is of another graph than the model's, the ranking has not every edge
+            once, there are no prompts, one is too long for the model, or `batch_size` is below 1.
     """
     check_cleanup(tolerance)
     CircuitModel.check(model)
-    Circuit.check(circuit)
+    Circuit.check(circuit, model.graph)
+    num_edges = model.graph.num_edges
+    if sorted(ranking) != list(range(num_edges)):
+        raise ValueError(
+            f"the ranking, of {len(ranking):,} numbers, is no order of the model's {num_edges:,} "
+            f"edges; expected each of 0 to {num_edges - 1:,} once, such as `pruned.masks.ranking()`"
+        )
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     return _CleaningUp(model, circuit, pairs, ranking, ablation, batch_size).run(tolerance)

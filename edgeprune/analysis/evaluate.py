@@ -116,12 +116,13 @@ def evaluate(
         random_circuits: so many random circuits of equal size are measured too.
 
     Raises:
-        ValueError: there are no prompts, one is too long for the model, or a number is too small.
+        ValueError: the circuit is of another graph than the model's, there are no prompts, one is
+            too long for the model, or a number is too small.
     """
     if random_circuits < 0:
         raise ValueError(f"random_circuits={random_circuits} must be 0 or more")
     CircuitModel.check(model)
-    Circuit.check(circuit)
+    Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     randoms = [

@@ -8,11 +8,13 @@ the step of one process. The first process alone writes files.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -127,12 +129,16 @@ class Processes:
         return shape
 
     def free_memory(self) -> int:
-        """Bytes that this process may still take: of its GPU, or its share of the machine's."""
+        """Bytes that this process may still take: of its GPU, or its share of the machine's.
+
+        Of the machine's no more than a container or a batch job is allowed.
+        """
         device = pick_device(self.device)
         if device.startswith("cuda"):
             return torch.cuda.mem_get_info(torch.device(device))[0]
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return psutil.virtual_memory().available // on_this_machine
+        free = min(psutil.virtual_memory().available, memory_allowed())
+        return int(free) // on_this_machine
 
     def part_company(self) -> None:
         """Let go of the others. A process that exits still joined may be aborted by their exit.
@@ -255,6 +261,40 @@ class Processes:
                 "What is said above by other processes may tell why; go on with the same command "
                 "and resume=auto"
             ) from None
+
+
+def memory_allowed(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes that the control groups (version 2) of this process leave it; infinite without limits.
+
+    A container's limit, and that of a SLURM job, is one of a group or of those around it. What a
+    group holds of files that are not in use can be had back, so it counts as free.
+
+    Args:
+        root: where control groups are mounted.
+        own: says which is this process's, as "0::/path".
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return math.inf
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    group = root / path.strip("/")
+    around = [folder for folder in group.parents if folder.is_relative_to(root)]
+    return min(_left_in(folder) for folder in (group, *around))
+
+
+def _left_in(group: Path) -> float:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        held = int((group / "memory.current").read_text())
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - held + int(kept.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, as the root and where version 1 is in use
+        return math.inf
 
 
 def _first_line(error: Exception) -> str:
