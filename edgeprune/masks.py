@@ -160,15 +160,9 @@ class CircuitMasks(nn.Module):
     def scores(self) -> list[float]:
         """[edge] in (0, 1], higher for what matters more: the logistic function of log alpha.
 
-        With node gates, times that of the writer's. In the order of the `ranking`: those which
-        rounding would make equal, such as of log alphas of 40 and 60, are one smallest step apart.
+        With node gates, times that of the writer's.
         """
-        logs, places = self._log_scores().unique(return_inverse=True)
-        order = torch.arange(len(logs))
-        bits = logs.exp().view(torch.int64)  # which are in the order of the numbers
-        bits = (bits - order).flip(0).cummin(0).values.flip(0) + order  # less than the next
-        bits = torch.maximum(bits, order + 1)  # and above 0
-        return bits.view(torch.float64)[places].tolist()
+        return self._log_scores().exp().tolist()
 
     def _log_scores(self) -> Tensor:
         """Logarithms, since numbers near 1 can be told apart in these."""

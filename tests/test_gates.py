@@ -11,7 +11,6 @@ from edgeprune import gates as hard_concrete
 from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
 from edgeprune.config import ConfigError
-from edgeprune.formats import read_circuit_file
 from edgeprune.graph import CircuitGraph
 from edgeprune.masks import CircuitMasks
 
@@ -175,33 +174,6 @@ def test_every_size_is_hit_exactly(values, num_edges, node_gates):
     assert scores[torch.tensor(circuit.mask())].sum().item() == pytest.approx(largest.item())
     smaller = export_circuit(masks, num_edges=num_edges // 2).circuit
     assert smaller.edge_set <= circuit.edge_set
-
-
-many_sizes = st.sampled_from([-2000.0, -900.0, -800.0, -40.0, 0.0, 0.5, 17.0, 40.0, 60.0, 900.0])
-
-
-@pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
-@settings(max_examples=20, deadline=None)
-@given(st.data(), st.booleans())
-def test_a_cut_of_the_exported_graph_is_the_runs_at_any_size(
-    tmp_path_factory, format, data, node_gates
-):
-    def drawn(count: int) -> torch.Tensor:
-        return torch.tensor(data.draw(st.lists(many_sizes, min_size=count, max_size=count)))
-
-    masks = masks_with(drawn(GRAPH.num_edges), drawn(GRAPH.num_writers) if node_gates else None)
-    scores = masks.scores()
-    assert 0 < min(scores) <= max(scores) <= 1
-    path = tmp_path_factory.mktemp("gates") / "graph"
-    masks.circuit_of_size(5).save(path, format, scores=scores)
-    ranked = [GRAPH.edge_name(number) for number in masks.ranking()]
-    assert read_circuit_file(path).largest(GRAPH.num_edges) == ranked
-
-
-def test_scores_are_the_logistic_function_of_log_alpha():
-    masks = masks_with(torch.linspace(-30, 50, GRAPH.num_edges))
-    wanted = torch.sigmoid(masks.edge_log_alpha.detach().double()).tolist()
-    assert masks.scores() == pytest.approx(wanted, rel=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
