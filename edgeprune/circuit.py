@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,24 @@ class Circuit:
 
     @property
     def nodes(self) -> list[str]:
-        """Writers that take part: they write to an edge, or a reader of theirs is fed."""
-        used = {writer for writer, _ in self.edge_set}
-        for _, reader in self.edge_set:
-            used.update(self.graph.nodes_fed_by(reader))
+        """Writers that take part: they write to an edge, or an edge feeds them."""
+        used = set(self._writing)
+        for reader in {reader for _, reader in self.edge_set}:
+            used.update(self.nodes_fed_by(reader))
         return [writer for writer in self.graph.writers if writer in used]
+
+    def nodes_fed_by(self, reader: str) -> list[str]:
+        """Writers that an edge into this reader feeds in this circuit.
+
+        Of heads that share their keys and values those that write to an edge, since to the others
+        these make no difference; all of them where none does.
+        """
+        fed = self.graph.nodes_fed_by(reader)
+        return [node for node in fed if node in self._writing] or fed
+
+    @cached_property
+    def _writing(self) -> frozenset[str]:
+        return frozenset(writer for writer, _ in self.edge_set)
 
     def sizes(self) -> dict[str, Any]:
         """How large it is, with and without its dangling edges, as plain values."""

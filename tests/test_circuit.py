@@ -116,6 +116,10 @@ def test_nodes_write_or_are_read_into():
     grouped = CircuitGraph(1, 4, 2, ("embeds",))
     fed = Circuit.from_edges(grouped, {("embeds", "a0.h1.k")})
     assert fed.nodes == ["embeds", "a0.h2", "a0.h3"]
+    one_writes = Circuit.from_edges(grouped, {("embeds", "a0.h1.k"), ("a0.h3", "resid_post")})
+    assert one_writes.nodes == ["embeds", "a0.h3"]
+    assert one_writes.nodes_fed_by("a0.h1.k") == ["a0.h3"]
+    assert one_writes.nodes_fed_by("a0.h0.v") == ["a0.h0", "a0.h1"]
 
 
 def test_random_circuits_are_seeded_and_of_the_size():

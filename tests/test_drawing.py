@@ -73,25 +73,30 @@ def test_boxes_carry_names_ports_and_colours():
     assert 'PORT="v"' not in head  # nothing is read there
 
 
-def test_key_value_readers_join_every_head_of_their_group():
+def test_key_value_readers_join_every_head_of_their_group_that_writes():
     edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h2.q"), ("a0.h2", "resid_post")]
+    edges += [("embeds", "a0.h0.k"), ("a0.h0", "resid_post"), ("a0.h1", "resid_post")]
     grouped = CircuitGraph(1, 4, 2, ("embeds",))
     drawn = drawn_edges(circuit_dot(Circuit.from_edges(grouped, edges)))
     assert {(t, h) for t, h, _ in drawn} == {
+        ("embeds", "a0_h0:k"),
+        ("embeds", "a0_h1:k"),
         ("embeds", "a0_h2:k"),
-        ("embeds", "a0_h3:k"),
         ("embeds", "a0_h2:q"),
+        ("a0_h0", "resid_post"),
+        ("a0_h1", "resid_post"),
         ("a0_h2", "resid_post"),
     }
 
 
 def test_edges_and_arrows_are_both_counted_where_they_differ():
     grouped = CircuitGraph(1, 4, 2, ("embeds",))
-    edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h1.v"), ("a0.h2", "resid_post")]
+    edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h1.v")]
+    edges += [("a0.h2", "resid_post"), ("a0.h3", "resid_post")]
     dot = circuit_dot(Circuit.from_edges(grouped, edges))
-    assert "3 edges, 3 nodes and the output" in dot
+    assert "4 edges, 3 nodes and the output" in dot
     assert f"{len(drawn_edges(dot))} arrows: an edge into a key or value that heads share" in dot
-    assert len(drawn_edges(dot)) == 5
+    assert len(drawn_edges(dot)) == 6
     assert "arrows:" not in circuit_dot(Circuit.from_edges(grouped, edges[2:]))
     assert "arrows:" not in circuit_dot(CIRCUIT)
 

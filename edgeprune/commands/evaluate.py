@@ -210,7 +210,7 @@ def _in_words(result: Any, circuit: Any) -> str:
         return f"{text}; none of them lies on a path from the input to the output"
     edges_at = Counter(writer for writer, _ in connected.edges)
     for _, reader in connected.edges:
-        edges_at.update(graph.nodes_fed_by(reader))
+        edges_at.update(connected.nodes_fed_by(reader))
     heads = [node for node in connected.nodes if node.startswith("a")]
     mlps = [node for node in connected.nodes if node.startswith("m")]
     busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(4))

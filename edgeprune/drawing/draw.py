@@ -19,7 +19,7 @@ import graphviz
 
 from edgeprune.circuit import Circuit
 from edgeprune.files import write_atomically, write_text
-from edgeprune.graph import CircuitGraph, Edge
+from edgeprune.graph import Edge
 
 SUFFIXES = ("pdf", "svg", "png", "dot")
 
@@ -147,12 +147,11 @@ def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[
     Arguments and errors as `draw_circuit`.
     """
     Circuit.check(circuit)
-    graph = circuit.graph
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     many = len(edges) >= MANY
-    boxes = {w for w, _ in edges} | {n for _, r in edges for n in _boxes_of(r, graph)}
+    boxes = {w for w, _ in edges} | {n for _, r in edges for n in _boxes_of(r, circuit)}
     nodes = sorted(boxes | {"resid_post"}, key=_order)
-    counts = _counts(len(edges), len(nodes) - 1, sum(len(_boxes_of(r, graph)) for _, r in edges))
+    counts = _counts(len(edges), len(nodes) - 1, sum(len(_boxes_of(r, circuit)) for _, r in edges))
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if many else "dot", "splines": "line" if many else "true",
@@ -164,9 +163,9 @@ def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
-    inputs = _inputs(edges, graph)
+    inputs = _inputs(edges, circuit)
     colors = {edge: group.color for group in groups for edge in group.edges}
-    outlines = _outlines(edges, colors, graph)
+    outlines = _outlines(edges, colors, circuit)
     labels = {
         node: _label(node, inputs.get(node, ()), outlines.get(node, OUTLINE)) for node in nodes
     }
@@ -184,7 +183,7 @@ def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[
             style = {"color": f"{color}D0", "penwidth": f"{width + 0.3:.2f}"}
         else:
             style = {"color": f"{color}{opacity:02X}", "penwidth": f"{width:.2f}"}
-        for node in _boxes_of(reader, graph):
+        for node in _boxes_of(reader, circuit):
             head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
             tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
             dot.edge(tail, head, **style)
@@ -235,21 +234,21 @@ def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
     return places
 
 
-def _inputs(edges: list[Edge], graph: CircuitGraph) -> dict[str, set[str]]:
+def _inputs(edges: list[Edge], circuit: Circuit) -> dict[str, set[str]]:
     """For each head, which of q, k and v have an edge."""
     inputs: dict[str, set[str]] = {}
     for _, reader in edges:
         if _kind(reader) in ("q", "k", "v"):
-            for node in _boxes_of(reader, graph):
+            for node in _boxes_of(reader, circuit):
                 inputs.setdefault(node, set()).add(_kind(reader))
     return inputs
 
 
-def _outlines(edges: list[Edge], colors: dict[Edge, str], graph: CircuitGraph) -> dict[str, str]:
+def _outlines(edges: list[Edge], colors: dict[Edge, str], circuit: Circuit) -> dict[str, str]:
     """A box all of whose edges have one colour has that colour too."""
     seen: dict[str, set[str]] = {}
     for writer, reader in edges:
-        for node in (writer, *_boxes_of(reader, graph)):
+        for node in (writer, *_boxes_of(reader, circuit)):
             seen.setdefault(node, set()).add(colors.get((writer, reader), OUTLINE))
     return {node: found.pop() for node, found in seen.items() if len(found) == 1}
 
@@ -353,9 +352,9 @@ def _order(name: str) -> tuple:
     return layer, kind == "mlp", head, kind != "tok_embeds", kind
 
 
-def _boxes_of(reader: str, graph: CircuitGraph) -> list[str]:
+def _boxes_of(reader: str, circuit: Circuit) -> list[str]:
     """The boxes that a reader belongs to: a key or value head's are its group's query heads."""
-    return graph.nodes_fed_by(reader) or [reader]
+    return circuit.nodes_fed_by(reader) or [reader]
 
 
 def _id(node: str) -> str:
