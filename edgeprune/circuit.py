@@ -51,7 +51,7 @@ class Circuit:
         """A circuit from one boolean an edge, in the graph's order."""
         if len(kept) != graph.num_edges:
             raise ValueError(f"got {len(kept)} booleans for {graph.num_edges} edges")
-        return cls(graph, frozenset(edge for edge, k in zip(graph.edges(), kept, strict=True) if k))
+        return cls(graph, frozenset(edge for edge, k in zip(graph.edges, kept, strict=True) if k))
 
     @classmethod
     def random(cls, graph: CircuitGraph, num_edges: int, seed: int) -> Circuit:
@@ -64,7 +64,7 @@ class Circuit:
             raise ValueError(
                 f"num_edges={num_edges} is out of range: the graph has {graph.num_edges} edges"
             )
-        return cls(graph, frozenset(random.Random(seed).sample(list(graph.edges()), num_edges)))
+        return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
     @property
     def edges(self) -> list[Edge]:
@@ -77,7 +77,7 @@ class Circuit:
 
     def mask(self) -> list[bool]:
         """One boolean an edge, in the graph's order; the inverse of `from_mask`."""
-        return [edge in self.edge_set for edge in self.graph.edges()]
+        return [edge in self.edge_set for edge in self.graph.edges]
 
     def __len__(self) -> int:
         return len(self.edge_set)

@@ -73,7 +73,7 @@ class CircuitFile:
 
     def largest(self, num_edges: int) -> list[Edge]:
         """So many edges of the largest scores by magnitude; ties by the graph's order."""
-        edges = list(self.graph.edges())
+        edges = self.graph.edges
         ranking = sorted(range(len(edges)), key=lambda index: -abs(self.scores[index]))
         return [edges[index] for index in ranking[:num_edges]]
 
@@ -278,7 +278,7 @@ def _translate_scores(theirs: dict[Edge, Any], graph: CircuitGraph) -> list[floa
     None where an edge has no score that is a number.
     """
     scores = [0.0] * graph.num_edges
-    for edge in _their_graph(graph).edges():
+    for edge in _their_graph(graph).edges:
         score = theirs.get(edge)
         if not _is_score(score):
             return None
@@ -297,7 +297,7 @@ def _merged(graph: CircuitGraph) -> list[int]:
     if len(graph.embedding_writers) < 2:
         return []
     of_embeddings = graph.embedding_writers
-    return [i for i, (writer, _) in enumerate(graph.edges()) if writer in of_embeddings]
+    return [i for i, (writer, _) in enumerate(graph.edges) if writer in of_embeddings]
 
 
 def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> list[float]:
@@ -312,7 +312,7 @@ def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> lis
 
 def _still_hold(own: list[float], theirs: dict[Edge, Any], graph: CircuitGraph) -> bool:
     """Whether a file's scores are still those written with our own, but for rounding."""
-    for edge in _their_graph(graph).edges():
+    for edge in _their_graph(graph).edges:
         score, written = theirs.get(edge), _largest_score(edge, own, graph)
         if not _is_score(score):
             return False
@@ -443,7 +443,7 @@ def _write_eap_json(exported: _Exported, file: TextIO) -> None:
     ours = {**exported.ours, "scores": own}
     file.write(f'"{OURS}": {json.dumps(ours)},\n"edges": {{')
     end = "\n"
-    for (writer, reader), kept, score in exported.edges():
+    for (writer, reader), kept, score in exported.entries():
         entry = json.dumps({"score": score, "in_graph": kept})
         file.write(f'{end}"{writer}->{_their_reader(reader)}": {entry}')
         end = ",\n"
@@ -519,13 +519,13 @@ def _as_tensors(exported: _Exported) -> dict[str, Any]:
     rows = {reader: row for row, reader in enumerate(theirs.readers)}
     shape = (len(columns), len(rows))
     scores, flags = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    edges = list(exported.edges())
+    entries = list(exported.entries())
     at = (
-        torch.tensor([columns[writer] for (writer, _), _, _ in edges]),
-        torch.tensor([rows[reader] for (_, reader), _, _ in edges]),
+        torch.tensor([columns[writer] for (writer, _), _, _ in entries]),
+        torch.tensor([rows[reader] for (_, reader), _, _ in entries]),
     )
-    scores[at] = torch.tensor([score for _, _, score in edges], dtype=torch.float32)
-    flags[at] = torch.tensor([kept for _, kept, _ in edges])
+    scores[at] = torch.tensor([score for _, _, score in entries], dtype=torch.float32)
+    flags[at] = torch.tensor([kept for _, kept, _ in entries])
     return {
         "cfg": exported.config,
         "src_nodes": list(theirs.writers),
@@ -575,7 +575,7 @@ class _Exported:
             graph=graph,
             theirs=theirs,
             kept=kept,
-            scores=[float(edge in kept) for edge in graph.edges()] if scores is None else scores,
+            scores=[float(edge in kept) for edge in graph.edges] if scores is None else scores,
             config={
                 "n_layers": graph.num_layers,
                 "n_heads": graph.num_heads,
@@ -589,9 +589,9 @@ class _Exported:
             },
         )
 
-    def edges(self) -> Iterator[tuple[Edge, bool, float]]:
+    def entries(self) -> Iterator[tuple[Edge, bool, float]]:
         """((writer, reader), kept, score) of each of their edges, readers by our kind of name."""
-        for edge in self.theirs.edges():
+        for edge in self.theirs.edges:
             ours = _our_edges(edge, self.graph)
             kept = not ours or any(one in self.kept for one in ours)
             score = _largest_score(edge, self.scores, self.graph)

@@ -8,7 +8,6 @@ without copying, into one dense [reader, writer] block per site.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -39,8 +38,8 @@ class Site:
         return len(self.readers) * self.num_writers
 
     @property
-    def edges(self) -> slice:
-        """The site's place in a flat vector of edges."""
+    def place(self) -> slice:
+        """Where the site's edges are in a flat vector of all."""
         return slice(self.offset, self.offset + self.num_edges)
 
 
@@ -122,6 +121,16 @@ class CircuitGraph:
     def readers(self) -> tuple[str, ...]:
         return tuple(reader for site in self.sites for reader in site.readers)
 
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, in order of its number; the inverse of `edge_index`."""
+        return tuple(
+            (writer, reader)
+            for site in self.sites
+            for reader in site.readers
+            for writer in self.writers[: site.num_writers]
+        )
+
     @property
     def num_writers(self) -> int:
         return len(self.writers)
@@ -161,21 +170,6 @@ class CircuitGraph:
         if column >= num_writers:
             raise ValueError(f"no edge {writer} -> {reader}: {writer} writes after {reader} reads")
         return offset + column
-
-    def edge_name(self, index: int) -> Edge:
-        """(writer, reader) of an edge number; the inverse of `edge_index`."""
-        if not 0 <= index < self.num_edges:
-            raise ValueError(f"edge {index} out of range: the graph has {self.num_edges} edges")
-        site = next(s for s in self.sites if index < s.edges.stop)
-        row, column = divmod(index - site.offset, site.num_writers)
-        return self.writers[column], site.readers[row]
-
-    def edges(self) -> Iterator[Edge]:
-        """Every edge, in order of its number."""
-        for site in self.sites:
-            for reader in site.readers:
-                for writer in self.writers[: site.num_writers]:
-                    yield writer, reader
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""

@@ -36,7 +36,7 @@ def circuit(*edges) -> Circuit:
 
 @st.composite
 def several(draw) -> list[Circuit]:
-    few = st.sets(st.sampled_from(list(GRAPH.edges())), max_size=12)
+    few = st.sets(st.sampled_from(GRAPH.edges), max_size=12)
     return [circuit(*edges) for edges in draw(st.lists(few, min_size=1, max_size=5))]
 
 
@@ -268,7 +268,7 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
 def test_export_cuts_a_circuit_from_the_scores_of_a_graph(tmp_path, capsys, monkeypatch):
     scores = [float(number) for number in range(GRAPH.num_edges)]
     circuit().save(tmp_path / "g.pt", "eap_pt", scores=scores, d_model=8)
-    last = list(GRAPH.edges())[-6:]
+    last = GRAPH.edges[-6:]
 
     def export(source: str, *arguments) -> tuple[int, str]:
         code, _, err = call(capsys, monkeypatch, "export", tmp_path / source, *arguments)
