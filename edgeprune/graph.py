@@ -15,6 +15,9 @@ from typing import Any
 Edge = tuple[str, str]
 """(writer, reader), by name."""
 
+MOST_HEADS = 100_000
+"""Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -55,7 +58,8 @@ class CircuitGraph:
             always flow.
 
     Raises:
-        ValueError: `num_heads` is no multiple of `num_kv_heads`.
+        ValueError: a count is no whole number above 0 or beyond any model's, or `num_heads` is no
+            multiple of `num_kv_heads`.
     """
 
     num_layers: int
@@ -64,6 +68,15 @@ class CircuitGraph:
     embedding_writers: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r} must be a whole number above 0")
+        if self.num_layers * self.num_heads > MOST_HEADS:
+            raise ValueError(
+                f"a model of {self.num_layers:,} layers of {self.num_heads:,} heads has more than "
+                f"the {MOST_HEADS:,} heads of any that is known; check its numbers"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads: "

@@ -75,6 +75,18 @@ def test_unknown_and_impossible_edges_are_refused():
         CircuitGraph(1, 3, 2, ())
 
 
+@pytest.mark.parametrize("counts", [(0, 2, 2), (2, 0, 2), (2, 2, 0), (2, -2, 2), (2, 2, 1.0)])
+def test_counts_are_whole_numbers_above_0(counts):
+    with pytest.raises(ValueError, match="must be a whole number above 0"):
+        CircuitGraph(*counts, GPT2)
+
+
+def test_counts_beyond_any_model_are_refused_at_once():
+    with pytest.raises(ValueError, match="1,000,000,000 layers of 1 heads .* check its numbers"):
+        CircuitGraph(10**9, 1, 1, ())
+    assert CircuitGraph(126, 128, 8, ("embeds",)).num_edges > 10**8  # Llama 3.1 405B
+
+
 def test_key_and_value_readers_feed_every_head_of_their_group():
     graph = CircuitGraph(1, 6, 2, ())
     assert graph.nodes_fed_by("a0.h1.k") == ["a0.h3", "a0.h4", "a0.h5"]
