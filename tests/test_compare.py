@@ -381,6 +381,15 @@ def test_a_second_comparison_leaves_nothing_of_the_first(tmp_path, capsys, monke
     }  # fmt: skip
 
 
+def test_a_list_of_files_that_is_none_lists_nothing(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "ab"]
+    settings = ("formats=[]", f"output={tmp_path}")
+    for text in ("[]", "3", "{"):
+        (tmp_path / ".compare.json").write_text(text)
+        assert call(capsys, monkeypatch, "compare", *runs, *settings)[::2] == (0, "")
+        assert "comparison.json" in json.loads((tmp_path / ".compare.json").read_text())
+
+
 def test_parts_of_a_comparison_are_not_replaced_by_their_own(tmp_path, capsys, monkeypatch):
     runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "ab"]
     settings = ("formats=[]", f"output={tmp_path / 'out'}")
