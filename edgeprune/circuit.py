@@ -60,10 +60,7 @@ class Circuit:
         Raises:
             ValueError: `num_edges` is negative or more than the graph has.
         """
-        if not 0 <= num_edges <= graph.num_edges:
-            raise ValueError(
-                f"num_edges={num_edges} is out of range: the graph has {graph.num_edges} edges"
-            )
+        graph.check_num_edges(num_edges)
         return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
     @property

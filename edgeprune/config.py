@@ -16,8 +16,8 @@ MOST_EVALUATED = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-OWN_TASK = "custom"
-"""The task whose prompts are a file of one's own, `task.path`."""
+OWN = "custom"
+"""The task and the model that are one's own: `task.path`, `model.path`."""
 
 
 class ConfigError(ValueError):
@@ -431,12 +431,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def task_title(name: str, path: str | None) -> str:
     """A task's name for people: one's own data (task=custom) goes by its file's name."""
-    return Path(path).stem if name == OWN_TASK and path else name
+    return Path(path).stem if name == OWN and path else name
 
 
 def model_title(name: str, path: str | None) -> str:
     """A model's name for people: one's own (model=custom) goes by its folder's or file's name."""
-    return Path(path).name if name == "custom" and path else name
+    return Path(path).name if name == OWN and path else name
 
 
 def check_size(sparsity: float | None, num_edges: int | None) -> None:
@@ -584,9 +584,9 @@ def check_model(model: ModelConfig) -> None:
 
 def check_task(task: TaskConfig) -> None:
     """Raises ConfigError where a file of one's own is meant and none is given."""
-    if task.name == OWN_TASK and task.path is None:
+    if task.name == OWN and task.path is None:
         raise ConfigError(
-            f"task.path is missing: task={OWN_TASK} takes a file of your own; give task.path=FILE"
+            f"task.path is missing: task={OWN} takes a file of your own; give task.path=FILE"
         )
 
 

@@ -33,10 +33,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgeprune.config import CircuitFormat
 from edgeprune.files import write_atomically, write_text
 from edgeprune.graph import CircuitGraph, Edge
 
-FORMATS = ("edges", "eap_json", "eap_pt")
+FORMATS = tuple(format.name for format in CircuitFormat)
 INPUT, LOGITS = "input", "logits"
 OURS = "edgeprune"
 """Key of what the graph formats have no room for."""

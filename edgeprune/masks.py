@@ -143,10 +143,7 @@ class CircuitMasks(nn.Module):
         Raises:
             ValueError: `num_edges` is negative or more than the graph has.
         """
-        if not 0 <= num_edges <= self.graph.num_edges:
-            raise ValueError(
-                f"num_edges={num_edges} is out of range: the graph has {self.graph.num_edges} edges"
-            )
+        self.graph.check_num_edges(num_edges)
         kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
         kept[self.ranking()[:num_edges]] = True
         return Circuit.from_mask(self.graph, kept.tolist())

@@ -12,7 +12,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import edgeprune
-from edgeprune.config import COMMANDS, check_model, check_prune
+from edgeprune.config import COMMANDS, DTYPES, check_model, check_prune
+from edgeprune.modeling.load import TOLERANCE
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.tasks import FROM_MODEL, TASKS
 
@@ -58,6 +59,11 @@ def test_imports_point_one_way(folder, forbidden):
 def test_importing_the_package_is_instant():
     code = "import sys, edgeprune; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_dtypes_are_those_that_models_load_in():
+    """Two lists, since `config` may not import torch, nor `modeling` the settings."""
+    assert set(DTYPES) == {str(dtype).removeprefix("torch.") for dtype in TOLERANCE}
 
 
 def test_the_public_names_are_shown():
