@@ -94,6 +94,9 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     done = run_cli("export", copied)  # of the size that the run asked for
     assert "60 of 5,524 edges" in done.stdout
     assert json.loads((copied / "edges.json").read_text()) == asked_for
+    done = run_cli("export", copied, "num_edges=40", f"output={copied / 'edges.json'}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copied / "circuit.json").read_text())["num_edges"] == 40
     done = run_cli("export", copied, "threshold=true")
     report = json.loads((copied / "circuit.json").read_text())
     assert report["chosen_by"] == "threshold"

@@ -75,7 +75,7 @@ def export(config: ExportConfig, model: Any = None) -> None:
     report = {"checkpoint": step, **chosen.to_dict()}
     if cleaned is not None:
         report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
-    if not config.output and format == "edges":
+    if output.resolve() == (run_dir / EDGES).resolve():
         write_text(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
     connected = report["without_dangling"]
     threshold = report["edge_threshold"]
