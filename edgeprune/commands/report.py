@@ -187,12 +187,13 @@ def _slugs(groups: list) -> list[str]:
 
 def _write_consensus(
     groups: list, slugs: list[str], output: Path, places: dict[str, Path], written: list[Path]
-) -> dict[int, str]:
-    """The consensus circuit of every point of several seeds: its path in output, by point's id.
+) -> dict[str, str]:
+    """The consensus circuit of every point of several seeds.
 
-    The files are added to `written`.
+    The files are added to `written`. Returns their paths in output, by the name of the point's
+    first run.
     """
-    consensus: dict[int, str] = {}
+    consensus: dict[str, str] = {}
     for group, slug in zip(groups, slugs, strict=True):
         for number, series in enumerate(group.series, 1):
             curve = f"series-{number}" if len(group.series) > 1 else ""
@@ -205,7 +206,7 @@ def _write_consensus(
                 run_dir = places[point.runs[0].name]
                 circuit = point.stability.consensus
                 written += write_circuit(output / folder, circuit, how, run_dir)
-                consensus[id(point)] = f"{folder}/edges.json"
+                consensus[point.runs[0].name] = f"{folder}/edges.json"
     return consensus
 
 

@@ -17,7 +17,7 @@ MOST_SEEDS = 24
 
 
 def report_page(
-    title: str, groups: list, pictures: list[Path | None], consensus: dict[int, str]
+    title: str, groups: list, pictures: list[Path | None], consensus: dict[str, str]
 ) -> str:
     """One self-contained HTML page.
 
@@ -25,12 +25,13 @@ def report_page(
         title: text.
         groups: from `group_runs`.
         pictures: each group's frontier as SVG, or None.
-        consensus: the file of each point's consensus circuit, from the page, by the point's id.
+        consensus: the file of each point's consensus circuit, from the page, by the name of
+            the point's first run.
     """
     return html.page(title, _body(groups, pictures, consensus))
 
 
-def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) -> Iterator:
+def _body(groups: list, pictures: list[Path | None], consensus: dict[str, str]) -> Iterator:
     yield html.note(
         "Lines are means over seeds; bands, and brackets in tables, reach from the lowest seed to "
         "the highest. KL is from the full model, in nats per predicted token. Where outputs are "
@@ -52,7 +53,7 @@ def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) 
             for point in series.points:
                 if point.stability is not None:
                     summary = f"Stability over {len(point.runs)} seeds at {point.asked}"
-                    yield html.details(summary, _stability(point, consensus[id(point)]))
+                    yield html.details(summary, _stability(point, consensus[point.runs[0].name]))
 
 
 def _stability(point: Any, file: str) -> Iterator[str]:
