@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from edgeprune import gates as hard_concrete
 from edgeprune.circuit import Circuit
+from edgeprune.config import TrainerConfig
 from edgeprune.graph import CircuitGraph
 
 
@@ -49,8 +50,8 @@ class CircuitMasks(nn.Module):
         graph: CircuitGraph,
         *,
         node_gates: bool = False,
-        init_mean: float = 10.0,
-        init_std: float = 0.01,
+        init_mean: float = TrainerConfig.init_mean,
+        init_std: float = TrainerConfig.init_std,
         seed: int = 0,
     ) -> None:
         super().__init__()
