@@ -17,6 +17,7 @@ from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune.config import COMMANDS
+from edgeprune.help import setting_kinds
 from edgeprune.launch import stop_signals
 from edgeprune.paths import EMBEDDED_MODEL
 
@@ -509,11 +510,17 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     assert "'a'" not in err
 
 
-def test_help_names_every_setting_without_loading_anything_heavy():
-    for command in COMMANDS:
-        done = run_cli(command, "--help")
-        assert done.returncode == 0
-        assert f"usage: edgeprune {command}" in done.stdout
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_setting(command):
+    done = run_cli(command, "--help")
+    assert done.returncode == 0
+    assert f"usage: edgeprune {command}" in done.stdout
+    for name in setting_kinds(command):
+        line = rf"^  {re.escape(name)}=.*\n +\w"  # with its default; and a text below
+        assert re.search(line, done.stdout, re.MULTILINE), name
+
+
+def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "edgeprune", "prune", "--help"],
         capture_output=True, text=True,
