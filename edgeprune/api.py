@@ -77,8 +77,8 @@ def prune(
         TrainingError: the loss became NaN.
     """
     config = from_keywords(TrainerConfig, settings)
-    asked = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
-    whole = from_keywords(PruneConfig, {"trainer": config, **asked})
+    given = {"sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed}
+    whole = from_keywords(PruneConfig, {"trainer": config, **given})
     check_prune(whole)
     CircuitModel.check(model)
     model.check_prompts(pairs)

@@ -67,7 +67,7 @@ class Circuit:
         """A circuit from one boolean an edge, in the graph's order."""
         if len(kept) != graph.num_edges:
             raise ValueError(f"got {len(kept)} booleans for {graph.num_edges} edges")
-        return cls(graph, frozenset(edge for edge, k in zip(graph.edges(), kept, strict=True) if k))
+        return cls(graph, frozenset(edge for edge, k in zip(graph.edges, kept, strict=True) if k))
 
     @classmethod
     def random(cls, graph: CircuitGraph, num_edges: int, seed: int) -> Circuit:
@@ -76,11 +76,8 @@ class Circuit:
         Raises:
             ValueError: `num_edges` is negative or more than the graph has.
         """
-        if not 0 <= num_edges <= graph.num_edges:
-            raise ValueError(
-                f"num_edges={num_edges} is out of range: the graph has {graph.num_edges} edges"
-            )
-        return cls(graph, frozenset(random.Random(seed).sample(list(graph.edges()), num_edges)))
+        graph.check_num_edges(num_edges)
+        return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
     @property
     def edges(self) -> list[Edge]:
@@ -93,7 +90,7 @@ class Circuit:
 
     def mask(self) -> list[bool]:
         """One boolean an edge, in the graph's order; the inverse of `from_mask`."""
-        return [edge in self.edge_set for edge in self.graph.edges()]
+        return [edge in self.edge_set for edge in self.graph.edges]
 
     def __len__(self) -> int:
         return len(self.edge_set)

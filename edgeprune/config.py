@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -16,8 +16,8 @@ MOST_EVALUATED = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-OWN_TASK = "custom"
-"""The task whose prompts are a file of one's own, `task.path`."""
+OWN = "custom"
+"""The task and the model that are one's own: `task.path`, `model.path`."""
 
 
 class ConfigError(ValueError):
@@ -434,12 +434,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def task_title(name: str, path: str | None) -> str:
     """A task's name for people: one's own data (task=custom) goes by its file's name."""
-    return Path(path).stem if name == OWN_TASK and path else name
+    return Path(path).stem if name == OWN and path else name
 
 
 def model_title(name: str, path: str | None) -> str:
     """A model's name for people: one's own (model=custom) goes by its folder's or file's name."""
-    return Path(path).name if name == "custom" and path else name
+    return Path(path).name if name == OWN and path else name
 
 
 def check_size(sparsity: float | None, num_edges: int | None) -> None:
@@ -478,19 +478,39 @@ def check_prune(config: PruneConfig) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
-    trainer = config.trainer
+    _check_numbers(config.trainer)
+    _check_launcher(config)
+    _check_targets(config)
+
+
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("init_std",), lambda number: number >= 0, "must not be negative"),
+    (
+        ("steps", "batch_size", "checkpoint_every", "log_every"),
+        lambda number: number >= 1,
+        "must be at least 1",
+    ),
+    (("micro_batch_size",), lambda number: number >= 1, "must be at least 1, or null"),
+    (
+        ("learning_rate", "multiplier_learning_rate", "adam_epsilon", "edge_price"),
+        lambda number: number > 0,
+        "must be positive",
+    ),
+    (("weight_decay",), lambda number: number >= 0, "must be 0 or more"),
+)
+"""Settings of the trainer, what their numbers must fulfil where they are set, and that in words."""
+
+
+def _check_numbers(trainer: TrainerConfig) -> None:
+    """Each number by itself, and that schedules end within the run."""
     for name, value in vars(trainer).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"trainer.{name}={value} must be a finite number")
-    if trainer.init_std < 0:
-        raise ConfigError(f"trainer.init_std={trainer.init_std} must not be negative")
-    for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-        if getattr(trainer, name) < 1:
-            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be at least 1")
-    if trainer.micro_batch_size is not None and trainer.micro_batch_size < 1:
-        raise ConfigError(
-            f"trainer.micro_batch_size={trainer.micro_batch_size} must be at least 1, or null"
-        )
+    for names, is_right, rule in _RANGES:
+        for name in names:
+            given = getattr(trainer, name)
+            if given is not None and not is_right(given):
+                raise ConfigError(f"trainer.{name}={given} {rule}")
     for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
         given = getattr(trainer, name)
         if given is not None and not 0 <= given <= trainer.steps:
@@ -498,35 +518,38 @@ def check_prune(config: PruneConfig) -> None:
                 f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}; "
                 f"with trainer.{name}=null it follows from the steps"
             )
+
+
+def _check_launcher(config: PruneConfig) -> None:
+    """The processes, and what does not go together with a model that is split over them."""
+    launcher = config.launcher
     for name in ("processes", "timeout"):
-        given = getattr(config.launcher, name)
+        given = getattr(launcher, name)
         if given is not None and given < 1:
             raise ConfigError(f"launcher.{name}={given} must be at least 1")
-    if config.launcher.offload and not config.launcher.shard:
+    if launcher.offload and not launcher.shard:
         raise ConfigError("launcher.offload=true needs launcher.shard=true")
-    if config.launcher.shard and config.cleanup is not None:
+    if launcher.shard and config.cleanup is not None:
         raise ConfigError(
             "launcher.shard=true and cleanup= do not go together, since one process cleans up; do "
             "that afterwards: edgeprune export RUN cleanup=..."
         )
-    if config.launcher.shard and trainer.cuda_graph:
+    if launcher.shard and config.trainer.cuda_graph:
         raise ConfigError(
             "launcher.shard=true and trainer.cuda_graph=true do not go together, since layers are "
             "gathered from other processes; leave out one of them"
         )
-    if config.launcher.shard and config.model.bits is not None:
+    if launcher.shard and config.model.bits is not None:
         raise ConfigError(
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
             "leave out one of them"
         )
-    for name in ("learning_rate", "multiplier_learning_rate", "adam_epsilon"):
-        if not getattr(trainer, name) > 0:
-            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} must be positive")
-    if not trainer.weight_decay >= 0:
-        raise ConfigError(f"trainer.weight_decay={trainer.weight_decay} must be 0 or more")
+
+
+def _check_targets(config: PruneConfig) -> None:
+    """What says how sparse the circuit shall be, and how the gates get there."""
+    trainer = config.trainer
     if trainer.edge_price is not None:
-        if not trainer.edge_price > 0:
-            raise ConfigError(f"trainer.edge_price={trainer.edge_price} must be positive")
         if trainer.target_sparsity is not None:
             raise ConfigError(
                 f"got trainer.edge_price={trainer.edge_price} and "
@@ -587,9 +610,9 @@ def check_model(model: ModelConfig) -> None:
 
 def check_task(task: TaskConfig) -> None:
     """Raises ConfigError where a file of one's own is meant and none is given."""
-    if task.name == OWN_TASK and task.path is None:
+    if task.name == OWN and task.path is None:
         raise ConfigError(
-            f"task.path is missing: task={OWN_TASK} takes a file of your own; give task.path=FILE"
+            f"task.path is missing: task={OWN} takes a file of your own; give task.path=FILE"
         )
 
 

@@ -46,11 +46,15 @@ def file_digest(path: Path) -> str:
 
 
 def listed(note: Path) -> dict[str, str]:
-    """What a list of files has: each path, from the list's own folder, and its digest."""
+    """What a list of files has: each path, from the list's own folder, and its digest.
+
+    Nothing if there is no list, or what is there is none.
+    """
     try:
-        return json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def remove_listed(note: Path) -> None:

@@ -33,17 +33,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgeprune.config import CircuitFormat
 from edgeprune.files import write_atomically, write_text
 from edgeprune.graph import CircuitGraph, Edge
 
-FORMATS = ("edges", "eap_json", "eap_pt")
+FORMATS = tuple(format.name for format in CircuitFormat)
 INPUT, LOGITS = "input", "logits"
 OURS = "edgeprune"
 """Key of what the graph formats have no room for."""
-
-
-MOST_HEADS = 100_000
-"""Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
 
 
 class CircuitError(ValueError):
@@ -73,7 +70,7 @@ class CircuitFile:
 
     def largest(self, num_edges: int) -> list[Edge]:
         """So many edges of the largest scores by magnitude; ties by the graph's order."""
-        edges = list(self.graph.edges())
+        edges = self.graph.edges
         ranking = sorted(range(len(edges)), key=lambda index: -abs(self.scores[index]))
         return [edges[index] for index in ranking[:num_edges]]
 
@@ -187,17 +184,11 @@ def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
             embeddings.add(name)
         elif name != "resid_post":
             raise CircuitError(f"{where}: {name!r} is not the name of a node")
-    _check_heads(layer + 1, head + 1, where)
     order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
-    return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())
-
-
-def _check_heads(layers: int, heads: int, where: str) -> None:
-    if layers * heads > MOST_HEADS:
-        raise CircuitError(
-            f"{where} is of a model of {layers:,} layers of {heads:,} heads, expected at most "
-            f"{MOST_HEADS:,} heads in all; check its numbers"
-        )
+    try:
+        return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())
+    except ValueError as error:
+        raise CircuitError(f"{where}: {error}") from None
 
 
 # ------------------------------------------------------------------------------- names and graphs
@@ -278,7 +269,7 @@ def _translate_scores(theirs: dict[Edge, Any], graph: CircuitGraph) -> list[floa
     None where an edge has no score that is a number.
     """
     scores = [0.0] * graph.num_edges
-    for edge in _their_graph(graph).edges():
+    for edge in _their_graph(graph).edges:
         score = theirs.get(edge)
         if not _is_score(score):
             return None
@@ -297,7 +288,7 @@ def _merged(graph: CircuitGraph) -> list[int]:
     if len(graph.embedding_writers) < 2:
         return []
     of_embeddings = graph.embedding_writers
-    return [i for i, (writer, _) in enumerate(graph.edges()) if writer in of_embeddings]
+    return [i for i, (writer, _) in enumerate(graph.edges) if writer in of_embeddings]
 
 
 def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> list[float]:
@@ -312,7 +303,7 @@ def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> lis
 
 def _still_hold(own: list[float], theirs: dict[Edge, Any], graph: CircuitGraph) -> bool:
     """Whether a file's scores are still those written with our own, but for rounding."""
-    for edge in _their_graph(graph).edges():
+    for edge in _their_graph(graph).edges:
         score, written = theirs.get(edge), _largest_score(edge, own, graph)
         if not _is_score(score):
             return False
@@ -324,23 +315,23 @@ def _still_hold(own: list[float], theirs: dict[Edge, Any], graph: CircuitGraph) 
 def _finish(
     path: Path,
     content: dict,
-    size: tuple[int, int],
-    theirs: list[Edge],
+    theirs: CircuitGraph,
+    kept: list[Edge],
     scores: dict[Edge, Any],
     graph: CircuitGraph | None,
 ) -> CircuitFile:
     """Edges of a graph file as edges of the model's graph, or of the one they were written from."""
-    written_from, left_out, own_scores = _read_ours(path, content.get(OURS))
-    target = graph or written_from or CircuitGraph(size[0], size[1], size[1], ("embeds",))
-    if (target.num_layers, target.num_heads) != size:
+    written_from, left_out, own_scores = _read_ours(path, content.get(OURS), theirs)
+    target = graph or written_from or replace(theirs, embedding_writers=("embeds",))
+    if _their_graph(target) != theirs:
         raise CircuitError(
-            f"{path} is no circuit of this model: it has {size[0]} layers of {size[1]} heads, the "
-            f"model {target.num_layers} of {target.num_heads}"
+            f"{path} is no circuit of this model: it has {theirs.num_layers} layers of "
+            f"{theirs.num_heads} heads, the model {target.num_layers} of {target.num_heads}"
         )
-    edges, notes = _translate(theirs, target)
+    edges, notes = _translate(kept, target)
     if target == written_from:
         edges = [edge for edge in edges if edge not in left_out]
-    elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in theirs):
+    elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in kept):
         notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
     our_scores = _translate_scores(scores, target)
     if target == written_from and own_scores and our_scores:
@@ -359,13 +350,17 @@ def _finish(
     )
 
 
-def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge], list[float] | None]:
+def _read_ours(
+    path: Path, ours: Any, theirs: CircuitGraph
+) -> tuple[CircuitGraph | None, set[Edge], list[float] | None]:
     """(graph, edges of embeddings left out, own scores), the last not in older files."""
     if ours is None:
         return None, set(), None
     try:
         left_out = {(writer, reader) for writer, reader in ours["left_out"]}
         graph, scores = CircuitGraph.from_dict(ours["graph"]), ours.get("scores")
+        if _their_graph(graph) != theirs:  # before its edges are gone through
+            raise ValueError("'graph' has not the layers and heads of 'cfg'")
         if scores is not None:
             scores = scores if isinstance(scores, list) else scores.tolist()  # of a .pt
             sizes = (len(_merged(graph)), graph.num_edges)
@@ -379,8 +374,8 @@ def _read_ours(path: Path, ours: Any) -> tuple[CircuitGraph | None, set[Edge], l
         ) from None
 
 
-def _read_config(path: Path, config: Any) -> tuple[int, int]:
-    """(layers, heads) of `cfg`."""
+def _read_config(path: Path, config: Any) -> CircuitGraph:
+    """Their graph, by `cfg`."""
     if not isinstance(config, dict):
         raise CircuitError(f"{path}: 'cfg' is {type(config).__name__}, expected a dictionary")
     if config.get("parallel_attn_mlp"):
@@ -388,22 +383,20 @@ def _read_config(path: Path, config: Any) -> tuple[int, int]:
             f"{path}: parallel_attn_mlp is set; models whose MLP does not read its own layer's "
             "heads are not supported"
         )
-    size = config.get("n_layers"), config.get("n_heads")
-    if not all(isinstance(n, int) and n > 0 for n in size):
+    layers, heads = config.get("n_layers"), config.get("n_heads")
+    try:
+        return CircuitGraph(layers, heads, heads, (INPUT,))
+    except ValueError as error:
         raise CircuitError(
-            f"{path}: 'cfg' has n_layers={size[0]!r} and n_heads={size[1]!r}, expected two whole "
-            "numbers above 0"
-        )
-    _check_heads(*size, str(path))
-    return size
+            f"{path}: 'cfg' has n_layers={layers!r} and n_heads={heads!r}: {error}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------- graph as JSON
 
 
 def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> CircuitFile:
-    size = _read_config(path, content["cfg"])
-    theirs = CircuitGraph(size[0], size[1], size[1], (INPUT,))
+    theirs = _read_config(path, content["cfg"])
     nodes = content.get("nodes")
     for name, node in nodes.items() if isinstance(nodes, dict) else ():
         if isinstance(node, dict) and node.get("in_graph") and not all(node.get("neurons") or ()):
@@ -424,15 +417,16 @@ def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> Cir
                 raise ValueError("one of our names")
         except ValueError:
             raise CircuitError(
-                f"{path}: there is no edge {name!r} in a model of {size[0]} layers of {size[1]} "
-                "heads; expected names such as 'input->a0.h0<q>', 'a0.h0->m0' and 'm0->logits'"
+                f"{path}: there is no edge {name!r} in a model of {theirs.num_layers} layers of "
+                f"{theirs.num_heads} heads; expected names such as 'input->a0.h0<q>', "
+                "'a0.h0->m0' and 'm0->logits'"
             ) from None
         if not isinstance(entry, dict) or entry.get("in_graph") not in (True, False):
             raise CircuitError(f"{path}: edge {name!r} has no 'in_graph' that is true or false")
         if entry["in_graph"]:
             kept.append(edge)
         scores[edge] = entry.get("score")
-    return _finish(path, content, size, kept, scores, graph)
+    return _finish(path, content, theirs, kept, scores, graph)
 
 
 def _write_eap_json(exported: _Exported, file: TextIO) -> None:
@@ -443,7 +437,7 @@ def _write_eap_json(exported: _Exported, file: TextIO) -> None:
     ours = {**exported.ours, "scores": own}
     file.write(f'"{OURS}": {json.dumps(ours)},\n"edges": {{')
     end = "\n"
-    for (writer, reader), kept, score in exported.edges():
+    for (writer, reader), kept, score in exported.entries():
         entry = json.dumps({"score": score, "in_graph": kept})
         file.write(f'{end}"{writer}->{_their_reader(reader)}": {entry}')
         end = ",\n"
@@ -471,7 +465,7 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
             f"{path} is no graph of EAP-IG or MIB: it lacks {', '.join(missing)}; expected a "
             f"dictionary with {', '.join(needed)}"
         )
-    size = _read_config(path, content["cfg"])
+    theirs = _read_config(path, content["cfg"])
     neurons, nodes = content.get("neurons_in_graph"), content.get("nodes_in_graph")
     if isinstance(neurons, torch.Tensor) and isinstance(nodes, torch.Tensor):
         some, every = neurons.bool().any(dim=-1), neurons.bool().all(dim=-1)
@@ -481,13 +475,12 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
                 "are not supported"
             )
     writers, readers = content["src_nodes"], content["dst_nodes"]
-    theirs = CircuitGraph(size[0], size[1], size[1], (INPUT,))
     if list(writers) != list(theirs.writers) or list(readers) != [
         _their_reader(reader) for reader in theirs.readers
     ]:
         raise CircuitError(
-            f"{path}: src_nodes and dst_nodes are not those of a model of {size[0]} layers of "
-            f"{size[1]} heads, in their order"
+            f"{path}: src_nodes and dst_nodes are not those of a model of {theirs.num_layers} "
+            f"layers of {theirs.num_heads} heads, in their order"
         )
     flags = content["edges_in_graph"]
     shape = (len(writers), len(readers))
@@ -508,7 +501,7 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
             for reader, row in zip(theirs.readers, found.T.tolist(), strict=True)
             for writer, score in zip(theirs.writers, row, strict=True)
         }
-    return _finish(path, content, size, edges, scores, graph)
+    return _finish(path, content, theirs, edges, scores, graph)
 
 
 def _as_tensors(exported: _Exported) -> dict[str, Any]:
@@ -519,13 +512,13 @@ def _as_tensors(exported: _Exported) -> dict[str, Any]:
     rows = {reader: row for row, reader in enumerate(theirs.readers)}
     shape = (len(columns), len(rows))
     scores, flags = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    edges = list(exported.edges())
+    entries = list(exported.entries())
     at = (
-        torch.tensor([columns[writer] for (writer, _), _, _ in edges]),
-        torch.tensor([rows[reader] for (_, reader), _, _ in edges]),
+        torch.tensor([columns[writer] for (writer, _), _, _ in entries]),
+        torch.tensor([rows[reader] for (_, reader), _, _ in entries]),
     )
-    scores[at] = torch.tensor([score for _, _, score in edges], dtype=torch.float32)
-    flags[at] = torch.tensor([kept for _, kept, _ in edges])
+    scores[at] = torch.tensor([score for _, _, score in entries], dtype=torch.float32)
+    flags[at] = torch.tensor([kept for _, kept, _ in entries])
     return {
         "cfg": exported.config,
         "src_nodes": list(theirs.writers),
@@ -575,7 +568,7 @@ class _Exported:
             graph=graph,
             theirs=theirs,
             kept=kept,
-            scores=[float(edge in kept) for edge in graph.edges()] if scores is None else scores,
+            scores=[float(edge in kept) for edge in graph.edges] if scores is None else scores,
             config={
                 "n_layers": graph.num_layers,
                 "n_heads": graph.num_heads,
@@ -589,9 +582,9 @@ class _Exported:
             },
         )
 
-    def edges(self) -> Iterator[tuple[Edge, bool, float]]:
+    def entries(self) -> Iterator[tuple[Edge, bool, float]]:
         """((writer, reader), kept, score) of each of their edges, readers by our kind of name."""
-        for edge in self.theirs.edges():
+        for edge in self.theirs.edges:
             ours = _our_edges(edge, self.graph)
             kept = not ours or any(one in self.kept for one in ours)
             score = _largest_score(edge, self.scores, self.graph)

@@ -8,13 +8,15 @@ without copying, into one dense [reader, writer] block per site.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 Edge = tuple[str, str]
 """(writer, reader), by name."""
+
+MOST_HEADS = 100_000
+"""Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Site:
         return len(self.readers) * self.num_writers
 
     @property
-    def edges(self) -> slice:
-        """The site's place in a flat vector of edges."""
+    def place(self) -> slice:
+        """Where the site's edges are in a flat vector of all."""
         return slice(self.offset, self.offset + self.num_edges)
 
 
@@ -56,7 +58,8 @@ class CircuitGraph:
             always flow.
 
     Raises:
-        ValueError: `num_heads` is no multiple of `num_kv_heads`.
+        ValueError: a count is no whole number above 0 or beyond any model's, or `num_heads` is no
+            multiple of `num_kv_heads`.
     """
 
     num_layers: int
@@ -65,6 +68,15 @@ class CircuitGraph:
     embedding_writers: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r} must be a whole number above 0")
+        if self.num_layers * self.num_heads > MOST_HEADS:
+            raise ValueError(
+                f"a model of {self.num_layers:,} layers of {self.num_heads:,} heads has more than "
+                f"the {MOST_HEADS:,} heads of any that is known; check its numbers"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads: "
@@ -122,6 +134,16 @@ class CircuitGraph:
     def readers(self) -> tuple[str, ...]:
         return tuple(reader for site in self.sites for reader in site.readers)
 
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, in order of its number; the inverse of `edge_index`."""
+        return tuple(
+            (writer, reader)
+            for site in self.sites
+            for reader in site.readers
+            for writer in self.writers[: site.num_writers]
+        )
+
     @property
     def num_writers(self) -> int:
         return len(self.writers)
@@ -162,20 +184,12 @@ class CircuitGraph:
             raise ValueError(f"no edge {writer} -> {reader}: {writer} writes after {reader} reads")
         return offset + column
 
-    def edge_name(self, index: int) -> Edge:
-        """(writer, reader) of an edge number; the inverse of `edge_index`."""
-        if not 0 <= index < self.num_edges:
-            raise ValueError(f"edge {index} out of range: the graph has {self.num_edges} edges")
-        site = next(s for s in self.sites if index < s.edges.stop)
-        row, column = divmod(index - site.offset, site.num_writers)
-        return self.writers[column], site.readers[row]
-
-    def edges(self) -> Iterator[Edge]:
-        """Every edge, in order of its number."""
-        for site in self.sites:
-            for reader in site.readers:
-                for writer in self.writers[: site.num_writers]:
-                    yield writer, reader
+    def check_num_edges(self, num_edges: int) -> None:
+        """Raises ValueError where so many edges cannot be chosen."""
+        if not 0 <= num_edges <= self.num_edges:
+            raise ValueError(
+                f"num_edges={num_edges} is out of range: the graph has {self.num_edges} edges"
+            )
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""

@@ -132,17 +132,16 @@ def _dataclass_of(hint: Any) -> type | None:
 
 
 def _default(field: dataclasses.Field) -> str:
+    """As it is written on the command line."""
     value = field.default
     if value is dataclasses.MISSING:
         value = field.default_factory()
         return "[" + ",".join(value) + "]"
     if isinstance(value, Enum):
         return value.name
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, (int, float)) or isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
 
 
 def _field_docs(config: type) -> dict[str, str]:

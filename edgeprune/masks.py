@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from edgeprune import gates as hard_concrete
 from edgeprune.circuit import Circuit
+from edgeprune.config import TrainerConfig
 from edgeprune.graph import CircuitGraph
 
 
@@ -49,8 +50,8 @@ class CircuitMasks(nn.Module):
         graph: CircuitGraph,
         *,
         node_gates: bool = False,
-        init_mean: float = 10.0,
-        init_std: float = 0.01,
+        init_mean: float = TrainerConfig.init_mean,
+        init_std: float = TrainerConfig.init_std,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -143,10 +144,7 @@ class CircuitMasks(nn.Module):
         Raises:
             ValueError: `num_edges` is negative or more than the graph has.
         """
-        if not 0 <= num_edges <= self.graph.num_edges:
-            raise ValueError(
-                f"num_edges={num_edges} is out of range: the graph has {self.graph.num_edges} edges"
-            )
+        self.graph.check_num_edges(num_edges)
         kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
         kept[self.ranking()[:num_edges]] = True
         return Circuit.from_mask(self.graph, kept.tolist())

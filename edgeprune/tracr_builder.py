@@ -142,7 +142,7 @@ def structural_edges(program: Program) -> list[Edge]:
         written[f"m{number}"] = {label for unit in layer.units for label in unit.writes}
     carrying = [
         (writer, reader)
-        for writer, reader in graph.edges()
+        for writer, reader in graph.edges
         if written.get(writer, set()) & read.get(reader, set())
     ]
     return Circuit.from_edges(graph, carrying).without_dangling().edges

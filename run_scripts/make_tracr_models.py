@@ -262,7 +262,7 @@ def run_masks(
     def read() -> Tensor:
         """[mask, reader, batch, pos, d_model]"""
         site = next(sites)
-        gates = masks[:, site.edges].view(count, len(site.readers), site.num_writers)
+        gates = masks[:, site.place].view(count, len(site.readers), site.num_writers)
         values = torch.stack(written, 1)
         if closed is None:
             return torch.einsum("krw,kwbpd->krbpd", gates, values)

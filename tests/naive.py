@@ -117,7 +117,7 @@ class Stream:
 
     def __init__(self, embeddings: list[Tensor], gates: Gates, graph, corrupted) -> None:
         self.gates, self.graph, self.corrupted = gates, graph, corrupted
-        self.gate_of = dict(zip(graph.edges(), gates.edge, strict=True))
+        self.gate_of = dict(zip(graph.edges, gates.edge, strict=True))
         self.outboxes: list[Tensor] = []
         self.always_on = torch.zeros_like(embeddings[0])
         if graph.embedding_writers:

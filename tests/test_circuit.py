@@ -62,9 +62,9 @@ def test_a_random_circuit_has_no_more_edges_than_the_graph(size):
 
 def test_mask_and_edges_are_in_the_order_of_the_graph():
     a = circuit(PATH, NEVER_FED)
-    order = [edge for edge in GRAPH.edges() if edge in a.edge_set]
+    order = [edge for edge in GRAPH.edges if edge in a.edge_set]
     assert a.edges == order
-    assert [edge for edge, kept in zip(GRAPH.edges(), a.mask(), strict=True) if kept] == order
+    assert [edge for edge, kept in zip(GRAPH.edges, a.mask(), strict=True) if kept] == order
     assert Circuit.from_mask(GRAPH, a.mask()) == a
     with pytest.raises(ValueError, match="got 3 booleans for"):
         Circuit.from_mask(GRAPH, [True] * 3)
@@ -177,7 +177,7 @@ def test_failed_writes_leave_the_old_file(tmp_path, monkeypatch):
 
 def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(model):
     pairs = random_pairs(20)
-    whole = Circuit(model.graph, frozenset(model.graph.edges()))
+    whole = Circuit(model.graph, frozenset(model.graph.edges))
     result = evaluate(model, whole, pairs)
     assert result.circuit.kl == pytest.approx(0, abs=1e-5)
     assert result.circuit.exact_match == result.full.exact_match == 1
@@ -195,7 +195,7 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
 
 def test_rounding_makes_no_negative_kl(model, monkeypatch):
     pairs = random_pairs(20)
-    whole = Circuit(model.graph, frozenset(model.graph.edges()))
+    whole = Circuit(model.graph, frozenset(model.graph.edges))
     noise = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
         "edgeprune.metrics.kl_per_token",

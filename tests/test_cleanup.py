@@ -42,7 +42,7 @@ def test_what_a_known_circuit_can_do_without_goes():
 def test_edges_go_together_where_that_goes_well():
     model, pairs = micro_model(), induction_pairs(40, seed=3)
     ranking = sorted(
-        range(model.graph.num_edges), key=lambda n: model.graph.edge_name(n) not in CIRCUIT
+        range(model.graph.num_edges), key=lambda n: model.graph.edges[n] not in CIRCUIT
     )
     result = clean_up(model, whole(model), pairs, tolerance=0.01, ranking=ranking)
     assert result.circuit.edge_set == CIRCUIT

@@ -17,6 +17,7 @@ from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune.config import COMMANDS
+from edgeprune.help import setting_kinds
 from edgeprune.launch import stop_signals
 from edgeprune.paths import EMBEDDED_MODEL
 
@@ -94,6 +95,9 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     done = run_cli("export", copied)  # of the size that the run asked for
     assert "60 of 5,524 edges" in done.stdout
     assert json.loads((copied / "edges.json").read_text()) == asked_for
+    done = run_cli("export", copied, "num_edges=40", f"output={copied / 'edges.json'}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copied / "circuit.json").read_text())["num_edges"] == 40
     done = run_cli("export", copied, "threshold=true")
     report = json.loads((copied / "circuit.json").read_text())
     assert report["chosen_by"] == "threshold"
@@ -506,11 +510,17 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     assert "'a'" not in err
 
 
-def test_help_names_every_setting_without_loading_anything_heavy():
-    for command in COMMANDS:
-        done = run_cli(command, "--help")
-        assert done.returncode == 0
-        assert f"usage: edgeprune {command}" in done.stdout
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_setting(command):
+    done = run_cli(command, "--help")
+    assert done.returncode == 0
+    assert f"usage: edgeprune {command}" in done.stdout
+    for name in setting_kinds(command):
+        line = rf"^  {re.escape(name)}=.*\n +\w"  # with its default; and a text below
+        assert re.search(line, done.stdout, re.MULTILINE), name
+
+
+def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "edgeprune", "prune", "--help"],
         capture_output=True, text=True,

@@ -36,7 +36,7 @@ def circuit(*edges) -> Circuit:
 
 @st.composite
 def several(draw) -> list[Circuit]:
-    few = st.sets(st.sampled_from(list(GRAPH.edges())), max_size=12)
+    few = st.sets(st.sampled_from(GRAPH.edges), max_size=12)
     return [circuit(*edges) for edges in draw(st.lists(few, min_size=1, max_size=5))]
 
 
@@ -268,7 +268,7 @@ def test_export_converts_files_and_back(tmp_path, capsys, monkeypatch):
 def test_export_cuts_a_circuit_from_the_scores_of_a_graph(tmp_path, capsys, monkeypatch):
     scores = [float(number) for number in range(GRAPH.num_edges)]
     circuit().save(tmp_path / "g.pt", "eap_pt", scores=scores, d_model=8)
-    last = list(GRAPH.edges())[-6:]
+    last = GRAPH.edges[-6:]
 
     def export(source: str, *arguments) -> tuple[int, str]:
         code, _, err = call(capsys, monkeypatch, "export", tmp_path / source, *arguments)
@@ -379,6 +379,15 @@ def test_a_second_comparison_leaves_nothing_of_the_first(tmp_path, capsys, monke
         *(f"{part}/{name}" for part in ("intersection", "union", "only-a", "only-c")
           for name in ("edges.json", "circuit.json")),
     }  # fmt: skip
+
+
+def test_a_list_of_files_that_is_none_lists_nothing(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / name, circuit(ONE)) for name in "ab"]
+    settings = ("formats=[]", f"output={tmp_path}")
+    for text in ("[]", "3", "{"):
+        (tmp_path / ".compare.json").write_text(text)
+        assert call(capsys, monkeypatch, "compare", *runs, *settings)[::2] == (0, "")
+        assert "comparison.json" in json.loads((tmp_path / ".compare.json").read_text())
 
 
 def test_parts_of_a_comparison_are_not_replaced_by_their_own(tmp_path, capsys, monkeypatch):

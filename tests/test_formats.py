@@ -302,6 +302,12 @@ def changed(**changes) -> dict:
     return {**their_file(2, 2, {"m1->logits"}), **changes}
 
 
+def of_graph(scores: list | None = None, **counts: object) -> dict:
+    """With our own key, in which the graph has other counts."""
+    ours = {"graph": {**GPT2.to_dict(), **counts}, "left_out": [], "scores": scores}
+    return changed(edgeprune=ours)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -320,6 +326,10 @@ def changed(**changes) -> dict:
         (changed(edges={"m1->logits": True}), "'m1->logits' has no 'in_graph'"),
         (changed(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}), "circuits of neuron"),
         (changed(edgeprune={"graph": 3}), "'edgeprune' cannot be read"),
+        (of_graph(num_kv_heads=0), "'edgeprune' cannot be read .* num_kv_heads=0 must be a whole"),
+        (of_graph(num_heads=2.0), "num_heads=2.0 must be a whole number above 0"),
+        (of_graph(num_layers=10**9), "1,000,000,000 layers of 2 heads .* check its numbers"),
+        (of_graph(num_layers=3, scores=[1.0]), "'graph' has not the layers and heads of 'cfg'"),
         (
             changed(edgeprune={"graph": GPT2.to_dict(), "left_out": [], "scores": [1.0]}),
             "'scores' are not 30 or 61 numbers",
@@ -382,7 +392,7 @@ def test_code_in_a_pt_file_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["m99999999", "a99999999.h0", "a0.h99999999"])
 def test_numbers_beyond_any_model_are_refused_before_a_graph_is_built(name, tmp_path):
-    with pytest.raises(CircuitError, match=r"e\.json is of a model of .* check its numbers"):
+    with pytest.raises(CircuitError, match=r"e\.json: a model of .* check its numbers"):
         infer_graph([("tok_embeds", "m0"), (name, "resid_post")], "e.json")
     path = tmp_path / "graph.json"
     path.write_text('{"cfg": {"n_layers": 99999999, "n_heads": 1}, "edges": {}}')

@@ -187,7 +187,7 @@ def test_edges_of_closed_writers_come_last():
     node = torch.full((GRAPH.num_writers,), 5.0)
     node[GRAPH.writers.index("a0.h0")] = -5.0
     log_alpha = torch.zeros(GRAPH.num_edges)
-    from_closed = [i for i, (writer, _) in enumerate(GRAPH.edges()) if writer == "a0.h0"]
+    from_closed = [i for i, (writer, _) in enumerate(GRAPH.edges) if writer == "a0.h0"]
     log_alpha[from_closed] = 9.0
     masks = masks_with(log_alpha, node)
     circuit = export_circuit(masks, num_edges=GRAPH.num_edges - len(from_closed)).circuit

@@ -33,13 +33,10 @@ def brute_force(graph: CircuitGraph) -> set[tuple[str, str]]:
     ids=str,
 )
 def test_edges_are_those_whose_writer_comes_first(graph):
-    edges = list(graph.edges())
-    assert set(edges) == brute_force(graph)
-    assert len(edges) == graph.num_edges == len(set(edges))
-    for index, edge in enumerate(edges):
-        assert graph.edge_index(edge) == index
-        assert graph.edge_name(index) == edge
-    assert [graph.writers[w] for w in graph.edge_writers()] == [w for w, _ in edges]
+    assert set(graph.edges) == brute_force(graph)
+    assert len(graph.edges) == graph.num_edges == len(set(graph.edges))
+    assert [graph.edge_index(edge) for edge in graph.edges] == list(range(graph.num_edges))
+    assert [graph.writers[w] for w in graph.edge_writers()] == [w for w, _ in graph.edges]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +58,7 @@ def test_gate_groups_cover_every_edge_once():
     covered = [i for group in graph.gate_groups() for i in range(group.start, group.stop)]
     assert covered == list(range(graph.num_edges))
     first = graph.gate_groups()[0]  # layer 0 has no writers before it, so m0 comes first
-    assert {graph.edge_name(i)[1] for i in range(first.start, first.stop)} == {"m0"}
+    assert {graph.edges[i][1] for i in range(first.start, first.stop)} == {"m0"}
     nodes = [i for group in graph.node_groups() for i in range(group.start, group.stop)]
     assert nodes == list(range(graph.num_writers))
 
@@ -76,6 +73,18 @@ def test_unknown_and_impossible_edges_are_refused():
         graph.edge_index(("m0", "a0.h0.q"))
     with pytest.raises(ValueError, match="3 heads cannot share 2"):
         CircuitGraph(1, 3, 2, ())
+
+
+@pytest.mark.parametrize("counts", [(0, 2, 2), (2, 0, 2), (2, 2, 0), (2, -2, 2), (2, 2, 1.0)])
+def test_counts_are_whole_numbers_above_0(counts):
+    with pytest.raises(ValueError, match="must be a whole number above 0"):
+        CircuitGraph(*counts, GPT2)
+
+
+def test_counts_beyond_any_model_are_refused_at_once():
+    with pytest.raises(ValueError, match="1,000,000,000 layers of 1 heads .* check its numbers"):
+        CircuitGraph(10**9, 1, 1, ())
+    assert CircuitGraph(126, 128, 8, ("embeds",)).num_edges > 10**8  # Llama 3.1 405B
 
 
 def test_key_and_value_readers_feed_every_head_of_their_group():

@@ -12,7 +12,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import edgeprune
-from edgeprune.config import COMMANDS, check_model, check_prune
+from edgeprune.config import COMMANDS, DTYPES, check_model, check_prune
+from edgeprune.modeling.load import TOLERANCE
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.tasks import FROM_MODEL, TASKS
 
@@ -55,9 +56,21 @@ def test_imports_point_one_way(folder, forbidden):
             assert not any(name.startswith("transformers.models") for name in names), path
 
 
-def test_importing_the_package_is_instant():
-    code = "import sys, edgeprune; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "module",
+    ["edgeprune", "edgeprune.circuit"]
+    + [f"edgeprune.drawing.{path.stem}" for path in sorted((PACKAGE / "drawing").glob("[!_]*.py"))]
+    + [f"edgeprune.commands.{command}" for command in COMMANDS],
+)
+def test_what_needs_no_torch_does_not_load_it(module):
+    """Not by way of another module either; commands load it when they run."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_dtypes_are_those_that_models_load_in():
+    """Two lists, since `config` may not import torch, nor `modeling` the settings."""
+    assert set(DTYPES) == {str(dtype).removeprefix("torch.") for dtype in TOLERANCE}
 
 
 def test_the_public_names_are_shown():
@@ -81,7 +94,6 @@ def test_every_experiment_is_valid(experiment):
     else:
         assert config.task.name in TASKS
         assert config.task.name == experiment.split("/")[-1]
-    assert config.trainer.batch_size > 0
 
 
 def test_every_task_has_an_experiment_on_the_embedded_model():

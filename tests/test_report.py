@@ -17,7 +17,7 @@ from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
-EDGES = list(GRAPH.edges())
+EDGES = GRAPH.edges
 
 
 def first(count: int, *others: int) -> Circuit:

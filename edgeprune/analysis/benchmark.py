@@ -215,7 +215,7 @@ def gradient_cosine(
     """Cosine of the gate gradients in `dtype` and in float32, same weights, gates and prompts."""
     model = random_model(settings, device=device, dtype="float32")
     batch = random_batch(model, batch_size, length)
-    gates = CircuitMasks(model.graph, init_mean=1.0).to(model.device).sample(0).edge.detach()
+    gates = CircuitMasks(model.graph).to(model.device).sample(0).edge.detach()
     gradients = []
     for kind in ("float32", dtype):
         model.release()
@@ -237,7 +237,7 @@ def _step(
     """One optimisation step (of `stock`: its passes) as a function."""
     if engine == "stock":
         return lambda: _run_stock(model, parts)
-    masks = CircuitMasks(model.graph, init_mean=1.0).to(model.device)
+    masks = CircuitMasks(model.graph).to(model.device)
     optimizer = torch.optim.AdamW(masks.parameters(), lr=0.1, weight_decay=0.0)
     run = partial(differentiate, model, recompute=recompute)
     if engine == "ours_graph":

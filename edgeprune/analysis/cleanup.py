@@ -118,7 +118,7 @@ class _CleaningUp:
     ) -> None:
         self.model = model
         self.circuit = circuit
-        names = list(model.graph.edges())
+        names = model.graph.edges
         self.ranked = [names[number] for number in ranking]
         self.ablation = ablation
         self.passes = 0

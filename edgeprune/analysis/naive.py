@@ -57,7 +57,7 @@ def run(
 
     def read(site: Site) -> Tensor:
         shape = (len(site.readers), site.num_writers)
-        there = gates[site.edges].view(shape).to(clean.dtype)
+        there = gates[site.place].view(shape).to(clean.dtype)
 
         def mix(values: Tensor, shares: Tensor) -> Tensor:
             shares = nn.functional.pad(shares, (0, graph.num_writers - site.num_writers))

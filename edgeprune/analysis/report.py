@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeprune.analysis.compare import Overlap, consensus, times_kept
 from edgeprune.circuit import Circuit
-from edgeprune.config import FREE_TO_CHANGE, KNOWN_BY_DIGEST, model_title, task_title
+from edgeprune.config import FREE_TO_CHANGE, KNOWN_BY_DIGEST, OWN, model_title, task_title
 from edgeprune.graph import Edge
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
@@ -243,7 +243,7 @@ def _titles(runs: Sequence[Run], part: str, title: Callable[[str, str | None], s
     for name, path in given:
         paths[title(name, path)].add(path)
     return [
-        str(path) if path and name == "custom" and len(paths[title(name, path)]) > 1
+        str(path) if path and name == OWN and len(paths[title(name, path)]) > 1
         else title(name, path)
         for name, path in given
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +12,9 @@ from rich.text import Text
 from edgeprune.commands.shared import OUT, show
 from edgeprune.config import BenchmarkConfig, ConfigError, check_benchmark, to_dict
 from edgeprune.files import write_text
+
+if TYPE_CHECKING:
+    from edgeprune.analysis.benchmark import Ceilings
 
 
 def benchmark(config: BenchmarkConfig) -> None:
@@ -52,7 +55,7 @@ def _machine(device: str) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def _engines(config: BenchmarkConfig, device: str, found: Any) -> dict[str, Any]:
+def _engines(config: BenchmarkConfig, device: str, found: Ceilings) -> dict[str, Any]:
     from edgeprune.analysis.benchmark import gradient_cosine, measure, weight_numbers
     from edgeprune.modeling.shapes import random_model, shape_settings
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +25,10 @@ from edgeprune.commands.shared import (
 from edgeprune.config import CompareConfig, ConfigError
 from edgeprune.files import write_text
 
+if TYPE_CHECKING:
+    from edgeprune.circuit import Circuit
+    from edgeprune.graph import CircuitGraph
+
 MOST_PAIRS = 15
 """Rows of the table of pairs; the JSON has them all."""
 
@@ -35,8 +39,8 @@ class Given:
 
     path: Path
     run_dir: Path | None
-    graph: Any
-    """Known without reading the file, or None."""
+    graph: CircuitGraph | None
+    """None: not known without reading the file."""
 
 
 def compare(config: CompareConfig) -> None:
@@ -120,7 +124,7 @@ def _label(path: Path, length: int, bare: bool) -> str:
     return re.sub(r"[^\w.=+-]", "-", "-".join((*parts[:-1], path.stem if bare else path.name)))
 
 
-def _read(given: list[Given]) -> list[Any]:
+def _read(given: list[Given]) -> list[Circuit]:
     """The circuits, all of one graph: a run's, if there is one, else what the names suggest.
 
     Raises:
@@ -217,7 +221,9 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _draw(circuits: dict[str, Any], folder: Path, formats: list[str], title: str) -> Iterator[Path]:
+def _draw(
+    circuits: dict[str, Circuit], folder: Path, formats: list[str], title: str
+) -> Iterator[Path]:
     """What lies on a path from input to output in any circuit, coloured by who has it.
 
     Yields each file when it is written.

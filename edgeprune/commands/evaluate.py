@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +31,9 @@ from edgeprune.config import (
     AblationKind,
     ConfigError,
     EvaluateConfig,
+    ModelConfig,
     Split,
+    TaskConfig,
     check_evaluate,
     evaluation_batch_size,
     model_title,
@@ -40,11 +42,59 @@ from edgeprune.config import (
 )
 from edgeprune.files import file_digest, write_text
 
+if TYPE_CHECKING:
+    from edgeprune.analysis.evaluate import Evaluation
+    from edgeprune.circuit import Circuit
+    from edgeprune.dataset import PairDataset
+    from edgeprune.modeling import CircuitModel
+
 NOT_NAMED = ("name", "path", "device", "trust_remote_code", *(split.name for split in Split))
 """Settings of a model or task that do not tell evaluations apart; the others and digests do."""
 
 
-def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> None:
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, and of which run it is.
+
+    Attributes:
+        edges_path, run_dir: see `find_circuit`.
+        of_run: see `run_settings`.
+        own_digests: SHA-256 of the run's `model` and `data`; nothing without a run.
+        model, task, ablation: those asked for, or the run's.
+    """
+
+    edges_path: Path
+    run_dir: Path | None
+    of_run: dict[str, Any]
+    own_digests: dict[str, str]
+    model: ModelConfig
+    task: TaskConfig
+    ablation: AblationConfig
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """What a circuit is measured on.
+
+    Attributes:
+        pairs: of the split.
+        reference_set: what means are taken over.
+        path, digest: of the file, which may be gone, and its SHA-256.
+        are_own: whether they are the run's own.
+        is_training: whether it was trained on them.
+    """
+
+    pairs: PairDataset
+    reference_set: PairDataset
+    path: Path
+    digest: str
+    are_own: bool
+    is_training: bool
+
+
+def evaluate(
+    config: EvaluateConfig, model: CircuitModel | None = None, writes: bool = True
+) -> None:
     """Measure a circuit beside the full model and the fully corrupted one.
 
     Args:
@@ -52,96 +102,143 @@ def evaluate(config: EvaluateConfig, model: Any = None, writes: bool = True) -> 
         model: if it is loaded already.
         writes: whether the result is written; under several processes one does.
     """
-    from edgeprune.ablation import Ablation
-    from edgeprune.analysis.evaluate import evaluate as measure
-    from edgeprune.training.run import EDGES, read_digests
-
     check_evaluate(config)
+    subject = _find(config)
+    if model is None:
+        model = load_model(subject.model)
+        if config.model is None and model.fingerprint() != subject.own_digests["model"]:
+            say(
+                f"{model.name} is not the model of the run in {subject.run_dir}, whose weights, "
+                "configuration or tokenizer were others"
+            )
+    circuit = read_circuit(subject.edges_path, model.graph)
+    prompts = _load_prompts(subject, model, config)
+    result = _measure(subject, model, circuit, prompts, config)
+    what = f"{model.name}, {prompts.pairs.name}, {subject.ablation.kind.name} ablation"
+    _print_evaluation(result, what)
+    show(_in_words(result, circuit))
+    if not writes:
+        return
+    digest, split = model.fingerprint(), config.split.name
+    name = "-".join(["evaluation", *_words(subject, prompts, digest), split])
+    output = Path(config.output or subject.edges_path.with_name(f"{name}.json"))
+    is_kept = prompts.are_own or subject.task.path is not None
+    settings = {
+        "circuit_file": str(subject.edges_path),
+        "edges_sha256": circuit.digest(),
+        "model": model.name,
+        "model_sha256": digest,
+        "data": str(prompts.path) if is_kept else prompts.pairs.name,
+        "data_sha256": prompts.digest,
+        "split": split,
+        "training_prompts": prompts.is_training,
+        "ablation": to_dict(subject.ablation),
+    }
+    _write(output, {**settings, **result.to_dict()})
+    show(f"-> {output}")
+
+
+def _find(config: EvaluateConfig) -> _Subject:
+    """Raises ConfigError where neither the command nor a run says which model and task it is of."""
+    from edgeprune.training.run import read_digests
+
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
-    task = config.task or of_run.get("task")
-    is_own_task = run_dir is not None and task == of_run["task"]
-    if (config.model or of_run.get("model")) is None or task is None:
+    model, task = config.model or of_run.get("model"), config.task or of_run.get("task")
+    if model is None or task is None:
         raise ConfigError(
             f"{edges_path} is of no run, or of several that differ in model or task, so give both: "
             "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
             "task=custom"
         )
     own_digests = {} if run_dir is None else read_digests(run_dir)
-    model_config = config.model or of_run["model"]
-    if model is None:
-        model = load_model(model_config)
-        if config.model is None and model.fingerprint() != own_digests["model"]:
-            say(
-                f"{model.name} is not the model of the run in {run_dir}, whose weights, "
-                "configuration or tokenizer were others"
-            )
-    circuit = read_circuit(edges_path, model.graph)
-    ablation_config = config.ablation or of_run.get("ablation") or AblationConfig()
-    split = config.split.name
+    ablation = config.ablation or of_run.get("ablation") or AblationConfig()
+    return _Subject(edges_path, run_dir, of_run, own_digests, model, task, ablation)
+
+
+def _load_prompts(subject: _Subject, model: CircuitModel, config: EvaluateConfig) -> _Prompts:
+    """Read the split, generating a task's prompts where they are not the run's.
+
+    Raises:
+        ConfigError: the run's own have changed since.
+    """
+    task, run_dir, split = subject.task, subject.run_dir, config.split.name
+    is_own_task = task == subject.of_run.get("task")
     with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
-        data_path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
-        pairs = load_pairs(data_path, task, model, split)
-        data_digest = file_digest(data_path)
-        if is_own_task and config.task is None:
-            check_own_data(run_dir, data_digest, data_path)
-        is_own_file = data_digest == own_digests.get("data")
-        if is_own_file and not pairs.has_splits:
+        path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
+        pairs = load_pairs(path, task, model, split)
+        digest = file_digest(path)
+        if config.task is None:
+            check_own_data(run_dir, digest, path)
+        are_own = digest == subject.own_digests.get("data")
+        if are_own and not pairs.has_splits:
             say(
-                f"{data_path} has lines without a split, so those measured are training prompts, "
+                f"{path} has lines without a split, so those measured are training prompts, "
                 'not held out; lines of which each says "split": "train", "validation" or "test" '
                 "are apart"
             )
         reference_set = pairs
-        if ablation_config.kind is AblationKind.mean:
-            reference_split = first_split(data_path, Split.train)
-            reference_set = load_pairs(data_path, task, model, reference_split.name)
-    batch_size = config.batch_size or evaluation_batch_size(of_run.get("trainer"))
-    with OUT.status(f"evaluating on {len(pairs):,} pairs"):
-        result = measure(
+        if subject.ablation.kind is AblationKind.mean:
+            reference_split = first_split(path, Split.train)
+            reference_set = load_pairs(path, task, model, reference_split.name)
+    is_training = are_own and (split == "train" or not pairs.has_splits)
+    return _Prompts(pairs, reference_set, path, digest, are_own, is_training)
+
+
+def _measure(
+    subject: _Subject,
+    model: CircuitModel,
+    circuit: Circuit,
+    prompts: _Prompts,
+    config: EvaluateConfig,
+) -> Evaluation:
+    from edgeprune.ablation import Ablation
+    from edgeprune.analysis.evaluate import evaluate
+
+    batch_size = config.batch_size or evaluation_batch_size(subject.of_run.get("trainer"))
+    with OUT.status(f"evaluating on {len(prompts.pairs):,} pairs"):
+        return evaluate(
             model,
             circuit,
-            pairs,
-            ablation=Ablation(model, ablation_config, reference_set, batch_size),
+            prompts.pairs,
+            ablation=Ablation(model, subject.ablation, prompts.reference_set, batch_size),
             batch_size=batch_size,
             random_circuits=config.random_circuits,
         )
-    _print_evaluation(result, f"{model.name}, {pairs.name}, {ablation_config.kind.name} ablation")
-    show(_in_words(result, circuit))
-    if not writes:
-        return
-    words = [] if edges_path.name == EDGES else [edges_path.name.replace(".", "-")]
-    model_digest = model.fingerprint()
-    is_own_model = model_digest == own_digests.get("model")
-    words += _if_foreign(of_run.get("model"), model_config, is_own_model, model_title, model_digest)
-    words += _if_foreign(of_run.get("task"), task, is_own_file, task_title, data_digest)
-    ablation_name = _ablation_name(ablation_config)
-    if not of_run or ablation_name != _ablation_name(of_run["ablation"]):
-        words.append(ablation_name)
-    name = "-".join(["evaluation", *words, split])
-    output = Path(config.output) if config.output else edges_path.with_name(f"{name}.json")
-    settings = {
-        "circuit_file": str(edges_path),
-        "edges_sha256": circuit.digest(),
-        "model": model.name,
-        "model_sha256": model_digest,
-        "data": str(data_path) if is_own_file or task.path is not None else pairs.name,
-        "data_sha256": data_digest,
-        "split": split,
-        "training_prompts": is_own_file and (split == "train" or not pairs.has_splits),
-        "ablation": to_dict(ablation_config),
-    }
-    _write(output, {**settings, **result.to_dict()})
-    show(f"-> {output}")
+
+
+def _words(subject: _Subject, prompts: _Prompts, model_digest: str) -> list[str]:
+    """Words for the file's name: what is not the run's own or, where there is no run, everything.
+
+    Args:
+        subject, prompts: what was measured.
+        model_digest: SHA-256 of the model's weights.
+    """
+    from edgeprune.training.run import EDGES
+
+    file, of_run = subject.edges_path.name, subject.of_run
+    is_own_model = model_digest == subject.own_digests.get("model")
+    ablation = _ablation_name(subject.ablation)
+    is_own_ablation = bool(of_run) and ablation == _ablation_name(of_run["ablation"])
+    return [
+        *([] if file == EDGES else [file.replace(".", "-")]),
+        *_if_foreign(of_run.get("model"), subject.model, is_own_model, model_title, model_digest),
+        *_if_foreign(of_run.get("task"), subject.task, prompts.are_own, task_title, prompts.digest),
+        *([] if is_own_ablation else [ablation]),
+    ]
 
 
 def _if_foreign(
-    own: Any, config: Any, has_own_digest: bool, title: Callable[..., str], digest: str
+    own: ModelConfig | TaskConfig | None,
+    config: ModelConfig | TaskConfig,
+    has_own_digest: bool,
+    title: Callable[..., str],
+    digest: str,
 ) -> list[str]:
     """Words for the file's name where a model or prompts are not the run's, wherever they lie.
 
     Args:
-        own, config: ModelConfig or TaskConfig, the run's (None: there is none) and this one.
+        own, config: the run's (None: there is none) and this one.
         has_own_digest: whether weights or prompts are the run's.
         title, digest: what they are called.
     """
@@ -168,7 +265,7 @@ def _write(output: Path, content: dict[str, Any]) -> None:
         raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
 
 
-def _print_evaluation(result: Any, title: str) -> None:
+def _print_evaluation(result: Evaluation, title: str) -> None:
     from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
 
     columns = {
@@ -199,7 +296,7 @@ def _print_evaluation(result: Any, title: str) -> None:
     )
 
 
-def _in_words(result: Any, circuit: Any) -> str:
+def _in_words(result: Evaluation, circuit: Circuit) -> str:
     """What a circuit is made of and how well it does, in a few sentences."""
     graph, connected = circuit.graph, circuit.without_dangling()
     text = (

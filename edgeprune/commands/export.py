@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands.shared import (
     OUT,
@@ -34,8 +34,14 @@ from edgeprune.config import (
 )
 from edgeprune.files import file_digest, write_text
 
+if TYPE_CHECKING:
+    from edgeprune.analysis.cleanup import CleanUp
+    from edgeprune.analysis.export import Export
+    from edgeprune.formats import CircuitFile
+    from edgeprune.modeling import CircuitModel
 
-def export(config: ExportConfig, model: Any = None) -> None:
+
+def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     """Make a circuit of a run's checkpoint, or read one from a file, and write it."""
     check_size(config.sparsity, config.num_edges)
     if config.threshold and (config.sparsity, config.num_edges) != (None, None):
@@ -75,7 +81,7 @@ def export(config: ExportConfig, model: Any = None) -> None:
     report = {"checkpoint": step, **chosen.to_dict()}
     if cleaned is not None:
         report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
-    if not config.output and format == "edges":
+    if output.resolve() == (run_dir / EDGES).resolve():
         write_text(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
     connected = report["without_dangling"]
     threshold = report["edge_threshold"]
@@ -92,7 +98,9 @@ def export(config: ExportConfig, model: Any = None) -> None:
     )
 
 
-def _clean_up(run_dir: Path, chosen: Any, tolerance: float, model: Any) -> Any:
+def _clean_up(
+    run_dir: Path, chosen: Export, tolerance: float, model: CircuitModel | None
+) -> CleanUp:
     """On the run's own training prompts, under its own ablation."""
     from edgeprune.ablation import Ablation
     from edgeprune.analysis.cleanup import clean_up
@@ -155,7 +163,7 @@ def _convert(config: ExportConfig) -> None:
         say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")
 
 
-def _choose(path: Path, file: Any, config: ExportConfig) -> Any:
+def _choose(path: Path, file: CircuitFile, config: ExportConfig) -> CircuitFile:
     """The file with the edges of the largest scores, as many as asked for."""
     if file.scores is None:
         raise ConfigError(

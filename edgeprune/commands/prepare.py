@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.commands.shared import show, task_records, write_records
-from edgeprune.config import OWN_TASK, ConfigError, PrepareConfig, check_model
+from edgeprune.config import OWN, ConfigError, PrepareConfig, check_model
 
 
 def prepare(config: PrepareConfig) -> None:
     """Write a task's prompts as JSONL."""
     from edgeprune.modeling import load_tokenizer
 
-    if config.task.name == OWN_TASK or config.task.path is not None:
+    if config.task.name == OWN or config.task.path is not None:
         raise ConfigError(
             "prepare writes the prompts of one of the project's tasks, such as task=ioi; a file of "
-            f"your own needs no preparing: give prune task={OWN_TASK} "
+            f"your own needs no preparing: give prune task={OWN} "
             f"task.path={config.task.path or 'FILE'}"
         )
     check_model(config.model)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -45,6 +45,8 @@ from edgeprune.files import file_digest
 from edgeprune.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
+    from edgeprune.dataset import PairDataset
+    from edgeprune.modeling import CircuitModel
     from edgeprune.training.distributed import Processes
     from edgeprune.training.trainer import StepMetrics
 
@@ -85,7 +87,9 @@ def prune(config: PruneConfig) -> None:
                 _finish(config, run_dir, processes, model)
 
 
-def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any, Any, Path]:
+def _load(
+    config: PruneConfig, run_dir: Path, processes: Processes
+) -> tuple[CircuitModel, PairDataset, Path]:
     """The model, the training prompts and the file they are in, the same on each process."""
     from edgeprune.modeling import model_shape
     from edgeprune.training.run import first_files
@@ -115,7 +119,9 @@ def _load(config: PruneConfig, run_dir: Path, processes: Processes) -> tuple[Any
     return model, pairs, data_path
 
 
-def _check_validation(config: PruneConfig, shape: Any, pairs: Any, data_path: Path) -> None:
+def _check_validation(
+    config: PruneConfig, shape: CircuitModel, pairs: PairDataset, data_path: Path
+) -> None:
     """Find now, and not after training, that validation prompts cannot be measured.
 
     Raises:
@@ -139,8 +145,8 @@ def _train(
     config: PruneConfig,
     run_dir: Path,
     processes: Processes,
-    model: Any,
-    pairs: Any,
+    model: CircuitModel,
+    pairs: PairDataset,
     data_path: Path,
 ) -> None:
     from edgeprune.ablation import Ablation
@@ -204,7 +210,7 @@ def _plot(run_dir: Path, config: PruneConfig) -> None:
         say(f"{path} is not drawn: {error}")
 
 
-def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Any) -> None:
+def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: CircuitModel) -> None:
     """Export the circuit, and measure it on the validation prompts."""
     model.release()
     size = ExportConfig(
@@ -228,7 +234,9 @@ def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Any
     )
 
 
-def _plan_memory(config: PruneConfig, shape: Any, pairs: Any, processes: Processes) -> None:
+def _plan_memory(
+    config: PruneConfig, shape: CircuitModel, pairs: PairDataset, processes: Processes
+) -> None:
     """Say how much memory a process will need, before the weights are loaded.
 
     Raises:

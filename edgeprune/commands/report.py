@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,10 @@ from edgeprune.commands.shared import (
 )
 from edgeprune.config import ConfigError, ReportConfig, edges_left
 from edgeprune.files import write_text
+
+if TYPE_CHECKING:
+    from edgeprune.analysis.report import Group, Point, Run, Series
+    from edgeprune.circuit import Circuit
 
 LABELS = {"kl": "KL from the full model (nats)", "error": "error from the full model",
           "exact_match": "exact match with the full model", "accuracy": "accuracy"}  # fmt: skip
@@ -76,7 +80,7 @@ def report(config: ReportConfig) -> None:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _read_runs(folder: Path) -> Iterator[tuple[Any, Path]]:
+def _read_runs(folder: Path) -> Iterator[tuple[Run, Path]]:
     """Every finished run below a folder, and where it lies.
 
     Raises:
@@ -110,7 +114,7 @@ def _read_runs(folder: Path) -> Iterator[tuple[Any, Path]]:
         )
 
 
-def _read_run(run_dir: Path, name: str) -> Any:
+def _read_run(run_dir: Path, name: str) -> Run:
     from edgeprune.analysis.report import SPLITS, Run
     from edgeprune.circuit import Circuit
     from edgeprune.training.run import EDGES, flatten, read_config, read_digests, read_graph
@@ -144,7 +148,7 @@ def _read_run(run_dir: Path, name: str) -> Any:
     return Run(name, flatten(settings), circuit, evaluations, digests)
 
 
-def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Any) -> None:
+def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Circuit) -> None:
     """A run's circuit has the size asked for, where one was, before any clean-up.
 
     Raises:
@@ -177,7 +181,7 @@ def _slug(*parts: str) -> str:
     )
 
 
-def _slugs(groups: list) -> list[str]:
+def _slugs(groups: list[Group]) -> list[str]:
     """A file name for every group; those of the same names differ in their graphs."""
     slugs = [_slug(group.task, group.model, group.ablation) for group in groups]
     return [
@@ -187,13 +191,18 @@ def _slugs(groups: list) -> list[str]:
 
 
 def _write_consensus(
-    groups: list, slugs: list[str], output: Path, places: dict[str, Path], written: list[Path]
-) -> dict[int, str]:
-    """The consensus circuit of every point of several seeds: its path in output, by point's id.
+    groups: list[Group],
+    slugs: list[str],
+    output: Path,
+    places: dict[str, Path],
+    written: list[Path],
+) -> dict[str, str]:
+    """The consensus circuit of every point of several seeds.
 
-    The files are added to `written`.
+    The files are added to `written`. Returns their paths in output, by the name of the point's
+    first run.
     """
-    consensus: dict[int, str] = {}
+    consensus: dict[str, str] = {}
     for group, slug in zip(groups, slugs, strict=True):
         for number, series in enumerate(group.series, 1):
             curve = f"series-{number}" if len(group.series) > 1 else ""
@@ -206,18 +215,18 @@ def _write_consensus(
                 run_dir = places[point.runs[0].name]
                 circuit = point.stability.consensus
                 written += write_circuit(output / folder, circuit, how, run_dir)
-                consensus[id(point)] = f"{folder}/edges.json"
+                consensus[point.runs[0].name] = f"{folder}/edges.json"
     return consensus
 
 
-def _points(groups: list) -> Iterator[tuple[Any, Any, Any]]:
+def _points(groups: list[Group]) -> Iterator[tuple[Group, Series, Point]]:
     for group in groups:
         for series in group.series:
             for point in series.points:
                 yield group, series, point
 
 
-def _csv_tables(groups: list) -> dict[str, list[dict]]:
+def _csv_tables(groups: list[Group]) -> dict[str, list[dict]]:
     """Rows of each CSV file."""
     from edgeprune.analysis.report import METRICS, score
 
@@ -275,7 +284,7 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _draw(group: Any, stem: Path) -> list[Path]:
+def _draw(group: Group, stem: Path) -> list[Path]:
     """The frontier as .png, .pdf and .svg, in this order; nothing without evaluations."""
     from edgeprune.analysis.report import DISTANCES, SHARES
     from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
@@ -308,7 +317,7 @@ def _draw(group: Any, stem: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------- console
 
 
-def _print(group: Any) -> None:
+def _print(group: Group) -> None:
     for series in group.series:
         name = f"; {series.name}" if series.name else ""
         title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"

@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgeprune.commands.shared import say
 from edgeprune.drawing import page as html
+
+if TYPE_CHECKING:
+    from edgeprune.analysis.report import Group, Point, Series, Spread
+    from edgeprune.circuit import Circuit
 
 DISTANCES = {"kl": "KL", "error": "error"}
 MOST_SEEDS = 24
@@ -17,7 +21,7 @@ MOST_SEEDS = 24
 
 
 def report_page(
-    title: str, groups: list, pictures: list[Path | None], consensus: dict[int, str]
+    title: str, groups: list[Group], pictures: list[Path | None], consensus: dict[str, str]
 ) -> str:
     """One self-contained HTML page.
 
@@ -25,12 +29,15 @@ def report_page(
         title: text.
         groups: from `group_runs`.
         pictures: each group's frontier as SVG, or None.
-        consensus: the file of each point's consensus circuit, from the page, by the point's id.
+        consensus: the file of each point's consensus circuit, from the page, by the name of
+            the point's first run.
     """
     return html.page(title, _body(groups, pictures, consensus))
 
 
-def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) -> Iterator:
+def _body(
+    groups: list[Group], pictures: list[Path | None], consensus: dict[str, str]
+) -> Iterator[str]:
     yield html.note(
         "Lines are means over seeds; bands, and brackets in tables, reach from the lowest seed to "
         "the highest. KL is from the full model, in nats per predicted token. Where outputs are "
@@ -52,10 +59,10 @@ def _body(groups: list, pictures: list[Path | None], consensus: dict[int, str]) 
             for point in series.points:
                 if point.stability is not None:
                     summary = f"Stability over {len(point.runs)} seeds at {point.asked}"
-                    yield html.details(summary, _stability(point, consensus[id(point)]))
+                    yield html.details(summary, _stability(point, consensus[point.runs[0].name]))
 
 
-def _stability(point: Any, file: str) -> Iterator[str]:
+def _stability(point: Point, file: str) -> Iterator[str]:
     names = [run.name for run in point.runs]
     labels = [f"seed {run.seed}" for run in point.runs]
     if len(set(labels)) < len(labels):
@@ -83,7 +90,7 @@ def _stability(point: Any, file: str) -> Iterator[str]:
         yield drawing
 
 
-def _drawing(circuit: Any, title: str) -> str | None:
+def _drawing(circuit: Circuit, title: str) -> str | None:
     """The circuit by Graphviz, or nothing where that is missing."""
     from edgeprune.drawing import GraphvizMissing, draw_circuit
 
@@ -97,13 +104,13 @@ def _drawing(circuit: Any, title: str) -> str | None:
         return html.picture(path, title)
 
 
-def columns(group: Any) -> tuple[str, ...]:
+def columns(group: Group) -> tuple[str, ...]:
     """Of a group's tables; the console shows all but the last."""
     return ("asked for", "runs", "edges", DISTANCES[group.distance], "exact match", "accuracy",
             "edge IoU", "sparsity")  # fmt: skip
 
 
-def frontier_rows(group: Any, series: Any, ranges: bool) -> list[Sequence[str]]:
+def frontier_rows(group: Group, series: Series, ranges: bool) -> list[Sequence[str]]:
     """A series' points as texts, under `columns`: means over seeds, with or without ranges."""
     rows = []
     for point in series.points:
@@ -118,13 +125,13 @@ def frontier_rows(group: Any, series: Any, ranges: bool) -> list[Sequence[str]]:
     return rows
 
 
-def _runs_text(point: Any) -> str:
+def _runs_text(point: Point) -> str:
     """'3', or '3 (1 evaluated)'."""
     runs, evaluated = len(point.runs), point.num_evaluated
     return f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)"
 
 
-def spread_text(spread: Any, format: str, ranges: bool) -> str:
+def spread_text(spread: Spread | None, format: str, ranges: bool) -> str:
     """'0.061 (0.055–0.070)', or the mean alone."""
     if spread is None:
         return "–"
@@ -132,7 +139,7 @@ def spread_text(spread: Any, format: str, ranges: bool) -> str:
     return f"{mean} ({low}–{high})" if ranges and low != high else mean
 
 
-def times_rows(point: Any) -> list[tuple[str, str]]:
+def times_rows(point: Point) -> list[tuple[str, str]]:
     """How many edges how many seeds keep, as texts."""
     counts = Counter(point.stability.times_kept.values())
     number = len(point.runs)

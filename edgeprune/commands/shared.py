@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -25,6 +25,14 @@ from edgeprune.config import (
     task_title,
 )
 from edgeprune.files import file_digest, listed, remove_listed, write_text
+
+if TYPE_CHECKING:
+    from edgeprune.analysis.export import Export
+    from edgeprune.circuit import Circuit
+    from edgeprune.dataset import PairDataset
+    from edgeprune.formats import CircuitFile
+    from edgeprune.graph import CircuitGraph
+    from edgeprune.modeling import CircuitModel
 
 
 class _Console(Console):
@@ -57,7 +65,7 @@ def say(text: str) -> None:
     ERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def load_model(config: ModelConfig) -> Any:
+def load_model(config: ModelConfig) -> CircuitModel:
     from edgeprune.modeling import load_model
 
     check_model(config)
@@ -132,7 +140,7 @@ def write_records(records: list[dict], path: Path) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load_pairs(path: Path, task: TaskConfig, model: Any, split: str) -> Any:
+def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
     from edgeprune.dataset import load_dataset
 
     limit = model.max_length if task.max_length is None else task.max_length
@@ -195,7 +203,7 @@ def read_origin(path: Path) -> dict[str, Any]:
     return {}
 
 
-def write_origin(path: Path, graph: Any, run_dir: Path | None) -> Path:
+def write_origin(path: Path, graph: CircuitGraph, run_dir: Path | None) -> Path:
     """Note beside an edges.json of which graph and run it is, since the file cannot say.
 
     The note holds for the file as it now is. Returns the note's path.
@@ -207,7 +215,7 @@ def write_origin(path: Path, graph: Any, run_dir: Path | None) -> Path:
     return note
 
 
-def known_graph(path: Path, run_dir: Path | None) -> Any:
+def known_graph(path: Path, run_dir: Path | None) -> CircuitGraph | None:
     """The graph of a circuit's file if it is known without reading the file, else None."""
     from edgeprune.graph import CircuitGraph
     from edgeprune.training.run import read_graph
@@ -218,7 +226,7 @@ def known_graph(path: Path, run_dir: Path | None) -> Any:
         return None if run_dir is None else read_graph(run_dir)
 
 
-def read_circuit(path: Path, graph: Any = None) -> Any:
+def read_circuit(path: Path, graph: CircuitGraph | None = None) -> Circuit:
     """A circuit's file of any format; says what was lost in reading, or had to be guessed.
 
     Args:
@@ -230,7 +238,7 @@ def read_circuit(path: Path, graph: Any = None) -> Any:
     return circuit_of(path, read_circuit_file(path, graph))
 
 
-def circuit_of(path: Path, file: Any) -> Any:
+def circuit_of(path: Path, file: CircuitFile) -> Circuit:
     """The circuit of a `CircuitFile`; says what `read_circuit` says."""
     from edgeprune.circuit import Circuit
     from edgeprune.formats import infer_graph
@@ -253,7 +261,9 @@ def circuit_of(path: Path, file: Any) -> Any:
     return Circuit.from_edges_checked(graph, file.edges, str(path))
 
 
-def write_circuit(folder: Path, circuit: Any, chosen_by: str, run_dir: Path | None) -> list[Path]:
+def write_circuit(
+    folder: Path, circuit: Circuit, chosen_by: str, run_dir: Path | None
+) -> list[Path]:
     """Write a circuit made of others: edges.json, and a circuit.json that says how and of what.
 
     Returns the two files.
@@ -338,7 +348,7 @@ def export_from(
     sparsity: float | None,
     num_edges: int | None,
     threshold: bool = False,
-) -> tuple[Any, int]:
+) -> tuple[Export, int]:
     """The circuit of a run's checkpoint, and its step.
 
     Args:

@@ -8,7 +8,6 @@ disk lies.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from edgeprune.files import file_digest
 
 MASKS, OPTIMIZER, MANIFEST = "masks.safetensors", "optimizer.safetensors", "checkpoint.json"
 
@@ -66,7 +67,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         save_file(_on_cpu(checkpoint.optimizer), temporary / OPTIMIZER)
         manifest = {
             "step": checkpoint.step,
-            "sha256": {name: _digest(temporary / name) for name in (MASKS, OPTIMIZER)},
+            "sha256": {name: file_digest(temporary / name) for name in (MASKS, OPTIMIZER)},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for name in (MASKS, OPTIMIZER, MANIFEST):
@@ -98,7 +99,7 @@ def load_checkpoint(run_dir: Path, step: int) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, digest in manifest["sha256"].items():
-            if _digest(folder / name) != digest:
+            if file_digest(folder / name) != digest:
                 raise CheckpointError(f"checkpoint {folder} is damaged: {name} was altered or cut")
         if manifest["step"] != step:
             raise CheckpointError(
@@ -124,11 +125,6 @@ def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_directory(path: Path) -> None:

@@ -164,17 +164,21 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def check_batch(self, size: int) -> None:
+        """Raises ConfigError where a batch has fewer pairs than there are processes."""
+        if size < self.count:
+            raise ConfigError(
+                f"a step has {size} pairs, which is less than the {self.count} processes; "
+                "start fewer, or raise trainer.batch_size"
+            )
+
     def part(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of a batch; parts differ in size by one at most.
 
         Raises:
             ConfigError: fewer items than processes.
         """
-        if len(items) < self.count:
-            raise ConfigError(
-                f"a step has {len(items)} pairs, which is less than the {self.count} processes; "
-                "start fewer, or raise trainer.batch_size"
-            )
+        self.check_batch(len(items))
         total, rank = len(items), self.rank
         return items[rank * total // self.count : (rank + 1) * total // self.count]
 

@@ -102,7 +102,7 @@ class Trainer:
         self.seed = seed
         self.ablation = ablation
         self.processes = processes or Processes()
-        self.processes.part(range(min(config.batch_size, len(pairs))))
+        self.processes.check_batch(min(config.batch_size, len(pairs)))
         if model.output is not Output.logits and (
             config.micro_batch_size or self.processes.count > 1
         ):
