@@ -14,9 +14,11 @@ _HOME = {
     "compare": "analysis.compare",
     "consensus": "analysis.compare",
     "draw_circuit": "drawing",
+    "encode_pair": "dataset",
     "evaluate": "analysis.evaluate",
     "export_circuit": "analysis.export",
     "load_dataset": "dataset",
+    "load_masks": "training.run",
     "load_model": "modeling",
     "prune": "api",
 }

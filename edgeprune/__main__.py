@@ -12,7 +12,15 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from edgeprune.config import COMMANDS, LESS_MEMORY, ConfigError, did_you_mean
+from edgeprune.config import (
+    COMMANDS,
+    LESS_MEMORY,
+    OWN,
+    ConfigError,
+    did_you_mean,
+    model_title,
+    task_title,
+)
 from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
@@ -46,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
-    rest = _as_text(command, _name_path(command, rest))
+    rest = _as_text(command, _name_own(_name_path(command, rest)))
     _check_names(command, rest)
     try:
         _run(command, rest)
@@ -90,6 +98,17 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
             _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
         value = _quote(bare[0])
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
+
+
+def _name_own(arguments: list[str]) -> list[str]:
+    """A path alone is of a model or task of one's own: `model.path=X` -> `model=custom ...`."""
+    names = [argument.split("=")[0] for argument in arguments]
+    own = [
+        f"{group}={OWN}"
+        for group in ("model", "task")
+        if f"{group}.path" in names and not {group, "experiment"} & set(names)
+    ]
+    return own + arguments
 
 
 def _check_names(command: str, arguments: list[str]) -> None:
@@ -136,13 +155,15 @@ def _quote(text: str) -> str:
     return f"'{escaped}'"
 
 
-def add_resolver() -> None:
-    """`or_any`, which the default run_dir in conf/prune.yaml is made with."""
+def add_resolvers() -> None:
+    """What the default run_dir in conf/prune.yaml is made with."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver(
         "or_any", lambda value: "any" if value is None else value, replace=True
     )
+    OmegaConf.register_new_resolver("task_title", task_title, replace=True)
+    OmegaConf.register_new_resolver("model_title", model_title, replace=True)
 
 
 def _run(command: str, overrides: list[str]) -> None:
@@ -155,7 +176,7 @@ def _run(command: str, overrides: list[str]) -> None:
     for name, schema in COMMANDS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
-    add_resolver()
+    add_resolvers()
     failures: list[Exception] = []
     run_dirs: set[str] = set()
 
@@ -163,7 +184,7 @@ def _run(command: str, overrides: list[str]) -> None:
     def job(settings: DictConfig) -> None:
         if any(hasattr(failure, "exit_code") for failure in failures):
             return  # a signal stops the whole sweep
-        add_resolver()  # again, where this runs as a job elsewhere
+        add_resolvers()  # again, where this runs as a job elsewhere
         try:
             config: Any = OmegaConf.to_object(settings)
             if command == "prune":

@@ -217,11 +217,16 @@ class Circuit:
 
     @classmethod
     def load(cls, path: Path | str, graph: CircuitGraph) -> Circuit:
-        """Read a file of any format (see `formats`); warns of what was lost or decided in reading.
+        """Read a file of any format (see `formats`), or a run directory's edges.json.
+
+        Warns of what was lost or decided in reading.
 
         Raises:
             CircuitError: no such file, a damaged one, or one of another graph.
         """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "edges.json"
         file = read_circuit_file(path, graph)
         circuit = cls.from_edges_checked(graph, file.edges, str(path))
         for note in file.notes:

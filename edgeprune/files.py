@@ -18,13 +18,18 @@ def write_text(path: Path, text: str) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush it to disk, and move it into place.
 
-    Whatever was at `path` stays untouched if anything fails.
+    Whatever was at `path` stays untouched if anything fails. Where `path` is a link, what it points
+    to is replaced.
 
     Raises:
-        OSError: it cannot be written, or `path` is a folder; names `path`.
+        OSError: it cannot be written, or `path` is a folder, a device or a pipe; names `path`.
     """
+    if path.is_symlink():
+        path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,8 @@ def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> Ci
         raise CircuitError(f"{path} is not JSON: {error}") from None
     if isinstance(content, dict) and {"cfg", "edges"} <= content.keys():
         return _read_eap_json(path, content, graph)
+    if isinstance(content, dict) and isinstance(content.get("edges"), list):
+        content = content["edges"]  # as Tracr folders' ground_truth_edges.json have them
     if not isinstance(content, list) or not all(
         isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in content
     ):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edgeprune.__main__ import add_resolver, main
+from edgeprune.__main__ import add_resolvers, main
 from edgeprune.circuit import Circuit
 from edgeprune.dataset import Pair
 from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
@@ -20,7 +20,7 @@ from edgeprune.modeling import CircuitModel, load_tokenizer, wrap_model
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
-add_resolver()  # for tests that compose settings without the command line
+add_resolvers()  # for tests that compose settings without the command line
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -473,10 +473,17 @@ def test_the_default_run_directory_says_any_where_no_size_is_asked_for(capsys, m
     monkeypatch.setattr(prune, "prune", got.append)
     for size in ("sparsity=0.9", "num_edges=40"):
         assert call(capsys, monkeypatch, "prune", size)[0] == 0
+    own = ("task.path=a,b/sums.jsonl", "model.path=org/model")
+    assert call(capsys, monkeypatch, "prune", *own, "sparsity=0.9")[0] == 0
+    assert call(capsys, monkeypatch, "prune", "experiment=smollm2/ioi", own[1])[0] == 0
     assert [config.run_dir for config in got] == [
         "runs/ioi-embedded/sparsity-0.9-edges-any-seed-0",
         "runs/ioi-embedded/sparsity-any-edges-40-seed-0",
+        "runs/sums-model/sparsity-0.9-edges-any-seed-0",
+        "runs/ioi-smollm2/sparsity-0.95-edges-any-seed-0",
     ]
+    assert (got[2].task.name, got[2].model.name) == ("custom", "custom")
+    assert got[3].model.path == "org/model"
 
 
 def test_in_a_sweep_commas_part_values(tmp_path, capsys, monkeypatch):

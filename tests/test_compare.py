@@ -178,7 +178,7 @@ def test_compare_runs_files_and_graphs(tmp_path):
     assert done.returncode == 0, done.stderr
     dot = (output / "intersection/circuit.dot").read_text()
     assert "ioi in tiny" in dot
-    assert "embeds -> a0_h3:k" in dot
+    assert "embeds -> a0_h2:k" in dot
 
 
 def test_without_a_run_the_graph_is_the_smallest_that_fits_all(tmp_path, capsys, monkeypatch):
@@ -315,7 +315,7 @@ def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, mo
         out, err = edgeprune("draw", folder / name, "formats=[dot]")
         assert "drew 2 edges between 3 nodes" in out
         assert not err
-        assert "embeds -> a0_h3:k" in (folder / "circuit.dot").read_text()
+        assert "embeds -> a0_h2:k" in (folder / "circuit.dot").read_text()
     assert find_circuit(str(folder / "a.json")) == (folder / "a.json", folder / "../run")
     # a file that was changed since, or of which nothing is known, is not read with that graph
     (folder / "a.json").write_text('[["embeds", "a0.h2.q"], ["a0.h2", "resid_post"]]')

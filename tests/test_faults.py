@@ -37,6 +37,7 @@ from edgeprune.config import (
     TaskConfig,
     TrainerConfig,
 )
+from edgeprune.files import write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.modeling import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
@@ -323,6 +324,59 @@ def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
         assert settings["model"]["path"] == wanted
     put(run_dir, "checkpoints/step-00000001/masks.safetensors")
     claim(run_dir, PruneConfig(run_dir="run", **parts, resume=Resume.auto))  # the same settings
+
+
+def test_what_is_no_file_is_not_replaced_and_links_are_followed(tmp_path):
+    pipe, link, real = (tmp_path / name for name in ("pipe", "link", "real.json"))
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/full")):
+        with pytest.raises(OSError, match="is a device or a pipe; give the path of a file"):
+            write_text(path, "text")
+    assert pipe.is_fifo() and Path("/dev/full").is_char_device()
+    link.symlink_to(real)
+    write_text(link, "text")
+    assert link.is_symlink() and real.read_text() == "text"
+
+
+def test_an_unfinished_run_is_said_to_be_one_and_left_out_of_reports(tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    arguments = ("prune", *SMALL, "trainer.steps=6", "trainer.checkpoint_every=2",
+                 f"run_dir={run_dir}")  # fmt: skip
+    assert call(capsys, monkeypatch, *arguments)[0] == 0
+    assert "steps, so its gates" not in call(capsys, monkeypatch, "export", str(run_dir))[2]
+    shutil.rmtree(run_dir / "checkpoints/step-00000006")
+    damaged = run_dir / "checkpoints/step-00000004/masks.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (run_dir / "edges.json").unlink()
+    code, _, err = call(capsys, monkeypatch, "evaluate", str(run_dir))
+    assert code == 2 and "has no edges.json yet; let the run end" in err
+    code, _, err = call(capsys, monkeypatch, "export", str(run_dir))
+    assert code == 0
+    assert "step-00000004 is damaged: masks.safetensors was altered or cut; passing over it" in err
+    assert "has done 2 of 6 steps" in err
+    code, _, err = call(capsys, monkeypatch, "report", str(tmp_path))
+    assert code == 2
+    assert "is left out: its circuit is of step 2 of 6; let the run end" in err
+    assert call(capsys, monkeypatch, *arguments, "resume=auto")[0] == 0
+    assert call(capsys, monkeypatch, "report", str(tmp_path))[0] == 0
+
+
+def test_prompts_that_were_trained_on_are_said(tmp_path, capsys, monkeypatch):
+    pair = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
+    longer = {**pair, "clean": "1 + 2 + 3 = <predict>6</predict>"}
+    data = write_jsonl(
+        tmp_path / "sums.jsonl", *[{**pair, "split": "train"}] * 4, {**longer, "split": "train"},
+        {**pair, "split": "validation"}, {**longer, "split": "validation"},
+    )  # fmt: skip
+    code, out, err = call(
+        capsys, monkeypatch, "prune", f"task.path={data}", "num_edges=60", "trainer.steps=2",
+        "trainer.batch_size=2", f"run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1 of 1 validation prompts are training prompts, too" in err
+    assert "4 pairs (1 left out)" in err
+    assert "1 prompts (1 left out)" in " ".join(out.split())
+    assert "no edge on " in out
 
 
 def test_an_empty_run_dir_is_refused(tmp_path, capsys, monkeypatch):

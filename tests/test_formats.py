@@ -390,6 +390,12 @@ def test_code_in_a_pt_file_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_list_of_edges_may_stand_under_edges_as_tracr_has_it(tmp_path):
+    (tmp_path / "truth.json").write_text('{"program": "x", "edges": [["tok_embeds", "m0"]]}')
+    graph = CircuitGraph(1, 2, 2, ("tok_embeds", "pos_embeds"))
+    assert Circuit.load(tmp_path / "truth.json", graph).edges == [("tok_embeds", "m0")]
+
+
 @pytest.mark.parametrize("name", ["m99999999", "a99999999.h0", "a0.h99999999"])
 def test_numbers_beyond_any_model_are_refused_before_a_graph_is_built(name, tmp_path):
     with pytest.raises(CircuitError, match=r"e\.json: a model of .* check its numbers"):

@@ -22,6 +22,7 @@ from edgeprune.commands.shared import (
     load_model,
     load_pairs,
     read_circuit,
+    read_origin,
     run_settings,
     say,
     show,
@@ -115,7 +116,8 @@ def evaluate(
     prompts = _load_prompts(subject, model, config)
     result = _measure(subject, model, circuit, prompts, config)
     what = f"{model.name}, {prompts.pairs.name}, {subject.ablation.kind.name} ablation"
-    _print_evaluation(result, what)
+    left_out = len(prompts.pairs.skipped)
+    _print_evaluation(result, what, f" ({left_out:,} left out)" if left_out else "")
     show(_in_words(result, circuit))
     if not writes:
         return
@@ -146,8 +148,12 @@ def _find(config: EvaluateConfig) -> _Subject:
     of_run = run_settings(run_dir)
     model, task = config.model or of_run.get("model"), config.task or of_run.get("task")
     if model is None or task is None:
+        origin = read_origin(edges_path).get("run")
+        why = "is of no run, or of several that differ in model or task"
+        if run_dir is None and isinstance(origin, str):
+            why = f"is of the run {origin}, seen from its folder, which is no longer there"
         raise ConfigError(
-            f"{edges_path} is of no run, or of several that differ in model or task, so give both: "
+            f"{edges_path} {why}, so give both: "
             "model=embedded task=ioi, or model.path=... with model=custom, task.path=... with "
             "task=custom"
         )
@@ -265,7 +271,7 @@ def _write(output: Path, content: dict[str, Any]) -> None:
         raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
 
 
-def _print_evaluation(result: Evaluation, title: str) -> None:
+def _print_evaluation(result: Evaluation, title: str, note: str) -> None:
     from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
 
     columns = {
@@ -275,7 +281,9 @@ def _print_evaluation(result: Evaluation, title: str) -> None:
     }
     if result.random is not None:
         columns["random circuits"] = result.random
-    table = Table(title=Text(f"{title}, {result.num_examples:,} prompts"), title_justify="left")
+    table = Table(
+        title=Text(f"{title}, {result.num_examples:,} prompts{note}"), title_justify="left"
+    )
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
@@ -301,10 +309,11 @@ def _in_words(result: Evaluation, circuit: Circuit) -> str:
     graph, connected = circuit.graph, circuit.without_dangling()
     text = (
         f"in words: {len(circuit):,} of {graph.num_edges:,} edges give the full model's answer on "
-        f"{result.circuit.exact_match:.1%} of the prompts"
+        f"{result.circuit.exact_match:.1%} of the prompts, no edge on "
+        f"{result.corrupted.exact_match:.1%}; the full model is right on {result.full.accuracy:.1%}"
     )
     if not len(connected):
-        return f"{text}; none of them lies on a path from the input to the output"
+        return f"{text}; no kept edge lies on a path from the input to the output"
     edges_at = Counter(writer for writer, _ in connected.edges)
     for _, reader in connected.edges:
         edges_at.update(connected.nodes_fed_by(reader))

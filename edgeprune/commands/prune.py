@@ -130,6 +130,11 @@ def _check_validation(
     """
     split = first_split(data_path, Split.validation).name
     validation = load_pairs(data_path, config.task, shape, split)
+    if split != Split.train.name and pairs.has_splits:
+        trained = {(pair.clean_ids, pair.corrupted_ids) for pair in pairs}
+        seen = sum((pair.clean_ids, pair.corrupted_ids) in trained for pair in validation)
+        if seen:
+            say(f"{seen:,} of {len(validation):,} {split} prompts are training prompts, too")
     ablation = config.ablation
     if ablation.kind is AblationKind.mean and ablation.per_position:
         known, needed = (max(len(p.clean_ids) for p in of) for of in (pairs, validation))
@@ -167,9 +172,10 @@ def _train(
     )
     processes.first_does(lambda: run.begin(run_dir, config, model, data_path))
     number = f", {processes.count} processes" if processes.count > 1 else ""
+    left_out = f" ({len(pairs.skipped):,} left out)" if pairs.skipped else ""
     say(
         f"pruning {model.name} ({model.graph.num_edges:,} edges) on {config.task.name}: "
-        f"{len(pairs):,} pairs, {config.trainer.steps:,} steps{number}, in {run_dir}"
+        f"{len(pairs):,} pairs{left_out}, {config.trainer.steps:,} steps{number}, in {run_dir}"
     )
     tracker = config.tracker if processes.is_first else TrackerConfig()
     last: StepMetrics | None = None

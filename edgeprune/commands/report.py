@@ -20,6 +20,7 @@ from edgeprune.commands.shared import (
     replacing_earlier,
     say,
     show,
+    unfinished_steps,
     write_circuit,
 )
 from edgeprune.config import ConfigError, ReportConfig, edges_left
@@ -160,6 +161,12 @@ def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Circuit) -> No
     if sparsity is not None:
         num_edges = edges_left(sparsity, circuit.graph.num_edges)
     origin, size = read_origin(run_dir / EDGES), len(circuit)
+    of_all = unfinished_steps(settings, origin.get("checkpoint"))
+    if of_all:
+        raise ConfigError(
+            f"its circuit is of step {origin['checkpoint']:,} of {of_all:,}; let the run end (its "
+            "command, with resume=auto)"
+        )
     cleanup = origin.get("cleanup")
     if isinstance(cleanup, dict) and origin.get("num_edges") == size:
         size = cleanup.get("num_edges_before", size)

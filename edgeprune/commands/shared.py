@@ -178,7 +178,10 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
         if not (path / EDGES).exists():
             if not has_run(path):
                 raise ConfigError(f"{path} is no run directory and holds no {EDGES}")
-            raise ConfigError(f"{path} has no {EDGES} yet; make it with `edgeprune export {path}`")
+            raise ConfigError(
+                f"{path} has no {EDGES} yet; let the run end (its command, with resume=auto), or "
+                f"make a circuit of what it has learned: edgeprune export {path}"
+            )
         path = path / EDGES
     origin = read_origin(path).get("run")
     if isinstance(origin, str) and has_run(path.parent / origin):
@@ -333,6 +336,14 @@ def run_settings(run_dir: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{run_dir}/config.yaml cannot be used: {error}") from None
 
 
+def unfinished_steps(settings: dict[str, Any], step: Any) -> int | None:
+    """All steps of a run, where a checkpoint's step is not the last of them."""
+    trainer = settings.get("trainer")
+    steps = trainer.get("steps") if isinstance(trainer, dict) else None
+    known = isinstance(steps, int) and isinstance(step, int)
+    return steps if known and step < steps else None
+
+
 def run_title(run_dir: Path | None) -> str | None:
     """'ioi in embedded'; one's own data or model goes by its file's name. None without a run."""
     of_run = run_settings(run_dir)
@@ -360,9 +371,15 @@ def export_from(
     from edgeprune.analysis.export import export_circuit
     from edgeprune.training.run import load_masks, read_config
 
-    masks, step = load_masks(run_dir, step)
+    settings, is_last = read_config(run_dir), step is None
+    masks, step = load_masks(run_dir, step, say)
+    of_all = unfinished_steps(settings, step)
+    if is_last and of_all:
+        say(
+            f"the run in {run_dir} has done {step:,} of {of_all:,} steps, so its gates have not "
+            "become what they are to be; go on with its command and resume=auto"
+        )
     check_num_edges(num_edges, masks.graph.num_edges)
     if sparsity is None and num_edges is None and not threshold:
-        settings = read_config(run_dir)
         sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
     return export_circuit(masks, sparsity=sparsity, num_edges=num_edges), step

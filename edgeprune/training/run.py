@@ -17,6 +17,7 @@ import platform
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -351,13 +352,21 @@ def read_digests(run_dir: Path) -> dict[str, str]:
         ) from None
 
 
-def load_masks(run_dir: Path, step: int | None = None) -> tuple[CircuitMasks, int]:
+def load_masks(
+    run_dir: Path | str, step: int | None = None, say: Callable[[str], object] = warnings.warn
+) -> tuple[CircuitMasks, int]:
     """The masks of a run's checkpoint, the last intact one by default, and its step.
+
+    Args:
+        run_dir: the run's.
+        step: of the checkpoint.
+        say: called with what a person should know: a damaged checkpoint is passed over.
 
     Raises:
         ConfigError: not a run directory.
         CheckpointError: no such checkpoint, or a damaged one.
     """
+    run_dir = Path(run_dir)
     graph = read_graph(run_dir)
     if step is not None:
         checkpoint, damaged = load_checkpoint(run_dir, step), []
@@ -366,6 +375,8 @@ def load_masks(run_dir: Path, step: int | None = None) -> tuple[CircuitMasks, in
     if checkpoint is None:
         reason = "; ".join(damaged) or "none has been written yet"
         raise CheckpointError(f"{run_dir} has no usable checkpoint: {reason}")
+    for message in damaged:
+        say(f"{message}; passing over it")
     masks = CircuitMasks(graph, node_gates="node_log_alpha" in checkpoint.masks)
     try:
         masks.load_state_dict(checkpoint.masks)
