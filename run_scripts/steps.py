@@ -4,7 +4,8 @@
     .venv/bin/python run_scripts/steps.py smollm2                 # an hour; the model from the hub
     .venv/bin/python run_scripts/steps.py smollm2 model.gguf      # or from a file
 
-Prunes for ioi by the published schedule, as shipped, and with other numbers of steps. Runs go to
+Prunes for ioi by the published schedule, as shipped, and with other numbers of steps; and, beside
+them, takes the edges of largest attribution scores, for which nothing is learned. Runs go to
 runs/steps/; what is there already is not run again.
 """
 
@@ -18,13 +19,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 import edgeprune
 from edgeprune.analysis.evaluate import Scores
+from edgeprune.circuit import Circuit
+from edgeprune.dataset import collate
 from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
+from edgeprune.gradient import Inputs, differentiate
+from edgeprune.modeling import CircuitModel
 from edgeprune.training.run import EDGES, load_masks
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/steps"
+OPENINGS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of all gates alike, over which attribution scores are averaged."""
+ATTRIBUTION = "attribution scores (edge attribution patching)"
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,40 @@ def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Scores]]:
     model = edgeprune.load_model(study.model, dtype=study.dtype)
     found = []
     for run in runs:
-        test = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "test")
         masks = load_masks(run, None)[0]
-        of_size = {size: masks.circuit_of_size(size) for size in study.sizes}
-        found.append({s: edgeprune.evaluate(model, c, test).circuit for s, c in of_size.items()})
+        found.append(evaluate(model, run, {s: masks.circuit_of_size(s) for s in study.sizes}))
     return found
+
+
+def attribute(study: Study, run: Path) -> dict[int, Scores]:
+    """Circuits of each size, of the edges with the largest attribution scores by magnitude.
+
+    A score is the gradient of the KL divergence by an edge's gate, summed over a run's training
+    prompts and over openings of all gates between corrupted and clean: edge attribution patching
+    (Syed et al. 2023, arXiv:2310.10348), integrated as by Hanna et al. 2024 (arXiv:2403.17806),
+    but along the gates.
+    """
+    begin = time.monotonic()
+    model = edgeprune.load_model(study.model, dtype=study.dtype)
+    train = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "train")
+    scores = torch.zeros(study.all_edges, device=model.device)
+    for start in range(0, len(train), 8):
+        batch = collate(train[start : start + 8]).to(model.device)
+        reference, corrupted = model.run_pair(batch)
+        for opening in OPENINGS:
+            gates = torch.full_like(scores, opening).requires_grad_()
+            scores += differentiate(model, Inputs(batch, reference, corrupted, gates))[1]
+    print(f"attribution: {time.monotonic() - begin:.0f} s with start-up")
+    ranking = scores.abs().argsort(descending=True).tolist()
+    edges = [model.graph.edges[index] for index in ranking]
+    circuits = {s: Circuit.from_edges(model.graph, edges[:s]) for s in study.sizes}
+    return evaluate(model, run, circuits)
+
+
+def evaluate(model: CircuitModel, run: Path, circuits: dict[int, Circuit]) -> dict[int, Scores]:
+    """On a run's test prompts."""
+    test = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "test")
+    return {s: edgeprune.evaluate(model, c, test).circuit for s, c in circuits.items()}
 
 
 def curve(name: str, scores: list[dict[int, Scores]], metric: str) -> Curve:
@@ -142,6 +181,9 @@ def main(name: str, *model: str) -> None:
         exact = " / ".join(f"{circuit.exact_match:.3f}" for circuit in circuits)
         print(f"{row_name} ({row.settings}): KL {kl}, exact match {exact}")
     drawn = {row.legend: found[name] for name, row in study.rows.items() if row.legend}
+    drawn[ATTRIBUTION] = [attribute(study, RUNS / name / "paper-0")]
+    of_asked = drawn[ATTRIBUTION][0][study.asked]
+    print(f"attribution: KL {of_asked.kl:.3f}, exact match {of_asked.exact_match:.3f}")
     panels = [
         Panel(label, [curve(legend, runs, metric) for legend, runs in drawn.items()], [], log)
         for label, metric, log in (
