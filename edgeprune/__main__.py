@@ -32,6 +32,8 @@ POSITIONAL = {
 """Commands whose bare argument is a path, and the setting it fills."""
 SEVERAL = ("compare",)
 """Commands that take any number of paths."""
+FLAGS = ("-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir")
+"""Of Hydra's that are of use here."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 """Text that is quoted as Hydra has it."""
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _tell(overview())
         sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
+    if "--version" in arguments:
         from importlib.metadata import version
 
         _tell(f"edgeprune {version('edgeprune')}")
@@ -115,6 +117,9 @@ def _check_names(command: str, arguments: list[str]) -> None:
     """Exit where a setting is unknown: with a + before its name Hydra would take any."""
     known = setting_names(command)
     for argument in arguments:
+        flag = argument.split("=")[0]
+        if flag.startswith("-") and flag not in FLAGS:
+            _fail(f"unknown flag {flag!r}{did_you_mean(flag, FLAGS)}", 2)
         key = argument.split("=")[0].lstrip("+~").split("@")[0]
         is_hydras = key == "hydra" or key.startswith(("hydra.", "hydra/", "-"))
         if "=" in argument and key not in known and not is_hydras:

@@ -746,6 +746,7 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ["overwrite=true throws away what resume=auto would go on from"],
         ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
+        (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),
         (["export"], ["give one path: edgeprune export PATH"]),
         (
             ["export", "nowhere", "num_edges=3", "threshold=true"],

@@ -110,7 +110,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except LOAD_ERRORS as error:
-        raise ModelError(_cannot_load(name_or_path, error)) from None
+        raise _cannot_load(name_or_path, error) from None
     for module in model.modules():  # bitsandbytes would repack 4-bit weights for some CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -176,7 +176,7 @@ def model_shape(
                 trust_remote_code=trust_remote_code,
             )
     except LOAD_ERRORS as error:
-        raise ModelError(_cannot_load(name_or_path, error)) from None
+        raise _cannot_load(name_or_path, error) from None
     tokenizer = load_tokenizer(name_or_path, trust_remote_code)
     return wrap_model(model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers)
 
@@ -196,7 +196,7 @@ def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
             **_source(name_or_path), trust_remote_code=trust_remote_code
         )
     except LOAD_ERRORS as error:
-        raise ModelError(_cannot_load(name_or_path, error)) from None
+        raise _cannot_load(name_or_path, error) from None
     _check_family(config, name_or_path)
     return config
 
@@ -219,7 +219,7 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
             **_source(name_or_path), trust_remote_code=trust_remote_code
         )
     except LOAD_ERRORS as error:
-        raise ModelError(_cannot_load(name_or_path, error)) from None
+        raise _cannot_load(name_or_path, error) from None
     if not tokenizer.is_fast:
         raise ModelError(
             f"{name_or_path} has no fast tokenizer (tokenizer.json), which is needed to tell which "
@@ -302,7 +302,7 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
     if not is_hub_name and not path.exists():
         raise ModelError(
             f"no folder {path}; give the folder of a model with config.json and *.safetensors, a "
-            ".gguf file, or a hub name, for a run that was moved by model=custom model.path=FOLDER"
+            ".gguf file, or a hub name, for a run that was moved by model.path=FOLDER"
         )
     name = EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path
     return {"pretrained_model_name_or_path": str(name)}
@@ -321,9 +321,11 @@ def _in_bits(bits: int, model_type: str, other: GgufConfig | None) -> BitsAndByt
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
 
-def _cannot_load(name_or_path: str | Path, error: Exception) -> str:
+def _cannot_load(name_or_path: str | Path, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):  # which says what to do already
+        return error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return (
+    return ModelError(
         f"cannot load model {str(name_or_path)!r}: {lines[0].removesuffix('from one of:').strip()} "
         "(give the folder of a model with config.json and *.safetensors, a .gguf file, "
         "or a hub name)"
