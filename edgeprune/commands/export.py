@@ -135,7 +135,7 @@ def _format(config: ExportConfig) -> str:
 def _convert(config: ExportConfig) -> None:
     """From a circuit's file to another; of a graph file with scores, also another size."""
     from edgeprune.formats import read_circuit_file
-    from edgeprune.training.run import read_manifest
+    from edgeprune.training.run import EDGES, has_run, read_manifest
 
     path, run_dir = find_circuit(config.run)
     if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
@@ -143,6 +143,11 @@ def _convert(config: ExportConfig) -> None:
     if config.output is None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
     format, output = _format(config), Path(config.output)
+    if output.name == EDGES and has_run(output.parent):
+        raise ConfigError(
+            f"{output} is the circuit of a run, whose circuit.json says how it was chosen; give "
+            f"another output=, or export the run itself: edgeprune export {output.parent}"
+        )
     file = read_circuit_file(path, known_graph(path, run_dir))
     if format != "edges" and file.graph is None:
         raise ConfigError(
