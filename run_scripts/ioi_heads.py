@@ -91,7 +91,7 @@ def main() -> None:
     kind_of, in_circuit = {}, [node for node in circuit.nodes if node.startswith("a")]
     edges_of = Counter(writer for writer, _ in circuit.edges)
     for _, reader in circuit.edges:
-        edges_of.update(model.graph.nodes_fed_by(reader))
+        edges_of.update(circuit.nodes_fed_by(reader))
     print(f"| head | kind | edges | {' | '.join(KINDS)} |\n|---|---|---|{'---|' * len(KINDS)}")
     for layer in range(model.graph.num_layers):
         for head in range(model.graph.num_heads):
@@ -115,7 +115,7 @@ def main() -> None:
     between = Counter()
     for writer, reader in circuit.edges:
         port = reader.rpartition(".")[2]
-        fed = {kind_of[node] for node in model.graph.nodes_fed_by(reader) if node in kind_of}
+        fed = {kind_of[node] for node in circuit.nodes_fed_by(reader) if node in kind_of}
         for kind in fed if writer in kind_of else ():
             between[kind_of[writer], f"{kind}, {port}"] += 1
         if reader == "resid_post" and writer in kind_of:
