@@ -7,6 +7,7 @@ import pytest
 from conftest import call, fake_run, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from edgeprune.analysis.compare import (
     Agreement,
@@ -20,7 +21,7 @@ from edgeprune.analysis.compare import (
     union,
 )
 from edgeprune.circuit import Circuit
-from edgeprune.commands.compare import labels_of
+from edgeprune.commands.compare import Name, labels_of
 from edgeprune.commands.shared import find_circuit
 from edgeprune.formats import read_circuit_file
 from edgeprune.graph import CircuitGraph
@@ -467,6 +468,7 @@ def test_numbers_can_be_read_in_80_columns(tmp_path):
     ):  # fmt: skip
         rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
         assert any(row[-1 - len(numbers) : -1] == numbers for row in rows), done.stdout
+    assert "greater_than-" in {row[1] for row in rows if len(row) > 1}  # whole words
 
 
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
@@ -499,3 +501,15 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
     )
     written = json.loads(written.read_text())
     assert written["num_examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [(40, ["sparsity-0.9-seed-0"]), (14, ["sparsity-0.9-", "seed-0"]),
+     (5, ["spars", "ity-", "0.9-", "seed-", "0"])],
+)  # fmt: skip
+def test_names_are_parted_after_hyphens(width, lines):
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(Name("sparsity-0.9-seed-0"), overflow="fold")
+    assert captured.get().split() == lines

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +44,29 @@ class Given:
     run_dir: Path | None
     graph: CircuitGraph | None
     """None: not known without reading the file."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A label in a table; where it is too long for a line it is parted after a hyphen."""
+
+    label: str
+
+    @property
+    def parts(self) -> list[str]:
+        return re.split("(?<=-)", self.label)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        line = ""
+        for part in self.parts:
+            if line and cell_len(line + part) > options.max_width:
+                yield Text(line)
+                line = ""
+            line += part
+        yield Text(line)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(cell_len, self.parts)), cell_len(self.label))
 
 
 def compare(config: CompareConfig) -> None:
@@ -182,7 +208,7 @@ def _print(result: dict[str, Any]) -> None:
     for name, size in result["circuits"].items():
         own = size["without_dangling"]
         sizes.add_row(
-            Text(name), f"{size['num_edges']:,}", f"{size['sparsity']:.4f}",
+            Name(name), f"{size['num_edges']:,}", f"{size['sparsity']:.4f}",
             f"{size['num_nodes']:,}", f"{size['only_here']:,}", f"{own['num_edges']:,}",
             f"{own['num_nodes']:,}", f"{connected['only_here'][name]:,}",
         )  # fmt: skip
@@ -203,7 +229,7 @@ def _print(result: dict[str, Any]) -> None:
         for name, both in result["agreement"].items():
             values = [both[of][key] for of in ("edges", "nodes")
                       for key in ("precision", "recall", "f1")]  # fmt: skip
-            against.add_row(Text(name), *("–" if v is None else f"{v:.3f}" for v in values))
+            against.add_row(Name(name), *("–" if v is None else f"{v:.3f}" for v in values))
         OUT.print(against)
 
 
@@ -212,7 +238,7 @@ def _print_overlaps(title: str, pairs: list[dict[str, Any]]) -> None:
                    "node IoU")  # fmt: skip
     for pair in pairs[:MOST_PAIRS]:
         table.add_row(
-            Text(pair["a"]), Text(pair["b"]), f"{pair['shared_edges']:,}",
+            Name(pair["a"]), Name(pair["b"]), f"{pair['shared_edges']:,}",
             f"{pair['edge_iou']:.3f}", f"{pair['edge_iou_by_chance']:.3f}",
             str(pair["shared_nodes"]), f"{pair['node_iou']:.3f}",
         )  # fmt: skip
