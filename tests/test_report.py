@@ -13,6 +13,7 @@ from conftest import call, fake_run, run_cli
 
 from edgeprune.analysis.report import Run, Spread, group_runs
 from edgeprune.circuit import Circuit
+from edgeprune.commands.report_page import spread_text
 from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
 from edgeprune.graph import CircuitGraph
 
@@ -222,6 +223,53 @@ def test_where_outputs_are_values_a_report_shows_their_error(tmp_path, capsys, m
     assert "error from the full model" in next(tmp_path.glob("report/*.svg")).read_text()
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """Rows of a page's tables, or of tables on the console, as texts."""
+    if "</tr>" in text:
+        return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in text.split("</tr>")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+
+
+def test_tables_say_what_to_compare_with_and_what_distractors_say(tmp_path, capsys, monkeypatch):
+    for seed, kl in enumerate((0.0781, 0.14)):
+        run = fake_run(tmp_path / f"{seed}", first(6), ablation=ABLATION, seed=seed, num_edges=6)
+        shown = evaluation(first(6), kl, 0.8)
+        shown["circuit"] |= {"two_way_accuracy": 0.9, "logit_difference": 2 + seed}
+        shown["full"] |= {"two_way_accuracy": 1.0, "logit_difference": 12.34}
+        (run / "evaluation-test.json").write_text(json.dumps(shown))
+    code, out, err = call(capsys, monkeypatch, "report", str(tmp_path))
+    assert code == 0, err
+    size = str(GRAPH.num_edges)
+    printed = table_rows(out)
+    assert ["full model", "", size, "0", "1.000", "0.900", ""] in printed
+    assert ["num_edges 6", "2", "6", "0.109", "0.800", "0.800", "1.000"] in printed
+    assert ["every edge closed", "", "0", "8.00", "0.100", "0.050", ""] in printed
+    page = table_rows((tmp_path / "report/report.html").read_text())
+    assert page[0][3:8] == [
+        "KL", "exact match", "accuracy", "two-way accuracy", "logit difference",
+    ]  # fmt: skip
+    assert page[1:4] == [
+        ["full model", "", size, "0", "1.000", "0.900", "1.000", "12.3", "", "0.0000"],
+        ["num_edges 6", "2", "6", "0.109 (0.078–0.140)", "0.800", "0.800", "0.900",
+         "2.50 (2.00–3.00)", "1.000", "0.9016"],
+        ["every edge closed", "", "0", "8.00", "0.100", "0.050", "–", "–", "", "1.0000"],
+    ]  # fmt: skip
+    (row,) = rows(tmp_path / "report/frontier.csv")
+    names = ("two_way_accuracy_mean", "logit_difference_low", "logit_difference_high")
+    assert [row[name] for name in names] == ["0.9", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("spread", "text"),
+    [((0.107, 0.0781, 0.14), "0.107 (0.078–0.140)"), ((0.000559, 0.0005, 0.0021),
+     "0.000559 (0.000500–0.002100)"), ((12.34, 12.31, 12.33), "12.3"), ((1234.5, 9, 2000),
+     "1234 (9–2000)"), ((-0.5, -1, 0), "-0.500 (-1.000–0.000)"), ((1e-9, 0, 1e-9), "0"),
+     ((3e-6, 2e-6, 4e-6), "0.000003 (0.000002–0.000004)")],
+)  # fmt: skip
+def test_a_spread_has_as_many_decimals_as_its_mean(spread, text):
+    assert spread_text(Spread(*spread), None, ranges=True) == text
+
+
 HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
 
 
@@ -262,6 +310,7 @@ def test_report_of_a_sweep(tmp_path):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
     assert HOSTILE in "".join(page.text)
+    assert "two-way accuracy" not in page.text  # of prompts without distractors
     for folder in consensus:
         assert f"is in consensus/{folder.name}/edges.json." in "".join(page.text)
     assert page.tags.count("img") == 4  # two frontiers, two consensus circuits

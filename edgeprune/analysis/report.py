@@ -29,7 +29,8 @@ SPLITS = ("test", "validation", "train")
 DISTANCES = ("kl", "error")
 """From the full model: of logits, and of values."""
 SHARES = ("exact_match", "accuracy")
-METRICS = (*DISTANCES, *SHARES)
+OF_DISTRACTORS = ("two_way_accuracy", "logit_difference")
+METRICS = (*DISTANCES, *SHARES, *OF_DISTRACTORS)
 """What a frontier says."""
 
 
@@ -176,9 +177,14 @@ class Group:
         return [run for series in self.series for point in series.points for run in point.runs]
 
     @property
+    def evaluated(self) -> bool:
+        """Whether any run has been, on the split."""
+        return any(self.split in run.evaluations for run in self.runs)
+
+    @property
     def prompts(self) -> str:
         """Whose evaluations are shown, in words, and whether they are of training prompts."""
-        if self.split is None:
+        if not self.evaluated:
             return "not evaluated"
         shown = [run.evaluations.get(self.split, {}) for run in self.runs]
         among = any(evaluation.get("training_prompts") for evaluation in shown)
@@ -188,6 +194,12 @@ class Group:
     def distance(self) -> str:
         """Which of `DISTANCES` its outputs have."""
         return "kl" if self.reference("circuit", "error") is None else "error"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that its tables show: of distractors only what any run has."""
+        others = [name for name in OF_DISTRACTORS if self.reference("circuit", name) is not None]
+        return (self.distance, *SHARES, *others)
 
     def reference(self, of: str, metric: str) -> float | None:
         """A metric of the `circuit`, `full` or `corrupted` model, averaged over the runs."""
