@@ -163,8 +163,14 @@ def test_the_split_that_most_runs_have_is_shown():
     (group,) = group_runs(runs)
     assert group.split == "validation"
     assert group.series[0].points[0].spread("kl").high == 0.2
+    (group,) = group_runs(runs, "test")
+    assert group.prompts == "test prompts"
+    assert group.series[0].points[0].spread("kl") == Spread(0.3, 0.3, 0.3)
+    assert group.series[0].points[0].num_evaluated == 1
+    (group,) = group_runs(runs, "train")
+    assert (group.prompts, group.evaluated) == ("not evaluated on train prompts", False)
     (group,) = group_runs([a_run("a", first(4))])
-    assert group.split is None
+    assert (group.split, group.prompts) == (None, "not evaluated")
     assert group.series[0].points[0].spread("kl") is None
 
 
@@ -318,6 +324,29 @@ def test_report_of_a_sweep(tmp_path):
     # a consensus circuit can be used as one's own
     done = run_cli("draw", consensus[0], "formats=[dot]", "dangling=true")
     assert "drew" in done.stdout
+
+
+def test_a_report_of_one_split(tmp_path, capsys, monkeypatch):
+    """Six runs have been evaluated on validation prompts, and one of another model on test ones."""
+    sweep(tmp_path)
+
+    def report(*arguments) -> tuple[int, str, str]:
+        return call(capsys, monkeypatch, "report", tmp_path, *arguments)
+
+    code, out, err = report("split=test")
+    assert code == 0, err
+    assert "not evaluated on test prompts" in " ".join(out.split())
+    assert "ioi in tiny, interchange ablation: no run has been evaluated on test prompts" in err
+    assert [plot.suffix for plot in tmp_path.glob("report/*.svg")] == [".svg"]
+    assert "not evaluated on test prompts" in (tmp_path / "report/report.html").read_text()
+    found = rows(tmp_path / "report/runs.csv")
+    assert sorted(row["split"] for row in found) == [""] * 6 + ["test"]
+    code, out, err = report("split=validation")
+    assert code == 0, err
+    assert "ioi in other, interchange ablation: no run has been evaluated on validation" in err
+    code, _, err = report("split=tests")
+    assert code == 2
+    assert "split" in err and "test" in err
 
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):

@@ -44,7 +44,8 @@ def report(config: ReportConfig) -> None:
     output = Path(config.output) if config.output else folder / "report"
     with OUT.status(f"reading the runs below {folder}"):
         found = list(_read_runs(folder))
-        groups = group_runs([run for run, _ in found])
+        split = config.split and config.split.value
+        groups = group_runs([run for run, _ in found], split)
     places = {run.name: run_dir for run, run_dir in found}
 
     for group, _, point in _points(groups):
@@ -302,7 +303,8 @@ def _draw(group: Group, stem: Path) -> list[Path]:
                   and not (of == "full" and metric in DISTANCES)]  # fmt: skip
         panels.append(Panel(LABELS[metric], curves, levels, log=metric in DISTANCES))
     if not group.evaluated:
-        say(f"{group.title}: no run has been evaluated, so there is no plot")
+        where = f" on {group.split} prompts" if group.split else ""
+        say(f"{group.title}: no run has been evaluated{where}, so there is no plot")
         return []
     title = f"{group.title}: {group.prompts}"
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "svg")]
