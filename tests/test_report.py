@@ -526,3 +526,17 @@ def test_a_plot_from_no_edges_to_all_has_room_where_its_points_are():
         ax.transData.transform([(x, 1) for x in ticks])
     )[:, 0]  # fmt: skip
     assert abs(places[:-1] - places[1:]).min() >= 0.1
+
+
+def test_names_of_levels_lie_where_curves_do_not():
+    def places(levels: list[float], values: list[float]) -> list[tuple[str, str]]:
+        curve = Curve("", [8, 4, 2, 1], values, values, values)
+        figure = _figure([Panel("", [curve], [("level", y) for y in levels], log=False)], "t", 9)
+        return [(text.get_ha(), text.get_va()) for text in figure.axes[0].texts]
+
+    assert places([0.5], [1, 1, 1, 1]) == [("right", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.2, 0]) == [("left", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.55, 0.55]) == [("right", "top")]
+    assert places([0.5], [0.5, 0.5, 0.5, 0.5]) == [("right", "bottom")]  # none is better
+    assert places([0.5, 0.5], [1, 1, 1, 1]) == [("right", "bottom"), ("left", "bottom")]
+    assert places([0], [1, 1, 1, 0.02]) == [("right", "bottom")]  # not on the axis
