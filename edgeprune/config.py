@@ -337,6 +337,8 @@ class ReportConfig:
 
     folder: str = ""
     """Run directories are looked for here, at any depth."""
+    split: Split | None = None
+    """Whose evaluations are shown; null: that which most runs have, test before validation."""
     output: str | None = None
     """Folder to write; null: report in that folder."""
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import call, fake_run, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from edgeprune.analysis.compare import (
     Agreement,
@@ -14,12 +15,13 @@ from edgeprune.analysis.compare import (
     compare,
     consensus,
     intersection,
+    iou_by_chance,
     only_in,
     times_kept,
     union,
 )
 from edgeprune.circuit import Circuit
-from edgeprune.commands.compare import labels_of
+from edgeprune.commands.compare import Name, labels_of
 from edgeprune.commands.shared import find_circuit
 from edgeprune.formats import read_circuit_file
 from edgeprune.graph import CircuitGraph
@@ -60,7 +62,35 @@ def test_nodes_of_a_shared_key_value_head_count_as_nodes():
     grouped = CircuitGraph(1, 4, 2, ("embeds",))
     a = Circuit.from_edges(grouped, {("embeds", "a0.h1.k")})  # embeds, a0.h2, a0.h3
     b = Circuit.from_edges(grouped, {("embeds", "a0.h3.q")})  # embeds, a0.h3
-    assert Overlap.of(a, b) == Overlap(0, 0.0, 2, 2 / 3)
+    overlap = Overlap.of(a, b)
+    assert (overlap.shared_edges, overlap.edge_iou) == (0, 0.0)
+    assert (overlap.shared_nodes, overlap.node_iou) == (2, 2 / 3)
+
+
+def test_iou_by_chance_is_that_of_random_circuits():
+    assert iou_by_chance(0, 0, 10) == 1
+    assert iou_by_chance(4, 5, 10) == 2 / 7
+    assert iou_by_chance(10, 10, 10) == 1
+    a, b = (
+        [Circuit.random(GRAPH, number, seed) for seed in range(first, first + 300)]
+        for number, first in ((20, 0), (30, 1000))
+    )
+    overlaps = [Overlap.of(one, other) for one, other in zip(a, b, strict=True)]
+    drawn = sum(overlap.edge_iou for overlap in overlaps) / len(overlaps)
+    assert overlaps[0].edge_iou_by_chance == pytest.approx(drawn, abs=0.02)
+
+
+def test_connected_edges_count_for_the_circuit_in_which_they_are():
+    """The first edge is in both, but in the other it leads nowhere."""
+    result = compare({"a": circuit(ONE, TWO), "b": circuit(ONE, THREE, FOUR)})
+    (pair,) = result["pairs"]
+    assert (pair["shared_edges"], pair["edge_iou"]) == (1, 1 / 4)
+    assert result["connected"] == {
+        "intersection": 0, "union": 4, "only_here": {"a": 2, "b": 2},
+    }  # fmt: skip
+    assert (pair["connected"]["shared_edges"], pair["connected"]["edge_iou"]) == (0, 0)
+    chance = 4 / GRAPH.num_edges
+    assert pair["connected"]["edge_iou_by_chance"] == pytest.approx(chance / (4 - chance))
 
 
 def test_three_circuits_by_hand():
@@ -179,6 +209,27 @@ def test_compare_runs_files_and_graphs(tmp_path):
     dot = (output / "intersection/circuit.dot").read_text()
     assert "ioi in tiny" in dot
     assert "embeds -> a0_h2:k" in dot
+
+
+def test_the_drawing_counts_what_the_table_counts(tmp_path, capsys, monkeypatch):
+    """An edge that both have is of that circuit alone in which it is connected."""
+    runs = [
+        fake_run(tmp_path / "a", circuit(ONE, TWO)),
+        fake_run(tmp_path / "b", circuit(ONE, THREE, FOUR)),
+    ]
+    code, out, err = call(capsys, monkeypatch, "compare", *runs, "formats=[dot]",
+                          f"output={tmp_path / 'c'}")  # fmt: skip
+    assert code == 0, err
+    dot = (tmp_path / "c/comparison.dot").read_text()
+    assert "shared" not in dot
+    assert "only a (2)" in dot and "only b (2)" in dot
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    assert ["a", "2", "0.9672", "2", "1", "2", "2", "2"] in rows
+    assert ["b", "3", "0.9508", "3", "2", "2", "2", "2"] in rows
+    assert ["all of them", "1", "0.9836", "", "", "0", "", ""] in rows
+    assert ["any of them", "4", "0.9344", "", "", "4", "", ""] in rows
+    assert ["a", "b", "1", "0.250", "0.020", "2", "0.667"] in rows
+    assert ["a", "b", "0", "0.000", "0.017", "1", "0.333"] in rows
 
 
 def test_without_a_run_the_graph_is_the_smallest_that_fits_all(tmp_path, capsys, monkeypatch):
@@ -413,11 +464,13 @@ def test_numbers_can_be_read_in_80_columns(tmp_path):
     assert done.returncode == 0, done.stderr
     assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 80
     for numbers in (
-        ["3", "0.9508", "3", "2 edges, 2 nodes", "1"], ["2", "0.667", "2", "0.667"],
+        ["3", "0.9508", "3", "1", "2", "2", "0"],
+        ["2", "0.667", "0.020", "2", "0.667"], ["2", "1.000", "0.017", "2", "1.000"],
         ["0.667", "1.000", "0.800", "0.667", "1.000", "0.800"],
     ):  # fmt: skip
         rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
         assert any(row[-1 - len(numbers) : -1] == numbers for row in rows), done.stdout
+    assert "greater_than-" in {row[1] for row in rows if len(row) > 1}  # whole words
 
 
 def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkeypatch):
@@ -450,3 +503,15 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
     )
     written = json.loads(written.read_text())
     assert written["num_examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [(40, ["sparsity-0.9-seed-0"]), (14, ["sparsity-0.9-", "seed-0"]),
+     (5, ["spars", "ity-", "0.9-", "seed-", "0"])],
+)  # fmt: skip
+def test_names_are_parted_after_hyphens(width, lines):
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(Name("sparsity-0.9-seed-0"), overflow="fold")
+    assert captured.get().split() == lines

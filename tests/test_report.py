@@ -13,6 +13,7 @@ from conftest import call, fake_run, run_cli
 
 from edgeprune.analysis.report import Run, Spread, group_runs
 from edgeprune.circuit import Circuit
+from edgeprune.commands.report_page import spread_text
 from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
 from edgeprune.graph import CircuitGraph
 
@@ -162,8 +163,14 @@ def test_the_split_that_most_runs_have_is_shown():
     (group,) = group_runs(runs)
     assert group.split == "validation"
     assert group.series[0].points[0].spread("kl").high == 0.2
+    (group,) = group_runs(runs, "test")
+    assert group.prompts == "test prompts"
+    assert group.series[0].points[0].spread("kl") == Spread(0.3, 0.3, 0.3)
+    assert group.series[0].points[0].num_evaluated == 1
+    (group,) = group_runs(runs, "train")
+    assert (group.prompts, group.evaluated) == ("not evaluated on train prompts", False)
     (group,) = group_runs([a_run("a", first(4))])
-    assert group.split is None
+    assert (group.split, group.prompts) == (None, "not evaluated")
     assert group.series[0].points[0].spread("kl") is None
 
 
@@ -222,6 +229,53 @@ def test_where_outputs_are_values_a_report_shows_their_error(tmp_path, capsys, m
     assert "error from the full model" in next(tmp_path.glob("report/*.svg")).read_text()
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """Rows of a page's tables, or of tables on the console, as texts."""
+    if "</tr>" in text:
+        return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in text.split("</tr>")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+
+
+def test_tables_say_what_to_compare_with_and_what_distractors_say(tmp_path, capsys, monkeypatch):
+    for seed, kl in enumerate((0.0781, 0.14)):
+        run = fake_run(tmp_path / f"{seed}", first(6), ablation=ABLATION, seed=seed, num_edges=6)
+        shown = evaluation(first(6), kl, 0.8)
+        shown["circuit"] |= {"two_way_accuracy": 0.9, "logit_difference": 2 + seed}
+        shown["full"] |= {"two_way_accuracy": 1.0, "logit_difference": 12.34}
+        (run / "evaluation-test.json").write_text(json.dumps(shown))
+    code, out, err = call(capsys, monkeypatch, "report", str(tmp_path))
+    assert code == 0, err
+    size = str(GRAPH.num_edges)
+    printed = table_rows(out)
+    assert ["full model", "", size, "0", "1.000", "0.900", ""] in printed
+    assert ["num_edges 6", "2", "6", "0.109", "0.800", "0.800", "1.000"] in printed
+    assert ["every edge closed", "", "0", "8.00", "0.100", "0.050", ""] in printed
+    page = table_rows((tmp_path / "report/report.html").read_text())
+    assert page[0][3:8] == [
+        "KL", "exact match", "accuracy", "two-way accuracy", "logit difference",
+    ]  # fmt: skip
+    assert page[1:4] == [
+        ["full model", "", size, "0", "1.000", "0.900", "1.000", "12.3", "", "0.0000"],
+        ["num_edges 6", "2", "6", "0.109 (0.078–0.140)", "0.800", "0.800", "0.900",
+         "2.50 (2.00–3.00)", "1.000", "0.9016"],
+        ["every edge closed", "", "0", "8.00", "0.100", "0.050", "–", "–", "", "1.0000"],
+    ]  # fmt: skip
+    (row,) = rows(tmp_path / "report/frontier.csv")
+    names = ("two_way_accuracy_mean", "logit_difference_low", "logit_difference_high")
+    assert [row[name] for name in names] == ["0.9", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("spread", "text"),
+    [((0.107, 0.0781, 0.14), "0.107 (0.078–0.140)"), ((0.000559, 0.0005, 0.0021),
+     "0.000559 (0.000500–0.002100)"), ((12.34, 12.31, 12.33), "12.3"), ((1234.5, 9, 2000),
+     "1234 (9–2000)"), ((-0.5, -1, 0), "-0.500 (-1.000–0.000)"), ((1e-9, 0, 1e-9), "0"),
+     ((3e-6, 2e-6, 4e-6), "0.000003 (0.000002–0.000004)")],
+)  # fmt: skip
+def test_a_spread_has_as_many_decimals_as_its_mean(spread, text):
+    assert spread_text(Spread(*spread), None, ranges=True) == text
+
+
 HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
 
 
@@ -262,6 +316,7 @@ def test_report_of_a_sweep(tmp_path):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
     assert HOSTILE in "".join(page.text)
+    assert "two-way accuracy" not in page.text  # of prompts without distractors
     for folder in consensus:
         assert f"is in consensus/{folder.name}/edges.json." in "".join(page.text)
     assert page.tags.count("img") == 4  # two frontiers, two consensus circuits
@@ -269,6 +324,29 @@ def test_report_of_a_sweep(tmp_path):
     # a consensus circuit can be used as one's own
     done = run_cli("draw", consensus[0], "formats=[dot]", "dangling=true")
     assert "drew" in done.stdout
+
+
+def test_a_report_of_one_split(tmp_path, capsys, monkeypatch):
+    """Six runs have been evaluated on validation prompts, and one of another model on test ones."""
+    sweep(tmp_path)
+
+    def report(*arguments) -> tuple[int, str, str]:
+        return call(capsys, monkeypatch, "report", tmp_path, *arguments)
+
+    code, out, err = report("split=test")
+    assert code == 0, err
+    assert "not evaluated on test prompts" in " ".join(out.split())
+    assert "ioi in tiny, interchange ablation: no run has been evaluated on test prompts" in err
+    assert [plot.suffix for plot in tmp_path.glob("report/*.svg")] == [".svg"]
+    assert "not evaluated on test prompts" in (tmp_path / "report/report.html").read_text()
+    found = rows(tmp_path / "report/runs.csv")
+    assert sorted(row["split"] for row in found) == [""] * 6 + ["test"]
+    code, out, err = report("split=validation")
+    assert code == 0, err
+    assert "ioi in other, interchange ablation: no run has been evaluated on validation" in err
+    code, _, err = report("split=tests")
+    assert code == 2
+    assert "split" in err and "test" in err
 
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
@@ -448,3 +526,17 @@ def test_a_plot_from_no_edges_to_all_has_room_where_its_points_are():
         ax.transData.transform([(x, 1) for x in ticks])
     )[:, 0]  # fmt: skip
     assert abs(places[:-1] - places[1:]).min() >= 0.1
+
+
+def test_names_of_levels_lie_where_curves_do_not():
+    def places(levels: list[float], values: list[float]) -> list[tuple[str, str]]:
+        curve = Curve("", [8, 4, 2, 1], values, values, values)
+        figure = _figure([Panel("", [curve], [("level", y) for y in levels], log=False)], "t", 9)
+        return [(text.get_ha(), text.get_va()) for text in figure.axes[0].texts]
+
+    assert places([0.5], [1, 1, 1, 1]) == [("right", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.2, 0]) == [("left", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.55, 0.55]) == [("right", "top")]
+    assert places([0.5], [0.5, 0.5, 0.5, 0.5]) == [("right", "bottom")]  # none is better
+    assert places([0.5, 0.5], [1, 1, 1, 1]) == [("right", "bottom"), ("left", "bottom")]
+    assert places([0], [1, 1, 1, 0.02]) == [("right", "bottom")]  # not on the axis

@@ -21,10 +21,12 @@ class Overlap:
     Attributes:
         shared_edges, shared_nodes: counts.
         edge_iou, node_iou: intersection over union, 0 to 1; 1 where both are empty.
+        edge_iou_by_chance: what as many edges drawn at random from the whole graph would have.
     """
 
     shared_edges: int
     edge_iou: float
+    edge_iou_by_chance: float
     shared_nodes: int
     node_iou: float
 
@@ -35,6 +37,7 @@ class Overlap:
         return cls(
             shared_edges=len(shared),
             edge_iou=iou(a.edge_set, b.edge_set),
+            edge_iou_by_chance=iou_by_chance(len(a), len(b), a.graph.num_edges),
             shared_nodes=len(nodes_a & nodes_b),
             node_iou=iou(nodes_a, nodes_b),
         )
@@ -72,6 +75,14 @@ def iou(a: Set, b: Set) -> float:
     """Intersection over union; 1 for two empty sets."""
     union = len(a | b)
     return len(a & b) / union if union else 1.0
+
+
+def iou_by_chance(a: int, b: int, of: int) -> float:
+    """e / (a + b - e): the IoU of sets of a and b of so many, which share e = ab / of by chance."""
+    if not a + b:
+        return 1.0
+    shared = a * b / of
+    return shared / (a + b - shared)
 
 
 def intersection(circuits: Iterable[Circuit]) -> Circuit:
@@ -121,6 +132,9 @@ def consensus(circuits: Sequence[Circuit]) -> Circuit:
 def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> dict[str, Any]:
     """Sizes, overlaps of every two circuits, and agreement with a reference, as plain values.
 
+    Under `connected` each circuit counts with the edges that do not dangle in it; what these share
+    may be more than what does not dangle in the intersection.
+
     Args:
         circuits: at least one, by name, of one graph.
         reference: the name of the circuit by which the others are measured.
@@ -136,6 +150,7 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     _checked(circuits.values())
     if reference is not None and reference not in circuits:
         raise ValueError(f"unknown reference {reference!r}; choose {', '.join(circuits)}")
+    connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     result: dict[str, Any] = {
         "circuits": {
             name: {**circuit.sizes(), "num_nodes": len(circuit.nodes),
@@ -144,8 +159,14 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
         },
         "intersection": intersection(circuits.values()).sizes(),
         "union": union(circuits.values()).sizes(),
+        "connected": {
+            "intersection": len(intersection(connected.values())),
+            "union": len(union(connected.values())),
+            "only_here": {name: len(only_in(name, connected)) for name in connected},
+        },
         "pairs": [
-            {"a": a, "b": b, **asdict(Overlap.of(circuits[a], circuits[b]))}
+            {"a": a, "b": b, **asdict(Overlap.of(circuits[a], circuits[b])),
+             "connected": asdict(Overlap.of(connected[a], connected[b]))}
             for a, b in combinations(circuits, 2)
         ],
     }  # fmt: skip

@@ -29,7 +29,8 @@ SPLITS = ("test", "validation", "train")
 DISTANCES = ("kl", "error")
 """From the full model: of logits, and of values."""
 SHARES = ("exact_match", "accuracy")
-METRICS = (*DISTANCES, *SHARES)
+OF_DISTRACTORS = ("two_way_accuracy", "logit_difference")
+METRICS = (*DISTANCES, *SHARES, *OF_DISTRACTORS)
 """What a frontier says."""
 
 
@@ -156,7 +157,7 @@ class Group:
     Attributes:
         task, model, ablation: their names; one's own data and models go by their files' names.
         num_edges: of the whole graph.
-        split: whose evaluations are shown: that which most runs have; None: there are none.
+        split: whose evaluations are shown, if there are any; None: no run has been evaluated.
         series: curves.
     """
 
@@ -176,10 +177,15 @@ class Group:
         return [run for series in self.series for point in series.points for run in point.runs]
 
     @property
+    def evaluated(self) -> bool:
+        """Whether any run has been, on the split."""
+        return any(self.split in run.evaluations for run in self.runs)
+
+    @property
     def prompts(self) -> str:
         """Whose evaluations are shown, in words, and whether they are of training prompts."""
-        if self.split is None:
-            return "not evaluated"
+        if not self.evaluated:
+            return "not evaluated" + (f" on {self.split} prompts" if self.split else "")
         shown = [run.evaluations.get(self.split, {}) for run in self.runs]
         among = any(evaluation.get("training_prompts") for evaluation in shown)
         return f"{self.split} prompts" + (", training prompts among them" if among else "")
@@ -188,6 +194,12 @@ class Group:
     def distance(self) -> str:
         """Which of `DISTANCES` its outputs have."""
         return "kl" if self.reference("circuit", "error") is None else "error"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that its tables show: of distractors only what any run has."""
+        others = [name for name in OF_DISTRACTORS if self.reference("circuit", name) is not None]
+        return (self.distance, *SHARES, *others)
 
     def reference(self, of: str, metric: str) -> float | None:
         """A metric of the `circuit`, `full` or `corrupted` model, averaged over the runs."""
@@ -202,8 +214,13 @@ def score(run: Run, split: str | None, of: str, metric: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into groups, series and points."""
+def group_runs(runs: Sequence[Run], split: str | None = None) -> list[Group]:
+    """Sort runs into groups, series and points.
+
+    Args:
+        runs: all of them.
+        split: whose evaluations are shown; None: in each group that which most runs have.
+    """
     runs = _in_one_place(runs)
     groups = defaultdict(list)
     tasks, models = _titles(runs, "task", task_title), _titles(runs, "model", model_title)
@@ -211,9 +228,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         ablation = run.settings.get("ablation.kind", "")
         groups[(task, model, ablation, run.circuit.graph)].append(run)
     return [
-        Group(*key[:3], key[3].num_edges, split := _split(members), _series(members, split))
+        Group(*key[:3], key[3].num_edges, shown := split or _split(members),
+              _series(members, shown))
         for key, members in sorted(groups.items(), key=lambda item: str(item[0]))
-    ]
+    ]  # fmt: skip
 
 
 def _in_one_place(runs: Sequence[Run]) -> list[Run]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +44,29 @@ class Given:
     run_dir: Path | None
     graph: CircuitGraph | None
     """None: not known without reading the file."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A label in a table; where it is too long for a line it is parted after a hyphen."""
+
+    label: str
+
+    @property
+    def parts(self) -> list[str]:
+        return re.split("(?<=-)", self.label)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        line = ""
+        for part in self.parts:
+            if line and cell_len(line + part) > options.max_width:
+                yield Text(line)
+                line = ""
+            line += part
+        yield Text(line)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(cell_len, self.parts)), cell_len(self.label))
 
 
 def compare(config: CompareConfig) -> None:
@@ -174,40 +200,55 @@ def _read(given: list[Given]) -> list[Circuit]:
 def _print(result: dict[str, Any]) -> None:
     """Tables for the console."""
     some = next(iter(result["circuits"].values()))
-    columns = ("", "edges", "sparsity", "nodes", "without dangling", "only here")
-    sizes = _table(f"circuits, of {some['all_edges']:,} edges", *columns)
-    rows = {**result["circuits"], "all of them": result["intersection"],
-            "any of them": result["union"]}  # fmt: skip
-    for name, size in rows.items():
+    sizes = _table(
+        f"circuits, of {some['all_edges']:,} edges; connected: on a path from input to output",
+        "", "edges", "sparsity", "nodes", "only\nhere", "connected\nedges", "nodes", "only\nhere",
+    )  # fmt: skip
+    connected = result["connected"]
+    for name, size in result["circuits"].items():
+        own = size["without_dangling"]
         sizes.add_row(
-            Text(name), f"{size['num_edges']:,}", f"{size['sparsity']:.4f}",
-            str(size.get("num_nodes", "")),
-            f"{size['without_dangling']['num_edges']:,} edges, "
-            f"{size['without_dangling']['num_nodes']} nodes",
-            f"{size['only_here']:,}" if "only_here" in size else "",
+            Name(name), f"{size['num_edges']:,}", f"{size['sparsity']:.4f}",
+            f"{size['num_nodes']:,}", f"{size['only_here']:,}", f"{own['num_edges']:,}",
+            f"{own['num_nodes']:,}", f"{connected['only_here'][name]:,}",
+        )  # fmt: skip
+    for name, key in (("all of them", "intersection"), ("any of them", "union")):
+        size = result[key]
+        sizes.add_row(
+            name, f"{size['num_edges']:,}", f"{size['sparsity']:.4f}", "", "",
+            f"{connected[key]:,}",
         )  # fmt: skip
     OUT.print(sizes)
-    pairs = _table("overlap", "", "", "shared\nedges", "edge IoU", "shared\nnodes", "node IoU")
-    for pair in result["pairs"][:MOST_PAIRS]:
-        pairs.add_row(
-            Text(pair["a"]), Text(pair["b"]), f"{pair['shared_edges']:,}",
-            f"{pair['edge_iou']:.3f}", str(pair["shared_nodes"]), f"{pair['node_iou']:.3f}",
-        )  # fmt: skip
-    OUT.print(pairs)
-    if len(result["pairs"]) > MOST_PAIRS:
-        ious = [pair["edge_iou"] for pair in result["pairs"]]
-        show(
-            f"... {len(ious)} pairs in all; edge IoU {min(ious):.3f} to {max(ious):.3f}, on "
-            f"average {sum(ious) / len(ious):.3f}"
-        )
+    _print_overlaps("overlap of all edges", result["pairs"])
+    _print_overlaps(
+        "overlap of connected edges", [{**pair, **pair["connected"]} for pair in result["pairs"]]
+    )
     if "reference" in result:
         against = _table(f"against {result['reference']}", "", "precision", "recall", "F1",
                          "of nodes:\nprecision", "recall", "F1")  # fmt: skip
         for name, both in result["agreement"].items():
             values = [both[of][key] for of in ("edges", "nodes")
                       for key in ("precision", "recall", "f1")]  # fmt: skip
-            against.add_row(Text(name), *("–" if v is None else f"{v:.3f}" for v in values))
+            against.add_row(Name(name), *("–" if v is None else f"{v:.3f}" for v in values))
         OUT.print(against)
+
+
+def _print_overlaps(title: str, pairs: list[dict[str, Any]]) -> None:
+    table = _table(title, "", "", "shared\nedges", "edge IoU", "by\nchance", "shared\nnodes",
+                   "node IoU")  # fmt: skip
+    for pair in pairs[:MOST_PAIRS]:
+        table.add_row(
+            Name(pair["a"]), Name(pair["b"]), f"{pair['shared_edges']:,}",
+            f"{pair['edge_iou']:.3f}", f"{pair['edge_iou_by_chance']:.3f}",
+            str(pair["shared_nodes"]), f"{pair['node_iou']:.3f}",
+        )  # fmt: skip
+    OUT.print(table)
+    if len(pairs) > MOST_PAIRS:
+        ious = [pair["edge_iou"] for pair in pairs]
+        show(
+            f"... {len(ious)} pairs in all; edge IoU {min(ious):.3f} to {max(ious):.3f}, on "
+            f"average {sum(ious) / len(ious):.3f}"
+        )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -224,15 +265,16 @@ def _table(title: str, *columns: str) -> Table:
 def _draw(
     circuits: dict[str, Circuit], folder: Path, formats: list[str], title: str
 ) -> Iterator[Path]:
-    """What lies on a path from input to output in any circuit, coloured by who has it.
+    """The connected edges of each circuit, coloured by the circuits that have them connected.
 
     Yields each file when it is written.
     """
     from edgeprune.analysis.compare import union
     from edgeprune.drawing import comparison_groups, draw_circuit
 
-    shown = union([circuit.without_dangling() for circuit in circuits.values()])
-    groups = comparison_groups({name: c.edge_set for name, c in circuits.items()})
+    connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
+    shown = union(connected.values())
+    groups = comparison_groups({name: c.edge_set for name, c in connected.items()})
     for suffix in formats:
         path = folder / f"comparison.{suffix}"
         draw_circuit(shown, path, title=title, groups=groups)

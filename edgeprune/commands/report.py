@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from edgeprune.commands.report_page import columns, frontier_rows, report_page
+from edgeprune.commands.report_page import REFERENCES, columns, frontier_rows, report_page
 from edgeprune.commands.shared import (
     OUT,
     read_origin,
@@ -45,7 +45,8 @@ def report(config: ReportConfig) -> None:
     output = Path(config.output) if config.output else folder / "report"
     with OUT.status(f"reading the runs below {folder}"):
         found = list(_read_runs(folder))
-        groups = group_runs([run for run, _ in found])
+        split = config.split and config.split.value
+        groups = group_runs([run for run, _ in found], split)
     places = {run.name: run_dir for run, run_dir in found}
 
     for group, _, point in _points(groups):
@@ -238,8 +239,7 @@ def _csv_tables(groups: list[Group]) -> dict[str, list[dict]]:
     from edgeprune.analysis.report import METRICS, score
 
     runs, frontier, stability, edges = [], [], [], []
-    metrics = (*METRICS, "two_way_accuracy", "logit_difference", "logit_difference_ratio",
-               "probability_difference")  # fmt: skip
+    metrics = (*METRICS, "logit_difference_ratio", "probability_difference")
     for group, series, point in _points(groups):
         where = {"task": group.task, "model": group.model, "ablation": group.ablation,
                  "series": series.name, "asked": point.asked}  # fmt: skip
@@ -305,14 +305,13 @@ def _draw(group: Group, stem: Path) -> list[Path]:
             xs, spreads = [x for x, _ in points], [spread for _, spread in points]
             curves.append(Curve(series.name, xs, [s.mean for s in spreads],
                                 [s.low for s in spreads], [s.high for s in spreads]))  # fmt: skip
-        of = {"every edge closed": "corrupted"}
-        if metric not in DISTANCES:
-            of = {"full model": "full", **of}
-        levels = [(text, level) for text, one in of.items()
-                  if (level := group.reference(one, metric)) is not None]  # fmt: skip
+        levels = [(text, level) for of, text in REFERENCES.items()
+                  if (level := group.reference(of, metric)) is not None
+                  and not (of == "full" and metric in DISTANCES)]  # fmt: skip
         panels.append(Panel(LABELS[metric], curves, levels, log=metric in DISTANCES))
-    if group.split is None:
-        say(f"{group.title}: no run has been evaluated, so there is no plot")
+    if not group.evaluated:
+        where = f" on {group.split} prompts" if group.split else ""
+        say(f"{group.title}: no run has been evaluated{where}, so there is no plot")
         return []
     title = f"{group.title}: {group.prompts}"
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "svg")]
@@ -325,12 +324,15 @@ def _draw(group: Group, stem: Path) -> list[Path]:
 
 
 def _print(group: Group) -> None:
+    from edgeprune.analysis.report import SHARES
+
     for series in group.series:
         name = f"; {series.name}" if series.name else ""
         title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
         table = Table(title=Text(title), title_justify="left")
-        for index, column in enumerate(columns(group)[:-1]):
+        metrics = (group.distance, *SHARES)
+        for index, column in enumerate(columns(metrics)[:-1]):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-        for row in frontier_rows(group, series, ranges=False):
+        for row in frontier_rows(group, series, metrics, ranges=False):
             table.add_row(*map(Text, row[:-1]))
         OUT.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from edgeprune.analysis.report import Group, Point, Series, Spread
     from edgeprune.circuit import Circuit
 
-DISTANCES = {"kl": "KL", "error": "error"}
+NAMES = {"kl": "KL", "error": "error", "exact_match": "exact match", "accuracy": "accuracy",
+         "two_way_accuracy": "two-way accuracy", "logit_difference": "logit difference",
+         }  # fmt: skip
+"""Of metrics, in tables."""
+REFERENCES = {"full": "full model", "corrupted": "every edge closed"}
+"""What circuits are to be compared with."""
+SHARE = ".3f"
+FORMATS = dict.fromkeys(("exact_match", "accuracy", "two_way_accuracy"), SHARE)
+"""Of metrics; others have three digits, whatever their size."""
+MOST_DECIMALS = 6
 MOST_SEEDS = 24
 """Up to so many runs their overlaps are shown one by one; stability.csv has all."""
 
@@ -43,19 +53,22 @@ def _body(
         "the highest. KL is from the full model, in nats per predicted token. Where outputs are "
         "values, error is the largest absolute difference from the full model's in an example, "
         "averaged over examples. Exact match is the share of prompts on which the circuit predicts "
-        "what the full model predicts. Edge IoU is the intersection over the union of two seeds' "
+        "what the full model predicts. Two-way accuracy is the share of prompts on which the "
+        "answers are likelier than the distractors, logit difference how much larger their logits "
+        "are. Edge IoU is the intersection over the union of two seeds' "
         "edges, averaged over every two seeds."
     )
     for group, picture in zip(groups, pictures, strict=True):
         yield html.heading(f"{group.title}, {group.num_edges:,} edges; {group.prompts}")
         if picture is not None:
             yield html.picture(
-                picture, f"{DISTANCES[group.distance]}, exact match and accuracy against edges kept"
+                picture, f"{NAMES[group.distance]}, exact match and accuracy against edges kept"
             )
         for series in group.series:
             if series.name:
                 yield html.heading(series.name, 3)
-            yield html.table(columns(group), frontier_rows(group, series, ranges=True))
+            metrics = group.metrics
+            yield html.table(columns(metrics), frontier_rows(group, series, metrics, ranges=True))
             for point in series.points:
                 if point.stability is not None:
                     summary = f"Stability over {len(point.runs)} seeds at {point.asked}"
@@ -104,25 +117,43 @@ def _drawing(circuit: Circuit, title: str) -> str | None:
         return html.picture(path, title)
 
 
-def columns(group: Group) -> tuple[str, ...]:
+def columns(metrics: Sequence[str]) -> tuple[str, ...]:
     """Of a group's tables; the console shows all but the last."""
-    return ("asked for", "runs", "edges", DISTANCES[group.distance], "exact match", "accuracy",
-            "edge IoU", "sparsity")  # fmt: skip
+    return ("asked for", "runs", "edges", *(NAMES[metric] for metric in metrics), "edge IoU",
+            "sparsity")  # fmt: skip
 
 
-def frontier_rows(group: Group, series: Series, ranges: bool) -> list[Sequence[str]]:
-    """A series' points as texts, under `columns`: means over seeds, with or without ranges."""
-    rows = []
-    for point in series.points:
-        spreads = [point.spread("exact_match"), point.spread("accuracy")]
-        spreads.append(point.stability and point.stability.edge_iou)
-        rows.append((
+def frontier_rows(
+    group: Group, series: Series, metrics: Sequence[str], ranges: bool
+) -> list[Sequence[str]]:
+    """A series' points as texts, under `columns`: means over seeds, with or without ranges.
+
+    Evaluated ones stand between the full model and that with every edge closed.
+    """
+    rows = [
+        (
             point.asked, _runs_text(point), spread_text(point.num_edges, ",.0f", ranges),
-            spread_text(point.spread(group.distance), ".3g", ranges),
-            *(spread_text(spread, ".3f", ranges) for spread in spreads),
+            *(spread_text(point.spread(metric), FORMATS.get(metric), ranges) for metric in metrics),
+            spread_text(point.stability and point.stability.edge_iou, SHARE, ranges),
             f"{1 - point.num_edges.mean / group.num_edges:.4f}",
-        ))  # fmt: skip
-    return rows
+        )
+        for point in series.points
+    ]  # fmt: skip
+    full = _reference_row(group, metrics, "full", group.num_edges)
+    corrupted = _reference_row(group, metrics, "corrupted", 0)
+    return [full, *rows, corrupted] if group.evaluated else rows
+
+
+def _reference_row(
+    group: Group, metrics: Sequence[str], of: str, num_edges: int
+) -> tuple[str, ...]:
+    values = [group.reference(of, metric) for metric in metrics]
+    texts = [
+        "–" if value is None else f"{value:{FORMATS.get(metric) or three_digits(value)}}"
+        for metric, value in zip(metrics, values, strict=True)
+    ]
+    sparsity = f"{1 - num_edges / group.num_edges:.4f}"
+    return (REFERENCES[of], "", f"{num_edges:,}", *texts, "", sparsity)
 
 
 def _runs_text(point: Point) -> str:
@@ -131,12 +162,20 @@ def _runs_text(point: Point) -> str:
     return f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)"
 
 
-def spread_text(spread: Spread | None, format: str, ranges: bool) -> str:
-    """'0.061 (0.055–0.070)', or the mean alone."""
+def spread_text(spread: Spread | None, format: str | None, ranges: bool) -> str:
+    """'0.061 (0.055–0.070)', or the mean alone; no format: three digits of the mean."""
     if spread is None:
         return "–"
+    format = format or three_digits(spread.mean)
     mean, low, high = (f"{value:{format}}" for value in (spread.mean, spread.low, spread.high))
     return f"{mean} ({low}–{high})" if ranges and low != high else mean
+
+
+def three_digits(value: float) -> str:
+    """The format in which a number has three digits, or so many as `MOST_DECIMALS` leave it."""
+    if abs(value) < 0.1**MOST_DECIMALS:
+        return ".0f"
+    return f".{min(max(2 - math.floor(math.log10(abs(value))), 0), MOST_DECIMALS)}f"
 
 
 def times_rows(point: Point) -> list[tuple[str, str]]:

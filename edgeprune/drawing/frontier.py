@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from edgeprune.drawing.plots import COLORS, DASHES, GREY, ROUNDING, grid, log_ax
 MARKERS = "osD^vPX"
 TICK_DISTANCE = 0.1
 """Of ticks on the x axis at least, as a share of it: labels nearer than this would overlap."""
+LETTER, LINE = 0.02, 0.06
+"""About how wide and high a level's name is, as shares of the axes."""
 LEGEND_ROW = 0.22
 """Inches that a line of the legend is high."""
 
@@ -99,12 +102,8 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
         )
         if len(curve.num_edges) == 1:  # a band of no width
             ax.vlines(curve.num_edges, curve.low, curve.high, color=color, alpha=0.35, linewidth=5)
-    for text, level in panel.levels:
+    for _, level in panel.levels:
         ax.axhline(level, color=GREY, linewidth=0.9, linestyle=DASHES, zorder=1)
-        ax.annotate(
-            text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
-        )  # fmt: skip
     largest = max([1, *sizes])
     if sizes and sizes[0] > 0:
         ax.set_xscale("log")
@@ -127,6 +126,41 @@ def _draw_panel(ax: Any, panel: Panel, all_edges: int) -> None:
     else:
         ax.set_ylim(-0.03, 1.06)
     grid(ax)
+    _name_levels(ax, panel)
+
+
+def _name_levels(ax: Any, panel: Panel) -> None:
+    """Name each level at an end of its line, above or below it, where that covers the least."""
+    import numpy as np
+
+    ends, _ = ax.get_xlim(), ax.get_ylim()  # which settles both
+    in_axes = (ax.transData - ax.transAxes).transform
+    lines = [(c.num_edges, y) for c in panel.curves for y in (c.low, c.mid, c.high)]
+    lines += [(ends, (level, level)) for _, level in panel.levels]
+    along, drawn = np.linspace(0, 1, 201), []
+    for xs, ys in lines:
+        points = sorted(in_axes(np.column_stack((xs, ys))).tolist()) if len(xs) else []
+        if points:
+            x, y = np.transpose(points)
+            on = along[(along > x[0] - LETTER) & (along < x[-1] + LETTER)]
+            drawn.append(np.column_stack((on, np.interp(on, x, y))))
+    for text, level in panel.levels:
+        width, y = LETTER * len(text), in_axes((ends[0], level))[1]
+        places = []
+        for side, middle in (("bottom", y + 0.6 * LINE), ("top", y - 0.6 * LINE)):
+            for end, left in (("right", 1 - width), ("left", 0)):
+                x, near = np.concatenate(drawn).T - [[0], [middle]]
+                covered = (x >= left) & (x <= left + width) & (abs(near) < 0.8 * LINE)
+                if side == "bottom" or middle > LINE / 2:  # not on the axis
+                    places.append((covered.sum(), end, side, left, middle))
+        _, end, side, left, middle = min(places, key=itemgetter(0))
+        label = along[(along >= left) & (along <= left + width)]
+        drawn.append(np.column_stack((label, np.full_like(label, middle))))
+        ax.annotate(
+            text, (float(end == "right"), level), xycoords=("axes fraction", "data"),
+            xytext=(3 if end == "left" else 0, 2 if side == "bottom" else -2),
+            textcoords="offset points", ha=end, va=side, fontsize=8, color=GREY,
+        )  # fmt: skip
 
 
 def _without_rounding(panel: Panel) -> Panel:
