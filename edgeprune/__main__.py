@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
-    rest = _as_text(command, _name_own(_name_path(command, rest)))
+    rest = _as_text(command, _name_own(command, _name_path(command, rest)))
     _check_names(command, rest)
     try:
         _run(command, rest)
@@ -102,9 +102,14 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
 
-def _name_own(arguments: list[str]) -> list[str]:
-    """A path alone is of a model or task of one's own: `model.path=X` -> `model=custom ...`."""
-    names = [argument.split("=")[0] for argument in arguments]
+def _name_own(command: str, arguments: list[str]) -> list[str]:
+    """A path alone is of a model or task of one's own: `model.path=X` -> `model=custom ...`.
+
+    Not of commands that begin with a run, whose model and task these may be.
+    """
+    if command in POSITIONAL:
+        return arguments
+    names = [argument.split("=")[0].lstrip("+") for argument in arguments]
     own = [
         f"{group}={OWN}"
         for group in ("model", "task")

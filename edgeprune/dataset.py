@@ -398,8 +398,9 @@ def _contrast(
         The `contrast`, `answer_ids`, `distractor_ids` and `also_right` of a `Pair`.
 
     Raises:
-        DataError: an answer is the beginning of the target, distractors leave the target at
-            different tokens or never, or one leaves it by the same token as an answer.
+        DataError: a distractor never leaves the target.
+        MisfitError: an answer is the beginning of the target, distractors leave the target at
+            different tokens, or one leaves it by the same token as an answer.
     """
     rights = []
     for answer in answers:
@@ -407,7 +408,7 @@ def _contrast(
         if place is not None:
             rights.append((place, answer[place]))
         elif len(answer) < len(target):
-            raise DataError(
+            raise MisfitError(
                 f"one of the answers is the beginning of another, {len(answer)} of its "
                 f"{len(target)} tokens, so what follows could not be judged; predict the shorter "
                 "one"
@@ -420,7 +421,7 @@ def _contrast(
         )
     if len(places) > 1:
         first, second, *_ = sorted(places)
-        raise DataError(
+        raise MisfitError(
             f"some distractors differ from the prediction in its token {first + 1}, others only "
             f"in token {second + 1}, but answers and distractors are compared at one token; leave "
             "one kind out, or have the prompt end later, so that all differ in the first token"
@@ -431,7 +432,7 @@ def _contrast(
         right.add(target[place])
     wrong = {distractor[place] for distractor in distractors}
     if right & wrong:
-        raise DataError(
+        raise MisfitError(
             f"answers and distractors share token {place + 1}, in which they are compared; choose "
             "distractors that differ there from every answer, or have the prompt end later"
         )

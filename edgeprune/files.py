@@ -24,12 +24,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written, or `path` is a folder, a device or a pipe; names `path`.
     """
-    if path.is_symlink():
-        path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
-    if path.exists() and not path.is_file():
+    is_device = str(path.absolute()).startswith(("/dev/", "/proc/"))
+    if is_device or (path.exists() and not path.is_file()):
         raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -209,6 +209,9 @@ def test_a_run_moved_with_its_model_and_data_knows_them(tmp_path, capsys, monkey
     assert f"no folder {there / 'model'}" in err
     (here / "run/evaluation-train.json").unlink(missing_ok=True)
     moved = [argument.replace(str(there), str(here)) for argument in prune[:4]]
+    code, _, err = call(capsys, monkeypatch, "evaluate", here / "run", moved[3])
+    assert code == 2  # else the run's dtype and the like would be left out
+    assert "sets a part of model, which is the run's own here" in err
     code, _, err = call(capsys, monkeypatch, "evaluate", here / "run", "split=test", *moved)
     assert code == 0, err
     assert (here / "run/evaluation-test.json").exists()

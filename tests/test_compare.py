@@ -358,6 +358,10 @@ def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, mo
     edgeprune("export", run / "edges.json", f"output={folder / 'a.json'}")
     onto = ("export", folder / "a.json", f"output={run / 'edges.json'}")
     assert "is the circuit of a run" in call(capsys, monkeypatch, *onto)[2]
+    link = tmp_path / "link.json"
+    link.symlink_to(run / "edges.json")
+    onto = ("export", folder / "a.json", f"output={link}")
+    assert "is the circuit of a run" in call(capsys, monkeypatch, *onto)[2]
     edgeprune("export", folder / "a.json", f"output={folder / 'b.pt'}")
     edgeprune("export", folder / "b.pt", f"output={folder / 'edges.json'}")
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -385,6 +385,10 @@ def test_a_fingerprint_is_of_configuration_and_tokenizer_too(tmp_path):
     """But not of where the model lies and how it was saved."""
     copy = shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
     wanted = load_model("embedded").fingerprint()
+    used = load_model("embedded")
+    used.tokenizer.pad_token = used.tokenizer.eos_token
+    used.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+    assert used.fingerprint() == wanted
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
     assert load_model(copy).fingerprint() == wanted

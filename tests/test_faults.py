@@ -329,7 +329,7 @@ def test_a_runs_settings_name_files_for_any_directory(tmp_path, monkeypatch):
 def test_what_is_no_file_is_not_replaced_and_links_are_followed(tmp_path):
     pipe, link, real = (tmp_path / name for name in ("pipe", "link", "real.json"))
     os.mkfifo(pipe)
-    for path in (pipe, Path("/dev/full")):
+    for path in (pipe, Path("/dev/full"), Path("/dev/stdout")):
         with pytest.raises(OSError, match="is a device or a pipe; give the path of a file"):
             write_text(path, "text")
     assert pipe.is_fifo() and Path("/dev/full").is_char_device()

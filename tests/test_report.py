@@ -142,6 +142,8 @@ def test_ones_own_data_and_models_go_by_their_files():
     assert group.title.startswith("sums in one")
     (point,) = group.series[0].points
     assert len(point.runs) == 2
+    changed = replace(runs[0], digests={**runs[0].digests, "data": "of other prompts"})
+    assert len(group_runs([runs[0], changed])) == 2
 
 
 def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():

@@ -235,13 +235,22 @@ def group_runs(runs: Sequence[Run], split: str | None = None) -> list[Group]:
 
 
 def _in_one_place(runs: Sequence[Run]) -> list[Run]:
-    """The runs, as if the same model or data had always lain where the first of them has it."""
-    places, moved = {}, []
+    """The runs, as if the same model or data had always lain where the first of them has it.
+
+    What was changed in its place since has the beginning of its digest added.
+    """
+    places, digests, moved = {}, defaultdict(list), []
     for run in runs:
         settings = dict(run.settings)
+        held_in = (settings.get("model.dtype"), settings.get("model.bits"))  # other digests
         for key, part in KNOWN_BY_DIGEST.items():
+            digest = run.digests[part]
             if settings.get(key):
-                settings[key] = places.setdefault((key, run.digests[part]), settings[key])
+                place = places.setdefault((key, digest), settings[key])
+                known = digests[key, place, held_in]
+                if digest not in known:
+                    known.append(digest)
+                settings[key] = place if digest == known[0] else f"{place} ({digest[:8]})"
         moved.append(replace(run, settings=settings))
     return moved
 

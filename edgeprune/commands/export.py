@@ -70,6 +70,7 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     format = _format(config)
     names = {"edges": EDGES, "eap_json": GRAPH_JSON, "eap_pt": GRAPH_PT}
     output = Path(config.output) if config.output else run_dir / names[format]
+    _check_no_runs(output, run_dir)
     if format == "edges":
         chosen.circuit.save(output)
         if output.parent.resolve() != run_dir.resolve():
@@ -135,7 +136,7 @@ def _format(config: ExportConfig) -> str:
 def _convert(config: ExportConfig) -> None:
     """From a circuit's file to another; of a graph file with scores, also another size."""
     from edgeprune.formats import read_circuit_file
-    from edgeprune.training.run import EDGES, has_run, read_manifest
+    from edgeprune.training.run import read_manifest
 
     path, run_dir = find_circuit(config.run)
     if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
@@ -143,11 +144,7 @@ def _convert(config: ExportConfig) -> None:
     if config.output is None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
     format, output = _format(config), Path(config.output)
-    if output.name == EDGES and has_run(output.parent):
-        raise ConfigError(
-            f"{output} is the circuit of a run, whose circuit.json says how it was chosen; give "
-            f"another output=, or export the run itself: edgeprune export {output.parent}"
-        )
+    _check_no_runs(output, None)
     file = read_circuit_file(path, known_graph(path, run_dir))
     if format != "edges" and file.graph is None:
         raise ConfigError(
@@ -166,6 +163,19 @@ def _convert(config: ExportConfig) -> None:
     show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {output}")
     if format != "edges" and file.scores is None:
         say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")
+
+
+def _check_no_runs(output: Path, own: Path | None) -> None:
+    """Raises ConfigError where a run's circuit would be replaced by one that is not its own."""
+    from edgeprune.training.run import EDGES, has_run
+
+    real = output.resolve()
+    is_own = own is not None and real.parent == own.resolve()
+    if real.name == EDGES and has_run(real.parent) and not is_own:
+        raise ConfigError(
+            f"{output} is the circuit of a run, whose circuit.json says how it was chosen; give "
+            f"another output=, or export the run itself: edgeprune export {real.parent}"
+        )
 
 
 def _choose(path: Path, file: CircuitFile, config: ExportConfig) -> CircuitFile:

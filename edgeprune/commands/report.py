@@ -166,7 +166,7 @@ def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Circuit) -> No
     if of_all:
         raise ConfigError(
             f"its circuit is of step {origin['checkpoint']:,} of {of_all:,}; let the run end (its "
-            "command, with resume=auto)"
+            f"command, with resume=auto), or if it has, `edgeprune export {run_dir}` again"
         )
     cleanup = origin.get("cleanup")
     if isinstance(cleanup, dict) and origin.get("num_edges") == size:

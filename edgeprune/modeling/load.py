@@ -302,7 +302,7 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
     if not is_hub_name and not path.exists():
         raise ModelError(
             f"no folder {path}; give the folder of a model with config.json and *.safetensors, a "
-            ".gguf file, or a hub name, for a run that was moved by model.path=FOLDER"
+            ".gguf file, or a hub name, for a run that was moved by model=custom model.path=FOLDER"
         )
     name = EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path
     return {"pretrained_model_name_or_path": str(name)}

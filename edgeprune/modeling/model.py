@@ -224,7 +224,10 @@ class CircuitModel:
             return self._fingerprint
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode())
         if hasattr(self.tokenizer, "backend_tokenizer"):
-            digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+            tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            for changed_by_use in ("padding", "truncation"):
+                tokenizer.pop(changed_by_use, None)
+            digest.update(json.dumps(tokenizer, sort_keys=True).encode())
         arch = self.architecture
         weights = dict(arch.body.named_parameters())
         weights |= {f"unembed.{name}": weight for name, weight in arch.unembed.named_parameters()}
