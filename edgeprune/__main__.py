@@ -122,11 +122,13 @@ def _check_names(command: str, arguments: list[str]) -> None:
     """Exit where a setting is unknown: with a + before its name Hydra would take any."""
     known = setting_names(command)
     for argument in arguments:
-        flag = argument.split("=")[0]
-        if flag.startswith("-") and flag not in FLAGS:
-            _fail(f"unknown flag {flag!r}{did_you_mean(flag, FLAGS)}", 2)
-        key = argument.split("=")[0].lstrip("+~").split("@")[0]
-        is_hydras = key == "hydra" or key.startswith(("hydra.", "hydra/", "-"))
+        name = argument.split("=")[0]
+        if name.startswith("-"):
+            if name not in FLAGS:
+                _fail(f"unknown flag {name!r}{did_you_mean(name, FLAGS)}", 2)
+            continue
+        key = name.lstrip("+~").split("@")[0]
+        is_hydras = key == "hydra" or key.startswith(("hydra.", "hydra/"))
         if "=" in argument and key not in known and not is_hydras:
             _fail(
                 f"unknown setting {key!r}{did_you_mean(key, known)} "

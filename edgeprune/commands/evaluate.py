@@ -218,7 +218,7 @@ def _words(subject: _Subject, prompts: _Prompts, model_digest: str) -> list[str]
 
     Args:
         subject, prompts: what was measured.
-        model_digest: SHA-256 of the model's weights.
+        model_digest: SHA-256 of the model.
     """
     from edgeprune.training.run import EDGES
 
@@ -245,7 +245,7 @@ def _if_foreign(
 
     Args:
         own, config: the run's (None: there is none) and this one.
-        has_own_digest: whether weights or prompts are the run's.
+        has_own_digest: whether model or prompts are the run's.
         title, digest: what they are called.
     """
     usual = own or type(config)()

@@ -45,7 +45,7 @@ def report(config: ReportConfig) -> None:
     output = Path(config.output) if config.output else folder / "report"
     with OUT.status(f"reading the runs below {folder}"):
         found = list(_read_runs(folder))
-        split = config.split and config.split.value
+        split = config.split and config.split.name
         groups = group_runs([run for run, _ in found], split)
     places = {run.name: run_dir for run, run_dir in found}
 
