@@ -135,6 +135,8 @@ def _check_names(command: str, arguments: list[str]) -> None:
                 f"(all settings: edgeprune {command} --help)",
                 2,
             )
+        if key in GROUPS and argument.endswith("=null"):
+            _fail(f"{argument}: choose {', '.join(choices_of(key))}, or leave it out", 2)
 
 
 def _as_text(command: str, arguments: list[str]) -> list[str]:
@@ -258,18 +260,22 @@ def _rank() -> int:
 
 
 def _of_hydra(error: Exception) -> bool:
-    return type(error).__module__.startswith(("hydra.", "omegaconf."))
+    return _is_from(error, "hydra.", "omegaconf.")
 
 
 def _ours(error: Exception) -> bool:
-    """Errors meant for people: our own classes, and ValueErrors that our code raises."""
-    if type(error).__module__.startswith("edgeprune."):
+    return _is_from(error, "edgeprune.")
+
+
+def _is_from(error: Exception, *packages: str) -> bool:
+    """Errors meant for people: a package's own classes, and ValueErrors that its code raises."""
+    if type(error).__module__.startswith(packages):
         return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     where = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return isinstance(error, ValueError) and where.startswith("edgeprune.")
+    return isinstance(error, ValueError) and where.startswith(packages)
 
 
 def _explain_hydra(command: str, error: Exception) -> str:

@@ -750,6 +750,9 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),
+        (["prune", "-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
+        (["prune", "trainer=null"], ["trainer=null: choose default, fast, paper"]),
+        (["evaluate", "nowhere", "model=null"], ["model=null: choose", "or leave it out"]),
         (["export"], ["give one path: edgeprune export PATH"]),
         (
             ["export", "nowhere", "num_edges=3", "threshold=true"],
