@@ -82,6 +82,9 @@ class ModelConfig:
     auto is sdpa, or eager where the model caps its scores."""
     bits: int | None = None
     """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
+    fused: bool = False
+    """On a GPU, in bfloat16, norm and project what heads read in Triton kernels, which moves less
+    memory."""
     embedding_writers: bool = True
     """Whether the embeddings are writers with edges; without, they always flow."""
     trust_remote_code: bool = False
@@ -392,6 +395,8 @@ class BenchmarkConfig:
     """auto (a GPU if there is one), cpu, cuda, ..."""
     recompute: bool = False
     """Run blocks again in the backward pass."""
+    fused: bool = False
+    """On a GPU, in bfloat16, ours with Triton kernels (see model.fused of prune)."""
     engines: list[str] = field(default_factory=lambda: ["ours", "ours_kept", "naive", "stock"])
     """What is measured, in turns: ours with all passes; ours with the unchanging ones kept from
     before; the published way; the stock model's passes. On a GPU ours_graph too: ours_kept,
@@ -541,6 +546,11 @@ def _check_launcher(config: PruneConfig) -> None:
             "launcher.shard=true and trainer.cuda_graph=true do not go together, since layers are "
             "gathered from other processes; leave out one of them"
         )
+    if launcher.shard and config.model.fused:
+        raise ConfigError(
+            "launcher.shard=true and model.fused=true do not go together, since a sharded model is "
+            "loaded on the CPU; leave out one of them"
+        )
     if launcher.shard and config.model.bits is not None:
         raise ConfigError(
             f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
@@ -608,6 +618,11 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
     if model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
+    if model.fused and model.dtype != "bfloat16":
+        raise ConfigError(
+            f"model.fused=true is for bfloat16, got model.dtype={model.dtype}; give "
+            "model.dtype=bfloat16 or leave it out"
+        )
 
 
 def check_task(task: TaskConfig) -> None:

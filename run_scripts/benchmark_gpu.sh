@@ -33,10 +33,15 @@ measure() { # name, then settings
 }
 
 step="dtype=bfloat16 batch_size=32" # what is asked for first
-measure gpt2-graph $step shape=gpt2 length=64 repetitions=20 \
-    engines=[ours,ours_kept,ours_graph,stock] compare_float32=true
+for fused in false true; do
+    measure "gpt2-graph-fused-$fused" $step shape=gpt2 length=64 repetitions=20 fused=$fused \
+        engines=[ours,ours_kept,ours_graph,stock] compare_float32=true
+done
 large="$step length=72 repetitions=3"
-measure codellama-13b $large shape=codellama-13b micro_batch_size=8 recompute=true engines=[ours,stock]
+for fused in false true; do
+    measure "codellama-13b-fused-$fused" $large shape=codellama-13b micro_batch_size=8 \
+        recompute=true fused=$fused engines=[ours,stock]
+done
 measure codellama-13b-stored $large shape=codellama-13b engines=[ours] \
     micro_batch_size=$((memory > 120 ? 8 : 4))
 measure llama-8b $large shape=llama-8b micro_batch_size=16 recompute=true engines=[ours,stock]

@@ -748,6 +748,20 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ["prune", "experiment=ioi", "overwrite=true", "resume=auto"],
             ["overwrite=true throws away what resume=auto would go on from"],
         ),
+        (
+            ["prune", "experiment=ioi", "model.fused=true"],
+            ["model.fused=true is for bfloat16, got model.dtype=float32"],
+        ),
+        (
+            [
+                "prune",
+                "experiment=ioi",
+                "model.fused=true",
+                "model.dtype=bfloat16",
+                "launcher.shard=true",
+            ],
+            ["launcher.shard=true and model.fused=true do not go together"],
+        ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),
         (["prune", "-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),

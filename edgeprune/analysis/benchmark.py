@@ -37,7 +37,7 @@ from edgeprune.dataset import Batch, Pair, collate
 from edgeprune.gradient import CudaGraphs, Inputs, differentiate
 from edgeprune.masks import CircuitMasks
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import CircuitModel
+from edgeprune.modeling import CircuitModel, fuse
 from edgeprune.modeling.model import stretches
 from edgeprune.modeling.shapes import random_model
 
@@ -210,9 +210,12 @@ def growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
 
 
 def gradient_cosine(
-    settings: dict[str, Any], *, device: str, dtype: str, batch_size: int, length: int
+    settings: dict[str, Any], *, device: str, dtype: str, batch_size: int, length: int, fused: bool
 ) -> float:
-    """Cosine of the gate gradients in `dtype` and in float32, same weights, gates and prompts."""
+    """Cosine of the gate gradients in `dtype` and in float32, same weights, gates and prompts.
+
+    `fused`: those in `dtype` with fused kernels.
+    """
     model = random_model(settings, device=device, dtype="float32")
     batch = random_batch(model, batch_size, length)
     gates = CircuitMasks(model.graph).to(model.device).sample(0).edge.detach()
@@ -220,6 +223,8 @@ def gradient_cosine(
     for kind in ("float32", dtype):
         model.release()
         model.to(getattr(torch, kind))
+        if fused and gradients:
+            fuse(model)
         leaf = gates.clone().requires_grad_()
         reference, corrupted = model.run_pair(batch)
         logits = model.run_circuit(batch, leaf, corrupted)

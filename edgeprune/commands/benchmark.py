@@ -57,10 +57,13 @@ def _machine(device: str) -> str:
 
 def _engines(config: BenchmarkConfig, device: str, found: Ceilings) -> dict[str, Any]:
     from edgeprune.analysis.benchmark import gradient_cosine, measure, weight_numbers
+    from edgeprune.modeling import fuse
     from edgeprune.modeling.shapes import random_model, shape_settings
 
     settings = shape_settings(config.shape)
     model = random_model(settings, device=device, dtype=config.dtype)
+    if config.fused:
+        fuse(model)
     measured = measure(
         model,
         config.engines,
@@ -81,6 +84,7 @@ def _engines(config: BenchmarkConfig, device: str, found: Ceilings) -> dict[str,
         report["gradient_cosine"] = gradient_cosine(
             settings, device=device, dtype=config.dtype,
             batch_size=config.micro_batch_size or config.batch_size, length=config.length,
+            fused=config.fused,
         )  # fmt: skip
     title = (
         f"{config.shape}, {report['num_edges']:,} edges, {config.dtype}, "

@@ -76,6 +76,7 @@ def load_model(config: ModelConfig) -> CircuitModel:
             dtype=config.dtype,
             attention=config.attention,
             bits=config.bits,
+            fused=config.fused,
             embedding_writers=config.embedding_writers,
             trust_remote_code=config.trust_remote_code,
         )

@@ -2,6 +2,7 @@
 
 from edgeprune.modeling.load import (
     ModelError,
+    fuse,
     load_model,
     load_tokenizer,
     model_shape,
@@ -16,6 +17,7 @@ __all__ = [
     "CircuitModel",
     "MeanActivations",
     "ModelError",
+    "fuse",
     "load_model",
     "load_tokenizer",
     "model_shape",

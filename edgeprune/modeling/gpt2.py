@@ -29,6 +29,8 @@ def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
 class GPT2Block:
     """Runs the parts of a loaded `GPT2Block` head by head."""
 
+    fused = False
+
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.attention_norm = layer.ln_1
@@ -58,7 +60,7 @@ class GPT2Block:
         project = self.attention.c_attn
         weight = project.weight.view(d_model, num_readers, self.d_head).permute(1, 2, 0)
         bias = project.bias.view(num_readers, self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, [weight], bias)
+        qkv = project_to_heads(x, self.attention_norm, [weight], bias, fused=self.fused)
         qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward

@@ -30,8 +30,18 @@ def attention_mask(
     return make(config, embeddings, attention_mask=None, past_key_values=None)
 
 
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether a norm is a LayerNorm or a plain RMSNorm, whose scale can be part of the weights."""
+    return isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon")
+
+
 def project_to_heads(
-    x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None
+    x: Tensor,
+    norm: nn.Module,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """Queries, keys or values of heads with an input of their own each.
 
@@ -41,23 +51,23 @@ def project_to_heads(
 
     Args:
         x: [head, batch, pos, d_model], less its mean over d_model if the norm is a LayerNorm.
-        norm: of the inputs. It is called as it is where it is neither a LayerNorm nor a plain
-            RMSNorm, and in float16, which what is not normed would overflow.
+        norm: of the inputs. It is called as it is where it is not foldable, and in float16, which
+            what is not normed would overflow.
         weights: [head, d_head, d_model] each, of all heads when put together.
         bias: [head, d_head] or None.
+        fused: whether a norm that is foldable is left to Triton, with its projection.
 
     Returns:
         [head, batch, pos, d_head].
     """
     num_heads, batch, pos, _ = x.shape
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    foldable = is_layer_norm or hasattr(norm, "variance_epsilon")
-    if foldable and x.dtype != torch.float16:
+    if is_foldable(norm) and x.dtype != torch.float16:
         if is_layer_norm and norm.bias is not None:
             shift = torch.cat([weight @ norm.bias for weight in weights])  # [head, d_head]
             bias = shift if bias is None else bias + shift
         eps = norm.eps if is_layer_norm else norm.variance_epsilon
-        projected = _ScaledProjection.apply(x.flatten(1, 2), eps, norm.weight, *weights)
+        projected = _ScaledProjection.apply(x.flatten(1, 2), eps, fused, norm.weight, *weights)
     else:
         projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
     if bias is not None:
@@ -73,25 +83,44 @@ class _ScaledProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, scale: Tensor, *weights: Tensor) -> Tensor:
-        exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
-        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
-        d_model = x.shape[-1]
-        negated = -d_model * eps - norm.square_()  # [head, token, 1]: -(sum of squares + eps ...)
-        factor = (negated / -d_model).rsqrt_()
-        y = (torch.bmm(x, _fold(scale, weights).transpose(1, 2)) * factor).to(x.dtype)
-        ctx.save_for_backward(x, negated, factor, y, scale, *weights)
+    def forward(
+        ctx: Any, x: Tensor, eps: float, fused: bool, scale: Tensor, *weights: Tensor
+    ) -> Tensor:
+        weight = _fold(scale, weights)
+        if fused:
+            from edgeprune.modeling import kernels  # needs Triton
+
+            y, negated = kernels.project(x, weight, eps)
+        else:
+            exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
+            norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
+            # [head, token, 1]: -(sum of squares + eps ...)
+            negated = -x.shape[-1] * eps - norm.square_()
+            y = (torch.bmm(x, weight.transpose(1, 2)) * _factor(x, negated)).to(x.dtype)
+        ctx.fused = fused
+        ctx.save_for_backward(x, negated, y, scale, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, negated, factor, y, scale, *weights = ctx.saved_tensors
-        # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
-        change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
-        of_x = x.mul_(change.to(x.dtype))
-        of_x.baddbmm_((grad * factor).to(x.dtype), _fold(scale, weights))
-        return of_x, *[None] * (2 + len(weights))
+        x, negated, y, scale, *weights = ctx.saved_tensors
+        weight = _fold(scale, weights)
+        if ctx.fused:
+            from edgeprune.modeling import kernels
+
+            kernels.put_gradient(x, weight, y, negated, grad)
+        else:
+            # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
+            change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
+            x.mul_(change.to(x.dtype))
+            x.baddbmm_((grad * _factor(x, negated)).to(x.dtype), weight)
+        return x, *[None] * (3 + len(weights))
+
+
+def _factor(x: Tensor, negated: Tensor) -> Tensor:
+    """1 / sqrt(mean square + eps), [head, token, 1]."""
+    return (negated / -x.shape[-1]).rsqrt_()
 
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -51,6 +51,8 @@ class AttentionInputs:
 class LlamaBlock:
     """Runs the parts of a loaded decoder layer head by head."""
 
+    fused = False
+
     def __init__(self, layer: nn.Module, layer_type: str) -> None:
         attention = layer.self_attn
         self.layer = layer
@@ -95,7 +97,8 @@ class LlamaBlock:
         bias = None
         if attention.q_proj.bias is not None:
             bias = torch.cat([linear.bias for linear in projections]).view(len(x), self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, weights, bias).transpose(0, 1)
+        qkv = project_to_heads(x, self.attention_norm, weights, bias, fused=self.fused)
+        qkv = qkv.transpose(0, 1)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)

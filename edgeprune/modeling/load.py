@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from transformers.utils import is_bitsandbytes_available, is_gguf_available, log
 
 from edgeprune.dataset import Batch, Pair, collate
 from edgeprune.modeling import gpt2, llama, tracr
+from edgeprune.modeling.heads import is_foldable
 from edgeprune.modeling.model import CircuitModel
 from edgeprune.paths import EMBEDDED_MODEL
 
@@ -65,6 +67,7 @@ def load_model(
     dtype: str = "float32",
     attention: str = "auto",
     bits: int | None = None,
+    fused: bool = False,
     embedding_writers: bool = True,
     trust_remote_code: bool = False,
 ) -> CircuitModel:
@@ -79,18 +82,22 @@ def load_model(
         attention: the library's attention implementation: `sdpa`, `eager`, ...; `auto` is `sdpa`,
             or `eager` for models that cap their scores, which `sdpa` cannot.
         bits: 4 or 8 to hold the weights in so many bits (bitsandbytes; Llama family).
+        fused: whether Triton kernels norm and project what heads read, see `fuse`.
         embedding_writers: whether the embeddings are writers with edges of their own; without,
             they always flow.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ModelError: not found, no safetensors weights, a family or a dtype which is not supported,
-            or a model that fails the parity check.
+            kernels that cannot be had, or a model that fails the parity check.
     """
     device = pick_device(device)
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
-        return _load_tracr(folder, device, _dtype(dtype), embedding_writers)
+        model = _load_tracr(folder, device, _dtype(dtype), embedding_writers)
+        if fused:
+            fuse(model)  # says why not
+        return model
     source = _source(name_or_path)
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
@@ -118,8 +125,32 @@ def load_model(
     circuit_model = wrap_model(
         model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers
     )
+    if fused:
+        fuse(circuit_model)
     verify_parity(circuit_model)
     return circuit_model
+
+
+def fuse(model: CircuitModel) -> None:
+    """Have Triton kernels norm and project what heads read, which moves less memory.
+
+    Raises:
+        ModelError: the model is not on a GPU or not in bfloat16, its norms cannot be folded into
+            the projections, or there is no Triton.
+    """
+    weight = next(model.architecture.body.parameters())
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
+        raise ModelError(
+            f"fused kernels are for bfloat16 on a GPU, but {model.name} is in "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        )
+    blocks = model.architecture.blocks
+    if not all(hasattr(block, "fused") and is_foldable(block.attention_norm) for block in blocks):
+        raise ModelError(f"fused kernels cannot take the norms of {model.name}; leave fused out")
+    if importlib.util.find_spec("triton") is None:
+        raise ModelError("fused kernels need the package triton; pip install triton")
+    for block in blocks:
+        block.fused = True
 
 
 def _dtype(name: str) -> torch.dtype:

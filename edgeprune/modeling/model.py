@@ -40,6 +40,7 @@ class Block(Protocol):
         attention_output: the projection of the heads' values.
         mlp: what is between its norm and the stream.
         mlp_output: the loaded module whose output the stream gets from the MLP.
+        fused: whether Triton norms and projects what heads read; may be set.
     """
 
     layer: nn.Module
@@ -48,6 +49,7 @@ class Block(Protocol):
     mlp_norm: nn.Module
     mlp: nn.Module
     mlp_output: nn.Module
+    fused: bool
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head].

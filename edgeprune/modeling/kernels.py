@@ -1,0 +1,127 @@
+"""Triton kernels which norm and project what heads read in one go; for GPUs, and asked for.
+
+What heads read, [head, token, d_model], is the largest array of a training step. PyTorch's own
+operations go through it four times to norm and project it (its square sums, the product) and to put
+its gradient in its place (scaled, then the product added): three reads and a write more than here.
+
+This module alone needs Triton, which comes with PyTorch's builds for GPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS = 128
+"""Of a program's tile; it has one head, and all d_head of what that gives."""
+MODEL = 64
+"""Numbers of d_model that a program takes at a time."""
+
+
+def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x / sqrt(mean square + eps) @ weight.T; x is read once.
+
+    Args:
+        x: [head, token, d_model], its last axis without gaps.
+        weight: [head, d_head, d_model], without gaps.
+        eps: of the norm.
+
+    Returns:
+        y, [head, token, d_head], and what its gradient needs of the norm, in float32:
+        -d_model * (mean square + eps), [head, token, 1].
+    """
+    num_heads, num_tokens, d_model = x.shape
+    y = x.new_empty(num_heads, num_tokens, weight.shape[1])
+    negated = x.new_empty(num_heads, num_tokens, 1, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _project[_grid(x)](
+            x, weight, y, negated, num_tokens, x.stride(0), x.stride(1), eps, d_model,
+            **_tile(weight),
+        )  # fmt: skip
+    return y, negated
+
+
+def put_gradient(x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor) -> None:
+    """Replace the input of `project` by its gradient; it is read once and written once.
+
+    Args:
+        x, weight: given to `project`.
+        y, negated: what it gave.
+        grad: the gradient of y, [head, token, d_head].
+    """
+    _, num_tokens, d_model = x.shape
+    with torch.cuda.device_of(x):
+        _put_gradient[_grid(x)](
+            x, weight, y, negated, grad.contiguous(), num_tokens, x.stride(0), x.stride(1), d_model,
+            **_tile(weight),
+        )  # fmt: skip
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return triton.cdiv(x.shape[1], TOKENS), x.shape[0]
+
+
+def _tile(weight: Tensor) -> dict[str, int]:
+    d_head = weight.shape[1]
+    padded = max(16, triton.next_power_of_2(d_head))  # matrix units take no less
+    return dict(d_head=d_head, PADDED=padded, TOKENS=TOKENS, MODEL=MODEL, num_warps=8)
+
+
+@triton.jit
+def _project(
+    x_at, weight_at, y_at, negated_at, num_tokens, head_stride, token_stride, eps, d_model,
+    d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    heads_own = tl.arange(0, PADDED)
+    is_token, is_own = tokens[:, None] < num_tokens, heads_own < d_head
+    rows = x_at + head * head_stride + tokens[:, None] * token_stride
+    weights = weight_at + (head * d_head + heads_own[None, :]) * d_model
+    product = tl.zeros((TOKENS, PADDED), tl.float32)
+    squares = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, d_model, MODEL):
+        models = start + tl.arange(0, MODEL)
+        is_models = models < d_model
+        x = tl.load(rows + models[None, :], is_token & is_models[None, :], 0.0)
+        weight = tl.load(weights + models[:, None], is_own[None, :] & is_models[:, None], 0.0)
+        product = tl.dot(x, weight, product, input_precision="ieee")
+        exact = x.to(tl.float32)
+        squares += tl.sum(exact * exact, 1)
+    negated = -d_model * eps - squares
+    y = product * tl.rsqrt(negated / -d_model)[:, None]
+    y_rows = y_at + (head * num_tokens + tokens[:, None]) * d_head
+    is_y = is_token & is_own[None, :]
+    tl.store(y_rows + heads_own[None, :], y.to(y_at.dtype.element_ty), is_y)
+    tl.store(negated_at + head * num_tokens + tokens, negated, tokens < num_tokens)
+
+
+@triton.jit
+def _put_gradient(
+    x_at, weight_at, y_at, negated_at, grad_at, num_tokens, head_stride, token_stride, d_model,
+    d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    heads_own = tl.arange(0, PADDED)
+    is_token, is_own = tokens[:, None] < num_tokens, heads_own < d_head
+    y_offsets = (head * num_tokens + tokens[:, None]) * d_head + heads_own[None, :]
+    is_y = is_token & is_own[None, :]
+    y = tl.load(y_at + y_offsets, is_y, 0.0).to(tl.float32)
+    grad = tl.load(grad_at + y_offsets, is_y, 0.0).to(tl.float32)
+    negated = tl.load(negated_at + head * num_tokens + tokens, tokens < num_tokens, -1.0)
+    # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
+    change = tl.sum(grad * y, 1) / negated
+    scaled = (grad * tl.rsqrt(negated / -d_model)[:, None]).to(x_at.dtype.element_ty)
+    rows = x_at + head * head_stride + tokens[:, None] * token_stride
+    weights = weight_at + (head * d_head + heads_own[:, None]) * d_model
+    for start in range(0, d_model, MODEL):
+        models = start + tl.arange(0, MODEL)
+        is_models = models[None, :] < d_model
+        x = tl.load(rows + models[None, :], is_token & is_models, 0.0)
+        weight = tl.load(weights + models[None, :], is_own[:, None] & is_models, 0.0)
+        product = tl.dot(scaled, weight, input_precision="ieee")
+        of_x = x.to(tl.float32) * change[:, None] + product
+        tl.store(rows + models[None, :], of_x.to(x_at.dtype.element_ty), is_token & is_models)

@@ -1,0 +1,111 @@
+"""Triton kernels: run by Triton's interpreter on the processor, and compiled for GPUs.
+
+The interpreter cannot multiply in bfloat16, in which they are meant to run.
+"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import random_gpt2
+from test_engine import mixed_lengths, random_gates
+from test_llama import FAMILIES, random_llama
+
+from edgeprune.dataset import collate
+from edgeprune.modeling import ModelError, fuse, load_model, wrap_model
+
+if find_spec("triton") is None:
+    pytest.skip("there is no Triton for this machine", allow_module_level=True)
+
+from edgeprune.modeling import kernels
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+@pytest.mark.parametrize("d_head", [12, 64])
+@pytest.mark.parametrize("num_tokens", [1, 130])
+def test_values_and_gradients_are_those_of_the_formula(dtype, tolerance, d_head, num_tokens):
+    torch.manual_seed(0)
+    readers = torch.randn(num_tokens, 5, 80).to(getattr(torch, dtype))  # of which three are read
+    weight = torch.randn(3, d_head, 80).to(readers) / 8
+    grad = torch.randn(d_head, 3, num_tokens).to(readers).permute(1, 2, 0)
+    before = readers.clone()
+    x = readers[:, 1:4].transpose(0, 1)
+    exact = x.double().requires_grad_()
+    mean_square = exact.square().mean(-1, keepdim=True)
+    expected = exact / (mean_square + 0.25).sqrt() @ weight.double().transpose(1, 2)
+    expected.backward(grad.double())
+
+    y, negated = kernels.project(x, weight, 0.25)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(negated, -80 * (mean_square.detach().float() + 0.25))
+    kernels.put_gradient(x, weight, y, negated, grad)
+    torch.testing.assert_close(x.double(), exact.grad, rtol=tolerance, atol=tolerance)
+    assert torch.equal(readers[:, [0, 4]], before[:, [0, 4]])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_model_gives_the_same(monkeypatch, family, recompute):
+    model = wrap_model(random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family]))
+    batch = collate(mixed_lengths())
+    _, corrupted = model.run_pair(batch)
+    calls = []
+    for name in ("project", "put_gradient"):
+        own = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, own=own: (calls.append(own), own(*a))[1])
+
+    def results() -> list:
+        gates = random_gates(model.graph, node=False).edge
+        logits = model.run_circuit(batch, gates, corrupted, recompute=recompute)
+        logits.square().sum().backward()
+        return [logits.detach(), gates.grad]
+
+    expected = results()
+    assert not calls
+    for block in model.architecture.blocks:
+        block.fused = True
+    torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)
+    # The blocks that are run again are run forward twice.
+    assert len(calls) == len(model.architecture.blocks) * (3 if recompute else 2)
+
+
+def test_what_kernels_cannot_do_is_refused():
+    model = wrap_model(random_gpt2())
+    with pytest.raises(ModelError, match="bfloat16 on a GPU, but .* is in float32 on cpu"):
+        fuse(model)
+    with pytest.raises(ModelError, match="bfloat16 on a GPU, but embedded is in bfloat16 on cpu"):
+        load_model("embedded", device="cpu", dtype="bfloat16", fused=True)
+    assert not any(block.fused for block in model.architecture.blocks)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from edgeprune.modeling import kernels
+
+for kernel in (kernels._project, kernels._put_gradient):
+    for d_head, padded, capability in ((64, 64, 80), (128, 128, 90)):
+        known = {"d_head": d_head, "PADDED": padded, "TOKENS": 128, "MODEL": 64}
+        kinds = {name: "i32" for name in kernel.arg_names} | {"eps": "fp32"}
+        kinds |= {name: "*bf16" for name in kernel.arg_names if name.endswith("_at")}
+        kinds |= {"negated_at": "*fp32"} | dict.fromkeys(known, "constexpr")
+        kinds = {name: kinds[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, kinds, known)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target, {"num_warps": 8})
+        assert len(compiled.asm["cubin"]) > 1000
+        assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+        print("compiled")
+"""
+
+
+def test_kernels_compile_for_gpus_and_use_their_matrix_units(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compiled"] * 4
