@@ -84,7 +84,7 @@ class ModelConfig:
     """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
     fused: bool = False
     """On a GPU, in bfloat16, norm and project what heads read in Triton kernels, which moves less
-    memory."""
+    memory; does nothing elsewhere."""
     embedding_writers: bool = True
     """Whether the embeddings are writers with edges; without, they always flow."""
     trust_remote_code: bool = False

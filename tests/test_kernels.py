@@ -13,6 +13,8 @@ from conftest import random_gpt2
 from test_engine import mixed_lengths, random_gates
 from test_llama import FAMILIES, random_llama
 
+from edgeprune.commands import shared
+from edgeprune.config import ModelConfig
 from edgeprune.dataset import collate
 from edgeprune.modeling import ModelError, fuse, load_model, wrap_model
 
@@ -77,6 +79,12 @@ def test_what_kernels_cannot_do_is_refused():
         fuse(model)
     with pytest.raises(ModelError, match="bfloat16 on a GPU, but embedded is in bfloat16 on cpu"):
         load_model("embedded", device="cpu", dtype="bfloat16", fused=True)
+    assert not any(block.fused for block in model.architecture.blocks)
+
+
+def test_a_run_of_a_gpu_is_loaded_on_a_processor_without_them():
+    settings = ModelConfig(path="embedded", device="cpu", dtype="bfloat16", fused=True)
+    model = shared.load_model(settings)
     assert not any(block.fused for block in model.architecture.blocks)
 
 

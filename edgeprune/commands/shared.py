@@ -66,17 +66,18 @@ def say(text: str) -> None:
 
 
 def load_model(config: ModelConfig) -> CircuitModel:
-    from edgeprune.modeling import load_model
+    from edgeprune.modeling import load_model, pick_device
 
     check_model(config)
+    device = pick_device(config.device)
     with OUT.status(f"loading {config.path}"):
         return load_model(
             config.path,
-            device=config.device,
+            device=device,
             dtype=config.dtype,
             attention=config.attention,
             bits=config.bits,
-            fused=config.fused,
+            fused=config.fused and device.startswith("cuda"),
             embedding_writers=config.embedding_writers,
             trust_remote_code=config.trust_remote_code,
         )
