@@ -86,6 +86,8 @@ STUDIES = {
             "1000": Row("trainer=default trainer.steps=1000", 3),
             "600": Row("trainer=default", 3, "trainer=default: 600 steps of 16 pairs, three seeds"),
             "fast": Row("trainer=fast", 3, "trainer=fast: 200 steps of 16 pairs, three seeds"),
+            "fast-100": Row("trainer=fast trainer.steps=100", 3),
+            "fast-50": Row("trainer=fast trainer.steps=50", 3),
             "300": Row("trainer=default trainer.steps=300", 3),
             "200": Row("trainer=default trainer.steps=200", 3),
         },
