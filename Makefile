@@ -21,7 +21,7 @@ test: $(READY) dot ## run the tests (a few minutes)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY) dot ## run the slow tests too
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "not slurm"
 
 test-slurm: $(READY) ## run the tests on a SLURM cluster (SLURM_CONF, or the machine's own)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test,slurm]'
@@ -35,8 +35,8 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and what runs left
-	rm -rf $(VENV) runs outputs wandb build dist .pytest_cache .ruff_cache
+clean: ## remove the environment and what was built; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 
 # The stamp is written last: a half-made environment is made again.
 $(READY): pyproject.toml constraints.txt

@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     rest = _as_text(command, _name_own(command, _name_path(command, rest)))
     _check_names(command, rest)
+    if command != "prune" and _is_sweep(rest):
+        _fail(f"a sweep (--multirun) is of prune; {command} takes one value of each setting", 2)
     try:
         _run(command, rest)
     except KeyboardInterrupt:
@@ -144,9 +146,12 @@ def _as_text(command: str, arguments: list[str]) -> list[str]:
 
     In a sweep values stay as they are, since commas part them.
     """
-    is_sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
-    kinds = setting_kinds(command)
+    kinds, is_sweep = setting_kinds(command), _is_sweep(arguments)
     return [_one_as_text(kinds, argument, is_sweep) for argument in arguments]
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
 
 
 def _one_as_text(kinds: dict[str, Any], argument: str, is_sweep: bool) -> str:

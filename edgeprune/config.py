@@ -645,6 +645,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 def check_benchmark(config: BenchmarkConfig) -> None:
     """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
+    if not config.engines:
+        raise ConfigError(f"engines is empty; choose of {', '.join(ENGINES)}")
     for name in config.engines:
         if name not in ENGINES:
             raise ConfigError(f"unknown engine {name!r}; choose {', '.join(ENGINES)}")

@@ -143,6 +143,15 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
             line = "of token ids" if is_ids else "of text"
             raise DataError(f"field {given!r} is not for a line {line}; give {wanted!r} there")
     if is_ids:
+        gives_numbers = getattr(tokenizer, "gives_numbers", False)
+        wanted, other = "target_ids", "target_values"
+        if gives_numbers:
+            wanted, other = other, wanted
+        if other in record:
+            raise DataError(
+                f"field {other!r} is not for this model, which gives "
+                f"{'numbers' if gives_numbers else 'one of several answers'}; give {wanted!r}"
+            )
         return encode_ids(record, len(tokenizer), getattr(tokenizer, "num_outputs", None))
     clean_prompt, gap, prediction = _split_text(record, "clean")
     corrupted_prompt, other_gap, corrupted_prediction = _split_text(record, "corrupted")

@@ -764,6 +764,7 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         ),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),
+        (["export", "nowhere", "sparsity=0.9,0.95", "-m"], ["a sweep (--multirun) is of prune"]),
         (["prune", "-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
         (["prune", "trainer=null"], ["trainer=null: choose default, fast, paper"]),
         (["evaluate", "nowhere", "model=null"], ["model=null: choose", "or leave it out"]),
@@ -805,6 +806,13 @@ def test_without_dot_everything_but_the_picture_works(copied, tmp_path):
     assert_refused(result, 1, "the program `dot` is not on this machine", "apt")
     assert run_cli("draw", copied, "formats=[dot]", PATH=str(tmp_path / "bin")).returncode == 0
     assert "digraph" in (copied / "circuit.dot").read_text()
+    run_cli("export", copied, "num_edges=9", f"output={tmp_path / 'b.json'}")
+    done = run_cli("compare", copied, tmp_path / "b.json", f"output={tmp_path / 'both'}",
+                   PATH=str(tmp_path / "bin"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the program `dot` is not on this machine" in done.stderr
+    assert "digraph" in (tmp_path / "both/comparison.dot").read_text()
+    assert "comparison.dot" in (tmp_path / "both/.compare.json").read_text()
 
 
 def test_edges_of_another_model_are_refused(copied):

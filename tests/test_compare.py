@@ -285,6 +285,15 @@ def test_wrong_usage(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reference_is_one_of_the_circuits_however_it_is_written(tmp_path, capsys, monkeypatch):
+    runs = [fake_run(tmp_path / n, circuit(e)) for n, e in zip("ab", (ONE, TWO), strict=True)]
+    for reference in (f"{runs[0]}/", runs[0] / "edges.json"):
+        settings = (f"reference={reference}", f"output={tmp_path / 'out'}", "formats=[]")
+        code, _, err = call(capsys, monkeypatch, "compare", *runs, *settings)
+        assert code == 0, err
+        assert len(json.loads((tmp_path / "out/comparison.json").read_text())["circuits"]) == 2
+
+
 def test_paths_with_spaces_commas_and_equals_signs(tmp_path, capsys, monkeypatch):
     paths = [fake_run(tmp_path / name, circuit(ONE)) for name in ("a b, [c]", "seed=1", "it's")]
     code, _, err = call(capsys, monkeypatch, "compare", *paths, "formats=[]",

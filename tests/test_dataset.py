@@ -298,7 +298,7 @@ def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
         ({**IDS, "distractor_ids": [-1]}, "'distractor_ids' has ids outside of 0 to"),
         ({**IDS, "distractor_ids": [9]}, r"right tokens.* are \[9\], and distractor_ids \[9\]"),
         ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"the right tokens.* are \[\]"),
-        ({**IDS, "target_values": [1.5], "distractor_ids": [9]}, "outputs are values"),
+        ({**IDS, "target_values": [1.5]}, "'target_values' is not for this model.* 'target_ids'"),
     ],
 )
 def test_answers_and_distractors_that_do_not_fit_a_line_are_refused(tokenizer, record, message):

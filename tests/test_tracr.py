@@ -27,7 +27,7 @@ from edgeprune.commands.shared import task_records
 from edgeprune.config import COMMANDS, AblationConfig, AblationKind, ConfigError, TaskConfig
 from edgeprune.dataset import DataError, collate, encode_ids, encode_records
 from edgeprune.metrics import Output, score, unexplained_variance
-from edgeprune.modeling import ModelError, load_tokenizer
+from edgeprune.modeling import ModelError, load_tokenizer, model_shape
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.tasks.tracr import make_records
 from edgeprune.tracr_builder import (
@@ -281,6 +281,24 @@ def test_lines_of_ids_are_checked(change, message):
     record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [1], **change}
     with pytest.raises(DataError, match=message):
         encode_ids(record, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "other"),
+    [("reverse", "target_ids", "target_values"), ("xproportion", "target_values", "target_ids")],
+)
+def test_targets_are_of_the_kind_that_the_model_gives(name, field, other):
+    tokenizer = load_tokenizer(f"tracr/{name}")
+    record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2]}
+    assert encode_records([{**record, field: [1]}], tokenizer)
+    with pytest.raises(DataError, match=f"'{other}' is not for this model.* give '{field}'"):
+        encode_records([{**record, other: [1]}], tokenizer)
+
+
+def test_a_program_has_no_weights_in_few_bits():
+    for load in (load_model, model_shape):
+        with pytest.raises(ModelError, match="4 bits are for the Llama family, got .* tracr"):
+            load("tracr/reverse", bits=4)
 
 
 def test_a_program_takes_no_text():

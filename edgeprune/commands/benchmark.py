@@ -62,6 +62,8 @@ def _engines(config: BenchmarkConfig, device: str, found: Ceilings) -> dict[str,
 
     settings = shape_settings(config.shape)
     model = random_model(settings, device=device, dtype=config.dtype)
+    if config.length > model.max_length:
+        raise ConfigError(f"length={config.length}, but {config.shape} takes {model.max_length}")
     if config.fused:
         fuse(model)
     measured = measure(

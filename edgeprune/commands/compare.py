@@ -77,23 +77,24 @@ def compare(config: CompareConfig) -> None:
     for suffix in config.formats:
         if suffix not in SUFFIXES:
             raise ConfigError(f"formats has {suffix!r}; choose of {', '.join(SUFFIXES)}")
-    names = list(config.circuits)
-    if config.reference is not None and config.reference not in names:
-        names.append(config.reference)
-    if len(names) < 2:
+    given = [_find(name) for name in config.circuits]
+    reference = None
+    if config.reference is not None:
+        known = _find(config.reference)
+        places = [one.path.resolve() for one in given]
+        if known.path.resolve() not in places:
+            given.append(known)
+            places.append(known.path.resolve())
+        reference = places.index(known.path.resolve())
+    if len(given) < 2:
         raise ConfigError(
-            f"got {len(names)} circuit to compare, expected two or more: edgeprune compare PATH "
+            f"got {len(given)} circuit to compare, expected two or more: edgeprune compare PATH "
             "PATH ..., or one and reference=PATH"
         )
-    given = []
-    for name in names:
-        path, run_dir = find_circuit(name)
-        given.append(Given(path, run_dir, known_graph(path, run_dir)))
     labels = labels_of([one.path for one in given])
     circuits = dict(zip(labels, _read(given), strict=True))
-    reference = None if config.reference is None else labels[names.index(config.reference)]
 
-    result = analysis.compare(circuits, reference)
+    result = analysis.compare(circuits, None if reference is None else labels[reference])
     for label, one in zip(labels, given, strict=True):
         result["circuits"][label] = {"path": str(one.path), **result["circuits"][label]}
     folder = Path(config.output)
@@ -115,6 +116,11 @@ def compare(config: CompareConfig) -> None:
         for path in _draw(circuits, folder, config.formats, title):
             written.append(path)
     show(f"-> {folder}: comparison.json, {', '.join(parts)}")
+
+
+def _find(name: str) -> Given:
+    path, run_dir = find_circuit(name)
+    return Given(path, run_dir, known_graph(path, run_dir))
 
 
 def _run_of_all(run_dirs: list[Path]) -> Path | None:
@@ -270,14 +276,19 @@ def _draw(
     Yields each file when it is written.
     """
     from edgeprune.analysis.compare import union
-    from edgeprune.drawing import comparison_groups, draw_circuit
+    from edgeprune.drawing import GraphvizMissing, comparison_groups, draw_circuit
 
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     shown = union(connected.values())
     groups = comparison_groups({name: c.edge_set for name, c in connected.items()})
     for suffix in formats:
         path = folder / f"comparison.{suffix}"
-        draw_circuit(shown, path, title=title, groups=groups)
+        try:
+            draw_circuit(shown, path, title=title, groups=groups)
+        except GraphvizMissing as error:
+            say(str(error))
+            yield path.with_suffix(".dot")
+            return
         yield path
     if formats:
         show(f"drew {len(shown):,} edges -> {', '.join(f'comparison.{s}' for s in formats)}")

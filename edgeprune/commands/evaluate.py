@@ -16,11 +16,12 @@ from rich.text import Text
 from edgeprune.commands.shared import (
     OUT,
     check_own_data,
-    data_file,
     find_circuit,
     first_split,
     load_model,
     load_pairs,
+    make_data,
+    own_data,
     read_circuit,
     read_origin,
     run_settings,
@@ -166,12 +167,15 @@ def _load_prompts(subject: _Subject, model: CircuitModel, config: EvaluateConfig
     """Read the split, generating a task's prompts where they are not the run's.
 
     Raises:
-        ConfigError: the run's own have changed since.
+        ConfigError: the run's own have changed since, or are gone.
     """
     task, run_dir, split = subject.task, subject.run_dir, config.split.name
     is_own_task = task == subject.of_run.get("task")
     with TemporaryDirectory() as scratch:  # for generated prompts that are not the run's
-        path = data_file(task, model.tokenizer, run_dir if is_own_task else Path(scratch))
+        if is_own_task:
+            path = own_data(task, run_dir)
+        else:
+            path = make_data(task, model.tokenizer, Path(scratch))
         pairs = load_pairs(path, task, model, split)
         digest = file_digest(path)
         if config.task is None:

@@ -11,12 +11,12 @@ from edgeprune.commands.shared import (
     OUT,
     check_own_data,
     circuit_of,
-    data_file,
     export_from,
     find_circuit,
     known_graph,
     load_model,
     load_pairs,
+    own_data,
     run_settings,
     say,
     show,
@@ -110,7 +110,7 @@ def _clean_up(
     if model is None:
         model = load_model(of_run["model"])
     task = of_run["task"]
-    data_path = data_file(task, model.tokenizer, run_dir)
+    data_path = own_data(task, run_dir)
     pairs = load_pairs(data_path, task, model, "train")
     check_own_data(run_dir, file_digest(data_path), data_path)
     batch_size = evaluation_batch_size(of_run["trainer"])

@@ -20,6 +20,7 @@ from edgeprune.commands.shared import (
     first_split,
     load_model,
     load_pairs,
+    make_data,
     run_title,
     say,
     show,
@@ -98,13 +99,14 @@ def _load(
         model_shape,
         config.model.path,
         dtype=config.model.dtype,
+        bits=config.model.bits,
         embedding_writers=config.model.embedding_writers,
         trust_remote_code=config.model.trust_remote_code,
     )
     shape = make_shape()  # not every attention can be planned with
     folder = first_files(run_dir, processes)
-    processes.first_does(lambda: data_file(config.task, shape.tokenizer, folder))
-    data_path = data_file(config.task, shape.tokenizer, folder)
+    processes.first_does(lambda: make_data(config.task, shape.tokenizer, folder))
+    data_path = data_file(config.task, folder)
     pairs = load_pairs(data_path, config.task, shape, "train")
     _check_validation(config, shape, pairs, data_path)
     _plan_memory(config, shape, pairs, processes)
@@ -232,7 +234,7 @@ def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Cir
     evaluate(
         EvaluateConfig(
             circuit=str(run_dir),
-            split=first_split(data_file(config.task, model.tokenizer, run_dir), Split.validation),
+            split=first_split(data_file(config.task, run_dir), Split.validation),
             batch_size=evaluation_batch_size(config.trainer),
         ),
         model=model,

@@ -83,15 +83,34 @@ def load_model(config: ModelConfig) -> CircuitModel:
         )
 
 
-def data_file(task: TaskConfig, tokenizer: Any, run_dir: Path) -> Path:
-    """The task's JSONL: the user's, or one generated into the run directory."""
+def data_file(task: TaskConfig, folder: Path) -> Path:
+    """The task's JSONL: the user's, or the one that is generated into a folder."""
     from edgeprune.training.run import DATA
 
-    if task.path is not None:
-        return Path(task.path)
-    path = run_dir / DATA
-    if not path.exists():
+    return folder / DATA if task.path is None else Path(task.path)
+
+
+def make_data(task: TaskConfig, tokenizer: Any, folder: Path) -> Path:
+    """The task's JSONL, generated if it is not the user's and not there yet."""
+    path = data_file(task, folder)
+    if task.path is None and not path.exists():
         write_records(task_records(task, tokenizer), path)
+    return path
+
+
+def own_data(task: TaskConfig, run_dir: Path) -> Path:
+    """The JSONL of a run's own task.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    path = data_file(task, run_dir)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is gone, which had the prompts of the run in {run_dir}; restore it (what was "
+            "generated edgeprune prepare writes anew), or measure on others: edgeprune evaluate "
+            f"{run_dir} task=custom task.path=FILE"
+        )
     return path
 
 

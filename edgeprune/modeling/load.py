@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,6 +93,7 @@ def load_model(
     device = pick_device(device)
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
+        _check_bits(bits, "tracr")
         model = _load_tracr(folder, device, _dtype(dtype), embedding_writers)
         if fused:
             fuse(model)  # says why not
@@ -102,7 +102,8 @@ def load_model(
     config = _load_config(name_or_path, trust_remote_code)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # it heeds nothing else
+        quiet = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
+        modeling_gguf_pytorch_utils.tqdm = quiet  # it heeds nothing else
     quantization = GgufConfig(dequantize=True) if "gguf_file" in source else None
     if bits is not None:
         quantization = _in_bits(bits, config.model_type, quantization)
@@ -145,7 +146,7 @@ def fuse(model: CircuitModel) -> None:
             f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         )
     blocks = model.architecture.blocks
-    if not all(hasattr(block, "fused") and is_foldable(block.attention_norm) for block in blocks):
+    if not all(is_foldable(block.attention_norm) for block in blocks):
         raise ModelError(f"fused kernels cannot take the norms of {model.name}; leave fused out")
     if importlib.util.find_spec("triton") is None:
         raise ModelError("fused kernels need the package triton; pip install triton")
@@ -185,19 +186,22 @@ def model_shape(
     *,
     dtype: str = "float32",
     attention: str = "auto",
+    bits: int | None = None,
     embedding_writers: bool = True,
     trust_remote_code: bool = False,
 ) -> CircuitModel:
     """A model without its weights (on the meta device), with its tokenizer.
 
-    Arguments and errors as `load_model`.
+    Arguments and errors as `load_model`; of bits it is only checked that the model can have them.
     """
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
+        _check_bits(bits, "tracr")
         model = _build_tracr(folder, embedding_writers)
         model.architecture.body.to(device="meta", dtype=_dtype(dtype))
         return model
     config = _load_config(name_or_path, trust_remote_code)
+    _check_bits(bits, config.model_type)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -335,18 +339,24 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
             f"no folder {path}; give the folder of a model with config.json and *.safetensors, a "
             ".gguf file, or a hub name, for a run that was moved by model=custom model.path=FOLDER"
         )
-    name = EMBEDDED_MODEL if name_or_path == "embedded" else name_or_path
+    name = EMBEDDED_MODEL if str(name_or_path) == "embedded" else name_or_path
     return {"pretrained_model_name_or_path": str(name)}
+
+
+def _check_bits(bits: int | None, model_type: str) -> None:
+    if bits not in (None, 4, 8):
+        raise ModelError(f"weights in {bits} bits are not supported; give 4 or 8, or none")
+    if bits is not None and model_type in ("gpt2", "tracr"):
+        raise ModelError(
+            f"weights in {bits} bits are for the Llama family, got model type {model_type}"
+        )
 
 
 def _in_bits(bits: int, model_type: str, other: GgufConfig | None) -> BitsAndBytesConfig:
     """The quantisation asked for, if this model can have it."""
-    if bits not in (4, 8):
-        raise ModelError(f"weights in {bits} bits are not supported; give 4 or 8, or none")
+    _check_bits(bits, model_type)
     if other is not None:
         raise ModelError(f"a GGUF file is quantised already; leave out the {bits} bits")
-    if model_type == "gpt2":
-        raise ModelError(f"weights in {bits} bits are for the Llama family, got model type gpt2")
     if not is_bitsandbytes_available():
         raise ModelError(f"weights in {bits} bits need a package; pip install 'edgeprune[bits]'")
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)

@@ -36,6 +36,8 @@ class Block(Protocol):
     """One transformer block, run on a separate input for each reader.
 
     Attributes:
+        layer: the loaded module of the whole block.
+        d_head: width of a head.
         attention_norm, mlp_norm: the norms of what is read.
         attention_output: the projection of the heads' values.
         mlp: what is between its norm and the stream.
@@ -44,6 +46,7 @@ class Block(Protocol):
     """
 
     layer: nn.Module
+    d_head: int
     attention_norm: nn.Module
     attention_output: nn.Module
     mlp_norm: nn.Module
@@ -217,7 +220,8 @@ class CircuitModel:
         if not self.architecture.may_pad and len(lengths) > 1:
             raise ValueError(
                 f"{self.name} attends to every position, padding too, but the batch has prompts of "
-                f"{lengths[0]} to {lengths[-1]} tokens; put only prompts of equal length together"
+                f"{lengths[0]} to {lengths[-1]} tokens; put only prompts of equal length together, "
+                "or take one at a time (batch_size=1)"
             )
 
     def fingerprint(self) -> str:

@@ -99,6 +99,11 @@ class TracrTokenizer:
         """Columns of the output."""
         return self.config["d_out"]
 
+    @property
+    def gives_numbers(self) -> bool:
+        """Whether the output is the answer itself, and not a column for each answer."""
+        return OUTPUTS[self.config["output_type"]] is Output.number
+
     def __call__(self, *arguments: Any, **settings: Any) -> None:
         """Refuses text."""
         raise DataError(
@@ -119,6 +124,8 @@ class TracrTokenizer:
 
 class TracrLayer(nn.Module):
     """One layer, run as a whole; its parts are named as `Block` wants them."""
+
+    fused = False
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor], prefix: str) -> None:
         super().__init__()
