@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
@@ -56,18 +57,19 @@ class GPT2Block:
         Returns:
             The heads' values, [batch, pos, head * d_head].
         """
-        num_readers, batch, pos, d_model = x.shape
         project = self.attention.c_attn
-        weight = project.weight.view(d_model, num_readers, self.d_head).permute(1, 2, 0)
-        bias = project.bias.view(num_readers, self.d_head)
+        weight = rearrange(
+            project.weight, "d_model (reader d_head) -> reader d_head d_model", d_head=self.d_head
+        )
+        bias = rearrange(project.bias, "(reader d_head) -> reader d_head", d_head=self.d_head)
         qkv = project_to_heads(x, self.attention_norm, [weight], bias, fused=self.fused)
-        qkv = qkv.view(3, self.num_heads, batch, pos, self.d_head).transpose(1, 2)
+        qkv = rearrange(qkv, "(part head) batch pos d_head -> part batch head pos d_head", part=3)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward
         )
         scaling = self.attention.scaling
         values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
-        return values.reshape(batch, pos, self.num_heads * self.d_head)
+        return rearrange(values, "batch pos head d_head -> batch pos (head d_head)")
 
     def scale(self, values: Tensor) -> Tensor:
         return values
@@ -75,7 +77,9 @@ class GPT2Block:
     def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         project = self.attention_output
-        weight = project.weight.view(self.num_heads, self.d_head, -1)
+        weight = rearrange(
+            project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
+        )
         return project_from_heads(values, corrupted, weight, project.bias, centred=centred)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -158,11 +159,11 @@ def project_from_heads(
     Returns:
         [head, ..., d_model].
     """
-    num_heads, d_head, d_model = weight.shape
+    num_heads, _, d_model = weight.shape
     if centred:  # what writes them is smaller than what is written
         weight = centre(weight)
     difference = values if corrupted is None else values - corrupted
-    by_head = difference.reshape(-1, num_heads, d_head).transpose(0, 1)
+    by_head = rearrange(difference, "... (head d_head) -> head (...) d_head", head=num_heads)
     if corrupted is None and bias is not None:
         share = centre(bias) if centred else bias
         share = (share / num_heads).expand(num_heads, 1, d_model)

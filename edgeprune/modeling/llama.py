@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,14 +90,14 @@ class LlamaBlock:
             The heads' values, [batch, pos, head * d_head].
         """
         attention = self.attention
-        _, batch, pos, _ = x.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights = [
             _weight(linear).to(x.dtype).view(-1, self.d_head, x.shape[-1]) for linear in projections
         ]
         bias = None
         if attention.q_proj.bias is not None:
-            bias = torch.cat([linear.bias for linear in projections]).view(len(x), self.d_head)
+            biases = torch.cat([linear.bias for linear in projections])
+            bias = rearrange(biases, "(head d_head) -> head d_head", d_head=self.d_head)
         qkv = project_to_heads(x, self.attention_norm, weights, bias, fused=self.fused)
         qkv = qkv.transpose(0, 1)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
@@ -122,7 +123,7 @@ class LlamaBlock:
             scaling=attention.scaling,
             **options,
         )
-        return self.scale(values.reshape(batch, pos, self.num_heads * self.d_head))
+        return self.scale(rearrange(values, "batch pos head d_head -> batch pos (head d_head)"))
 
     def scale(self, values: Tensor) -> Tensor:
         """Times what a norm of the heads' sum makes of each token's outboxes."""
@@ -139,7 +140,9 @@ class LlamaBlock:
         weight = _weight(linear).to(values.dtype)
         if self.heads_norm is not None:
             weight = (1 + self.heads_norm.weight)[:, None] * weight
-        weight = weight.view(-1, self.num_heads, self.d_head).permute(1, 2, 0)
+        weight = rearrange(
+            weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
+        )
         return project_from_heads(values, corrupted, weight, linear.bias, centred=centred)
 
 
