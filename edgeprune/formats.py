@@ -397,11 +397,15 @@ def _read_config(path: Path, config: Any) -> CircuitGraph:
 # ---------------------------------------------------------------------------------- graph as JSON
 
 
+def _all_kept(neurons: Any) -> bool:
+    return all(neurons) if isinstance(neurons, list) else True
+
+
 def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> CircuitFile:
     theirs = _read_config(path, content["cfg"])
     nodes = content.get("nodes")
     for name, node in nodes.items() if isinstance(nodes, dict) else ():
-        if isinstance(node, dict) and node.get("in_graph") and not all(node.get("neurons") or ()):
+        if isinstance(node, dict) and node.get("in_graph") and not _all_kept(node.get("neurons")):
             raise CircuitError(
                 f"{path}: node {name} is in the graph with some of its neurons only; circuits of "
                 "neurons are not supported"
@@ -477,9 +481,9 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
                 "are not supported"
             )
     writers, readers = content["src_nodes"], content["dst_nodes"]
-    if list(writers) != list(theirs.writers) or list(readers) != [
-        _their_reader(reader) for reader in theirs.readers
-    ]:
+    expected = [*theirs.writers], [_their_reader(reader) for reader in theirs.readers]
+    are_lists = all(isinstance(names, (list, tuple)) for names in (writers, readers))
+    if not are_lists or ([*writers], [*readers]) != expected:
         raise CircuitError(
             f"{path}: src_nodes and dst_nodes are not those of a model of {theirs.num_layers} "
             f"layers of {theirs.num_heads} heads, in their order"

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import (
     OUT,
+    check_formats,
     find_circuit,
     known_graph,
     replacing_earlier,
@@ -72,11 +73,8 @@ class Name:
 def compare(config: CompareConfig) -> None:
     """Compare circuits: what they share, what only one has, and how alike they are."""
     from edgeprune.analysis import compare as analysis
-    from edgeprune.drawing import SUFFIXES
 
-    for suffix in config.formats:
-        if suffix not in SUFFIXES:
-            raise ConfigError(f"formats has {suffix!r}; choose of {', '.join(SUFFIXES)}")
+    check_formats(config.formats)
     given = [_find(name) for name in config.circuits]
     reference = None
     if config.reference is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.commands.shared import (
+    check_formats,
     export_from,
     find_circuit,
     known_graph,
@@ -23,6 +24,7 @@ def draw(config: DrawConfig) -> None:
 
     if not config.formats:
         raise ConfigError(f"formats is empty, expected some of {', '.join(SUFFIXES)}")
+    check_formats(config.formats)
     output = None if config.output is None else Path(config.output)
     if output is not None and output.suffix.removeprefix(".") in SUFFIXES:
         output = output.with_suffix("")  # formats says which are written

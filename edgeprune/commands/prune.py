@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -133,8 +134,8 @@ def _check_validation(
     split = first_split(data_path, Split.validation).name
     validation = load_pairs(data_path, config.task, shape, split)
     if split != Split.train.name and pairs.has_splits:
-        trained = {(pair.clean_ids, pair.corrupted_ids) for pair in pairs}
-        seen = sum((pair.clean_ids, pair.corrupted_ids) in trained for pair in validation)
+        held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in validation)
+        seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in pairs)
         if seen:
             say(f"{seen:,} of {len(validation):,} {split} prompts are training prompts, too")
     ablation = config.ablation

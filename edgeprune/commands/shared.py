@@ -98,6 +98,15 @@ def make_data(task: TaskConfig, tokenizer: Any, folder: Path) -> Path:
     return path
 
 
+def check_formats(formats: list[str]) -> None:
+    """Raises ConfigError for a drawing's format that is none."""
+    from edgeprune.drawing import SUFFIXES
+
+    for suffix in formats:
+        if suffix not in SUFFIXES:
+            raise ConfigError(f"formats has {suffix!r}; choose of {', '.join(SUFFIXES)}")
+
+
 def own_data(task: TaskConfig, run_dir: Path) -> Path:
     """The JSONL of a run's own task.
 

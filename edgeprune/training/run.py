@@ -21,11 +21,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 
 from edgeprune.config import (
@@ -297,7 +297,7 @@ def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
         },
         "machine": {
             "device": str(model.device),
