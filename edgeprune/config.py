@@ -485,6 +485,8 @@ def check_prune(config: PruneConfig) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
+    if config.task.path is None and config.task.train < 1:
+        raise ConfigError(f"task.train={config.task.train}: gates are learned on 1 prompt or more")
     _check_numbers(config.trainer)
     _check_launcher(config)
     _check_targets(config)
@@ -616,6 +618,8 @@ def check_model(model: ModelConfig) -> None:
     """Raises ConfigError for a model without a path or of an unknown dtype."""
     if not model.path:
         raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
+    if model.path == "tracr/":
+        raise ConfigError("model=tracr is one of several programs; say which: model.name=reverse")
     if model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
     if model.fused and model.dtype != "bfloat16":

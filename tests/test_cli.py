@@ -762,6 +762,8 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ],
             ["launcher.shard=true and model.fused=true do not go together"],
         ),
+        (["prune", "experiment=ioi", "task.train=0"], ["task.train=0: gates are learned on 1"]),
+        (["prune", "model=tracr", "task=tracr", "sparsity=0.5"], ["say which: model.name=reverse"]),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),
         (["export", "nowhere", "sparsity=0.9,0.95", "-m"], ["a sweep (--multirun) is of prune"]),
