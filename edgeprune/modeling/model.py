@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -328,14 +328,14 @@ class CircuitModel:
                     (block.attention_output, keep_input(head_values, block.scale)),
                     (block.mlp_norm, keep_input(residuals, self._centre)),
                 ):
-                    stack.enter_context(_hook(module.register_forward_pre_hook(hook)))
+                    stack.enter_context(module.register_forward_pre_hook(hook))
                 handle = block.mlp_output.register_forward_hook(
                     lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
                 )
-                stack.enter_context(_hook(handle))
+                stack.enter_context(handle)
             keep_last = keep_input(residuals, self._centre)
             handle = arch.final_norm.register_forward_pre_hook(keep_last)
-            stack.enter_context(_hook(handle))
+            stack.enter_context(handle)
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states, Activations(
@@ -584,11 +584,3 @@ def stretch_length(graph: CircuitGraph) -> int:
         return total
 
     return min(range(2, MOST_AHEAD + 1), key=moved)
-
-
-@contextmanager
-def _hook(handle: Any):
-    try:
-        yield
-    finally:
-        handle.remove()
