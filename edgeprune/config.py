@@ -427,16 +427,10 @@ COMMANDS = {
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain values, as written to config.yaml."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value
+    def plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value.name if isinstance(value, Enum) else value for key, value in fields}
 
-    return plain(dataclasses.asdict(config))
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def task_title(name: str, path: str | None) -> str:
