@@ -417,6 +417,4 @@ def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
 def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
     """The slope of log value against log factor, by least squares."""
     xs, ys = [math.log(f) for f in factors], [math.log(v) for v in values]
-    x_mean, y_mean = statistics.mean(xs), statistics.mean(ys)
-    above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-    return above / sum((x - x_mean) ** 2 for x in xs)
+    return statistics.linear_regression(xs, ys).slope
