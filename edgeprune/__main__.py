@@ -21,17 +21,20 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
-from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
+from edgeprune.help import (
+    GROUPS,
+    POSITIONAL,
+    SEVERAL,
+    choices_of,
+    command_help,
+    overview,
+    setting_kinds,
+    setting_names,
+    usage,
+)
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
-POSITIONAL = {
-    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-    "report": "folder",
-}  # fmt: skip
-"""Commands whose bare argument is a path, and the setting it fills."""
-SEVERAL = ("compare",)
-"""Commands that take any number of paths."""
 FLAGS = ("-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir")
 """Of Hydra's that are of use here."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
@@ -93,11 +96,11 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
     ]  # fmt: skip
     if command in SEVERAL:
         if not bare or given:
-            _fail(f"give paths: edgeprune {command} PATH PATH ... [name=value ...]", 2)
+            _fail(f"give paths: {usage(command)}", 2)
         value = "[" + ",".join(_quote(path) for path in bare) + "]"
     else:
         if len(bare) != 1 or given:
-            _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
+            _fail(f"give one path: {usage(command)}", 2)
         value = _quote(bare[0])
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
