@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from edgeprune.config import (
     COMMANDS,
     LESS_MEMORY,
     OWN,
     ConfigError,
+    Stop,
     did_you_mean,
     model_title,
     task_title,
@@ -199,7 +200,7 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
-        if any(hasattr(failure, "exit_code") for failure in failures):
+        if any(isinstance(f, Stop) and f.exit_code is not None for f in failures):
             return  # a signal stops the whole sweep
         add_resolvers()  # again, where this runs as a job elsewhere
         try:
@@ -234,13 +235,14 @@ def _check_apart(run_dir: str, earlier: set[str]) -> None:
 # ---------------------------------------------------------------------------------------- errors
 
 
-def _report(command: str, arguments: list[str], error: Exception) -> None:
+def _report(command: str, arguments: list[str], error: Exception) -> NoReturn:
     """Say what went wrong in one message, and exit."""
     name = type(error).__name__
-    if _rank() > 0 and (getattr(error, "on_every_process", False) or _of_hydra(error)):
-        sys.exit(getattr(error, "exit_code", None) or 1)  # the first process says it
-    if getattr(error, "exit_code", None) is not None:
-        _fail(str(error), error.exit_code)
+    stop = error if isinstance(error, Stop) else Stop()
+    if _rank() > 0 and (stop.on_every_process or _of_hydra(error)):
+        sys.exit(stop.exit_code or 1)  # the first process says it
+    if stop.exit_code is not None:
+        _fail(str(error), stop.exit_code)
     if _of_hydra(error):
         _fail(_explain_hydra(command, error), 2)
     if isinstance(error, ConfigError):
@@ -308,7 +310,7 @@ def _explain_part(arguments: list[str]) -> str:
     )
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     who = f" (process {_rank()})" if _rank() > 0 else ""
     print(f"edgeprune{who}: {message}", file=sys.stderr)
     sys.exit(code)

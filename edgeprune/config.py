@@ -20,7 +20,19 @@ OWN = "custom"
 """The task and the model that are one's own: `task.path`, `model.path`."""
 
 
-class ConfigError(ValueError):
+class Stop(Exception):
+    """What ends a command, with a message for people.
+
+    Attributes:
+        exit_code: the command's, which ends a whole sweep; None: as of any error.
+        on_every_process: whether all processes of a run raise it, so that the first alone says it.
+    """
+
+    exit_code: int | None = None
+    on_every_process = False
+
+
+class ConfigError(Stop, ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
 
     on_every_process = True

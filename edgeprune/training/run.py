@@ -34,6 +34,7 @@ from edgeprune.config import (
     ConfigError,
     PruneConfig,
     Resume,
+    Stop,
     to_dict,
 )
 from edgeprune.drawing import SUFFIXES
@@ -70,7 +71,7 @@ NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
 
 
-class Interrupted(Exception):
+class Interrupted(Stop):
     """A signal asked to stop; a checkpoint was saved."""
 
     on_every_process = True
