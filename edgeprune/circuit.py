@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edgeprune.config import check_num_edges
 from edgeprune.formats import CircuitError, read_circuit_file, write_circuit_file
 from edgeprune.graph import CircuitGraph, Edge
 
@@ -73,9 +74,9 @@ class Circuit:
         """A circuit of `num_edges` edges drawn at random, for comparison.
 
         Raises:
-            ValueError: `num_edges` is negative or more than the graph has.
+            ConfigError: `num_edges` is negative or more than the graph has.
         """
-        graph.check_num_edges(num_edges)
+        check_num_edges(num_edges, graph.num_edges)
         return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
     @property

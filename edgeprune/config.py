@@ -497,7 +497,6 @@ def check_prune(config: PruneConfig) -> None:
 
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("init_std",), lambda number: number >= 0, "must not be negative"),
     (
         ("steps", "batch_size", "checkpoint_every", "log_every"),
         lambda number: number >= 1,
@@ -509,7 +508,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         lambda number: number > 0,
         "must be positive",
     ),
-    (("weight_decay",), lambda number: number >= 0, "must be 0 or more"),
+    (("init_std", "weight_decay"), lambda number: number >= 0, "must be 0 or more"),
 )
 """Settings of the trainer, what their numbers must fulfil where they are set, and that in words."""
 
@@ -684,9 +683,9 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
 
 
 def check_num_edges(num_edges: int | None, all_edges: int) -> None:
-    """Raises ConfigError where more edges are asked for than the graph has."""
-    if num_edges is not None and num_edges > all_edges:
-        raise ConfigError(f"num_edges={num_edges} is more than the {all_edges} edges of this model")
+    """Raises ConfigError where so many edges of a graph's cannot be chosen."""
+    if num_edges is not None and not 0 <= num_edges <= all_edges:
+        raise ConfigError(f"num_edges={num_edges} is out of range: the graph has {all_edges} edges")
 
 
 def edges_left(sparsity: float, all_edges: int) -> int:
