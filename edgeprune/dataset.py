@@ -523,7 +523,7 @@ def iterate_records(path: Path | str) -> Iterator[dict]:
 def _parse_line(line: str, where: str) -> dict:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+    except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(record, dict):
         raise DataError(
