@@ -24,7 +24,7 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
-from edgeprune.files import file_digest, listed, remove_listed, write_text
+from edgeprune.files import file_digest, listed, remove_listed, write_json, write_text
 
 if TYPE_CHECKING:
     from edgeprune.analysis.export import Export
@@ -216,7 +216,7 @@ def write_origin(path: Path, graph: CircuitGraph, run_dir: Path | None) -> Path:
     run = None if run_dir is None else os.path.relpath(run_dir, path.parent)
     origin = {"sha256": file_digest(path), "run": run, "graph": graph.to_dict()}
     note = path.with_name(path.name + ORIGIN)
-    write_text(note, json.dumps(origin, indent=1) + "\n")
+    write_json(note, origin)
     return note
 
 
@@ -283,7 +283,7 @@ def write_circuit(
         **circuit.sizes(),
     }
     circuit.save(folder / EDGES)
-    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    write_json(folder / REPORT, report)
     return [folder / EDGES, folder / REPORT]
 
 
@@ -319,7 +319,7 @@ def replacing_earlier(
         yield written
     finally:
         files = {str(path.relative_to(folder)): file_digest(path) for path in written}
-        write_text(note, json.dumps(files, indent=1) + "\n")
+        write_json(note, files)
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:

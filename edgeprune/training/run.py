@@ -38,7 +38,7 @@ from edgeprune.config import (
     to_dict,
 )
 from edgeprune.drawing import SUFFIXES
-from edgeprune.files import file_digest, remove_listed, write_text
+from edgeprune.files import file_digest, remove_listed, write_json, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
@@ -168,7 +168,7 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
         return
     if config.task.path is None:
         manifest["data"]["path"] = str(run_dir / DATA)
-    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_json(new / MANIFEST, manifest)
     left = _left_by_earlier(run_dir, config.task.path)
     if has_run(run_dir):
         remove_listed(run_dir / REPORT_LIST)
