@@ -190,8 +190,7 @@ class CircuitModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        return self.architecture.embed(ids).shape[-1]
+        return self.architecture.body.config.hidden_size
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
         """Raises ValueError where there are no prompts, or one is too long for the model.
