@@ -68,10 +68,10 @@ class Pair:
     clean_ids: tuple[int, ...]
     corrupted_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    distractor_ids: tuple[int, ...]
-    contrast: int
-    text: str
+    answer_ids: tuple[int, ...] = ()
+    distractor_ids: tuple[int, ...] = ()
+    contrast: int = 0
+    text: str = ""
     target_values: tuple[float, ...] = ()
     also_right: tuple[tuple[int, int], ...] = ()
 

@@ -317,4 +317,4 @@ def random_pairs(config: dict[str, Any]) -> list[Pair]:
     def prompt() -> tuple[int, ...]:
         return (config["bos_id"], *draw.choices(tokens, k=config["n_ctx"] - 1))
 
-    return [Pair(prompt(), prompt(), (0,) * (config["n_ctx"] - 1), (), (), 0, "") for _ in range(8)]
+    return [Pair(prompt(), prompt(), (0,) * (config["n_ctx"] - 1)) for _ in range(8)]
