@@ -47,10 +47,10 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
         raise ConfigError("threshold=true finds the size itself; leave out sparsity= or num_edges=")
     check_cleanup(config.cleanup)
     from edgeprune.training.run import (
+        CIRCUIT_NOTE,
         EDGES,
         GRAPH_JSON,
         GRAPH_PT,
-        REPORT,
         load_masks,
         read_manifest,
     )
@@ -82,7 +82,7 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     if cleaned is not None:
         report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
     if output.resolve() == (run_dir / EDGES).resolve():
-        write_json(run_dir / REPORT, report)
+        write_json(run_dir / CIRCUIT_NOTE, report)
     connected = report["without_dangling"]
     threshold = report["edge_threshold"]
     how = "exactly as asked" if threshold is None else f"at threshold {threshold:.4f}"

@@ -193,11 +193,11 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
 
 def read_origin(path: Path) -> dict[str, Any]:
     """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
-    from edgeprune.training.run import EDGES, REPORT
+    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
 
     notes = [path.with_name(path.name + ORIGIN)]
     if path.name == EDGES:
-        notes.append(path.with_name(REPORT))
+        notes.append(path.with_name(CIRCUIT_NOTE))
     for note in notes:
         try:
             found = json.loads(note.read_text(encoding="utf-8"))
@@ -273,7 +273,7 @@ def write_circuit(
 
     Returns the two files.
     """
-    from edgeprune.training.run import EDGES, REPORT
+    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
     report = {
@@ -283,8 +283,8 @@ def write_circuit(
         **circuit.sizes(),
     }
     circuit.save(folder / EDGES)
-    write_json(folder / REPORT, report)
-    return [folder / EDGES, folder / REPORT]
+    write_json(folder / CIRCUIT_NOTE, report)
+    return [folder / EDGES, folder / CIRCUIT_NOTE]
 
 
 @contextmanager

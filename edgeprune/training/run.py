@@ -58,12 +58,12 @@ METRICS = "metrics.jsonl"
 PLOT = "training.png"
 DATA = "data.jsonl"
 EDGES = "edges.json"
-REPORT = "circuit.json"
+CIRCUIT_NOTE = "circuit.json"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
 GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
-MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
+MADE_OF_A_RUN = (EVALUATIONS, EDGES, CIRCUIT_NOTE, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
