@@ -317,8 +317,8 @@ class CircuitModel:
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def keep_input(store: list[Tensor], scale: Callable[[Tensor], Tensor] = lambda x: x):
-            return lambda module, inputs: store.append(scale(inputs[0][keep]).clone())
+        def keep_input(store: list[Tensor], change: Callable[[Tensor], Tensor]):
+            return lambda module, inputs: store.append(change(inputs[0][keep]).clone())
 
         with ExitStack() as stack:
             for block in arch.blocks:
