@@ -188,7 +188,7 @@ def test_parity_check_catches_a_model_that_computes_something_else():
 
 def test_parity_check_catches_nan():
     model = wrap_model(random_gpt2())
-    model.architecture.blocks[0].head_delta = lambda values, corrupted, **_: torch.full(
+    model.architecture.blocks[0].head_delta = lambda values, closed, **_: torch.full(
         (4, *values.shape), float("nan")
     )
     with pytest.raises(ModelError, match="parity check failed"):

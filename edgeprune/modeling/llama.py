@@ -133,14 +133,14 @@ class LlamaBlock:
         mean_square = written.float().square().mean(-1, keepdim=True)
         return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
         weight = _weight(linear).to(values.dtype)
         if self.heads_norm is not None:
             weight = (1 + self.heads_norm.weight)[:, None] * weight
         weight = weight.view(-1, self.num_heads, self.d_head).permute(1, 2, 0)
-        return project_from_heads(values, corrupted, weight, linear.bias, centred=centred)
+        return project_from_heads(values, closed, weight, linear.bias, centred=centred)
 
 
 class Llama:

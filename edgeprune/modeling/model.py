@@ -63,8 +63,8 @@ class Block(Protocol):
         """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model].
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+        """Heads' values, less those of closed edges (None: zero outboxes) -> [head, ..., d_model].
 
         `centred`: without their mean over d_model.
         """
@@ -371,7 +371,7 @@ class CircuitModel:
         self,
         batch: Batch,
         gates: Tensor,
-        corrupted: Activations | None,
+        closed: Activations | None,
         *,
         recompute: bool = False,
     ) -> Tensor:
@@ -380,7 +380,7 @@ class CircuitModel:
         Args:
             batch: the prompts; the clean ones are run.
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
-            corrupted: what closed edges carry: activations on the corrupted prompts, mean
+            closed: what closed edges carry: activations on the corrupted prompts, mean
                 activations (see `mean_activations`), or None for zeros.
             recompute: whether the backward pass runs blocks again, which needs less memory: the
                 outboxes, their gradients and the blocks of one look-ahead.
@@ -403,7 +403,7 @@ class CircuitModel:
         boxes = Outboxes(
             self.workspace, graph.num_writers, gates, everywhere, stream, keep_inputs=keep_inputs
         )
-        embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
+        embedding_delta = embeddings if closed is None else embeddings - closed.embeddings
         embedding_delta = self._centre(embedding_delta)
         always_on = None
         if graph.embedding_writers:
@@ -411,14 +411,14 @@ class CircuitModel:
         else:
             always_on = embedding_delta.sum(0)
         nothing = [None] * graph.num_layers
-        closed_heads = nothing if corrupted is None else corrupted.head_values
-        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
+        closed_heads = nothing if closed is None else closed.head_values
+        closed_mlps = nothing if closed is None else closed.mlp_outputs
         inputs = arch.attention_inputs(stream)
 
         def base(site: int) -> Tensor | None:
-            if corrupted is None:
+            if closed is None:
                 return always_on
-            there = corrupted.residuals[site]
+            there = closed.residuals[site]
             return there if always_on is None else there + always_on
 
         def run_stretch(layers: range) -> Tensor:
@@ -431,8 +431,9 @@ class CircuitModel:
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
-                    closed = closed_heads[layer]
-                    boxes.write(block.head_delta(values, closed, centred=self._centred))
+                    boxes.write(
+                        block.head_delta(values, closed_heads[layer], centred=self._centred)
+                    )
                     x = boxes.read(base(site + 1)).squeeze(0)
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
@@ -451,8 +452,8 @@ class CircuitModel:
         def predicted(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[at]
 
-        closed = predicted(closed_heads[-1])
-        heads_delta = block.head_delta(values[at], closed, centred=self._centred)
+        closed_values = predicted(closed_heads[-1])
+        heads_delta = block.head_delta(values[at], closed_values, centred=self._centred)
         delta = torch.cat([boxes.at(*at), heads_delta])
         mlp_gates, final_gates = split_by_site(last_gates, at_predicted)
         x = mix(mlp_gates, delta, predicted(base(-2)))[0]
@@ -552,10 +553,10 @@ def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     return over_rows, torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
 
 
-def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
-    """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
+def _mlp_delta(block: Block, x: Tensor, closed: Tensor | None) -> Tensor:
+    """MLP's input and closed edges' output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
     output = block.mlp(block.mlp_norm(x))
-    return (output if corrupted is None else output - corrupted)[None]
+    return (output if closed is None else output - closed)[None]
 
 
 def stretches(graph: CircuitGraph) -> list[range]:
