@@ -422,7 +422,7 @@ class CircuitModel:
             return there if always_on is None else there + always_on
 
         def run_stretch(layers: range) -> Tensor:
-            """Returns the last one's heads' values."""
+            """Run the layers of a look-ahead. Returns the last one's heads' values."""
             for index, layer in enumerate(layers):
                 ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
                 stop = min(2 * (layer + ahead), 2 * layers.stop, len(everywhere))
@@ -560,7 +560,7 @@ def _mlp_delta(block: Block, x: Tensor, closed: Tensor | None) -> Tensor:
 
 
 def stretches(graph: CircuitGraph) -> list[range]:
-    """The layers of each look-ahead."""
+    """The layers of each look-ahead: a stretch."""
     length = stretch_length(graph)
     starts = range(0, graph.num_layers, length)
     return [range(start, min(start + length, graph.num_layers)) for start in starts]
@@ -571,7 +571,7 @@ def stretch_length(graph: CircuitGraph) -> int:
 
     Forward and backward, a look-ahead goes four times through the outboxes that are there (or their
     gradients), and what is written after is added in four goes through the inputs of the readers
-    (or theirs): of the layer with index i in its stretch as often as i has binary digits of 1.
+    (or theirs): of its layer with index i as often as i has binary digits of 1.
     """
     readers = len(graph.sites[0].readers) + 1
 
