@@ -10,28 +10,32 @@ import os
 import re
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from edgeprune.config import (
     COMMANDS,
     LESS_MEMORY,
     OWN,
     ConfigError,
+    Stop,
     did_you_mean,
     model_title,
     task_title,
 )
-from edgeprune.help import GROUPS, choices_of, command_help, overview, setting_kinds, setting_names
+from edgeprune.help import (
+    GROUPS,
+    POSITIONAL,
+    SEVERAL,
+    choices_of,
+    command_help,
+    overview,
+    setting_kinds,
+    setting_names,
+    usage,
+)
 from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
-POSITIONAL = {
-    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-    "report": "folder",
-}  # fmt: skip
-"""Commands whose bare argument is a path, and the setting it fills."""
-SEVERAL = ("compare",)
-"""Commands that take any number of paths."""
 FLAGS = ("-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir")
 """Of Hydra's that are of use here."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
@@ -95,11 +99,11 @@ def _name_path(command: str, arguments: list[str]) -> list[str]:
     ]  # fmt: skip
     if command in SEVERAL:
         if not bare or given:
-            _fail(f"give paths: edgeprune {command} PATH PATH ... [name=value ...]", 2)
+            _fail(f"give paths: {usage(command)}", 2)
         value = "[" + ",".join(_quote(path) for path in bare) + "]"
     else:
         if len(bare) != 1 or given:
-            _fail(f"give one path: edgeprune {command} PATH [name=value ...]", 2)
+            _fail(f"give one path: {usage(command)}", 2)
         value = _quote(bare[0])
     return [f"{name}={value}", *(a for a in arguments if a not in bare)]
 
@@ -201,7 +205,7 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
-        if any(hasattr(failure, "exit_code") for failure in failures):
+        if any(isinstance(f, Stop) and f.exit_code is not None for f in failures):
             return  # a signal stops the whole sweep
         add_resolvers()  # again, where this runs as a job elsewhere
         try:
@@ -236,13 +240,14 @@ def _check_apart(run_dir: str, earlier: set[str]) -> None:
 # ---------------------------------------------------------------------------------------- errors
 
 
-def _report(command: str, arguments: list[str], error: Exception) -> None:
+def _report(command: str, arguments: list[str], error: Exception) -> NoReturn:
     """Say what went wrong in one message, and exit."""
     name = type(error).__name__
-    if _rank() > 0 and (getattr(error, "on_every_process", False) or _of_hydra(error)):
-        sys.exit(getattr(error, "exit_code", None) or 1)  # the first process says it
-    if getattr(error, "exit_code", None) is not None:
-        _fail(str(error), error.exit_code)
+    stop = error if isinstance(error, Stop) else Stop()
+    if _rank() > 0 and (stop.on_every_process or _of_hydra(error)):
+        sys.exit(stop.exit_code or 1)  # the first process says it
+    if stop.exit_code is not None:
+        _fail(str(error), stop.exit_code)
     if _of_hydra(error):
         _fail(_explain_hydra(command, error), 2)
     if isinstance(error, ConfigError):
@@ -310,7 +315,7 @@ def _explain_part(arguments: list[str]) -> str:
     )
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     who = f" (process {_rank()})" if _rank() > 0 else ""
     print(f"edgeprune{who}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -6,13 +6,13 @@ import hashlib
 import json
 import random
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edgeprune.config import check_num_edges
 from edgeprune.formats import CircuitError, read_circuit_file, write_circuit_file
 from edgeprune.graph import CircuitGraph, Edge
 
@@ -74,9 +74,9 @@ class Circuit:
         """A circuit of `num_edges` edges drawn at random, for comparison.
 
         Raises:
-            ValueError: `num_edges` is negative or more than the graph has.
+            ConfigError: `num_edges` is negative or more than the graph has.
         """
-        graph.check_num_edges(num_edges)
+        check_num_edges(num_edges, graph.num_edges)
         return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
     @property
@@ -150,41 +150,18 @@ class Circuit:
         reaches nothing changes nothing, and a node whose inputs are all corrupted writes its
         corrupted value. Under zero and mean ablation such a node still writes something.
         """
-        kept = self._forward_reachable(self.edge_set)
-        return Circuit(self.graph, frozenset(self._backward_reachable(kept)))
-
-    def _forward_reachable(self, edges: Iterable[Edge]) -> list[Edge]:
-        graph = self.graph
-        order = {name: index for index, name in enumerate(graph.writers)}
-        alive = set(graph.embedding_writers)
-        by_writer = defaultdict(list)
-        for writer, reader in edges:
-            by_writer[writer].append((writer, reader))
-        if not graph.embedding_writers:  # embeddings always flow, into every node
-            alive = set(graph.writers)
-        kept = []
-        for writer in sorted(by_writer, key=order.__getitem__):
-            if writer not in alive:
-                continue
-            for edge in by_writer[writer]:
-                alive.update(graph.nodes_fed_by(edge[1]))
-                kept.append(edge)
-        return kept
-
-    def _backward_reachable(self, edges: Iterable[Edge]) -> list[Edge]:
-        graph = self.graph
-        order = {name: index for index, name in enumerate(graph.writers)}
-        by_writer = defaultdict(list)
-        for writer, reader in edges:
-            by_writer[writer].append(reader)
-        useful: set[str] = set()
-        kept = []
-        for writer in sorted(by_writer, key=order.__getitem__, reverse=True):
-            for reader in by_writer[writer]:
-                if reader == "resid_post" or useful.intersection(graph.nodes_fed_by(reader)):
-                    useful.add(writer)
-                    kept.append((writer, reader))
-        return kept
+        # Embeddings that are no writers always flow, into every node.
+        alive, fed = set(self.graph.embedding_writers or self.graph.writers), []
+        for writer, reader in self.edges:  # in the order of the forward pass
+            if writer in alive:
+                alive.update(self.graph.nodes_fed_by(reader))
+                fed.append((writer, reader))
+        useful, kept = set(), set()
+        for writer, reader in reversed(fed):
+            if reader == "resid_post" or useful.intersection(self.graph.nodes_fed_by(reader)):
+                useful.add(writer)
+                kept.add((writer, reader))
+        return Circuit(self.graph, frozenset(kept))
 
     def __and__(self, other: Circuit) -> Circuit:
         return Circuit(self.graph, self.edge_set & self._same_graph(other).edge_set)

@@ -20,7 +20,19 @@ OWN = "custom"
 """The task and the model that are one's own: `task.path`, `model.path`."""
 
 
-class ConfigError(ValueError):
+class Stop(Exception):
+    """What ends a command, with a message for people.
+
+    Attributes:
+        exit_code: the command's, which ends a whole sweep; None: as of any error.
+        on_every_process: whether all processes of a run raise it, so that the first alone says it.
+    """
+
+    exit_code: int | None = None
+    on_every_process = False
+
+
+class ConfigError(Stop, ValueError):
     """A setting which cannot be used; the message says what was got and what was expected."""
 
     on_every_process = True
@@ -427,16 +439,10 @@ COMMANDS = {
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain values, as written to config.yaml."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value
+    def plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value.name if isinstance(value, Enum) else value for key, value in fields}
 
-    return plain(dataclasses.asdict(config))
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def task_title(name: str, path: str | None) -> str:
@@ -493,7 +499,6 @@ def check_prune(config: PruneConfig) -> None:
 
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("init_std",), lambda number: number >= 0, "must not be negative"),
     (
         ("steps", "batch_size", "checkpoint_every", "log_every"),
         lambda number: number >= 1,
@@ -505,7 +510,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         lambda number: number > 0,
         "must be positive",
     ),
-    (("weight_decay",), lambda number: number >= 0, "must be 0 or more"),
+    (("init_std", "weight_decay"), lambda number: number >= 0, "must be 0 or more"),
 )
 """Settings of the trainer, what their numbers must fulfil where they are set, and that in words."""
 
@@ -684,9 +689,9 @@ def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
 
 
 def check_num_edges(num_edges: int | None, all_edges: int) -> None:
-    """Raises ConfigError where more edges are asked for than the graph has."""
-    if num_edges is not None and num_edges > all_edges:
-        raise ConfigError(f"num_edges={num_edges} is more than the {all_edges} edges of this model")
+    """Raises ConfigError where so many edges of a graph's cannot be chosen."""
+    if num_edges is not None and not 0 <= num_edges <= all_edges:
+        raise ConfigError(f"num_edges={num_edges} is out of range: the graph has {all_edges} edges")
 
 
 def edges_left(sparsity: float, all_edges: int) -> int:

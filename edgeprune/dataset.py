@@ -68,10 +68,10 @@ class Pair:
     clean_ids: tuple[int, ...]
     corrupted_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    distractor_ids: tuple[int, ...]
-    contrast: int
-    text: str
+    answer_ids: tuple[int, ...] = ()
+    distractor_ids: tuple[int, ...] = ()
+    contrast: int = 0
+    text: str = ""
     target_values: tuple[float, ...] = ()
     also_right: tuple[tuple[int, int], ...] = ()
 
@@ -532,7 +532,7 @@ def iterate_records(path: Path | str) -> Iterator[dict]:
 def _parse_line(line: str, where: str) -> dict:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+    except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(record, dict):
         raise DataError(

@@ -184,13 +184,6 @@ class CircuitGraph:
             raise ValueError(f"no edge {writer} -> {reader}: {writer} writes after {reader} reads")
         return offset + column
 
-    def check_num_edges(self, num_edges: int) -> None:
-        """Raises ValueError where so many edges cannot be chosen."""
-        if not 0 <= num_edges <= self.num_edges:
-            raise ValueError(
-                f"num_edges={num_edges} is out of range: the graph has {self.num_edges} edges"
-            )
-
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""
         return [

@@ -15,6 +15,15 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
+POSITIONAL = {
+    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
+    "report": "folder",
+}  # fmt: skip
+"""Commands whose bare argument is a path, and the setting it fills."""
+
+SEVERAL = ("compare",)
+"""Commands that take any number of paths."""
+
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
               "task=custom task.path=my.jsonl model=custom model.path=gpt2 sparsity=0.95",
@@ -60,14 +69,16 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def usage(command: str) -> str:
+    """How a command is called, in one line."""
+    paths = " PATH PATH ..." if command in SEVERAL else " PATH" if command in POSITIONAL else ""
+    return f"edgeprune {command}{paths} [name=value ...]"
+
+
 def command_help(command: str) -> str:
     """The help of one command: settings with their defaults and meanings, choices, examples."""
     config = COMMANDS[command]
-    path = {"compare": " PATH PATH ...", "prune": "", "prepare": "", "benchmark": ""}.get(
-        command, " PATH"
-    )
-    lines = [f"usage: edgeprune {command}{path} [name=value ...]", "", str(config.__doc__), ""]
-    lines += ["Settings:"]
+    lines = [f"usage: {usage(command)}", "", str(config.__doc__), "", "Settings:"]
     lines += [f"  {name}\n      {text}" for name, text in _described(config, "")]
     groups = [g for g in GROUPS if (g in setting_names(command)) and (CONF / g).is_dir()]
     if groups:
@@ -81,12 +92,10 @@ def command_help(command: str) -> str:
 @cache
 def setting_names(command: str) -> tuple[str, ...]:
     """Every name that a command's overrides may set, config groups among them."""
-    config = COMMANDS[command]
-    names = [name.split(" ")[0].split("=")[0] for name, _ in _described(config, "")]
-    groups = [f.name for f in dataclasses.fields(config) if f.name in GROUPS]
+    groups = [f.name for f in dataclasses.fields(COMMANDS[command]) if f.name in GROUPS]
     if command == "prune":
         groups.append("experiment")
-    return (*names, *groups)
+    return (*setting_kinds(command), *groups)
 
 
 @cache

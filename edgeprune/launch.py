@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from edgeprune.config import ConfigError
+from edgeprune.config import ConfigError, Stop
 
 
-class JobFailed(RuntimeError):
+class JobFailed(Stop, RuntimeError):
     """A run failed in a job or in processes of its own; they have said why."""
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def stop_signals() -> list[int]:
@@ -78,10 +82,8 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
         for number, handler in old.items():
             signal.signal(number, handler)
     if code != 0:
-        error = JobFailed(
+        raise JobFailed(
             f"the {count} processes of the run ended with code {code}; what they said is above. "
-            "Go on with the same command and resume=auto"
+            "Go on with the same command and resume=auto",
+            128 + received[0] if received else None,
         )
-        if received:
-            error.exit_code = 128 + received[0]
-        raise error

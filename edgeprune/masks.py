@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from edgeprune import gates as hard_concrete
 from edgeprune.circuit import Circuit
-from edgeprune.config import TrainerConfig
+from edgeprune.config import TrainerConfig, check_num_edges
 from edgeprune.graph import CircuitGraph
 
 
@@ -142,9 +142,9 @@ class CircuitMasks(nn.Module):
         """The circuit of exactly `num_edges` edges, the first of the `ranking`.
 
         Raises:
-            ValueError: `num_edges` is negative or more than the graph has.
+            ConfigError: `num_edges` is negative or more than the graph has.
         """
-        self.graph.check_num_edges(num_edges)
+        check_num_edges(num_edges, self.graph.num_edges)
         kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
         kept[self.ranking()[:num_edges]] = True
         return Circuit.from_mask(self.graph, kept.tolist())

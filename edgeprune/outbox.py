@@ -224,7 +224,7 @@ class Outboxes:
 
 @dataclass(frozen=True)
 class _Level:
-    """A look-ahead: for which readers' inputs (up to a row), which first writers are mixed in."""
+    """Of a look-ahead: for which readers' inputs (up to a row) which first writers are mixed in."""
 
     num_readers: int
     num_writers: int

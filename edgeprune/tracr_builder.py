@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
-from edgeprune.files import write_atomically, write_text
+from edgeprune.files import write_atomically, write_json, write_text
 from edgeprune.graph import CircuitGraph, Edge
 
 BOS, PAD, ONE = "BOS", "compiler_pad", "one"
@@ -278,7 +278,7 @@ def make_examples(program: Program) -> list[dict[str, Any]]:
 
 def write_folder(program: Program, folder: Path) -> None:
     """Write config.json, weights.safetensors and examples.jsonl."""
-    write_text(folder / "config.json", json.dumps(make_config(program), indent=1) + "\n")
+    write_json(folder / "config.json", make_config(program))
     weights = make_weights(program)
     write_atomically(folder / "weights.safetensors", lambda path: save_file(weights, path))
     lines = (json.dumps(example) + "\n" for example in make_examples(program))

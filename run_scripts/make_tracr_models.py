@@ -12,7 +12,6 @@ pass of its own: the stated set has to be the only smallest one that leaves all 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
-from edgeprune.files import write_text
+from edgeprune.files import write_json
 from edgeprune.graph import CircuitGraph, Edge
 from edgeprune.paths import TRACR_MODELS
 from edgeprune.tasks.tracr import make_records
@@ -409,7 +408,7 @@ def write_model(program: Program, folder: Path) -> None:
         },
         "validation": {"tolerance": TOLERANCE, "dtype": "float64"},
     }
-    write_text(folder / "ground_truth_edges.json", json.dumps(truth, indent=1) + "\n")
+    write_json(folder / "ground_truth_edges.json", truth)
     print(
         f"{program.name}: {len(structural)} structural edges of {program.graph.num_edges}, true "
         f"{zero['minimal_size']} (zero), {interchange['minimal_size']} (interchange) -> {folder}"

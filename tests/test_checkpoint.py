@@ -31,7 +31,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert load_latest(tmp_path / "elsewhere") == (None, [])
 
 
-@pytest.mark.parametrize("name", [module.MASKS, module.OPTIMIZER, module.MANIFEST])
+@pytest.mark.parametrize("name", [module.MASKS, module.OPTIMIZER, module.CHECKPOINT_NOTE])
 @pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(tmp_path, name, damage):
     for step in (5, 20):

@@ -188,7 +188,7 @@ def test_parity_check_catches_a_model_that_computes_something_else():
 
 def test_parity_check_catches_nan():
     model = wrap_model(random_gpt2())
-    model.architecture.blocks[0].head_delta = lambda values, corrupted, **_: torch.full(
+    model.architecture.blocks[0].head_delta = lambda values, closed, **_: torch.full(
         (4, *values.shape), float("nan")
     )
     with pytest.raises(ModelError, match="parity check failed"):
@@ -230,7 +230,7 @@ def gate_gradient(model, batch, gates, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_neither_look_ahead_nor_recomputing_changes_gradients(length, recompute, monkeypatch):
-    """Stretches of one layer, of two, and of all seven, by halves."""
+    """Look-aheads of one layer, of two, and of all seven, by halves."""
     model = wrap_model(random_gpt2(n_layer=7))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()

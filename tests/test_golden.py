@@ -31,9 +31,7 @@ class Case:
         self.model = wrap_model(hf_model, embedding_writers=self.meta["with_embedding_nodes"])
         ids = (self.tensors["input_ids"].tolist(), self.tensors["corrupted_input_ids"].tolist())
         every = tuple(range(len(ids[0][0])))  # as many targets as tokens: all logits
-        self.batch = collate(
-            [Pair(tuple(a), tuple(b), every, (), (), 0, "") for a, b in zip(*ids, strict=True)]
-        )
+        self.batch = collate([Pair(tuple(a), tuple(b), every) for a, b in zip(*ids, strict=True)])
         self.masks = CircuitMasks(self.model.graph, node_gates=True)
         self.masks.load_state_dict(
             {

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +32,11 @@ import torch
 from torch import Tensor
 
 from edgeprune.analysis import naive
-from edgeprune.dataset import Batch, Pair, collate
+from edgeprune.dataset import Batch, collate
 from edgeprune.gradient import CudaGraphs, Inputs, differentiate
 from edgeprune.masks import CircuitMasks
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import CircuitModel, fuse
+from edgeprune.modeling import CircuitModel, fuse, random_batch
 from edgeprune.modeling.model import stretches
 from edgeprune.modeling.shapes import random_model
 
@@ -81,18 +80,6 @@ class Measurement:
         return asdict(self) | {"times_the_floor": self.seconds / self.floor_seconds}
 
 
-def random_batch(model: CircuitModel, batch_size: int, length: int) -> Batch:
-    """Prompts of random tokens; the last token is predicted."""
-    noise = random.Random(0)
-    vocabulary = model.architecture.body.config.vocab_size
-
-    def ids() -> tuple[int, ...]:
-        return tuple(noise.randrange(vocabulary) for _ in range(length))
-
-    pairs = [Pair(ids(), ids(), (0,), (), (), 0, "") for _ in range(batch_size)]
-    return collate(pairs).to(model.device)
-
-
 def measure(
     model: CircuitModel,
     engines: Sequence[str],
@@ -115,7 +102,7 @@ def measure(
         repetitions: timed steps, after one that warms up and tells the memory.
         ceilings: the machine's.
     """
-    batch = random_batch(model, batch_size, length)
+    batch = random_batch(model, batch_size, length, predicted=1)
     size = micro_batch_size or batch_size
     parts = [
         collate(batch.pairs[i : i + size]).to(model.device) for i in range(0, batch_size, size)
@@ -217,7 +204,7 @@ def gradient_cosine(
     `fused`: those in `dtype` with fused kernels.
     """
     model = random_model(settings, device=device, dtype="float32")
-    batch = random_batch(model, batch_size, length)
+    batch = random_batch(model, batch_size, length, predicted=1)
     gates = CircuitMasks(model.graph).to(model.device).sample(0).edge.detach()
     gradients = []
     for kind in ("float32", dtype):
@@ -417,6 +404,4 @@ def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
 def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
     """The slope of log value against log factor, by least squares."""
     xs, ys = [math.log(f) for f in factors], [math.log(v) for v in values]
-    x_mean, y_mean = statistics.mean(xs), statistics.mean(ys)
-    above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-    return above / sum((x - x_mean) ** 2 for x in xs)
+    return statistics.linear_regression(xs, ys).slope

@@ -47,7 +47,6 @@ def export_circuit(
 
     Raises:
         ConfigError: both are given, or one is out of range.
-        ValueError: more edges than the graph has.
     """
     check_size(sparsity, num_edges)
     if sparsity is not None:

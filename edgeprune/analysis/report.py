@@ -29,8 +29,9 @@ SPLITS = ("test", "validation", "train")
 DISTANCES = ("kl", "error")
 """From the full model: of logits, and of values."""
 SHARES = ("exact_match", "accuracy")
-OF_DISTRACTORS = ("two_way_accuracy", "logit_difference")
-METRICS = (*DISTANCES, *SHARES, *OF_DISTRACTORS)
+SHOWN_OF_DISTRACTORS = ("two_way_accuracy", "logit_difference")
+"""Of the scores that are of examples with distractors alone, those that a report shows."""
+METRICS = (*DISTANCES, *SHARES, *SHOWN_OF_DISTRACTORS)
 """What a frontier says."""
 
 
@@ -198,7 +199,9 @@ class Group:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Those of `METRICS` that its tables show: of distractors only what any run has."""
-        others = [name for name in OF_DISTRACTORS if self.reference("circuit", name) is not None]
+        others = [
+            name for name in SHOWN_OF_DISTRACTORS if self.reference("circuit", name) is not None
+        ]
         return (self.distance, *SHARES, *others)
 
     def reference(self, of: str, metric: str) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import OUT, show
 from edgeprune.config import BenchmarkConfig, ConfigError, check_benchmark, to_dict
-from edgeprune.files import write_text
+from edgeprune.files import write_json
 
 if TYPE_CHECKING:
     from edgeprune.analysis.benchmark import Ceilings
@@ -39,7 +38,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     with OUT.status("measuring"):
         report |= _growth(config, device) if config.growth else _engines(config, device, found)
     output = Path(config.output)
-    write_text(output, json.dumps(report, indent=1) + "\n")
+    write_json(output, report)
     show(
         f"{report['machine']}: a large product {found.operations / 1e9:,.0f} billion operations "
         f"a second, a large copy {found.bytes / 1e9:.1f} GB (read and written) a second"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from edgeprune.commands.shared import (
     write_circuit,
 )
 from edgeprune.config import CompareConfig, ConfigError
-from edgeprune.files import write_text
+from edgeprune.files import write_json
 
 if TYPE_CHECKING:
     from edgeprune.circuit import Circuit
@@ -108,7 +107,7 @@ def compare(config: CompareConfig) -> None:
         for name, part in parts.items():
             how = f"{name} of {', '.join(labels)}"
             written += write_circuit(folder / name, part, how, run_dir)
-        write_text(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+        write_json(folder / "comparison.json", result)
         written.append(folder / "comparison.json")
         _print(result)
         for path in _draw(circuits, folder, config.formats, title):

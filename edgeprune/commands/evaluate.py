@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -42,7 +41,7 @@ from edgeprune.config import (
     task_title,
     to_dict,
 )
-from edgeprune.files import file_digest, write_text
+from edgeprune.files import file_digest, write_json
 
 if TYPE_CHECKING:
     from edgeprune.analysis.evaluate import Evaluation
@@ -269,7 +268,7 @@ def _ablation_name(ablation: AblationConfig) -> str:
 
 def _write(output: Path, content: dict[str, Any]) -> None:
     try:
-        write_text(output, json.dumps(content, indent=1) + "\n")
+        write_json(output, content)
     except OSError as error:
         hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
         raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from edgeprune.config import (
     edges_left,
     evaluation_batch_size,
 )
-from edgeprune.files import file_digest, write_text
+from edgeprune.files import file_digest, write_json
 
 if TYPE_CHECKING:
     from edgeprune.analysis.cleanup import CleanUp
@@ -48,10 +47,10 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
         raise ConfigError("threshold=true finds the size itself; leave out sparsity= or num_edges=")
     check_cleanup(config.cleanup)
     from edgeprune.training.run import (
+        CIRCUIT_NOTE,
         EDGES,
         GRAPH_JSON,
         GRAPH_PT,
-        REPORT,
         load_masks,
         read_manifest,
     )
@@ -83,7 +82,7 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     if cleaned is not None:
         report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
     if output.resolve() == (run_dir / EDGES).resolve():
-        write_text(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
+        write_json(run_dir / CIRCUIT_NOTE, report)
     connected = report["without_dangling"]
     threshold = report["edge_threshold"]
     how = "exactly as asked" if threshold is None else f"at threshold {threshold:.4f}"

@@ -24,7 +24,7 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
-from edgeprune.files import file_digest, listed, remove_listed, write_text
+from edgeprune.files import file_digest, listed, remove_listed, write_json, write_text
 
 if TYPE_CHECKING:
     from edgeprune.analysis.export import Export
@@ -221,11 +221,11 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
 
 def read_origin(path: Path) -> dict[str, Any]:
     """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
-    from edgeprune.training.run import EDGES, REPORT
+    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
 
     notes = [path.with_name(path.name + ORIGIN)]
     if path.name == EDGES:
-        notes.append(path.with_name(REPORT))
+        notes.append(path.with_name(CIRCUIT_NOTE))
     for note in notes:
         try:
             found = json.loads(note.read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ def write_origin(path: Path, graph: CircuitGraph, run_dir: Path | None) -> Path:
     run = None if run_dir is None else os.path.relpath(run_dir, path.parent)
     origin = {"sha256": file_digest(path), "run": run, "graph": graph.to_dict()}
     note = path.with_name(path.name + ORIGIN)
-    write_text(note, json.dumps(origin, indent=1) + "\n")
+    write_json(note, origin)
     return note
 
 
@@ -301,7 +301,7 @@ def write_circuit(
 
     Returns the two files.
     """
-    from edgeprune.training.run import EDGES, REPORT
+    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
     report = {
@@ -311,8 +311,8 @@ def write_circuit(
         **circuit.sizes(),
     }
     circuit.save(folder / EDGES)
-    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    return [folder / EDGES, folder / REPORT]
+    write_json(folder / CIRCUIT_NOTE, report)
+    return [folder / EDGES, folder / CIRCUIT_NOTE]
 
 
 @contextmanager
@@ -347,7 +347,7 @@ def replacing_earlier(
         yield written
     finally:
         files = {str(path.relative_to(folder)): file_digest(path) for path in written}
-        write_text(note, json.dumps(files, indent=1) + "\n")
+        write_json(note, files)
 
 
 def run_settings(run_dir: Path | None) -> dict[str, Any]:

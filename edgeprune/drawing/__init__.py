@@ -2,8 +2,8 @@
 
 from edgeprune.drawing.draw import (
     SUFFIXES,
+    EdgeGroup,
     GraphvizMissing,
-    Group,
     circuit_dot,
     comparison_groups,
     draw_circuit,
@@ -11,8 +11,8 @@ from edgeprune.drawing.draw import (
 
 __all__ = [
     "SUFFIXES",
+    "EdgeGroup",
     "GraphvizMissing",
-    "Group",
     "circuit_dot",
     "comparison_groups",
     "draw_circuit",

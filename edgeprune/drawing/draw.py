@@ -52,7 +52,7 @@ OUTLINE = "#6B6F78"
 
 
 @dataclass(frozen=True)
-class Group:
+class EdgeGroup:
     """Edges drawn in one colour.
 
     Attributes:
@@ -66,7 +66,7 @@ class Group:
     edges: Collection[Edge]
 
 
-def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[Group]:
+def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
     """The edges that all circuits have, that several have, and that only one has.
 
     Args:
@@ -75,16 +75,18 @@ def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[Group]:
     all_edges = set().union(*circuits.values())
     holders = {edge: [n for n, edges in circuits.items() if edge in edges] for edge in all_edges}
     groups = [
-        Group("shared", SHARED, {e for e, names in holders.items() if len(names) == len(circuits)})
+        EdgeGroup(
+            "shared", SHARED, {e for e, names in holders.items() if len(names) == len(circuits)}
+        )
     ]
     some = {e for e, names in holders.items() if 1 < len(names) < len(circuits)}
     if len(circuits) > 2:
-        groups.append(Group("in several", PARTLY, some))
+        groups.append(EdgeGroup("in several", PARTLY, some))
     only = {e: names[0] for e, names in holders.items() if len(names) == 1 < len(circuits)}
     if len(circuits) > len(ONLY):
-        return [*groups, Group("in one only", ONLY[1], set(only))]
+        return [*groups, EdgeGroup("in one only", ONLY[1], set(only))]
     for name, color in zip(circuits, ONLY, strict=False):
-        groups.append(Group(f"only {name}", color, {e for e, n in only.items() if n == name}))
+        groups.append(EdgeGroup(f"only {name}", color, {e for e, n in only.items() if n == name}))
     return groups
 
 
@@ -97,7 +99,7 @@ def draw_circuit(
     path: Path | str,
     *,
     title: str | None = None,
-    groups: Sequence[Group] = (),
+    groups: Sequence[EdgeGroup] = (),
 ) -> None:
     """Draw a circuit into a file, in the format of its suffix.
 
@@ -141,7 +143,9 @@ def _at_dpi(source: str, suffix: str) -> str:
 # ------------------------------------------------------------------------------------- the source
 
 
-def circuit_dot(circuit: Circuit, *, title: str | None = None, groups: Sequence[Group] = ()) -> str:
+def circuit_dot(
+    circuit: Circuit, *, title: str | None = None, groups: Sequence[EdgeGroup] = ()
+) -> str:
     """The DOT source of a circuit's drawing, always the same for the same circuit.
 
     Arguments and errors as `draw_circuit`.
@@ -253,7 +257,7 @@ def _outlines(edges: list[Edge], colors: dict[Edge, str], circuit: Circuit) -> d
     return {node: found.pop() for node, found in seen.items() if len(found) == 1}
 
 
-def _legend(edges: list[Edge], groups: Sequence[Group]) -> str:
+def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
     """What the colours mean, as an HTML-like label."""
     kinds = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
     entries = [(LINE[kind], text) for kind, text in kinds]

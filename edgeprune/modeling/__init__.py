@@ -7,6 +7,7 @@ from edgeprune.modeling.load import (
     load_tokenizer,
     model_shape,
     pick_device,
+    random_batch,
     verify_parity,
     wrap_model,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "load_tokenizer",
     "model_shape",
     "pick_device",
+    "random_batch",
     "verify_parity",
     "wrap_model",
 ]

@@ -74,13 +74,13 @@ class GPT2Block:
     def scale(self, values: Tensor) -> Tensor:
         return values
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         project = self.attention_output
         weight = rearrange(
             project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
         )
-        return project_from_heads(values, corrupted, weight, project.bias, centred=centred)
+        return project_from_heads(values, closed, weight, project.bias, centred=centred)
 
 
 class GPT2:

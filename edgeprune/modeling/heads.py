@@ -140,18 +140,18 @@ def centre(x: Tensor) -> Tensor:
 
 def project_from_heads(
     values: Tensor,
-    corrupted: Tensor | None,
+    closed: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     *,
     centred: bool,
 ) -> Tensor:
-    """Outboxes of the heads, less the corrupted ones.
+    """Outboxes of the heads, less what closed edges carry.
 
     The bias of the output projection is divided equally over the heads; it cancels in a difference.
 
     Args:
-        values, corrupted: [..., head * d_head]; None for zero outboxes.
+        values, closed: [..., head * d_head]; the latter None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
         centred: whether the outboxes are to have no mean over d_model.
@@ -162,9 +162,9 @@ def project_from_heads(
     num_heads, _, d_model = weight.shape
     if centred:  # what writes them is smaller than what is written
         weight = centre(weight)
-    difference = values if corrupted is None else values - corrupted
+    difference = values if closed is None else values - closed
     by_head = rearrange(difference, "... (head d_head) -> head (...) d_head", head=num_heads)
-    if corrupted is None and bias is not None:
+    if closed is None and bias is not None:
         share = centre(bias) if centred else bias
         share = (share / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)

@@ -134,7 +134,7 @@ class LlamaBlock:
         mean_square = written.float().square().mean(-1, keepdim=True)
         return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
         weight = _weight(linear).to(values.dtype)
@@ -143,7 +143,7 @@ class LlamaBlock:
         weight = rearrange(
             weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
         )
-        return project_from_heads(values, corrupted, weight, linear.bias, centred=centred)
+        return project_from_heads(values, closed, weight, linear.bias, centred=centred)
 
 
 class Llama:

@@ -383,7 +383,8 @@ def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
     Raises:
         ModelError: the logits differ by more than `TOLERANCE`.
     """
-    batch = _random_batch(model) if batch is None else batch
+    if batch is None:
+        batch = random_batch(model, 2, min(CHECK_LENGTH, model.max_length), predicted=4)
     gates = torch.ones(model.graph.num_edges, device=model.device)
     with _narrow_window(model.architecture.body.config):
         reference, corrupted = model.run_pair(batch)
@@ -423,13 +424,13 @@ def _compare(model: CircuitModel, got: Tensor, wanted: Tensor, meaning: str) -> 
         )
 
 
-def _random_batch(model: CircuitModel) -> Batch:
-    config = model.architecture.body.config
-    length = min(CHECK_LENGTH, config.max_position_embeddings)
+def random_batch(model: CircuitModel, batch_size: int, length: int, *, predicted: int) -> Batch:
+    """Prompts of random tokens, of which the last `predicted` predict."""
+    vocabulary = model.architecture.body.config.vocab_size
     noise = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (2, 2, length), generator=noise).tolist()
+    ids = torch.randint(vocabulary, (2, batch_size, length), generator=noise).tolist()
     pairs = [
-        Pair(tuple(clean), tuple(corrupted), tuple(clean[:4]), (), (), 0, "")
+        Pair(tuple(clean), tuple(corrupted), tuple(clean[:predicted]))
         for clean, corrupted in zip(*ids, strict=True)
     ]
     return collate(pairs).to(model.device)

@@ -117,7 +117,7 @@ def plan_memory(
         saved.pop(buffer.untyped_storage()._cdata, None)
     blocks = sum(storage.nbytes() for storage in saved.values())
     working = WORKING_COPIES * blocks // model.graph.num_layers
-    if recompute:  # only one stretch's are there at a time, and the inputs that it reads
+    if recompute:  # only one look-ahead's are there at a time, and the inputs that it reads
         of_stretch = max(len(layers) for layers in stretches(model.graph))
         blocks = blocks * of_stretch // model.graph.num_layers
         model.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -66,8 +66,8 @@ class Block(Protocol):
         """The heads' values times what makes their outboxes linear in them, if need be."""
         ...
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
-        """Heads' values and their corrupted ones (None: zero outboxes) -> [head, ..., d_model].
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+        """Heads' values, less those of closed edges (None: zero outboxes) -> [head, ..., d_model].
 
         `centred`: without their mean over d_model.
         """
@@ -193,8 +193,7 @@ class CircuitModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        return self.architecture.embed(ids).shape[-1]
+        return self.architecture.body.config.hidden_size
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
         """Raises ValueError where there are no prompts, or one is too long for the model.
@@ -322,8 +321,8 @@ class CircuitModel:
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def keep_input(store: list[Tensor], scale: Callable[[Tensor], Tensor] = lambda x: x):
-            return lambda module, inputs: store.append(scale(inputs[0][keep]).clone())
+        def keep_input(store: list[Tensor], change: Callable[[Tensor], Tensor]):
+            return lambda module, inputs: store.append(change(inputs[0][keep]).clone())
 
         with ExitStack() as stack:
             for block in arch.blocks:
@@ -332,14 +331,14 @@ class CircuitModel:
                     (block.attention_output, keep_input(head_values, block.scale)),
                     (block.mlp_norm, keep_input(residuals, self._centre)),
                 ):
-                    stack.enter_context(_hook(module.register_forward_pre_hook(hook)))
+                    stack.enter_context(module.register_forward_pre_hook(hook))
                 handle = block.mlp_output.register_forward_hook(
                     lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
                 )
-                stack.enter_context(_hook(handle))
+                stack.enter_context(handle)
             keep_last = keep_input(residuals, self._centre)
             handle = arch.final_norm.register_forward_pre_hook(keep_last)
-            stack.enter_context(_hook(handle))
+            stack.enter_context(handle)
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states, Activations(
@@ -376,7 +375,7 @@ class CircuitModel:
         self,
         batch: Batch,
         gates: Tensor,
-        corrupted: Activations | None,
+        closed: Activations | None,
         *,
         recompute: bool = False,
     ) -> Tensor:
@@ -385,7 +384,7 @@ class CircuitModel:
         Args:
             batch: the prompts; the clean ones are run.
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
-            corrupted: what closed edges carry: activations on the corrupted prompts, mean
+            closed: what closed edges carry: activations on the corrupted prompts, mean
                 activations (see `mean_activations`), or None for zeros.
             recompute: whether the backward pass runs blocks again, which needs less memory: the
                 outboxes, their gradients and the blocks of one look-ahead.
@@ -408,7 +407,7 @@ class CircuitModel:
         boxes = Outboxes(
             self.workspace, graph.num_writers, gates, everywhere, stream, keep_inputs=keep_inputs
         )
-        embedding_delta = embeddings if corrupted is None else embeddings - corrupted.embeddings
+        embedding_delta = embeddings if closed is None else embeddings - closed.embeddings
         embedding_delta = self._centre(embedding_delta)
         always_on = None
         if graph.embedding_writers:
@@ -416,18 +415,18 @@ class CircuitModel:
         else:
             always_on = embedding_delta.sum(0)
         nothing = [None] * graph.num_layers
-        closed_heads = nothing if corrupted is None else corrupted.head_values
-        closed_mlps = nothing if corrupted is None else corrupted.mlp_outputs
+        closed_heads = nothing if closed is None else closed.head_values
+        closed_mlps = nothing if closed is None else closed.mlp_outputs
         inputs = arch.attention_inputs(stream)
 
         def base(site: int) -> Tensor | None:
-            if corrupted is None:
+            if closed is None:
                 return always_on
-            there = corrupted.residuals[site]
+            there = closed.residuals[site]
             return there if always_on is None else there + always_on
 
         def run_stretch(layers: range) -> Tensor:
-            """Returns the last one's heads' values."""
+            """Run the layers of a look-ahead. Returns the last one's heads' values."""
             for index, layer in enumerate(layers):
                 ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
                 stop = min(2 * (layer + ahead), 2 * layers.stop, len(everywhere))
@@ -436,8 +435,9 @@ class CircuitModel:
                 begin_layer(block.layer, x)
                 values = block.attend(x, inputs)
                 if layer < graph.num_layers - 1:
-                    closed = closed_heads[layer]
-                    boxes.write(block.head_delta(values, closed, centred=self._centred))
+                    boxes.write(
+                        block.head_delta(values, closed_heads[layer], centred=self._centred)
+                    )
                     x = boxes.read(base(site + 1)).squeeze(0)
                     delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
                     end_layer(block.layer, delta)
@@ -456,8 +456,8 @@ class CircuitModel:
         def predicted(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[at]
 
-        closed = predicted(closed_heads[-1])
-        heads_delta = block.head_delta(values[at], closed, centred=self._centred)
+        closed_values = predicted(closed_heads[-1])
+        heads_delta = block.head_delta(values[at], closed_values, centred=self._centred)
         delta = torch.cat([boxes.at(*at), heads_delta])
         mlp_gates, final_gates = split_by_site(last_gates, at_predicted)
         x = mix(mlp_gates, delta, predicted(base(-2)))[0]
@@ -557,14 +557,14 @@ def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     return over_rows, torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
 
 
-def _mlp_delta(block: Block, x: Tensor, corrupted: Tensor | None) -> Tensor:
-    """MLP's input and corrupted output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
+def _mlp_delta(block: Block, x: Tensor, closed: Tensor | None) -> Tensor:
+    """MLP's input and closed edges' output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
     output = block.mlp(block.mlp_norm(x))
-    return (output if corrupted is None else output - corrupted)[None]
+    return (output if closed is None else output - closed)[None]
 
 
 def stretches(graph: CircuitGraph) -> list[range]:
-    """The layers of each look-ahead."""
+    """The layers of each look-ahead: a stretch."""
     length = stretch_length(graph)
     starts = range(0, graph.num_layers, length)
     return [range(start, min(start + length, graph.num_layers)) for start in starts]
@@ -575,7 +575,7 @@ def stretch_length(graph: CircuitGraph) -> int:
 
     Forward and backward, a look-ahead goes four times through the outboxes that are there (or their
     gradients), and what is written after is added in four goes through the inputs of the readers
-    (or theirs): of the layer with index i in its stretch as often as i has binary digits of 1.
+    (or theirs): of its layer with index i as often as i has binary digits of 1.
     """
     readers = len(graph.sites[0].readers) + 1
 
@@ -588,11 +588,3 @@ def stretch_length(graph: CircuitGraph) -> int:
         return total
 
     return min(range(2, MOST_AHEAD + 1), key=moved)
-
-
-@contextmanager
-def _hook(handle: Any):
-    try:
-        yield
-    finally:
-        handle.remove()

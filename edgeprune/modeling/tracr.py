@@ -186,11 +186,11 @@ class TracrLayer(nn.Module):
     def mlp_output(self) -> nn.Module:
         return self.mlp
 
-    def head_delta(self, values: Tensor, corrupted: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
         weight = linear.weight.T.reshape(self.num_heads, self.d_head, -1)
-        return project_from_heads(values, corrupted, weight, linear.bias, centred=centred)
+        return project_from_heads(values, closed, weight, linear.bias, centred=centred)
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -324,4 +324,4 @@ def random_pairs(config: dict[str, Any]) -> list[Pair]:
     def prompt() -> tuple[int, ...]:
         return (config["bos_id"], *draw.choices(tokens, k=config["n_ctx"] - 1))
 
-    return [Pair(prompt(), prompt(), (0,) * (config["n_ctx"] - 1), (), (), 0, "") for _ in range(8)]
+    return [Pair(prompt(), prompt(), (0,) * (config["n_ctx"] - 1)) for _ in range(8)]

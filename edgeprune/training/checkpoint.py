@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgeprune.files import file_digest
 
-MASKS, OPTIMIZER, MANIFEST = "masks.safetensors", "optimizer.safetensors", "checkpoint.json"
+MASKS, OPTIMIZER, CHECKPOINT_NOTE = "masks.safetensors", "optimizer.safetensors", "checkpoint.json"
 
 
 class CheckpointError(ValueError):
@@ -65,12 +65,12 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir(parents=True)
         save_file(_on_cpu(checkpoint.masks), temporary / MASKS)
         save_file(_on_cpu(checkpoint.optimizer), temporary / OPTIMIZER)
-        manifest = {
+        note = {
             "step": checkpoint.step,
             "sha256": {name: file_digest(temporary / name) for name in (MASKS, OPTIMIZER)},
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for name in (MASKS, OPTIMIZER, MANIFEST):
+        (temporary / CHECKPOINT_NOTE).write_text(json.dumps(note, indent=1) + "\n")
+        for name in (MASKS, OPTIMIZER, CHECKPOINT_NOTE):
             with (temporary / name).open("rb+") as file:
                 os.fsync(file.fileno())
         if target.exists():  # an unreadable one that is being replaced
@@ -97,19 +97,19 @@ def load_checkpoint(run_dir: Path, step: int) -> Checkpoint:
         have = ", ".join(map(str, list_checkpoints(run_dir))) or "none"
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has: {have}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, digest in manifest["sha256"].items():
+        note = json.loads((folder / CHECKPOINT_NOTE).read_text())
+        for name, digest in note["sha256"].items():
             if file_digest(folder / name) != digest:
                 raise CheckpointError(f"checkpoint {folder} is damaged: {name} was altered or cut")
-        if manifest["step"] != step:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: it says step {manifest['step']}"
-            )
+        if note["step"] != step:
+            raise CheckpointError(f"checkpoint {folder} is damaged: it says step {note['step']}")
         return Checkpoint(step, load_file(folder / MASKS), load_file(folder / OPTIMIZER))
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST}: {error}") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {CHECKPOINT_NOTE}: {error}"
+        ) from None
 
 
 def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -24,13 +24,13 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from edgeprune.config import ConfigError
+from edgeprune.config import ConfigError, Stop
 from edgeprune.modeling import CircuitModel, pick_device
 
 Item = TypeVar("Item")
 
 
-class ProcessError(RuntimeError):
+class ProcessError(Stop, RuntimeError):
     """Another process of the run failed, died or hung; the message says what to do."""
 
 

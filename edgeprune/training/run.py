@@ -34,10 +34,11 @@ from edgeprune.config import (
     ConfigError,
     PruneConfig,
     Resume,
+    Stop,
     to_dict,
 )
 from edgeprune.drawing import SUFFIXES
-from edgeprune.files import file_digest, remove_listed, write_text
+from edgeprune.files import file_digest, remove_listed, write_json, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.launch import stop_signals
 from edgeprune.masks import CircuitMasks
@@ -57,12 +58,12 @@ METRICS = "metrics.jsonl"
 PLOT = "training.png"
 DATA = "data.jsonl"
 EDGES = "edges.json"
-REPORT = "circuit.json"
+CIRCUIT_NOTE = "circuit.json"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluation-*.json"
 GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 DRAWINGS = tuple(f"circuit.{suffix}" for suffix in SUFFIXES)
-MADE_OF_A_RUN = (EVALUATIONS, EDGES, REPORT, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
+MADE_OF_A_RUN = (EVALUATIONS, EDGES, CIRCUIT_NOTE, GRAPH_JSON, GRAPH_PT, *DRAWINGS)
 REPORT_LIST = "report/.report.json"
 """What `report` wrote there, where the run directory itself was its folder."""
 LOCK = ".lock"
@@ -70,7 +71,7 @@ NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
 
 
-class Interrupted(Exception):
+class Interrupted(Stop):
     """A signal asked to stop; a checkpoint was saved."""
 
     on_every_process = True
@@ -167,7 +168,7 @@ def begin(run_dir: Path, config: PruneConfig, model: CircuitModel, data_path: Pa
         return
     if config.task.path is None:
         manifest["data"]["path"] = str(run_dir / DATA)
-    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_json(new / MANIFEST, manifest)
     left = _left_by_earlier(run_dir, config.task.path)
     if has_run(run_dir):
         remove_listed(run_dir / REPORT_LIST)

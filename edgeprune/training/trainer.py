@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgeprune import gates as hard_concrete
 from edgeprune.ablation import Ablation
-from edgeprune.config import ConfigError, Constraint, TrainerConfig
+from edgeprune.config import ConfigError, Constraint, Stop, TrainerConfig
 from edgeprune.dataset import Batch, Pair, collate, training_pairs
 from edgeprune.gradient import CudaGraphs, Gradient, Inputs, differentiate
 from edgeprune.masks import CircuitMasks, combined_gates
@@ -29,7 +29,7 @@ from edgeprune.training.objective import (
 )
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Stop, RuntimeError):
     """Training cannot go on; the message says where and why."""
 
     on_every_process = True
