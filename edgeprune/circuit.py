@@ -79,6 +79,29 @@ class Circuit:
         check_num_edges(num_edges, graph.num_edges)
         return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
 
+    def shuffled(self, seed: int) -> Circuit:
+        """The same circuit between other heads, for comparison: as many edges, as well connected.
+
+        The heads of each layer change places; where they share keys and values, the groups do, and
+        the heads in each.
+        """
+        rng, graph = random.Random(seed), self.graph
+        group = graph.num_heads // graph.num_kv_heads
+        renamed = {}
+        for layer in range(graph.num_layers):
+            for kv, other_kv in enumerate(_shuffled(rng, graph.num_kv_heads)):
+                for part in "kv":
+                    renamed[f"a{layer}.h{kv}.{part}"] = f"a{layer}.h{other_kv}.{part}"
+                for head, other in enumerate(_shuffled(rng, group)):
+                    name, other_name = (
+                        f"a{layer}.h{first * group + index}"
+                        for first, index in ((kv, head), (other_kv, other))
+                    )
+                    renamed |= {name: other_name, f"{name}.q": f"{other_name}.q"}
+        return Circuit(
+            graph, frozenset((renamed.get(w, w), renamed.get(r, r)) for w, r in self.edge_set)
+        )
+
     @property
     def edges(self) -> list[Edge]:
         """In the graph's order."""
@@ -216,3 +239,7 @@ class Circuit:
             return cls.from_edges(graph, edges)
         except ValueError as error:
             raise CircuitError(f"{where} is no circuit of this model: {error}") from None
+
+
+def _shuffled(rng: random.Random, count: int) -> list[int]:
+    return rng.sample(range(count), count)

@@ -302,8 +302,9 @@ class EvaluateConfig:
     """Which prompts."""
     batch_size: int | None = None
     """Pairs a forward pass; null: twice as many as in the run's training, or 64."""
-    random_circuits: int = 0
-    """Measure so many random circuits of equal size too."""
+    shuffled_circuits: int = 0
+    """Measure the circuit so many times between other heads, too: the heads of each layer change
+    places, so it has as many edges and is as well connected."""
     output: str | None = None
     """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
     (another circuit's file, model, task or ablation) is named before the split, models and
@@ -648,8 +649,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
         check_task(config.task)
     if config.batch_size is not None and config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
-    if config.random_circuits < 0:
-        raise ConfigError(f"random_circuits={config.random_circuits} must be 0 or more")
+    if config.shuffled_circuits < 0:
+        raise ConfigError(f"shuffled_circuits={config.shuffled_circuits} must be 0 or more")
 
 
 def check_benchmark(config: BenchmarkConfig) -> None:

@@ -34,7 +34,7 @@ EXAMPLES = {
                "RUN cleanup=0.01",
                "RUN sparsity=0.97 format=eap_json output=graph.json",
                "graph.pt output=edges.json"),
-    "evaluate": ("RUN", "RUN split=validation random_circuits=5",
+    "evaluate": ("RUN", "RUN split=validation shuffled_circuits=5",
                  "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",

@@ -128,6 +128,27 @@ def test_random_circuits_are_seeded_and_of_the_size():
     assert a == Circuit.random(GRAPH, 7, seed=1) != Circuit.random(GRAPH, 7, seed=2)
 
 
+def test_a_shuffled_circuit_is_the_same_between_other_heads():
+    whole = circuit(PATH, {("tok_embeds", "m0"), ("a0.h0", "a1.h1.v")})
+    found = {whole.shuffled(seed) for seed in range(20)}
+    assert whole.shuffled(3) == whole.shuffled(3)
+    assert 1 < len(found) <= 4  # two heads in each of two layers
+    for other in found:
+        assert len(other) == len(whole)
+        assert len(other.without_dangling()) == len(whole.without_dangling())
+        assert {("tok_embeds", "m0"), ("m1", "resid_post")} <= other.edge_set
+
+
+def test_shuffling_keeps_query_heads_with_their_keys_and_values():
+    graph = CircuitGraph(3, 6, 2, ("embeds",))
+    for seed in range(50):
+        whole = Circuit.random(graph, 60, seed)
+        other = whole.shuffled(seed)
+        assert other != whole
+        for one, two in ((whole, other), (whole.without_dangling(), other.without_dangling())):
+            assert (len(one), len(one.nodes)) == (len(two), len(two.nodes))
+
+
 def test_edges_json_is_a_list_of_pairs_and_reads_back(tmp_path):
     a = circuit(PATH)
     a.save(tmp_path / "edges.json")
@@ -181,7 +202,7 @@ def test_evaluation_of_all_and_no_edges_is_the_full_and_the_corrupted_model(mode
     result = evaluate(model, whole, pairs)
     assert result.circuit.kl == pytest.approx(0, abs=1e-5)
     assert result.circuit.exact_match == result.full.exact_match == 1
-    assert result.circuit.logit_difference_ratio == pytest.approx(1, abs=1e-4)
+    assert result.circuit.logit_difference_recovered == pytest.approx(1, abs=1e-4)
     empty = evaluate(model, Circuit(model.graph, frozenset()), pairs)
     scores = empty.to_dict()  # None in place of NaN, which equals nothing
     assert scores["circuit"] == scores["corrupted"]
@@ -213,7 +234,7 @@ def test_lines_without_distractors_are_left_out_of_differences(model):
     assert [result.num_with_distractors for result in results] == [6, 6]
     assert [result.num_examples for result in results] == [9, 6]
     mixed, alone = (result.circuit for result in results)
-    for name in ("logit_difference_ratio", "logit_difference", "two_way_accuracy"):
+    for name in ("logit_difference_recovered", "logit_difference", "two_way_accuracy"):
         assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
 
 
@@ -258,8 +279,8 @@ def test_numbers_out_of_range_are_refused(model):
     for ablation in ("interchange", "mean"):
         with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
             evaluate(model, some, pairs, ablation=ablation, batch_size=0)
-    with pytest.raises(ValueError, match="random_circuits=-1 must be 0 or more"):
-        evaluate(model, some, pairs, random_circuits=-1)
+    with pytest.raises(ValueError, match="shuffled_circuits=-1 must be 0 or more"):
+        evaluate(model, some, pairs, shuffled_circuits=-1)
 
 
 def test_batch_size_does_not_change_an_evaluation(model):

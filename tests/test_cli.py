@@ -103,13 +103,13 @@ def test_export_evaluate_and_draw(copied, tmp_path):
     assert report["chosen_by"] == "threshold"
     assert f"at threshold {report['edge_threshold']:.4f}" in done.stdout
 
-    done = run_cli("evaluate", copied, "random_circuits=1", "batch_size=3")
+    done = run_cli("evaluate", copied, "shuffled_circuits=1", "batch_size=3")
     assert "in words: " in done.stdout
     result = json.loads((copied / "evaluation-test.json").read_text())
     assert result["num_examples"] == 8
     assert result["full"]["kl"] == 0
     assert result["corrupted"]["kl"] > result["circuit"]["kl"]
-    assert result["random"]["kl"] > 0
+    assert result["shuffled"]["kl"] > 0
 
     done = run_cli("draw", copied)
     assert done.returncode == 0, done.stderr
@@ -731,7 +731,7 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95 and num_edges=5", "only one"]),
         (["prune"], ["nothing says how sparse", "sparsity="]),
         (["evaluate", "runs", "batch_size=0"], ["batch_size=0 must be at least 1"]),
-        (["evaluate", "runs", "random_circuits=-1"], ["random_circuits=-1 must be 0 or more"]),
+        (["evaluate", "runs", "shuffled_circuits=-1"], ["shuffled_circuits=-1 must be 0 or more"]),
         (
             ["prune", "sparsity=0.9", "trainer.weight_decay=-1"],
             ["trainer.weight_decay=-1.0 must be 0 or more"],

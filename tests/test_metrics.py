@@ -81,8 +81,20 @@ def test_without_distractors_there_is_no_difference():
     assert score(batch, logits, logits).logit_difference.isnan().tolist() == [True, False]
 
 
-def test_there_is_no_ratio_to_a_difference_of_nothing():
+def test_a_difference_is_recovered_on_the_way_from_every_edge_closed_to_the_full_model():
     batch = collate([pair((1,), (1,), (2,))])
     scores = score(batch, *[torch.tensor([[0.0, LOG3, 0.0]])] * 2)
-    assert _summarise(scores, 2 * LOG3).logit_difference_ratio == pytest.approx(0.5)
-    assert math.isnan(_summarise(scores, 0.0).logit_difference_ratio)
+    recovered = _summarise(scores, -LOG3, 3 * LOG3).logit_difference_recovered
+    assert recovered == pytest.approx(0.5)
+    assert math.isnan(_summarise(scores, LOG3, LOG3).logit_difference_recovered)
+
+
+def test_a_tie_is_half_right_and_the_mean_has_a_standard_error():
+    batch = collate([pair((1,), (1,), (2,))] * 3)
+    reference = torch.zeros(3, 3)
+    logits = torch.tensor([[0.0, 0, 0], [0, LOG3, 0], [0, 0, LOG3]])
+    scores = _summarise(score(batch, reference, logits), 0.0, 1.0)
+    assert scores.two_way_accuracy == pytest.approx(0.5)
+    apart = math.log(5 / 3) - LOG3 / 3  # of (1, 3, 1) / 5 from three thirds; of a tie 0
+    assert scores.kl == pytest.approx(2 / 3 * apart)
+    assert scores.kl_standard_error == pytest.approx(apart / 3)

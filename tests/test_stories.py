@@ -87,7 +87,7 @@ def test_prune_resume_export_evaluate_draw(tmp_path, data):
 
     run(*prune, f"run_dir={whole}")
     assert len(edges_of(whole / "edges.json")) == 170
-    run("evaluate", whole, "random_circuits=2")
+    run("evaluate", whole, "shuffled_circuits=2")
     result = json.loads((whole / "evaluation-test.json").read_text())
     assert result["circuit"]["two_way_accuracy"] >= 0.9 > result["corrupted"]["two_way_accuracy"]
     assert result["circuit"]["kl"] < result["corrupted"]["kl"] / 3

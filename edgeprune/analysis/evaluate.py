@@ -17,7 +17,7 @@ from edgeprune.metrics import ExampleScores, Output, score
 from edgeprune.modeling import CircuitModel
 
 OF_DISTRACTORS = (
-    "two_way_accuracy", "logit_difference", "logit_difference_ratio", "probability_difference",
+    "two_way_accuracy", "logit_difference", "logit_difference_recovered", "probability_difference",
 )  # fmt: skip
 """Scores that are means over the examples with distractors alone."""
 
@@ -31,23 +31,27 @@ class Scores:
     Attributes:
         kl: faithfulness, KL from the full model, nats per predicted token; NaN where outputs are
             values.
+        kl_standard_error: of that mean, over the examples; NaN where there is one.
         error: the largest absolute difference from the full model's outputs in an example; NaN
             where outputs are logits.
         exact_match: share of examples with the full model's most likely tokens.
         accuracy: share of examples whose most likely tokens are right.
-        two_way_accuracy: share of examples where the answers are likelier than the distractors.
+        two_way_accuracy: share of examples where the answers are likelier than the distractors; a
+            tie is half of one.
         logit_difference: log-sum-exp of the answers' logits less that of the distractors'.
-        logit_difference_ratio: that over the full model's; NaN where that is 0.
+        logit_difference_recovered: that, as a share of the way from every edge closed (0) to the
+            full model (1); NaN where these do not differ.
         probability_difference: the answers' probability less the distractors'.
     """
 
     kl: float
+    kl_standard_error: float
     error: float
     exact_match: float
     accuracy: float
     two_way_accuracy: float
     logit_difference: float
-    logit_difference_ratio: float
+    logit_difference_recovered: float
     probability_difference: float
 
 
@@ -73,7 +77,7 @@ class Evaluation:
         circuit: the circuit.
         full: the untouched model.
         corrupted: every edge closed.
-        random: the mean over random circuits of the same size, or None.
+        shuffled: the mean over the same circuit between other heads (`Circuit.shuffled`), or None.
         worst: the circuit's least faithful example.
         num_examples, num_edges, sparsity: of what was measured.
         num_with_distractors: so many of the examples have distractors.
@@ -82,7 +86,7 @@ class Evaluation:
     circuit: Scores
     full: Scores
     corrupted: Scores
-    random: Scores | None
+    shuffled: Scores | None
     worst: WorstExample
     num_examples: int
     num_edges: int
@@ -102,7 +106,7 @@ def evaluate(
     *,
     ablation: Ablation | str = "interchange",
     batch_size: int = 64,
-    random_circuits: int = 0,
+    shuffled_circuits: int = 0,
 ) -> Evaluation:
     """Measure how much of the model's behaviour a circuit keeps.
 
@@ -113,22 +117,20 @@ def evaluate(
         ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
             `mean` (over `pairs`, one a position).
         batch_size: pairs a forward pass.
-        random_circuits: so many random circuits of equal size are measured too.
+        shuffled_circuits: the circuit is measured so many times between other heads, too.
 
     Raises:
         ValueError: the circuit is of another graph than the model's, there are no prompts, one is
             too long for the model, or a number is too small.
     """
-    if random_circuits < 0:
-        raise ValueError(f"random_circuits={random_circuits} must be 0 or more")
+    if shuffled_circuits < 0:
+        raise ValueError(f"shuffled_circuits={shuffled_circuits} must be 0 or more")
     CircuitModel.check(model)
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
-    randoms = [
-        Circuit.random(model.graph, len(circuit), seed).mask() for seed in range(random_circuits)
-    ]
-    masks = [circuit.mask(), [False] * model.graph.num_edges, *randoms]
+    shuffled = [circuit.shuffled(seed).mask() for seed in range(shuffled_circuits)]
+    masks = [circuit.mask(), [False] * model.graph.num_edges, *shuffled]
     gates = [torch.tensor(mask, dtype=torch.float32, device=model.device) for mask in masks]
     scores: list[list[ExampleScores]] = [[] for _ in range(1 + len(gates))]
     texts: list[str] = []
@@ -141,16 +143,17 @@ def evaluate(
             outputs = model.run_circuit(batch, kept, closed)
             one.append(score(batch, reference, outputs, model.output))
         texts += [pair.text for pair in batch.pairs]
-    full, of_circuit, *others = [_concatenate(one) for one in scores]
-    full_difference = full.logit_difference.nanmean().item()
-    summaries = [_summarise(one, full_difference) for one in (full, of_circuit, *others)]
+    everything = [_concatenate(one) for one in scores]
+    full, of_circuit, corrupted, *_ = everything
+    differences = [one.logit_difference.nanmean().item() for one in (corrupted, full)]
+    summaries = [_summarise(one, *differences) for one in everything]
     of_logits = model.output is Output.logits
     worst = int((of_circuit.kl if of_logits else of_circuit.error).argmax())
     return Evaluation(
         circuit=summaries[1],
         full=summaries[0],
         corrupted=summaries[2],
-        random=_mean_scores(summaries[3:]) if randoms else None,
+        shuffled=_mean_scores(summaries[3:]) if shuffled else None,
         worst=WorstExample(
             text=texts[worst],
             kl=of_circuit.kl[worst].clamp(min=0).item(),
@@ -173,19 +176,21 @@ def _concatenate(scores: list[ExampleScores]) -> ExampleScores:
     )
 
 
-def _summarise(scores: ExampleScores, full_difference: float) -> Scores:
-    difference = scores.logit_difference
-    two_way = (difference > 0).double()
+def _summarise(scores: ExampleScores, corrupted: float, full: float) -> Scores:
+    """Means, given the mean logit differences with every edge closed and of the full model."""
+    difference, kl = scores.logit_difference, scores.kl.double()
+    two_way = torch.heaviside(difference, torch.tensor(0.5)).double()
     two_way[difference.isnan()] = math.nan
-    mean_difference = difference.nanmean().item()
+    mean_difference, way = difference.nanmean().item(), full - corrupted
     return Scores(
-        kl=scores.kl.double().mean().clamp(min=0).item(),  # rounding may leave it below 0
+        kl=kl.mean().clamp(min=0).item(),  # rounding may leave it below 0
+        kl_standard_error=kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else math.nan,
         error=scores.error.double().mean().item(),
         exact_match=scores.exact_match.double().mean().item(),
         accuracy=scores.correct.double().mean().item(),
         two_way_accuracy=two_way.nanmean().item(),
         logit_difference=mean_difference,
-        logit_difference_ratio=mean_difference / full_difference if full_difference else math.nan,
+        logit_difference_recovered=(mean_difference - corrupted) / way if way else math.nan,
         probability_difference=scores.probability_difference.nanmean().item(),
     )
 

@@ -239,7 +239,7 @@ def _csv_tables(groups: list[Group]) -> dict[str, list[dict]]:
     from edgeprune.analysis.report import METRICS, score
 
     runs, frontier, stability, edges = [], [], [], []
-    metrics = (*METRICS, "logit_difference_ratio", "probability_difference")
+    metrics = (*METRICS, "logit_difference_recovered", "probability_difference")
     for group, series, point in _points(groups):
         where = {"task": group.task, "model": group.model, "ablation": group.ablation,
                  "series": series.name, "asked": point.asked}  # fmt: skip
