@@ -25,14 +25,22 @@ def records(task, tokenizer):
     return make_records(task, tokenizer, SIZES, seed=3)[0]
 
 
-def prompt(record: dict) -> str:
-    return record["clean"].split("<predict>")[0]
+def prompt(record: dict, side: str = "clean") -> str:
+    return record[side].split("<predict>")[0]
 
 
 def test_sizes_are_as_asked_and_no_prompt_comes_twice(records):
     for split in SPLITS:
         assert sum(record["split"] == split for record in records) == SIZES[split]
     assert len({prompt(record) for record in records}) == len(records)
+
+
+def test_no_split_has_the_clean_prompts_of_another_corrupted(task, tokenizer):
+    settings = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())
+    records = make_records(task, tokenizer, {split: settings[split] for split in SPLITS}, seed=0)[0]
+    clean = {prompt(record): record["split"] for record in records}
+    for record in records:
+        assert clean.get(prompt(record, "corrupted"), record["split"]) == record["split"]
 
 
 def test_prompts_are_paired_token_by_token(task, records, tokenizer):
@@ -129,6 +137,8 @@ def test_boolean_expressions_by_hand(form, short):
         answer = record["clean"].split("<predict>")[1].removesuffix("</predict>").strip()
         assert str(eval(clean)) == answer
         assert str(eval(corrupted)) == record["distractor"].strip() != answer
+        other = record["corrupted"].split("<predict>")[1].removesuffix("</predict>").strip()
+        assert other == (answer if short else record["distractor"].strip())
         words = (re.findall(r"\w+", prompt) for prompt in prompts)
         (changed,) = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]
         replaced.add(changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ class Report:
 
     Attributes:
         written: examples by split.
-        duplicates: candidates whose prompt had come before.
+        duplicates: candidates whose prompt had come before, or is corrupted in another split.
         misfits: candidates left out for this tokenizer, by reason.
     """
 
@@ -64,7 +64,9 @@ class Report:
 def make_records(
     task: str, tokenizer: Any, sizes: Mapping[str, int], seed: int
 ) -> tuple[list[dict], Report]:
-    """Draw a task's examples: the same for the same arguments, and no prompt twice.
+    """Draw a task's examples: the same for the same arguments, and no clean prompt twice.
+
+    Nor is a clean prompt of one split a corrupted one of another.
 
     Args:
         task: one of `TASKS`.
@@ -92,6 +94,8 @@ def make_records(
         draw = partial(draw, short=True)
     rng = random.Random(f"{task}/{seed}")
     seen: set[str] = set()
+    clean_in: dict[str, str] = {}  # prompt -> split
+    corrupted_in: dict[str, set[str]] = defaultdict(set)
     misfits: Counter[str] = Counter()
     duplicates = 0
     records: list[dict] = []
@@ -99,9 +103,10 @@ def make_records(
         count = unused = 0
         while count < size:
             record = draw(rng)
-            prompt = record["clean"].split("<predict>")[0]
+            prompt, other = (record[name].split("<predict>")[0] for name in ("clean", "corrupted"))
             unused += 1
-            if prompt in seen:
+            in_other_split = corrupted_in[prompt] - {split} or clean_in.get(other, split) != split
+            if prompt in seen or in_other_split:
                 duplicates += 1
             else:
                 seen.add(prompt)
@@ -111,6 +116,8 @@ def make_records(
                     misfits[str(error)] += 1
                 else:
                     records.append({**record, "split": split})
+                    clean_in[prompt] = split
+                    corrupted_in[other].add(split)
                     count += 1
                     unused = 0
             if unused > PATIENCE:

@@ -102,11 +102,11 @@ def sample(rng: random.Random, form: str, short: bool = False) -> dict:
     else:
         examples = EXAMPLES[:1] if short else EXAMPLES
         prompt, gap = "\n".join((*examples, "{} is")), " "
+    # In several tokens, those of the clean answer count here too; those of the other may be fewer.
+    answer = wanted if short else not wanted
     return {
         "clean": f"{prompt.format(text(expression))}<predict>{gap}{wanted}</predict>",
-        # The clean answer here too: only its tokens are used, where it has several, and those of
-        # True and False may be unequally many.
-        "corrupted": f"{prompt.format(text(corrupted))}<predict>{gap}{wanted}</predict>",
+        "corrupted": f"{prompt.format(text(corrupted))}<predict>{gap}{answer}</predict>",
         "distractor": f"{gap}{not wanted}",
     }
 
