@@ -246,9 +246,9 @@ class PruneConfig:
     num_edges: int | None = None
     """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
     cleanup: float | None = None
-    """At the end, remove each edge without which the circuit comes no farther from the full model
-    than this: KL in nats above its own, or, where outputs are values, an absolute error. null: no
-    clean-up."""
+    """At the end, remove edges as long as the circuit, on the training prompts, comes no farther
+    from the full model by all removals together than this: KL in nats above its own, or, where
+    outputs are values, an absolute error. null: no clean-up."""
     seed: int = 0
     """Of the start, the noise and the order of the data."""
     run_dir: str = ""
@@ -275,9 +275,9 @@ class ExportConfig:
     threshold: bool = False
     """By a threshold found by binary search, as where the run asked for no size."""
     cleanup: float | None = None
-    """Then remove each edge without which the circuit comes no farther from the full model, on the
-    training prompts, than this: KL in nats above its own, or, where outputs are values, an absolute
-    error. null: no clean-up."""
+    """Then remove edges as long as the circuit, on the training prompts, comes no farther from the
+    full model by all removals together than this: KL in nats above its own, or, where outputs are
+    values, an absolute error. null: no clean-up."""
     format: CircuitFormat | None = None
     """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
     where output ends in .pt, else edges."""

@@ -3,9 +3,12 @@
 
     python run_scripts/train_embedded.py            # about 21 minutes on two CPU cores
 
-Two-way accuracy and top-1 accuracy are then measured on prompts that were kept out of training:
-the validation and test splits which `edgeprune prepare` writes with seed 0. Fails if a task's
-two-way accuracy is below 0.97.
+Two-way accuracy and top-1 accuracy are then measured on prompts that were kept out of training
+(HELD_OUT). Fails if a task's two-way accuracy is below 0.97.
+
+These are not all of the test prompts that `edgeprune prepare` writes with seed 0, since that draws
+its training prompts first: of those of greater_than 83 of 1,000 were trained on, of
+gendered_pronoun 23 of 378, of the others none.
 """
 
 from __future__ import annotations
