@@ -14,6 +14,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import (
     OUT,
+    check_output,
     check_own_data,
     find_circuit,
     first_split,
@@ -105,6 +106,9 @@ def evaluate(
     """
     check_evaluate(config)
     subject = _find(config)
+    if config.output:
+        reads = [subject.edges_path, subject.model.path, subject.task.path]
+        check_output(Path(config.output), reads)
     if model is None:
         model = load_model(subject.model)
         if config.model is None and model.fingerprint() != subject.own_digests["model"]:

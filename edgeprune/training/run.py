@@ -69,6 +69,8 @@ REPORT_LIST = "report/.report.json"
 LOCK = ".lock"
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
+OWN_FILES = (CONFIG, MANIFEST, DATA, METRICS, PLOT, CHECKPOINTS, EDGES, CIRCUIT_NOTE, LOCK, NEW)
+"""What a run writes and goes by, which no command's output may replace."""
 
 
 class Interrupted(Stop):
