@@ -295,6 +295,15 @@ def test_an_evaluation_that_cannot_be_printed_is_written_all_the_same(
     assert json.loads(target.read_text())["num_examples"] == 8
 
 
+def test_what_a_terminals_encoding_lacks_is_shown_as_its_number(finished, tmp_path):
+    pair = {key: text.replace("=", "😀 =") for key, text in GOOD.items()}
+    data = write_jsonl(tmp_path / "sums.jsonl", pair)
+    done = run_cli("evaluate", finished, "task=custom", f"task.path={data}",
+                   f"output={tmp_path / 'e.json'}", PYTHONIOENCODING="latin-1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on '1 + 2 \\U0001f600 = <predict>" in done.stdout
+
+
 @pytest.mark.parametrize("output", [".", "/", "/dev/null", "run.json/x/evaluation.json"])
 def test_where_no_evaluation_can_be_written_is_said_before_one_is_made(
     finished, output, capsys, monkeypatch
