@@ -701,6 +701,20 @@ def test_too_little_memory_is_said_with_what_to_do(tmp_path, capsys, monkeypatch
     assert call(capsys, monkeypatch, *arguments, "resume=auto")[0] == 0
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\0", b'{"step": "x"}\n', b'{"step": null}\n', b"[]"])
+def test_damaged_metrics_do_not_stop_a_run_from_going_on(
+    a_run, tmp_path, damage, capsys, monkeypatch
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    metrics = run_dir / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + damage)
+    resume = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "resume=auto")
+    code, _, err = call(capsys, monkeypatch, *resume)
+    assert code == 0, err
+    assert metrics.read_bytes() == whole
+
+
 def test_a_full_disk_is_said_though_metrics_end_in_half_a_line(tmp_path):
     run_dir = tmp_path / "run"
     limit = 1500  # some lines of metrics, and no checkpoint
