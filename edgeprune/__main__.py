@@ -81,7 +81,20 @@ def _tell(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head` has read enough
+        _output_fails()
+    except OSError as error:
+        _output_fails()
+        _fail(f"standard output: {error.strerror}", 1)
+
+
+def _output_fails() -> bool:
+    """Whether what is yet to be printed cannot be; then it is dropped."""
+    try:
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _name_path(command: str, arguments: list[str]) -> list[str]:
@@ -263,6 +276,8 @@ def _report(command: str, arguments: list[str], error: Exception) -> NoReturn:
         _fail(str(error), 1)
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
+        if not what and _output_fails():
+            what = "standard output: "
         _fail(f"{what}{error.strerror or error}", 1)
     _fail(f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1)
 

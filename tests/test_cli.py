@@ -562,6 +562,18 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     assert "'a'" not in err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["report", "RUN"]])
+def test_an_output_that_is_full_is_said_in_a_line(arguments, copied):
+    arguments = [str(copied) if argument == "RUN" else argument for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeprune", *arguments], stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    message = "edgeprune: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_describes_every_setting(command):
     done = run_cli(command, "--help")
