@@ -45,6 +45,9 @@ QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what its encoding lacks is written as a number
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _tell(overview())
         sys.exit(0 if arguments else 2)
@@ -78,7 +81,20 @@ def _tell(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head` has read enough
+        _output_fails()
+    except OSError as error:
+        _output_fails()
+        _fail(f"standard output: {error.strerror}", 1)
+
+
+def _output_fails() -> bool:
+    """Whether what is yet to be printed cannot be; then it is dropped."""
+    try:
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _name_path(command: str, arguments: list[str]) -> list[str]:
@@ -260,6 +276,8 @@ def _report(command: str, arguments: list[str], error: Exception) -> NoReturn:
         _fail(str(error), 1)
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
+        if not what and _output_fails():
+            what = "standard output: "
         _fail(f"{what}{error.strerror or error}", 1)
     _fail(f"unexpected {name}: {error} (this is a defect; EDGEPRUNE_TRACEBACK=1 shows where)", 1)
 

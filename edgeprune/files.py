@@ -28,13 +28,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     to is replaced.
 
     Raises:
-        OSError: it cannot be written, or `path` is a folder, a device or a pipe; names `path`.
+        OSError: it cannot be written; names `path`. See also `check_can_be_file`.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
-    is_device = str(path.absolute()).startswith(("/dev/", "/proc/"))
-    if is_device or (path.exists() and not path.is_file()):
-        raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
+    check_can_be_file(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -49,6 +45,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def check_can_be_file(path: Path) -> None:
+    """Raises OSError where a path is a folder, a device or a pipe, or lies below a file."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
+    is_device = str(path.absolute()).startswith(("/dev/", "/proc/"))
+    if is_device or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            reason = f"cannot be written, since {parent} is no folder; give another path"
+            raise NotADirectoryError(errno.ENOTDIR, reason, str(path))
 
 
 def file_digest(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Whole commands, each in a fresh process, as people run them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -263,12 +264,53 @@ def test_results_are_written_though_nobody_reads(copied):
     assert json.loads((copied / "evaluation-test.json").read_text())["num_examples"]
 
 
-def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(finished):
-    target = finished / "run.json/evaluation.json"  # below a file
-    done = run_cli("evaluate", finished, f"output={target}")
-    assert "two way accuracy" in done.stdout
-    assert "in words: " in done.stdout
-    assert_refused(done, 1, f"{target}: ", "writes elsewhere with output=FILE")
+def test_an_evaluation_that_cannot_be_written_is_shown_all_the_same(
+    finished, tmp_path, capsys, monkeypatch
+):
+    from edgeprune.commands import evaluate
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    target = tmp_path / "evaluation.json"
+    code, out, err = call(capsys, monkeypatch, "evaluate", finished, f"output={target}")
+    assert "two way accuracy" in out
+    assert "in words: " in out
+    assert code == 1
+    assert f"{target}: No space left on device; `edgeprune evaluate` writes elsewhere" in err
+
+
+def test_an_evaluation_that_cannot_be_printed_is_written_all_the_same(
+    finished, tmp_path, capsys, monkeypatch
+):
+    from edgeprune.commands import evaluate
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "_print_evaluation", full)
+    target = tmp_path / "evaluation.json"
+    assert call(capsys, monkeypatch, "evaluate", finished, f"output={target}")[0] == 1
+    assert json.loads(target.read_text())["num_examples"] == 8
+
+
+def test_what_a_terminals_encoding_lacks_is_shown_as_its_number(finished, tmp_path):
+    pair = {key: text.replace("=", "😀 =") for key, text in GOOD.items()}
+    data = write_jsonl(tmp_path / "sums.jsonl", pair)
+    done = run_cli("evaluate", finished, "task=custom", f"task.path={data}",
+                   f"output={tmp_path / 'e.json'}", PYTHONIOENCODING="latin-1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on '1 + 2 \\U0001f600 = <predict>" in done.stdout
+
+
+@pytest.mark.parametrize("output", [".", "/", "/dev/null", "run.json/x/evaluation.json"])
+def test_where_no_evaluation_can_be_written_is_said_before_one_is_made(
+    finished, output, capsys, monkeypatch
+):
+    monkeypatch.chdir(finished)
+    code, out, err = call(capsys, monkeypatch, "evaluate", finished, f"output={output}")
+    assert (code, out, f"output={output}: " in err) == (2, "", True), err
 
 
 def test_evaluate_and_draw_a_bare_edges_json(finished, tmp_path):
@@ -324,7 +366,7 @@ def test_changed_prompts_are_not_taken_for_the_runs_own(tmp_path, capsys, monkey
     assert [(run_dir / name).read_text() for name in names] == before
     data.unlink()
     code, _, err = call(capsys, monkeypatch, "evaluate", run_dir)
-    assert (code, f"no data file {data}" in err) == (1, True)
+    assert (code, f"{data} is gone, which had the prompts of the run" in err) == (2, True)
     data.write_text(original)
     assert call(capsys, monkeypatch, "export", run_dir, "cleanup=0.01")[0] == 0
     assert call(capsys, monkeypatch, "evaluate", run_dir)[0] == 0
@@ -518,6 +560,18 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "draw", "a=b", "checkpoint=x")
     assert code == 2
     assert "'a'" not in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["report", "RUN"]])
+def test_an_output_that_is_full_is_said_in_a_line(arguments, copied):
+    arguments = [str(copied) if argument == "RUN" else argument for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeprune", *arguments], stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    message = "edgeprune: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -331,5 +331,5 @@ def test_nothing_to_write_is_refused(run, argument, wanted, capsys, monkeypatch)
 def test_a_folder_is_no_file_to_write(run, output, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, monkeypatch, "export", run / "edges.json", f"output={output}")
-    assert code == 1
+    assert code == 2
     assert "is a folder; give the path of a file" in err

@@ -276,6 +276,35 @@ def test_a_command_that_is_stopped_while_loading_overwrites_nothing(
     }  # fmt: skip
 
 
+def test_no_output_replaces_what_is_read_or_a_runs_own_files(a_run, tmp_path, capsys, monkeypatch):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    assert call(capsys, monkeypatch, "export", run_dir, "format=eap_pt")[0] == 0
+    (tmp_path / "link.json").symlink_to(run_dir / "edges.json")
+    monkeypatch.chdir(run_dir)
+    before = contents(run_dir)
+    for command, output, wanted in (
+        (("export", "."), "config.yaml", "own files of the run in"),
+        (("export", "."), run_dir / "checkpoints/step-00000004/x.json", "(checkpoints)"),
+        (("evaluate", "."), "edges.json", "is what is read, which would be replaced"),
+        (("evaluate", "graph.pt"), "../link.json", "(edges.json)"),
+        (("evaluate", "."), "run.json", "(run.json); choose another file"),
+        (("evaluate", "."), "data.jsonl", "(data.jsonl)"),
+        (("prepare",), "data.jsonl", "(data.jsonl)"),
+        (("export", "graph.pt", "num_edges=9"), run_dir / "graph.pt", "is what is read"),
+        (("draw", "."), "training.png", "(training.png)"),
+        (("benchmark",), "metrics.jsonl", "(metrics.jsonl)"),
+    ):  # fmt: skip
+        formats = ["formats=png"] if command[0] == "draw" else []
+        code, _, err = call(capsys, monkeypatch, *command, f"output={output}", *formats)
+        assert (code, wanted in err) == (2, True), err
+        assert contents(run_dir) == before
+    (run_dir / "data.jsonl").unlink()  # which may be written anew, and comes out as it was
+    again = ("prepare", *SMALL[:4], f"output={run_dir / 'data.jsonl'}")
+    code, _, err = call(capsys, monkeypatch, *(a for a in again if "experiment" not in a))
+    assert code == 0, err
+    assert contents(run_dir) == before
+
+
 def test_overwriting_throws_away_what_commands_made_of_a_run(a_run, tmp_path, capsys, monkeypatch):
     run_dir = put(shutil.copytree(a_run, tmp_path / "run"), "report/notes.txt", "mine.pdf")
     before = set(contents(run_dir))
@@ -670,6 +699,20 @@ def test_too_little_memory_is_said_with_what_to_do(tmp_path, capsys, monkeypatch
     kept = [path.name for path in (run_dir / "checkpoints").glob("*")]
     assert len(kept) == isinstance(error, torch.OutOfMemoryError)
     assert call(capsys, monkeypatch, *arguments, "resume=auto")[0] == 0
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\0", b'{"step": "x"}\n', b'{"step": null}\n', b"[]"])
+def test_damaged_metrics_do_not_stop_a_run_from_going_on(
+    a_run, tmp_path, damage, capsys, monkeypatch
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+    metrics = run_dir / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + damage)
+    resume = ("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}", "resume=auto")
+    code, _, err = call(capsys, monkeypatch, *resume)
+    assert code == 0, err
+    assert metrics.read_bytes() == whole
 
 
 def test_a_full_disk_is_said_though_metrics_end_in_half_a_line(tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from edgeprune.commands.shared import OUT, show
+from edgeprune.commands.shared import OUT, check_output, show
 from edgeprune.config import BenchmarkConfig, ConfigError, check_benchmark, to_dict
 from edgeprune.files import write_json
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def benchmark(config: BenchmarkConfig) -> None:
     """Measure, print a table and write everything as JSON."""
     check_benchmark(config)
+    output = Path(config.output)
+    check_output(output)
     import torch
 
     from edgeprune.analysis.benchmark import ceilings
@@ -37,7 +39,6 @@ def benchmark(config: BenchmarkConfig) -> None:
     }
     with OUT.status("measuring"):
         report |= _growth(config, device) if config.growth else _engines(config, device, found)
-    output = Path(config.output)
     write_json(output, report)
     show(
         f"{report['machine']}: a large product {found.operations / 1e9:,.0f} billion operations "

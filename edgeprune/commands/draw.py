@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeprune.commands.shared import (
     check_formats,
+    check_output,
     export_from,
     find_circuit,
     known_graph,
@@ -49,10 +50,12 @@ def draw(config: DrawConfig) -> None:
     shown = circuit if config.dangling else circuit.without_dangling()
     title = run_title(run_dir) if config.title is None else config.title
     stem = output or folder / "circuit"
-    for suffix in config.formats:
-        draw_circuit(shown, stem.with_name(f"{stem.name}.{suffix}"), title=title)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
+    for path in paths:
+        check_output(path)
+    for path in paths:
+        draw_circuit(shown, path, title=title)
     dropped = len(circuit) - len(shown)
     note = f" ({dropped:,} dangling edges left out)" if dropped else ""
-    files = ", ".join(f"{stem}.{suffix}" for suffix in config.formats)
     counts = f"{len(shown):,} edges between {len(shown.nodes):,} nodes and the output"
-    show(f"drew {counts}{note} -> {files}")
+    show(f"drew {counts}{note} -> {', '.join(map(str, paths))}")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from edgeprune.commands.shared import (
     OUT,
+    check_output,
     check_own_data,
     find_circuit,
     first_split,
@@ -105,6 +106,9 @@ def evaluate(
     """
     check_evaluate(config)
     subject = _find(config)
+    if config.output:
+        reads = [subject.edges_path, subject.model.path, subject.task.path]
+        check_output(Path(config.output), reads)
     if model is None:
         model = load_model(subject.model)
         if config.model is None and model.fingerprint() != subject.own_digests["model"]:
@@ -115,12 +119,28 @@ def evaluate(
     circuit = read_circuit(subject.edges_path, model.graph)
     prompts = _load_prompts(subject, model, config)
     result = _measure(subject, model, circuit, prompts, config)
-    what = f"{model.name}, {prompts.pairs.name}, {subject.ablation.kind.name} ablation"
-    left_out = len(prompts.pairs.skipped)
-    _print_evaluation(result, what, f" ({left_out:,} left out)" if left_out else "")
-    show(_in_words(result, circuit))
-    if not writes:
-        return
+    output = None
+    try:  # before it is printed, which may fail; and printed though it cannot be written
+        if writes:
+            output = _write(subject, model, circuit, prompts, config, result)
+    finally:
+        what = f"{model.name}, {prompts.pairs.name}, {subject.ablation.kind.name} ablation"
+        left_out = len(prompts.pairs.skipped)
+        _print_evaluation(result, what, f" ({left_out:,} left out)" if left_out else "")
+        show(_in_words(result, circuit))
+    if output is not None:
+        show(f"-> {output}")
+
+
+def _write(
+    subject: _Subject,
+    model: CircuitModel,
+    circuit: Circuit,
+    prompts: _Prompts,
+    config: EvaluateConfig,
+    result: Evaluation,
+) -> Path:
+    """Write the result with what it is of, as JSON. Returns the file."""
     digest, split = model.fingerprint(), config.split.name
     name = "-".join(["evaluation", *_words(subject, prompts, digest), split])
     output = Path(config.output or subject.edges_path.with_name(f"{name}.json"))
@@ -136,8 +156,12 @@ def evaluate(
         "training_prompts": prompts.is_training,
         "ablation": to_dict(subject.ablation),
     }
-    _write(output, {**settings, **result.to_dict()})
-    show(f"-> {output}")
+    try:
+        write_json(output, {**settings, **result.to_dict()})
+    except OSError as error:
+        hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
+        raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
+    return output
 
 
 def _find(config: EvaluateConfig) -> _Subject:
@@ -264,14 +288,6 @@ def _if_foreign(
 def _ablation_name(ablation: AblationConfig) -> str:
     is_over_positions = ablation.kind is AblationKind.mean and not ablation.per_position
     return "mean-over-positions" if is_over_positions else ablation.kind.name
-
-
-def _write(output: Path, content: dict[str, Any]) -> None:
-    try:
-        write_json(output, content)
-    except OSError as error:
-        hint = "`edgeprune evaluate` writes elsewhere with output=FILE"
-        raise OSError(error.errno, f"{error.strerror}; {hint}", str(output)) from None
 
 
 def _print_evaluation(result: Evaluation, title: str, note: str) -> None:

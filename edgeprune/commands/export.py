@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands.shared import (
     OUT,
+    check_output,
     check_own_data,
     circuit_of,
     export_from,
@@ -58,7 +59,11 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     if Path(config.run).is_file():
         _convert(config)
         return
-    run_dir = Path(config.run)
+    run_dir, format = Path(config.run), _format(config)
+    names = {"edges": EDGES, "eap_json": GRAPH_JSON, "eap_pt": GRAPH_PT}
+    output = Path(config.output) if config.output else run_dir / names[format]
+    _check_no_runs(output, run_dir)
+    check_output(output, may_be=(EDGES,))
     chosen, step = export_from(
         run_dir, config.checkpoint, config.sparsity, config.num_edges, config.threshold
     )
@@ -66,10 +71,6 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     if config.cleanup is not None:
         cleaned = _clean_up(run_dir, chosen, config.cleanup, model)
         chosen = replace(chosen, circuit=cleaned.circuit)
-    format = _format(config)
-    names = {"edges": EDGES, "eap_json": GRAPH_JSON, "eap_pt": GRAPH_PT}
-    output = Path(config.output) if config.output else run_dir / names[format]
-    _check_no_runs(output, run_dir)
     if format == "edges":
         chosen.circuit.save(output)
         if output.parent.resolve() != run_dir.resolve():
@@ -144,6 +145,7 @@ def _convert(config: ExportConfig) -> None:
         raise ConfigError(f"where shall the circuit of {path} be written? Give output=FILE")
     format, output = _format(config), Path(config.output)
     _check_no_runs(output, None)
+    check_output(output, reads=[path])
     file = read_circuit_file(path, known_graph(path, run_dir))
     if format != "edges" and file.graph is None:
         raise ConfigError(

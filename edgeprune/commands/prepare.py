@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeprune.commands.shared import show, task_records, write_records
+from edgeprune.commands.shared import check_output, show, task_records, write_records
 from edgeprune.config import OWN, ConfigError, PrepareConfig, check_model
 
 
 def prepare(config: PrepareConfig) -> None:
     """Write a task's prompts as JSONL."""
     from edgeprune.modeling import load_tokenizer
+    from edgeprune.training.run import DATA
 
     if config.task.name == OWN or config.task.path is not None:
         raise ConfigError(
@@ -19,7 +20,9 @@ def prepare(config: PrepareConfig) -> None:
             f"task.path={config.task.path or 'FILE'}"
         )
     check_model(config.model)
+    output = Path(config.output)
+    check_output(output, [config.model.path], may_be=() if output.exists() else (DATA,))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     records = task_records(config.task, tokenizer)
-    write_records(records, Path(config.output))
-    show(f"wrote {len(records):,} lines -> {config.output}")
+    write_records(records, output)
+    show(f"wrote {len(records):,} lines -> {output}")

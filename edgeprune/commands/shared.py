@@ -24,7 +24,14 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
-from edgeprune.files import file_digest, listed, remove_listed, write_json, write_text
+from edgeprune.files import (
+    check_can_be_file,
+    file_digest,
+    listed,
+    remove_listed,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from edgeprune.analysis.export import Export
@@ -63,6 +70,40 @@ def show(text: str) -> None:
 def say(text: str) -> None:
     """A line for people, on standard error; never read as markup."""
     ERR.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def check_output(
+    output: Path, reads: Iterable[str | Path | None] = (), may_be: tuple[str, ...] = ()
+) -> None:
+    """Find before any work that a file cannot be written, or that what is needed would be lost.
+
+    Args:
+        output: the file to write.
+        reads: files that the command reads.
+        may_be: those of a run's own files that the command may write.
+
+    Raises:
+        ConfigError: it is read, is one of a run's own, or can be no file.
+    """
+    from edgeprune.training.run import OWN_FILES, has_run
+
+    try:
+        check_can_be_file(output)
+    except OSError as error:
+        raise ConfigError(f"output={output}: {error.strerror}") from None
+    real = output.resolve()
+    for path in reads:
+        if path is not None and Path(path).resolve() == real:
+            raise ConfigError(
+                f"output={output} is what is read, which would be replaced; choose another file"
+            )
+    for folder in real.parents:
+        name = real.relative_to(folder).parts[0]
+        if name in OWN_FILES and name not in may_be and has_run(folder):
+            raise ConfigError(
+                f"output={output} is one of the own files of the run in {folder} ({name}); choose "
+                "another file"
+            )
 
 
 def load_model(config: ModelConfig) -> CircuitModel:

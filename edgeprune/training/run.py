@@ -69,6 +69,8 @@ REPORT_LIST = "report/.report.json"
 LOCK = ".lock"
 NEW = ".new-run"
 """Where a new run's first files lie until it begins; what is there already stays until then."""
+OWN_FILES = (CONFIG, MANIFEST, DATA, METRICS, PLOT, CHECKPOINTS, EDGES, CIRCUIT_NOTE, LOCK, NEW)
+"""What a run writes and goes by, which no command's output may replace."""
 
 
 class Interrupted(Stop):
@@ -468,14 +470,14 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, up to one that a crash or a full disk cut short."""
+    """The lines of metrics.jsonl, up to one that is damaged, as by a crash or a full disk."""
     read = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             metrics = json.loads(line)
         except ValueError:
             break
-        if not isinstance(metrics, dict) or "step" not in metrics:
+        if not isinstance(metrics, dict) or type(metrics.get("step")) is not int:
             break
         read.append(metrics)
     return read
