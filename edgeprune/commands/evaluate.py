@@ -307,19 +307,13 @@ def _print_evaluation(result: Evaluation, title: str, note: str) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for field in fields(Scores):
-        if field.name == "kl_standard_error":  # stands beside the mean
-            continue
         values = [getattr(scores, field.name) for scores in columns.values()]
         if all(value != value for value in values):  # NaN: the data has no distractors
             continue
         label = field.name.replace("_", " ")
         if field.name in OF_DISTRACTORS and result.num_with_distractors < result.num_examples:
             label += f" ({result.num_with_distractors:,} prompts)"
-        cells = [f"{value:.3f}" for value in values]
-        if field.name == "kl" and result.num_examples > 1:
-            cells[0] += f" ± {result.circuit.kl_standard_error:.3f}"
-            label += " (± standard error)"
-        table.add_row(label, *cells)
+        table.add_row(label, *(f"{value:.3f}" for value in values))
     OUT.print(table)
     worst = result.worst
     off = f"error {worst.error:.2g}" if worst.kl != worst.kl else f"KL {worst.kl:.2f}"
