@@ -529,6 +529,14 @@ def test_validation_prompts_that_cannot_be_measured_are_refused_before_training(
     assert done.returncode == 0, done.stderr
 
 
+def test_generated_prompts_are_not_named_by_a_file_that_is_gone(tmp_path, capsys, monkeypatch):
+    prune = ("prune", *SMALL, f"run_dir={tmp_path / 'run'}", "task.max_length=3")
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert code == 1
+    assert "can be used. the generated prompts, line 1: " in err
+    assert ".new-run" not in err
+
+
 def test_test_prompts_that_cannot_be_measured_are_found_before_training(
     tmp_path, capsys, monkeypatch
 ):

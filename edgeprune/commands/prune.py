@@ -38,7 +38,6 @@ from edgeprune.config import (
     asked_sparsity,
     check_model,
     check_prune,
-    check_task,
     evaluation_batch_size,
     target_sparsity,
     to_dict,
@@ -57,7 +56,6 @@ def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
-    check_task(config.task)
     if not config.run_dir:
         raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
     if in_processes():
