@@ -492,6 +492,7 @@ def check_prune(config: PruneConfig) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
+    check_task(config.task)
     if config.task.path is None and config.task.train < 1:
         raise ConfigError(f"task.train={config.task.train}: gates are learned on 1 prompt or more")
     _check_numbers(config.trainer)
@@ -636,7 +637,12 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_task(task: TaskConfig) -> None:
-    """Raises ConfigError where a file of one's own is meant and none is given."""
+    """Raises ConfigError for a number out of range, or where a file of one's own is missing."""
+    for name in ("train", "validation", "test"):
+        if getattr(task, name) < 0:
+            raise ConfigError(f"task.{name}={getattr(task, name)} must be 0 or more")
+    if task.max_length is not None and task.max_length < 1:
+        raise ConfigError(f"task.max_length={task.max_length} must be at least 1, or null")
     if task.name == OWN and task.path is None:
         raise ConfigError(
             f"task.path is missing: task={OWN} takes a file of your own; give task.path=FILE"

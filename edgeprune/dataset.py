@@ -41,6 +41,10 @@ class DataError(ValueError):
     """A prompt, a line or a file which cannot be used; the message says why and what to do."""
 
 
+class NoneUsableError(DataError):
+    """No example is left that fits the tokenizer and the longest length."""
+
+
 class MisfitError(DataError):
     """A pair that does not fit the tokenizer: clean and corrupted have different numbers of tokens,
     or a prediction has none that go on from its prompt."""
@@ -558,8 +562,8 @@ def load_dataset(
         max_length: skip pairs with more tokens than this.
 
     Raises:
-        DataError: as `iterate_records`; an unknown split; a malformed line, with its number; no
-            line left.
+        DataError: as `iterate_records`; an unknown split; a malformed line, with its number.
+        NoneUsableError: no line is left.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
@@ -604,7 +608,8 @@ def encode_records(
     """Tokenise records; returns the pairs and a message for each that does not fit.
 
     Raises:
-        DataError: a malformed record, or not one that fits.
+        DataError: a malformed record.
+        NoneUsableError: not one fits.
     """
     skipped: list[str] = []
     pairs = list(_encode(records, tokenizer, max_length, skipped))
@@ -634,8 +639,8 @@ def _encode(
         yield pair
 
 
-def _none_usable(skipped: list[str]) -> DataError:
-    return DataError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
+def _none_usable(skipped: list[str]) -> NoneUsableError:
+    return NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -31,11 +31,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edgeprune.config import CircuitFormat
 from edgeprune.files import write_atomically, write_text
 from edgeprune.graph import CircuitGraph, Edge
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = tuple(format.name for format in CircuitFormat)
 INPUT, LOGITS = "input", "logits"
@@ -342,13 +345,14 @@ def _finish(
     if not edges:
         choose = "; choose edges by score: `edgeprune export FILE num_edges=... output=...`"
         notes.append(f"no edge is in the graph{choose if our_scores else ''}")
+    d_model = content["cfg"].get("d_model")
     return CircuitFile(
         edges,
         target,
         sure=bool(graph or written_from),
         notes=tuple(f"{path}: {note}" for note in notes),
         scores=our_scores,
-        d_model=content["cfg"].get("d_model") or None,
+        d_model=d_model if type(d_model) is int and d_model > 0 else None,
     )
 
 
@@ -369,7 +373,7 @@ def _read_ours(
             if len(scores) not in sizes or any(type(s) not in (int, float) for s in scores):
                 raise ValueError(f"'scores' are not {sizes[0]} or {sizes[1]} numbers")
         return graph, left_out, scores
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CircuitError(
             f"{path}: what stands under {OURS!r} cannot be read ({type(error).__name__}: {error}); "
             "remove that key, or export the circuit again"
@@ -472,14 +476,6 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
             f"dictionary with {', '.join(needed)}"
         )
     theirs = _read_config(path, content["cfg"])
-    neurons, nodes = content.get("neurons_in_graph"), content.get("nodes_in_graph")
-    if isinstance(neurons, torch.Tensor) and isinstance(nodes, torch.Tensor):
-        some, every = neurons.bool().any(dim=-1), neurons.bool().all(dim=-1)
-        if (nodes.bool() & some & ~every).any():
-            raise CircuitError(
-                f"{path} keeps some nodes with some of their neurons only; circuits of neurons "
-                "are not supported"
-            )
     writers, readers = content["src_nodes"], content["dst_nodes"]
     expected = [*theirs.writers], [_their_reader(reader) for reader in theirs.readers]
     are_lists = all(isinstance(names, (list, tuple)) for names in (writers, readers))
@@ -488,26 +484,62 @@ def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
             f"{path}: src_nodes and dst_nodes are not those of a model of {theirs.num_layers} "
             f"layers of {theirs.num_heads} heads, in their order"
         )
-    flags = content["edges_in_graph"]
+    if all(content.get(f"{name}_in_graph") is not None for name in ("neurons", "nodes")):
+        neurons = _flags(path, content, "neurons_in_graph", (len(writers), None))
+        nodes = _flags(path, content, "nodes_in_graph", (len(writers),))
+        if (nodes & neurons.any(dim=-1) & ~neurons.all(dim=-1)).any():
+            raise CircuitError(
+                f"{path} keeps some nodes with some of their neurons only; circuits of neurons "
+                "are not supported"
+            )
     shape = (len(writers), len(readers))
-    if not isinstance(flags, torch.Tensor) or tuple(flags.shape) != shape:
-        got = tuple(flags.shape) if isinstance(flags, torch.Tensor) else type(flags).__name__
-        raise CircuitError(f"{path}: edges_in_graph is {got}, expected a tensor of shape {shape}")
+    flags = _flags(path, content, "edges_in_graph", shape)
     exists = torch.zeros(shape, dtype=torch.bool)
     row = 0
     for site in theirs.sites:  # cells of no edge may be set there, and mean nothing
         exists[: site.num_writers, row : row + len(site.readers)] = True
         row += len(site.readers)
-    kept = (flags.bool() & exists).nonzero().tolist()
+    kept = (flags & exists).nonzero().tolist()
     edges = [(theirs.writers[column], theirs.readers[row]) for column, row in kept]
-    scores, found = {}, content.get("edges_scores")
-    if isinstance(found, torch.Tensor) and tuple(found.shape) == shape:
+    scores = {}
+    if content.get("edges_scores") is not None:
+        rows = _tensor(path, content, "edges_scores", shape).T.tolist()
         scores = {
             (writer, reader): score
-            for reader, row in zip(theirs.readers, found.T.tolist(), strict=True)
+            for reader, row in zip(theirs.readers, rows, strict=True)
             for writer, score in zip(theirs.writers, row, strict=True)
         }
     return _finish(path, content, theirs, edges, scores, graph)
+
+
+def _tensor(
+    path: Path, content: dict[str, Any], name: str, shape: tuple[int | None, ...]
+) -> Tensor:
+    """A tensor of a .pt file, if its numbers are there, are real and have the shape (None: any)."""
+    import torch
+
+    found = content[name]
+    if not isinstance(found, torch.Tensor):
+        got = type(found).__name__
+    elif found.layout is not torch.strided or found.is_meta or found.is_quantized:
+        got = "a sparse, quantised or meta tensor"
+    elif found.is_complex():
+        got = "complex"
+    else:
+        got = str(tuple(found.shape))
+        pairs = zip(found.shape, shape, strict=False)
+        if found.ndim == len(shape) and all(want in (None, size) for size, want in pairs):
+            return found
+    wanted = str(shape).replace("None", "any")
+    raise CircuitError(f"{path}: {name} is {got}, expected a tensor of shape {wanted}")
+
+
+def _flags(path: Path, content: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """As `_tensor`, of bool or nothing but 0 and 1."""
+    found = _tensor(path, content, name, shape)
+    if not ((found == 0) | (found == 1)).all():
+        raise CircuitError(f"{path}: {name} has other values than true and false (or 1 and 0)")
+    return found.bool()
 
 
 def _as_tensors(exported: _Exported) -> dict[str, Any]:

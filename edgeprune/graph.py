@@ -70,7 +70,7 @@ class CircuitGraph:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "num_kv_heads"):
             count = getattr(self, name)
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name}={count!r} must be a whole number above 0")
         if self.num_layers * self.num_heads > MOST_HEADS:
             raise ValueError(

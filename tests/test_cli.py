@@ -817,6 +817,13 @@ def test_a_missing_data_file_and_an_unknown_model_type(tmp_path):
             ["launcher.shard=true and model.fused=true do not go together"],
         ),
         (["prune", "experiment=ioi", "task.train=0"], ["task.train=0: gates are learned on 1"]),
+        (["prune", "experiment=ioi", "task.test=-1"], ["task.test=-1 must be 0 or more"]),
+        (
+            ["prune", "experiment=ioi", "task.max_length=0"],
+            ["task.max_length=0 must be at least 1, or null"],
+        ),
+        (["prepare", "task.validation=-2"], ["task.validation=-2 must be 0 or more"]),
+        (["evaluate", "x", "task=ioi", "task.train=-2"], ["task.train=-2 must be 0 or more"]),
         (["prune", "model=tracr", "task=tracr", "sparsity=0.5"], ["say which: model.name=reverse"]),
         (["prune", "experiment"], ["unexpected argument 'experiment'"]),
         (["prune", "--multrun"], ["unknown flag '--multrun'; did you mean '--multirun'?"]),

@@ -529,6 +529,32 @@ def test_validation_prompts_that_cannot_be_measured_are_refused_before_training(
     assert done.returncode == 0, done.stderr
 
 
+def test_generated_prompts_are_not_named_by_a_file_that_is_gone(tmp_path, capsys, monkeypatch):
+    prune = ("prune", *SMALL, f"run_dir={tmp_path / 'run'}", "task.max_length=3")
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert code == 1
+    assert "can be used. the generated prompts, line 1: " in err
+    assert ".new-run" not in err
+
+
+def test_test_prompts_that_cannot_be_measured_are_found_before_training(
+    tmp_path, capsys, monkeypatch
+):
+    sums = [{"clean": f"1 + {i} = <predict>3</predict>", "split": split,
+             "corrupted": f"2 + {i} = <predict>4</predict>"}
+            for i, split in enumerate(("train", "train", "validation", "test"), 1)]  # fmt: skip
+    malformed = write_jsonl(tmp_path / "malformed.jsonl", *sums, {**sums[3], "clean": "1 + 4 = 5"})
+    sums[3]["corrupted"] = "2 + 1 + 1 = <predict>4</predict>"
+    misfit = write_jsonl(tmp_path / "misfit.jsonl", *sums)
+    prune = ("prune", f"run_dir={tmp_path / 'run'}", "num_edges=60", "trainer.steps=2")
+    code, _, err = call(capsys, monkeypatch, *prune, f"task.path={malformed}")
+    assert (code, "malformed.jsonl, line 5: field 'clean' needs exactly" in err) == (1, True), err
+    assert not (tmp_path / "run/checkpoints").exists()
+    code, _, err = call(capsys, monkeypatch, *prune, f"task.path={misfit}")
+    assert code == 0, err
+    assert "cannot be measured on its test prompts: none of the 1 examples can be used" in err
+
+
 def test_another_model_on_resuming_is_refused(tmp_path):
     model = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
     arguments = ("prune", *SMALL, "trainer.steps=4", "model=custom", f"model.path={model}",

@@ -314,6 +314,7 @@ def of_graph(scores: list | None = None, **counts: object) -> dict:
         (changed(cfg=[]), "'cfg' is list, expected a dictionary"),
         (changed(cfg={"n_layers": 2}), "n_layers=2 and n_heads=None"),
         (changed(cfg={"n_layers": 0, "n_heads": 2}), "n_layers=0"),
+        (changed(cfg={"n_layers": True, "n_heads": 2}), "num_layers=True must be a whole number"),
         (changed(cfg={"n_layers": 3, "n_heads": 2}), "3 layers of 2 heads, the model 2 of 2"),
         (changed(cfg={"n_layers": 2, "n_heads": 2, "parallel_attn_mlp": True}), "parallel_attn"),
         (changed(edges=[]), "'edges' is list"),
@@ -356,6 +357,19 @@ def test_bad_pt_files_are_refused(tmp_path):
     refused(r"edges_in_graph is \(2, 2\), expected a tensor of shape \(7, 15\)",
             edges_in_graph=torch.zeros(2, 2))  # fmt: skip
     refused("edges_in_graph is int", edges_in_graph=3)
+    for value in (float("nan"), 0.5, -1):
+        refused("edges_in_graph has other values than true and false",
+                edges_in_graph=torch.full((7, 15), value))  # fmt: skip
+    flags = torch.zeros(7, 15)
+    for tensor in (flags.to_sparse(), flags.to("meta"), flags.T, flags + 1j, [0]):
+        refused("edges_in_graph is .* expected a tensor of shape", edges_in_graph=tensor)
+        refused("edges_scores is .* expected a tensor of shape", edges_scores=tensor)
+        refused(r"neurons_in_graph is .* of shape \(7, any\)", nodes_in_graph=flags[:, 0],
+                neurons_in_graph=tensor[:5] if tensor is flags.T else tensor)  # fmt: skip
+        refused(r"nodes_in_graph is .* of shape \(7,\)", nodes_in_graph=tensor,
+                neurons_in_graph=flags)  # fmt: skip
+    refused("'edgeprune' cannot be read", edgeprune={"graph": GPT2.to_dict(), "left_out": [],
+            "scores": torch.zeros(GPT2.num_edges, device="meta")})  # fmt: skip
     refused("src_nodes and dst_nodes are not those", src_nodes=["input"])
     refused("circuits of neurons", nodes_in_graph=torch.ones(7),
             neurons_in_graph=torch.tensor([[1, 0]] * 7))  # fmt: skip

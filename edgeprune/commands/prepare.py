@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.commands.shared import check_output, show, task_records, write_records
-from edgeprune.config import OWN, ConfigError, PrepareConfig, check_model
+from edgeprune.config import OWN, ConfigError, PrepareConfig, check_model, check_task
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -20,6 +20,7 @@ def prepare(config: PrepareConfig) -> None:
             f"task.path={config.task.path or 'FILE'}"
         )
     check_model(config.model)
+    check_task(config.task)
     output = Path(config.output)
     check_output(output, [config.model.path], may_be=() if output.exists() else (DATA,))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)

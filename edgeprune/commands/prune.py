@@ -38,7 +38,6 @@ from edgeprune.config import (
     asked_sparsity,
     check_model,
     check_prune,
-    check_task,
     evaluation_batch_size,
     target_sparsity,
     to_dict,
@@ -57,7 +56,6 @@ def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
     check_prune(config)
     check_model(config.model)
-    check_task(config.task)
     if not config.run_dir:
         raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
     if in_processes():
@@ -125,12 +123,16 @@ def _load(
 def _check_validation(
     config: PruneConfig, shape: CircuitModel, pairs: PairDataset, data_path: Path
 ) -> None:
-    """Find now, and not after training, that validation prompts cannot be measured.
+    """Find now, and not after training, that validation or test prompts cannot be measured.
+
+    Test prompts that all do not fit are said, since the run needs none.
 
     Raises:
-        DataError: none of them can be used.
+        DataError: a line is malformed, or none of the validation prompts can be used.
         ConfigError: the mean over the training prompts does not reach as far.
     """
+    from edgeprune.dataset import NoneUsableError
+
     split = first_split(data_path, Split.validation).name
     validation = load_pairs(data_path, config.task, shape, split)
     if split != Split.train.name and pairs.has_splits:
@@ -138,6 +140,11 @@ def _check_validation(
         seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in pairs)
         if seen:
             say(f"{seen:,} of {len(validation):,} {split} prompts are training prompts, too")
+    if split != Split.test.name and first_split(data_path, Split.test) is Split.test:
+        try:
+            load_pairs(data_path, config.task, shape, Split.test.name)
+        except NoneUsableError as error:
+            say(f"the run cannot be measured on its test prompts: {error}")
     ablation = config.ablation
     if ablation.kind is AblationKind.mean and ablation.per_position:
         known, needed = (max(len(p.clean_ids) for p in of) for of in (pairs, validation))

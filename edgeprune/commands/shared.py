@@ -212,15 +212,25 @@ def write_records(records: list[dict], path: Path) -> None:
 
 
 def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
-    from edgeprune.dataset import load_dataset
+    """One split of a file, or of the prompts that were generated for the task."""
+    from edgeprune.dataset import DataError, load_dataset
+    from edgeprune.training.run import has_run
+
+    def named(text: object) -> str:
+        """Without the path of a file that the command will not leave."""
+        is_left = task.path is not None or has_run(path.parent)
+        return str(text) if is_left else str(text).replace(str(path), "the generated prompts")
 
     limit = model.max_length if task.max_length is None else task.max_length
     limit = min(limit, model.max_length)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        pairs = load_dataset(path, model.tokenizer, split, max_length=limit)
+        try:
+            pairs = load_dataset(path, model.tokenizer, split, max_length=limit)
+        except DataError as error:
+            raise type(error)(named(error)) from None
     for warning in caught:
-        say(str(warning.message))
+        say(named(warning.message))
     return pairs
 
 
