@@ -481,6 +481,14 @@ def check_cleanup(tolerance: float | None) -> None:
         raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
 
 
+def check_run(config: PruneConfig) -> None:
+    """Raises ConfigError where `edgeprune prune` cannot run with these settings on any model."""
+    check_prune(config)
+    check_model(config.model)
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
+
+
 def check_prune(config: PruneConfig) -> None:
     """Raises ConfigError where a setting is out of range or two contradict each other."""
     check_size(config.sparsity, config.num_edges)
