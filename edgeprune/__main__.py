@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what its encoding lacks is written as a number
             stream.reconfigure(errors="backslashreplace")
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)  # with a width of 0 nothing would be printed
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _tell(overview())
         sys.exit(0 if arguments else 2)
@@ -64,6 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail("the current directory is gone; change to one that is there (cd ~)", 1)
     rest = _as_text(command, _name_own(command, _name_path(command, rest)))
     _check_names(command, rest)
     if command != "prune" and _is_sweep(rest):

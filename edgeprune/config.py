@@ -325,7 +325,8 @@ class DrawConfig:
     formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
     """Files to write."""
     output: str | None = None
-    """Path without suffix; null: circuit beside edges.json."""
+    """Path without suffix; FOLDER/ is FOLDER/circuit; null: circuit beside edges.json, and beside
+    another file its name."""
     dangling: bool = False
     """Draw dangling edges too."""
     title: str | None = None

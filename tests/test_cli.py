@@ -583,6 +583,21 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     assert "'a'" not in err
 
 
+def test_a_current_directory_that_is_gone_is_said(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    code, _, err = call(capsys, monkeypatch, "draw", "x")
+    assert (code, "the current directory is gone; change to one that is there" in err) == (1, True)
+
+
+@pytest.mark.parametrize("columns", ["0", ""])
+def test_a_width_of_0_is_none(columns, finished, tmp_path):
+    done = run_cli("draw", finished, f"output={tmp_path / 'x'}", "formats=dot", COLUMNS=columns)
+    assert "drew " in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["report", "RUN"]])
 def test_an_output_that_is_full_is_said_in_a_line(arguments, copied):
     arguments = [str(copied) if argument == "RUN" else argument for argument in arguments]
