@@ -18,6 +18,7 @@ from edgeprune.config import (
     OWN,
     ConfigError,
     Stop,
+    check_run,
     did_you_mean,
     model_title,
     task_title,
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what its encoding lacks is written as a number
             stream.reconfigure(errors="backslashreplace")
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)  # with a width of 0 nothing would be printed
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _tell(overview())
         sys.exit(0 if arguments else 2)
@@ -63,6 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
     if "-h" in rest or "--help" in rest:
         _tell(command_help(command))
         sys.exit(0)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail("the current directory is gone; change to one that is there (cd ~)", 1)
     rest = _as_text(command, _name_own(command, _name_path(command, rest)))
     _check_names(command, rest)
     if command != "prune" and _is_sweep(rest):
@@ -206,7 +213,10 @@ def add_resolvers() -> None:
 
 
 def _run(command: str, overrides: list[str]) -> None:
-    """Compose the settings with Hydra and run the command (several times under --multirun)."""
+    """Compose the settings with Hydra and run the command (several times under --multirun).
+
+    All runs of a sweep are checked before the first, where they are run here.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -218,6 +228,7 @@ def _run(command: str, overrides: list[str]) -> None:
     add_resolvers()
     failures: list[Exception] = []
     run_dirs: set[str] = set()
+    only_checks = False
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
@@ -226,8 +237,10 @@ def _run(command: str, overrides: list[str]) -> None:
         add_resolvers()  # again, where this runs as a job elsewhere
         try:
             config: Any = OmegaConf.to_object(settings)
-            if command == "prune":
+            if only_checks:
+                check_run(config)
                 _check_apart(config.run_dir, run_dirs)
+                return
             getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
         except Exception as error:  # Hydra would print a traceback of its own
             if "SUBMITIT_EXECUTOR" in os.environ:  # in a job; Hydra brings it to who started that
@@ -236,7 +249,12 @@ def _run(command: str, overrides: list[str]) -> None:
 
     flags_last = sorted(overrides, key=lambda argument: argument.startswith("-"))
     sys.argv = [f"edgeprune {command}", *flags_last]  # Hydra takes no overrides after a flag
-    job()
+    if _is_sweep(overrides) and not any(a.startswith(("hydra/", "launcher=")) for a in overrides):
+        only_checks = True
+        job()
+        only_checks = False
+    if not failures:
+        job()
     for failure in failures[:-1]:  # of a sweep
         print(f"edgeprune: {failure}", file=sys.stderr)
     if failures:
@@ -247,7 +265,7 @@ def _check_apart(run_dir: str, earlier: set[str]) -> None:
     """Raises ConfigError where an earlier run of the sweep has this run directory."""
     if run_dir in earlier:
         raise ConfigError(
-            f"an earlier run of this sweep went to {run_dir}, too; have run_dir name what they "
+            f"another run of this sweep goes to {run_dir}, too; have run_dir name what they "
             "differ in, such as run_dir='runs/${ablation.kind}-${seed}'"
         )
     earlier.add(run_dir)
@@ -319,6 +337,13 @@ def _explain_hydra(command: str, error: Exception) -> str:
             has_own = group in ("model", "task")
             own = f"; {group}=custom {group}.path=... takes your own" if has_own else ""
             return f"no {group} {choice!r}; choose {', '.join(choices_of(group))}{own}"
+    argument = getattr(error, "override", None)
+    if argument is not None:
+        return (
+            f"{argument!r} cannot be read: values of a sweep have one comma between them, "
+            "${...} needs both braces, and text with special characters goes in quotes within the "
+            "shell's, as in run_dir=\"'a (1), b'\""
+        )
     lines = [line.strip() for line in (str(cause) if cause else text).splitlines() if line.strip()]
     wanted = [line for line in lines if not line.startswith("object_type")]
     return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"

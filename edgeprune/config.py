@@ -326,7 +326,8 @@ class DrawConfig:
     formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
     """Files to write."""
     output: str | None = None
-    """Path without suffix; null: circuit beside edges.json."""
+    """Path without suffix; FOLDER/ is FOLDER/circuit; null: circuit beside edges.json, and beside
+    another file its name."""
     dangling: bool = False
     """Draw dangling edges too."""
     title: str | None = None
@@ -480,6 +481,14 @@ def check_cleanup(tolerance: float | None) -> None:
     """Raises ConfigError for a tolerance below 0."""
     if tolerance is not None and not tolerance >= 0:
         raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
+
+
+def check_run(config: PruneConfig) -> None:
+    """Raises ConfigError where `edgeprune prune` cannot run with these settings on any model."""
+    check_prune(config)
+    check_model(config.model)
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
 
 
 def check_prune(config: PruneConfig) -> None:

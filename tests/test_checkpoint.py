@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from edgeprune.training import checkpoint as module
 from edgeprune.training.checkpoint import (
@@ -73,6 +74,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert list_checkpoints(tmp_path) == [5]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     assert load_latest(tmp_path)[0].step == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (OSError(122, "Disk quota exceeded"), "free some space"),
+        (SafetensorError("IoError(Os { ... }) No space left on device (os error 28)"), "free some"),
+        (OSError(30, "Read-only file system"), "mend that and start again"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "mend that and start again"),
+    ],
+)
+def test_space_is_asked_for_where_there_is_none(tmp_path, monkeypatch, error, wanted):
+    def fail(tensors, path):
+        raise error
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(CheckpointError, match=wanted):
+        save_checkpoint(tmp_path, make(20))
 
 
 def test_what_a_crash_left_half_written_is_no_checkpoint_and_is_cleared(tmp_path):

@@ -446,15 +446,36 @@ def test_multirun_and_wandb_without_a_key(tmp_path):
         assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
 
 
-def test_runs_of_a_sweep_that_would_share_a_directory_are_refused(tmp_path):
-    run_dir = tmp_path / "run"
-    done = run_cli("prune", *SMALL, "trainer.steps=2", "ablation=zero,mean", f"run_dir={run_dir}",
-                   "overwrite=true", "--multirun")  # fmt: skip
-    assert_refused(
-        done, 2, f"an earlier run of this sweep went to {run_dir}, too", "run_dir='runs/$"
-    )
-    evaluation = json.loads((run_dir / "evaluation-validation.json").read_text())
-    assert evaluation["ablation"]["kind"] == "zero"
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (["ablation=zero,mean", "run_dir=run"], "another run of this sweep goes to run, too"),
+        (["num_edges=null", "sparsity=0.9,2"], "sparsity=2.0 is out of range"),
+        (["task.train=4,-1"], "task.train=-1 must be 0 or more"),
+    ],
+)
+def test_a_sweep_of_which_a_run_is_refused_runs_none(
+    settings, wanted, tmp_path, capsys, monkeypatch
+):
+    from edgeprune.commands import prune
+
+    got = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prune, "prune", got.append)
+    code, _, err = call(capsys, monkeypatch, "prune", *SMALL, *settings, "--multirun")
+    assert (code, got) == (2, [])
+    assert wanted in err
+
+
+@pytest.mark.parametrize(
+    "argument", ["sparsity=0.9,", "trainer.steps=(3", "run_dir=x-${seed", "seed=1,,2"]
+)
+def test_an_argument_that_cannot_be_read_is_named(argument, capsys, monkeypatch):
+    for more in ([], ["--multirun"]):
+        code, _, err = call(capsys, monkeypatch, "prune", argument, *more)
+        assert code == 2
+        assert err.startswith(f"edgeprune: '{argument}' cannot be read: values of a sweep")
+        assert "expecting" not in err
 
 
 def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, monkeypatch):
@@ -560,6 +581,21 @@ def test_a_list_of_one_needs_no_brackets(tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "draw", "a=b", "checkpoint=x")
     assert code == 2
     assert "'a'" not in err
+
+
+def test_a_current_directory_that_is_gone_is_said(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    code, _, err = call(capsys, monkeypatch, "draw", "x")
+    assert (code, "the current directory is gone; change to one that is there" in err) == (1, True)
+
+
+@pytest.mark.parametrize("columns", ["0", ""])
+def test_a_width_of_0_is_none(columns, finished, tmp_path):
+    done = run_cli("draw", finished, f"output={tmp_path / 'x'}", "formats=dot", COLUMNS=columns)
+    assert "drew " in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["report", "RUN"]])

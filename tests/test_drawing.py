@@ -300,6 +300,20 @@ def test_picture_and_console_count_alike_and_name_ones_own_data(run, capsys, mon
     assert "6 edges, 5 nodes and the output" in dot
 
 
+def test_drawings_of_several_circuits_lie_beside_each_other(run, tmp_path, capsys, monkeypatch):
+    def drawn(*arguments) -> set[str]:
+        before = set(tmp_path.rglob("*.dot"))
+        code, _, err = call(capsys, monkeypatch, "draw", *arguments, "formats=[dot]")
+        assert code == 0, err
+        return {str(path.relative_to(tmp_path)) for path in set(tmp_path.rglob("*.dot")) - before}
+
+    small = run / "small.json"
+    small.write_text('[["m1", "resid_post"]]')
+    assert drawn(run) == {"run/circuit.dot"}
+    assert drawn(small) == {"run/small.dot"}
+    assert drawn(run, f"output={tmp_path}/pictures/") == {"pictures/circuit.dot"}
+
+
 def test_an_output_with_a_suffix_is_not_given_another(run, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out/v1.2.png"
     code, out, _ = call(capsys, monkeypatch, "draw", run, f"output={output}", "formats=[png]")

@@ -198,6 +198,49 @@ def test_a_runs_settings_do_not_make_what_lies_beside_them_a_runs(tmp_path):
     assert contents(run_dir) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("config.yaml", "[1", "config.yaml cannot be read"),
+        ("config.yaml", "- 1", "config.yaml is no list of settings"),
+        ("run.json", "{", "cannot read"),
+        ("run.json", "[]", "cannot read"),
+    ],
+)
+def test_where_damage_hides_whose_files_they_are_that_is_said(tmp_path, name, content, wanted):
+    run_dir = leave_run(tmp_path / "run")
+    (run_dir / name).write_text(content)
+    before = contents(run_dir)
+    with pytest.raises(ConfigError, match="so it cannot be told whether a run left") as error:
+        claim(run_dir, PruneConfig(run_dir=str(run_dir), overwrite=True))
+    assert str(error.value).startswith((f"{run_dir}/{wanted}", f"cannot read {run_dir}/{name}: "))
+    assert contents(run_dir) == before
+
+
+def test_damaged_files_of_a_run_are_named_once_and_without_pythons_words(
+    a_run, tmp_path, capsys, monkeypatch
+):
+    run_dir = shutil.copytree(a_run, tmp_path / "run")
+
+    def refused(name: str, content: str, *command: object) -> str:
+        whole = (run_dir / name).read_text()
+        (run_dir / name).write_text(content)
+        code, _, err = call(capsys, monkeypatch, *command)
+        (run_dir / name).write_text(whole)
+        assert (code, err.count(f"{run_dir}/{name}")) == (2, 1), err
+        assert not any(word in err for word in ("Error", "subscriptable", "'graph'", "indices"))
+        return err
+
+    for command in (("evaluate", run_dir), ("export", run_dir), ("draw", run_dir)):
+        assert "no list of settings" in refused("config.yaml", "- 1", *command)
+    for content in ("{}", "null", "[]", '{"graph": 3}', '{"graph": {}}'):
+        refused("run.json", content, "export", run_dir)
+        refused("run.json", content, "evaluate", run_dir)
+    graph_alone = json.dumps({"graph": json.loads((run_dir / "run.json").read_text())["graph"]})
+    (run_dir / "run.json").write_text(graph_alone)
+    assert call(capsys, monkeypatch, "export", run_dir, "format=eap_json")[0] == 0
+
+
 def test_overwriting_throws_away_a_run_and_nothing_else(tmp_path):
     run_dir = put(leave_run(tmp_path / "run"), "mine/edges.json", "notes.txt")
     task = TaskConfig(name="custom", path="my.jsonl")

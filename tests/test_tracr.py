@@ -377,6 +377,16 @@ def test_damaged_folders_are_refused(tmp_path, change, message):
         load_model(folder)
 
 
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, model_shape])
+def test_a_program_that_is_none_is_refused_at_once(load, tmp_path):
+    with pytest.raises(ModelError, match=r"no compiled model 'nope' .* choose brackets, neighbou"):
+        load("tracr/nope")
+    with pytest.raises(ModelError, match=r"has several in it; choose brackets, .*models/brackets"):
+        load(TRACR_MODELS)
+    with pytest.raises(ModelError, match="cannot load model"):
+        load(tmp_path)
+
+
 def test_building_again_gives_the_same_bytes(tmp_path, script):
     for name, make in script.PROGRAMS.items():
         write_folder(make(), tmp_path / name)

@@ -27,6 +27,8 @@ def draw(config: DrawConfig) -> None:
         raise ConfigError(f"formats is empty, expected some of {', '.join(SUFFIXES)}")
     check_formats(config.formats)
     output = None if config.output is None else Path(config.output)
+    if output is not None and config.output.strip("/") and config.output.endswith("/"):
+        output /= "circuit"
     if output is not None and output.suffix.removeprefix(".") in SUFFIXES:
         output = output.with_suffix("")  # formats says which are written
     if output is not None and output.name in ("", ".."):
@@ -40,16 +42,17 @@ def draw(config: DrawConfig) -> None:
     if path.is_dir() and has_run(path) and (from_masks or not (path / EDGES).exists()):
         run_dir = path
         chosen, _ = export_from(run_dir, config.checkpoint, config.sparsity, config.num_edges)
-        circuit, folder = chosen.circuit, run_dir
+        circuit, own = chosen.circuit, run_dir / "circuit"
     else:
         edges_path, run_dir = find_circuit(config.circuit)
         if from_masks:
             raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
         circuit = read_circuit(edges_path, known_graph(edges_path, run_dir))
-        folder = edges_path.parent
+        is_edges = edges_path.name == EDGES
+        own = edges_path.with_name("circuit" if is_edges else edges_path.stem)
     shown = circuit if config.dangling else circuit.without_dangling()
     title = run_title(run_dir) if config.title is None else config.title
-    stem = output or folder / "circuit"
+    stem = output or own
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
     for path in paths:
         check_output(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeprune.commands.shared import (
     OUT,
@@ -53,7 +53,6 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
         GRAPH_JSON,
         GRAPH_PT,
         load_masks,
-        read_manifest,
     )
 
     if Path(config.run).is_file():
@@ -77,8 +76,7 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
             write_origin(output, chosen.circuit.graph, run_dir)
     else:
         scores = load_masks(run_dir, step)[0].scores()
-        d_model = read_manifest(run_dir)["model"].get("d_model")
-        chosen.circuit.save(output, format, scores=scores, d_model=d_model)
+        chosen.circuit.save(output, format, scores=scores, d_model=_d_model(run_dir))
     report = {"checkpoint": step, **chosen.to_dict()}
     if cleaned is not None:
         report["cleanup"] = {"tolerance": config.cleanup, **cleaned.to_dict()}
@@ -136,7 +134,6 @@ def _format(config: ExportConfig) -> str:
 def _convert(config: ExportConfig) -> None:
     """From a circuit's file to another; of a graph file with scores, also another size."""
     from edgeprune.formats import read_circuit_file
-    from edgeprune.training.run import read_manifest
 
     path, run_dir = find_circuit(config.run)
     if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
@@ -156,14 +153,21 @@ def _convert(config: ExportConfig) -> None:
     if (config.sparsity, config.num_edges) != (None, None):
         file = _choose(path, file, config)
     circuit = circuit_of(path, file)
-    manifest: dict[str, Any] = read_manifest(run_dir) if run_dir else {"model": {}}
-    d_model = file.d_model or manifest["model"].get("d_model")
+    d_model = file.d_model or (_d_model(run_dir) if run_dir else None)
     circuit.save(output, format, scores=file.scores, d_model=d_model)
     if format == "edges" and file.sure:
         write_origin(output, circuit.graph, run_dir)
     show(f"{len(circuit):,} of {circuit.graph.num_edges:,} edges of {path} -> {output}")
     if format != "edges" and file.scores is None:
         say("scores are 1 for kept edges, else 0; `edgeprune export RUN` has the learned ones")
+
+
+def _d_model(run_dir: Path) -> int | None:
+    """Width of a run's model, where its run.json has it."""
+    from edgeprune.training.run import read_manifest
+
+    model = read_manifest(run_dir).get("model")
+    return model.get("d_model") if isinstance(model, dict) else None
 
 
 def _check_no_runs(output: Path, own: Path | None) -> None:

@@ -36,8 +36,7 @@ from edgeprune.config import (
     Split,
     TrackerConfig,
     asked_sparsity,
-    check_model,
-    check_prune,
+    check_run,
     evaluation_batch_size,
     target_sparsity,
     to_dict,
@@ -54,10 +53,7 @@ if TYPE_CHECKING:
 
 def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
-    check_prune(config)
-    check_model(config.model)
-    if not config.run_dir:
-        raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
+    check_run(config)
     if in_processes():
         check_launched(config.launcher.processes)
     elif config.launcher.processes != 1:

@@ -407,8 +407,9 @@ def run_settings(run_dir: Path | None) -> dict[str, Any]:
         return {}
     from edgeprune.training.run import read_config
 
+    content = read_config(run_dir)
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(PruneConfig), read_config(run_dir))
+        settings = OmegaConf.merge(OmegaConf.structured(PruneConfig), content)
         return {
             key: OmegaConf.to_object(settings[key])
             for key in ("model", "task", "ablation", "trainer")

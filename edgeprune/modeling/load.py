@@ -27,7 +27,7 @@ from edgeprune.dataset import Batch, Pair, collate
 from edgeprune.modeling import gpt2, llama, tracr
 from edgeprune.modeling.heads import is_foldable
 from edgeprune.modeling.model import CircuitModel
-from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.paths import EMBEDDED_MODEL, TRACR_MODELS
 
 FAMILIES = {
     "gpt2": (gpt2.GPT2, gpt2.build_graph),
@@ -333,6 +333,17 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
                 f"{path}: reading it needs two packages; pip install 'edgeprune[gguf]'"
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.parts[:1] == ("tracr",) and len(path.parts) == 2 and not path.exists():
+        raise ModelError(
+            f"no compiled model {path.name!r} comes with the project; choose "
+            f"{', '.join(_tracr_models(TRACR_MODELS))}, or give the folder of your own: "
+            "model=custom model.path=FOLDER"
+        )
+    if path.is_dir() and not (path / "config.json").exists() and _tracr_models(path):
+        raise ModelError(
+            f"{path} is no model, but has several in it; choose {', '.join(_tracr_models(path))}, "
+            f"as by model.path={path / _tracr_models(path)[0]}"
+        )
     is_hub_name = len(path.parts) <= 2 and not str(name_or_path).startswith(("/", ".", "~"))
     if not is_hub_name and not path.exists():
         raise ModelError(
@@ -341,6 +352,11 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
         )
     name = EMBEDDED_MODEL if str(name_or_path) == "embedded" else name_or_path
     return {"pretrained_model_name_or_path": str(name)}
+
+
+def _tracr_models(folder: Path) -> list[str]:
+    """Some of the compiled models that a folder has in it."""
+    return [path.name for path in sorted(folder.iterdir()) if tracr.find_folder(path)][:10]
 
 
 def _check_bits(bits: int | None, model_type: str) -> None:

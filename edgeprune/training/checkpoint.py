@@ -8,8 +8,10 @@ disk lies.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +81,19 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         _sync_directory(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        remedy = "free some space" if _is_full(error) else "mend that"
         raise CheckpointError(
             f"cannot save the checkpoint of step {checkpoint.step} in {target.parent}: {error}. "
-            "Earlier checkpoints are intact; free some space and start again with resume=auto"
+            f"Earlier checkpoints are intact; {remedy} and start again with resume=auto"
         ) from None
     return target
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk or what one may use of it is; safetensors says the number in words alone."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT)
 
 
 def load_checkpoint(run_dir: Path, step: int) -> Checkpoint:

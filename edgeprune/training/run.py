@@ -207,6 +207,7 @@ def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
     found = [path for name in names for path in run_dir.glob(name)]
     foreign = [path.name for path in found if path.name not in _left_by_a_run(run_dir, found)]
     if foreign:
+        _check_readable(run_dir, foreign)
         raise ConfigError(
             f"{run_dir} holds files that no run left there, but would be taken for one's: "
             f"{', '.join(foreign)}; choose another run_dir="
@@ -221,6 +222,21 @@ def _left_by_earlier(run_dir: Path, task_path: str | None) -> list[Path]:
     return found
 
 
+def _check_readable(run_dir: Path, foreign: list[str]) -> None:
+    """Raises ConfigError where what would tell that a run left these files is damaged."""
+    if not (run_dir / CONFIG).exists():
+        return
+    try:
+        read_config(run_dir)
+        if has_run(run_dir):
+            read_manifest(run_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; so it cannot be told whether a run left {', '.join(foreign)} there: restore "
+            "it, remove them, or choose another run_dir="
+        ) from None
+
+
 def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
     """Which of these files are a run's: its settings and run.json tell, not their names alone."""
     try:
@@ -232,7 +248,7 @@ def _left_by_a_run(run_dir: Path, found: list[Path]) -> set[str]:
         return set()
     try:
         begun = {"graph", "data", "model"} <= read_manifest(run_dir).keys()
-    except (ConfigError, AttributeError):
+    except ConfigError:
         begun = False
     ours = {path.name for path in found} if begun else {CONFIG, DATA}
     return ours if task.get("path") is None else ours - {DATA}
@@ -325,13 +341,18 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """run.json, as written.
 
     Raises:
-        ConfigError: not a run directory, or one whose training has not begun.
+        ConfigError: not a run directory, or one whose training has not begun, or damaged.
     """
     read_config(run_dir)
+    path = run_dir / MANIFEST
     try:
-        return json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"cannot read {path}: it is not what `edgeprune prune` wrote there")
+    return manifest
 
 
 def read_graph(run_dir: Path) -> CircuitGraph:
@@ -340,7 +361,11 @@ def read_graph(run_dir: Path) -> CircuitGraph:
     try:
         return CircuitGraph.from_dict(manifest["graph"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot read {run_dir / MANIFEST}: {error}") from None
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ConfigError(
+            f"{run_dir / MANIFEST} does not say which graph the run had{reason}; restore it as "
+            "`edgeprune prune` wrote it"
+        ) from None
 
 
 def read_digests(run_dir: Path) -> dict[str, str]:
@@ -348,10 +373,10 @@ def read_digests(run_dir: Path) -> dict[str, str]:
     manifest = read_manifest(run_dir)
     try:
         return {key: manifest[key]["sha256"] for key in ("data", "model")}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError):
         raise ConfigError(
-            f"{run_dir / MANIFEST} does not say which data and model the run had ({error!r}); "
-            "restore it as `edgeprune prune` wrote it"
+            f"{run_dir / MANIFEST} does not say which data and model the run had; restore it as "
+            "`edgeprune prune` wrote it"
         ) from None
 
 
