@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The circuits of SmolLM2-135M in RESULTS.md: pruned, evaluated beside random circuits, and drawn.
+# The circuits of SmolLM2-135M in RESULTS.md: pruned, evaluated beside the same between other heads, and drawn.
 #
 #   run_scripts/smollm2.sh                      # the model from the hub; about an hour and a half on a processor
 #   run_scripts/smollm2.sh path/to/model.gguf   # or from a file
