@@ -377,11 +377,11 @@ def test_an_exported_file_is_read_with_the_graph_of_its_run(tmp_path, capsys, mo
         "a.json", "a.json.origin", "b.pt", "edges.json", "edges.json.origin",
     ]  # fmt: skip
     assert Circuit.load(folder / "b.pt", graph) == whole
-    for name in ("a.json", "edges.json"):
+    for name, drawing in (("a.json", "a.dot"), ("edges.json", "circuit.dot")):
         out, err = edgeprune("draw", folder / name, "formats=[dot]")
         assert "drew 2 edges between 2 nodes" in out
         assert not err
-        assert "embeds -> a0_h2:k" in (folder / "circuit.dot").read_text()
+        assert "embeds -> a0_h2:k" in (folder / drawing).read_text()
     assert find_circuit(str(folder / "a.json")) == (folder / "a.json", folder / "../run")
     # a file that was changed since, or of which nothing is known, is not read with that graph
     (folder / "a.json").write_text('[["embeds", "a0.h2.q"], ["a0.h2", "resid_post"]]')
