@@ -509,7 +509,7 @@ def test_boolean_expressions_from_prompts_to_comparison(tmp_path, capsys, monkey
         "evaluate", tmp_path / "both/intersection", "model=embedded",
         "task=boolean_expressions_few_shot", f"task.path={tmp_path / 'few_shot.jsonl'}",
     )  # fmt: skip
-    assert f"circuit, {result['intersection']['num_edges']} edges" in out
+    assert f" {result['intersection']['num_edges']} edges " in out
     # of no run, since the two tasks differ
     (written,) = (tmp_path / "both/intersection").glob(
         "evaluation-embedded-*-boolean_expressions_few_shot-*-interchange-test.json"
