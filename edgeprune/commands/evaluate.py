@@ -294,12 +294,12 @@ def _print_evaluation(result: Evaluation, title: str, note: str) -> None:
     from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
 
     columns = {
-        f"circuit, {result.num_edges:,} edges": result.circuit,
-        "full model": result.full,
-        "every edge closed": result.corrupted,
+        f"circuit,\n{result.num_edges:,} edges": result.circuit,
+        "full\nmodel": result.full,
+        "every edge\nclosed": result.corrupted,
     }
     if result.shuffled is not None:
-        columns["between other heads"] = result.shuffled
+        columns["between\nother heads"] = result.shuffled
     table = Table(
         title=Text(f"{title}, {result.num_examples:,} prompts{note}"), title_justify="left"
     )
