@@ -91,21 +91,23 @@ class _ScaledProjection(torch.autograd.Function):
         if fused:
             from edgeprune.modeling import kernels  # needs Triton
 
+            factor = None  # the kernels make their own
             y, negated = kernels.project(x, weight, eps)
         else:
             exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
             # [head, token, 1]: -(sum of squares + eps ...)
             negated = -x.shape[-1] * eps - norm.square_()
-            y = (torch.bmm(x, weight.transpose(1, 2)) * _factor(x, negated)).to(x.dtype)
+            factor = (negated / -x.shape[-1]).rsqrt_()
+            y = (torch.bmm(x, weight.transpose(1, 2)) * factor).to(x.dtype)
         ctx.fused = fused
-        ctx.save_for_backward(x, negated, y, scale, *weights)
+        ctx.save_for_backward(x, negated, factor, y, scale, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, negated, y, scale, *weights = ctx.saved_tensors
+        x, negated, factor, y, scale, *weights = ctx.saved_tensors
         weight = _fold(scale, weights)
         if ctx.fused:
             from edgeprune.modeling import kernels
@@ -115,13 +117,8 @@ class _ScaledProjection(torch.autograd.Function):
             # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
             change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
             x.mul_(change.to(x.dtype))
-            x.baddbmm_((grad * _factor(x, negated)).to(x.dtype), weight)
+            x.baddbmm_((grad * factor).to(x.dtype), weight)
         return x, *[None] * (3 + len(weights))
-
-
-def _factor(x: Tensor, negated: Tensor) -> Tensor:
-    """1 / sqrt(mean square + eps), [head, token, 1]."""
-    return (negated / -x.shape[-1]).rsqrt_()
 
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -70,32 +70,45 @@ def _tile(weight: Tensor) -> dict[str, int]:
 
 
 @triton.jit
+def _place(num_tokens, d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):
+    """Of a program: its head, tokens and numbers of d_head, where these lie, and which are there.
+
+    Returns:
+        head, a number; tokens, [TOKENS], in their prompts and among those of all heads, and which
+        are there; own, [PADDED]; offsets of y, [TOKENS, PADDED], and which are there.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    own = tl.arange(0, PADDED)
+    among_all, is_token = head * num_tokens + tokens, tokens < num_tokens
+    in_y = among_all[:, None] * d_head + own[None, :]
+    is_y = is_token[:, None] & (own < d_head)[None, :]
+    return head, tokens, among_all, is_token, own, in_y, is_y
+
+
+@triton.jit
 def _project(
     x_at, weight_at, y_at, negated_at, num_tokens, head_stride, token_stride, eps, d_model,
     d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    heads_own = tl.arange(0, PADDED)
-    is_token, is_own = tokens[:, None] < num_tokens, heads_own < d_head
+    head, tokens, among_all, is_token, own, in_y, is_y = _place(num_tokens, d_head, PADDED, TOKENS)
     rows = x_at + head * head_stride + tokens[:, None] * token_stride
-    weights = weight_at + (head * d_head + heads_own[None, :]) * d_model
+    weights = weight_at + (head * d_head + own[None, :]) * d_model
     product = tl.zeros((TOKENS, PADDED), tl.float32)
     squares = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, d_model, MODEL):
-        models = start + tl.arange(0, MODEL)
-        is_models = models < d_model
-        x = tl.load(rows + models[None, :], is_token & is_models[None, :], 0.0)
-        weight = tl.load(weights + models[:, None], is_own[None, :] & is_models[:, None], 0.0)
+        inner = start + tl.arange(0, MODEL)
+        is_inner = inner < d_model
+        x = tl.load(rows + inner[None, :], is_token[:, None] & is_inner[None, :], 0.0)
+        is_weight = (own < d_head)[None, :] & is_inner[:, None]
+        weight = tl.load(weights + inner[:, None], is_weight, 0.0)
         product = tl.dot(x, weight, product, input_precision="ieee")
         exact = x.to(tl.float32)
         squares += tl.sum(exact * exact, 1)
     negated = -d_model * eps - squares
     y = product * tl.rsqrt(negated / -d_model)[:, None]
-    y_rows = y_at + (head * num_tokens + tokens[:, None]) * d_head
-    is_y = is_token & is_own[None, :]
-    tl.store(y_rows + heads_own[None, :], y.to(y_at.dtype.element_ty), is_y)
-    tl.store(negated_at + head * num_tokens + tokens, negated, tokens < num_tokens)
+    tl.store(y_at + in_y, y.to(y_at.dtype.element_ty), is_y)
+    tl.store(negated_at + among_all, negated, is_token)
 
 
 @triton.jit
@@ -103,25 +116,21 @@ def _put_gradient(
     x_at, weight_at, y_at, negated_at, grad_at, num_tokens, head_stride, token_stride, d_model,
     d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    heads_own = tl.arange(0, PADDED)
-    is_token, is_own = tokens[:, None] < num_tokens, heads_own < d_head
-    y_offsets = (head * num_tokens + tokens[:, None]) * d_head + heads_own[None, :]
-    is_y = is_token & is_own[None, :]
-    y = tl.load(y_at + y_offsets, is_y, 0.0).to(tl.float32)
-    grad = tl.load(grad_at + y_offsets, is_y, 0.0).to(tl.float32)
-    negated = tl.load(negated_at + head * num_tokens + tokens, tokens < num_tokens, -1.0)
+    head, tokens, among_all, is_token, own, in_y, is_y = _place(num_tokens, d_head, PADDED, TOKENS)
+    y = tl.load(y_at + in_y, is_y, 0.0).to(tl.float32)
+    grad = tl.load(grad_at + in_y, is_y, 0.0).to(tl.float32)
+    negated = tl.load(negated_at + among_all, is_token, -1.0)
     # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
     change = tl.sum(grad * y, 1) / negated
     scaled = (grad * tl.rsqrt(negated / -d_model)[:, None]).to(x_at.dtype.element_ty)
     rows = x_at + head * head_stride + tokens[:, None] * token_stride
-    weights = weight_at + (head * d_head + heads_own[:, None]) * d_model
+    weights = weight_at + (head * d_head + own[:, None]) * d_model
     for start in range(0, d_model, MODEL):
-        models = start + tl.arange(0, MODEL)
-        is_models = models[None, :] < d_model
-        x = tl.load(rows + models[None, :], is_token & is_models, 0.0)
-        weight = tl.load(weights + models[None, :], is_own[:, None] & is_models, 0.0)
+        inner = start + tl.arange(0, MODEL)
+        is_inner = inner[None, :] < d_model
+        is_x = is_token[:, None] & is_inner
+        x = tl.load(rows + inner[None, :], is_x, 0.0)
+        weight = tl.load(weights + inner[None, :], (own < d_head)[:, None] & is_inner, 0.0)
         product = tl.dot(scaled, weight, input_precision="ieee")
         of_x = x.to(tl.float32) * change[:, None] + product
-        tl.store(rows + models[None, :], of_x.to(x_at.dtype.element_ty), is_token & is_models)
+        tl.store(rows + inner[None, :], of_x.to(x_at.dtype.element_ty), is_x)
