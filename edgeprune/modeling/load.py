@@ -339,10 +339,11 @@ def _source(name_or_path: str | Path) -> dict[str, str]:
             f"{', '.join(_tracr_models(TRACR_MODELS))}, or give the folder of your own: "
             "model=custom model.path=FOLDER"
         )
-    if path.is_dir() and not (path / "config.json").exists() and _tracr_models(path):
+    is_other = path.is_dir() and not (path / "config.json").exists()
+    if is_other and (models := _tracr_models(path)):
         raise ModelError(
-            f"{path} is no model, but has several in it; choose {', '.join(_tracr_models(path))}, "
-            f"as by model.path={path / _tracr_models(path)[0]}"
+            f"{path} is no model, but has several in it; choose {', '.join(models)}, as by "
+            f"model.path={path / models[0]}"
         )
     is_hub_name = len(path.parts) <= 2 and not str(name_or_path).startswith(("/", ".", "~"))
     if not is_hub_name and not path.exists():
