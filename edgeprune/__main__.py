@@ -14,15 +14,14 @@ from typing import Any, NoReturn
 
 from edgeprune.config import (
     COMMANDS,
+    CUSTOM,
     LESS_MEMORY,
-    OWN,
-    ConfigError,
-    Stop,
     check_run,
     did_you_mean,
     model_title,
     task_title,
 )
+from edgeprune.errors import ConfigError, JobFailed, UserError
 from edgeprune.help import (
     GROUPS,
     POSITIONAL,
@@ -34,7 +33,6 @@ from edgeprune.help import (
     setting_names,
     usage,
 )
-from edgeprune.launch import JobFailed
 from edgeprune.paths import CONF
 
 FLAGS = ("-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir")
@@ -140,7 +138,7 @@ def _name_own(command: str, arguments: list[str]) -> list[str]:
         return arguments
     names = [argument.split("=")[0].lstrip("+") for argument in arguments]
     own = [
-        f"{group}={OWN}"
+        f"{group}={CUSTOM}"
         for group in ("model", "task")
         if f"{group}.path" in names and not {group, "experiment"} & set(names)
     ]
@@ -232,7 +230,7 @@ def _run(command: str, overrides: list[str]) -> None:
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
     def job(settings: DictConfig) -> None:
-        if any(isinstance(f, Stop) and f.exit_code is not None for f in failures):
+        if any(isinstance(f, UserError) and f.exit_code is not None for f in failures):
             return  # a signal stops the whole sweep
         add_resolvers()  # again, where this runs as a job elsewhere
         try:
@@ -277,7 +275,7 @@ def _check_apart(run_dir: str, earlier: set[str]) -> None:
 def _report(command: str, arguments: list[str], error: Exception) -> NoReturn:
     """Say what went wrong in one message, and exit."""
     name = type(error).__name__
-    stop = error if isinstance(error, Stop) else Stop()
+    stop = error if isinstance(error, UserError) else UserError()
     if _rank() > 0 and (stop.on_every_process or _of_hydra(error)):
         sys.exit(stop.exit_code or 1)  # the first process says it
     if stop.exit_code is not None:

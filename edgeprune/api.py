@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.ablation import Ablation
-from edgeprune.analysis.cleanup import clean_up
-from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     PruneConfig,
@@ -20,10 +17,13 @@ from edgeprune.config import (
     from_keywords,
     target_sparsity,
 )
-from edgeprune.dataset import Pair
-from edgeprune.masks import CircuitMasks
-from edgeprune.modeling import CircuitModel
-from edgeprune.training.objective import unfinished
+from edgeprune.engine.ablation import Ablation
+from edgeprune.evaluation.cleanup import clean_up
+from edgeprune.evaluation.export import export_circuit
+from edgeprune.methods.masks import CircuitMasks
+from edgeprune.methods.objective import unfinished
+from edgeprune.models import CircuitModel
+from edgeprune.prompts.encode import Pair
 from edgeprune.training.progress import training_progress
 from edgeprune.training.trainer import StepMetrics, Trainer
 

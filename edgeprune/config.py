@@ -11,31 +11,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-MOST_EVALUATED = 64
+from edgeprune.errors import ConfigError
+
+MAX_EVALUATED = 64
 """Pairs of a pass without gradients, unless more are asked for."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-OWN = "custom"
+CUSTOM = "custom"
 """The task and the model that are one's own: `task.path`, `model.path`."""
-
-
-class Stop(Exception):
-    """What ends a command, with a message for people.
-
-    Attributes:
-        exit_code: the command's, which ends a whole sweep; None: as of any error.
-        on_every_process: whether all processes of a run raise it, so that the first alone says it.
-    """
-
-    exit_code: int | None = None
-    on_every_process = False
-
-
-class ConfigError(Stop, ValueError):
-    """A setting which cannot be used; the message says what was got and what was expected."""
-
-    on_every_process = True
 
 
 class AblationKind(Enum):
@@ -449,12 +433,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def task_title(name: str, path: str | None) -> str:
     """A task's name for people: one's own data (task=custom) goes by its file's name."""
-    return Path(path).stem if name == OWN and path else name
+    return Path(path).stem if name == CUSTOM and path else name
 
 
 def model_title(name: str, path: str | None) -> str:
     """A model's name for people: one's own (model=custom) goes by its folder's or file's name."""
-    return Path(path).name if name == OWN and path else name
+    return Path(path).name if name == CUSTOM and path else name
 
 
 def check_size(sparsity: float | None, num_edges: int | None) -> None:
@@ -625,9 +609,9 @@ def evaluation_batch_size(trainer: TrainerConfig | None) -> int:
         trainer: of the run; None where there is none.
     """
     if trainer is None:
-        return MOST_EVALUATED
+        return MAX_EVALUATED
     in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-    return min(MOST_EVALUATED, 2 * in_training)
+    return min(MAX_EVALUATED, 2 * in_training)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -652,9 +636,9 @@ def check_task(task: TaskConfig) -> None:
             raise ConfigError(f"task.{name}={getattr(task, name)} must be 0 or more")
     if task.max_length is not None and task.max_length < 1:
         raise ConfigError(f"task.max_length={task.max_length} must be at least 1, or null")
-    if task.name == OWN and task.path is None:
+    if task.name == CUSTOM and task.path is None:
         raise ConfigError(
-            f"task.path is missing: task={OWN} takes a file of your own; give task.path=FILE"
+            f"task.path is missing: task={CUSTOM} takes a file of your own; give task.path=FILE"
         )
 
 

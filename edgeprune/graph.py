@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from edgeprune.errors import ConfigError
+
 Edge = tuple[str, str]
 """(writer, reader), by name."""
 
-MOST_HEADS = 100_000
+MAX_HEADS = 100_000
 """Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
 
 
@@ -72,10 +74,10 @@ class CircuitGraph:
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name}={count!r} must be a whole number above 0")
-        if self.num_layers * self.num_heads > MOST_HEADS:
+        if self.num_layers * self.num_heads > MAX_HEADS:
             raise ValueError(
                 f"a model of {self.num_layers:,} layers of {self.num_heads:,} heads has more than "
-                f"the {MOST_HEADS:,} heads of any that is known; check its numbers"
+                f"the {MAX_HEADS:,} heads of any that is known; check its numbers"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -152,6 +154,38 @@ class CircuitGraph:
     def num_edges(self) -> int:
         last = self.sites[-1]
         return last.offset + last.num_edges
+
+    def check_num_edges(self, num_edges: int) -> None:
+        """Raise ConfigError unless a circuit of this graph can have `num_edges` edges."""
+        if not 0 <= num_edges <= self.num_edges:
+            raise ConfigError(
+                f"num_edges={num_edges} is out of range: the graph has {self.num_edges:,} edges"
+            )
+
+    def resolve_size(self, num_edges: int | None = None, sparsity: float | None = None) -> int:
+        """The number of edges of a circuit, given exactly one of its two measures.
+
+        Args:
+            num_edges: number of edges to keep.
+            sparsity: fraction of the edges to remove, in [0, 1]; the number of edges is rounded to
+                the nearest integer.
+
+        Raises:
+            ConfigError: not exactly one is given, or it is out of range.
+        """
+        if (num_edges is None) == (sparsity is None):
+            raise ConfigError(
+                f"got num_edges={num_edges} and sparsity={sparsity}; give exactly one of them"
+            )
+        if sparsity is not None:
+            if not 0 <= sparsity <= 1:
+                raise ConfigError(
+                    f"sparsity={sparsity} is out of range: it is the fraction of edges to remove, "
+                    "0 to 1"
+                )
+            return round((1 - sparsity) * self.num_edges)
+        self.check_num_edges(num_edges)
+        return num_edges
 
     @cached_property
     def _reader_place(self) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from edgeprune.dataset import Batch
+from edgeprune.prompts.encode import Batch
 
 SAME_NUMBER = 1e-3
 """Numbers that differ by no more are the same answer."""
@@ -76,7 +76,7 @@ def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ExampleScores:
+class ExampleMetrics:
     """What one model does on each example of a batch; every tensor is [batch].
 
     Attributes:
@@ -104,7 +104,7 @@ class ExampleScores:
 
 def score(
     batch: Batch, reference: Tensor, logits: Tensor, output: Output = Output.logits
-) -> ExampleScores:
+) -> ExampleMetrics:
     """Compare logits with the reference's and with the right answers.
 
     Args:
@@ -128,7 +128,7 @@ def score(
                 probabilities[list(pair.answer_ids)].sum()
                 - probabilities[list(pair.distractor_ids)].sum()
             )
-    return ExampleScores(
+    return ExampleMetrics(
         kl=mean_by_example(kl_per_token(reference, logits), batch),
         error=torch.full((len(batch.pairs),), float("nan")),
         correct=_every(right, batch),
@@ -151,7 +151,7 @@ def _of_other_answers(best: list[int], batch: Batch) -> list[bool]:
 
 def _score_values(
     batch: Batch, reference: Tensor, outputs: Tensor, output: Output
-) -> ExampleScores:
+) -> ExampleMetrics:
     if output is Output.number:
         best, wanted, of_reference = outputs[:, 0], batch.target_values, reference[:, 0]
         right = ((best - wanted).abs() <= SAME_NUMBER) | wanted.isnan()
@@ -164,7 +164,7 @@ def _score_values(
         0, batch.rows, error_per_token(reference, outputs), "amax"
     )
     unknown = torch.full((len(batch.pairs),), float("nan"))
-    return ExampleScores(
+    return ExampleMetrics(
         kl=unknown,
         error=error,
         correct=_every(right, batch),

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from edgeprune import Circuit, load_model
-from edgeprune.dataset import iterate_records
-from edgeprune.training.run import DATA, EDGES, read_config
+from edgeprune.prompts.encode import iterate_records
+from edgeprune.runs.run import DATA, EDGES, read_config
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")
 ENOUGH = 0.3

@@ -20,13 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from edgeprune.circuit import Circuit
-from edgeprune.files import write_json
-from edgeprune.graph import CircuitGraph, Edge
-from edgeprune.paths import TRACR_MODELS
-from edgeprune.tasks.tracr import make_records
-from edgeprune.tracr_builder import (
+from tracr_builder import (
     BOS,
     ONE,
     SHARP,
@@ -43,9 +37,15 @@ from edgeprune.tracr_builder import (
     write_folder,
 )
 
+from edgeprune.circuit import Circuit
+from edgeprune.files import write_json
+from edgeprune.graph import CircuitGraph, Edge
+from edgeprune.paths import TRACR_MODELS
+from edgeprune.prompts.tasks.tracr import make_records
+
 TOLERANCE = 1e-4
 """Outputs that differ by no more are unchanged."""
-MOST_SUBSETS = 2**16
+MAX_SUBSETS = 2**16
 
 
 # ------------------------------------------------------------------------------------ the programs
@@ -291,11 +291,11 @@ def search(program: Program, records: list[dict], scored_from: int, ablation: st
     """All smallest sets of structural edges that leave the outputs unchanged.
 
     Raises:
-        RuntimeError: more subsets than `MOST_SUBSETS`.
+        RuntimeError: more subsets than `MAX_SUBSETS`.
     """
     graph, edges = program.graph, structural_edges(program)
     model = make_config(program), make_weights(program)
-    if 2 ** len(edges) > MOST_SUBSETS:
+    if 2 ** len(edges) > MAX_SUBSETS:
         raise RuntimeError(f"{program.name} has {len(edges)} structural edges: too many to try all")
     clean = torch.tensor([record["clean_ids"] for record in records])
     corrupted = torch.tensor([record["corrupted_ids"] for record in records])

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 import edgeprune
-from edgeprune.analysis.evaluate import Scores
 from edgeprune.circuit import Circuit
-from edgeprune.dataset import collate
 from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
-from edgeprune.gradient import Inputs, differentiate
-from edgeprune.modeling import CircuitModel
-from edgeprune.training.run import EDGES, load_masks
+from edgeprune.engine.gradient import StepInputs, differentiate
+from edgeprune.evaluation.evaluate import Metrics
+from edgeprune.models import CircuitModel
+from edgeprune.prompts.encode import collate
+from edgeprune.runs.run import EDGES, load_masks
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/steps"
@@ -120,7 +120,7 @@ def prune(study: Study, run: Path, settings: str) -> None:
     print(f"{run.name}: {time.monotonic() - begin:.0f} s with start-up and evaluation")
 
 
-def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Scores]]:
+def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Metrics]]:
     """Circuits of each size, of each run."""
     model = edgeprune.load_model(study.model, dtype=study.dtype)
     found = []
@@ -130,7 +130,7 @@ def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Scores]]:
     return found
 
 
-def attribute(study: Study, run: Path) -> dict[int, Scores]:
+def attribute(study: Study, run: Path) -> dict[int, Metrics]:
     """Circuits of each size, of the edges with the largest attribution scores by magnitude.
 
     A score is the gradient of the KL divergence by an edge's gate, summed over a run's training
@@ -147,7 +147,7 @@ def attribute(study: Study, run: Path) -> dict[int, Scores]:
         reference, corrupted = model.run_pair(batch)
         for opening in OPENINGS:
             gates = torch.full_like(scores, opening).requires_grad_()
-            scores += differentiate(model, Inputs(batch, reference, corrupted, gates))[1]
+            scores += differentiate(model, StepInputs(batch, reference, corrupted, gates))[1]
     print(f"attribution: {time.monotonic() - begin:.0f} s with start-up")
     ranking = scores.abs().argsort(descending=True).tolist()
     edges = [model.graph.edges[index] for index in ranking]
@@ -155,13 +155,13 @@ def attribute(study: Study, run: Path) -> dict[int, Scores]:
     return evaluate(model, run, circuits)
 
 
-def evaluate(model: CircuitModel, run: Path, circuits: dict[int, Circuit]) -> dict[int, Scores]:
+def evaluate(model: CircuitModel, run: Path, circuits: dict[int, Circuit]) -> dict[int, Metrics]:
     """On a run's test prompts."""
     test = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "test")
     return {s: edgeprune.evaluate(model, c, test).circuit for s, c in circuits.items()}
 
 
-def curve(name: str, scores: list[dict[int, Scores]], metric: str) -> Curve:
+def curve(name: str, scores: list[dict[int, Metrics]], metric: str) -> Curve:
     sizes = list(scores[0])
     values = [sorted(getattr(of_run[size], metric) for of_run in scores) for size in sizes]
     middle = [statistics.median(of_size) for of_size in values]

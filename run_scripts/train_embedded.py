@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from edgeprune.dataset import collate, encode_records, iterate_batches
 from edgeprune.metrics import score
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.tasks import TASKS, make_records
-from edgeprune.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES
+from edgeprune.prompts.encode import collate, encode_records, iterate_batches
+from edgeprune.prompts.tasks import TASKS, make_records
+from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES
 
 END = "<|endoftext|>"
 PRE_TOKENS = r" ?\p{N}{1,2}| ?\p{L}+|'\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"

@@ -14,9 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, TrainerConfig
-from edgeprune.modeling import wrap_model
+from edgeprune.engine.ablation import Ablation
+from edgeprune.models import wrap_model
 from edgeprune.training.trainer import Trainer
 
 
@@ -47,7 +47,7 @@ with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
     assert model.device.type == "gpu"
     for step in range(2):  # the second uses what the first has taken
         gates = trainer.masks.sample(step).edge
-        distance, of_gates = trainer._differentiate(pairs[:8], gates.detach())
-        gates.backward(of_gates)
-    assert distance.device.type == of_gates.device.type == "gpu"
+        distance, grad_gates = trainer._differentiate(pairs[:8], gates.detach())
+        gates.backward(grad_gates)
+    assert distance.device.type == grad_gates.device.type == "gpu"
     assert trainer.masks.edge_log_alpha.grad.shape == (model.graph.num_edges,)

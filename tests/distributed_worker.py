@@ -13,11 +13,12 @@ import torch
 from conftest import random_gpt2, random_pairs
 from safetensors.torch import save_file
 
-from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, TrainerConfig
-from edgeprune.modeling import passes, wrap_model
+from edgeprune.engine import cache as passes
+from edgeprune.engine.ablation import Ablation
+from edgeprune.models import wrap_model
+from edgeprune.scale.world import World
 from edgeprune.training.checkpoint import load_latest, save_checkpoint
-from edgeprune.training.distributed import Processes
 from edgeprune.training.trainer import Trainer
 
 
@@ -36,11 +37,11 @@ MODELS = {
 }
 
 torch.set_num_threads(1)
-with Processes.join("cpu", timeout=1) as processes:
+with World.join("cpu", timeout=1) as processes:
     for argument in sys.argv[1:]:
         job = json.loads(argument)
         output, resume, until = (job.pop(key, None) for key in ("output", "resume", "until"))
-        passes.MOST_KEPT = 2**30 if job.pop("keep", True) else 0
+        passes.MAX_KEPT = 2**30 if job.pop("keep", True) else 0
         make = MODELS[job.pop("model", "gpt2")]
         if shard := job.pop("shard", None):
             with torch.device("meta"):
@@ -63,7 +64,7 @@ with Processes.join("cpu", timeout=1) as processes:
             for parameter in model.architecture.blocks[0].layer.parameters():
                 assert parameter.to_local().numel() < parameter.numel()
         state = trainer.checkpoint()
-        if processes.is_first:
+        if processes.is_rank_zero:
             save_checkpoint(Path(output), state)
         tensors = {**state.masks, "kl": torch.tensor(kl), **state.optimizer}
         save_file(tensors, f"{output}-{processes.rank}.safetensors")

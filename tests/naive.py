@@ -7,7 +7,7 @@ heads are computed with the projection's slice and an equal share of its bias.
 import torch
 from torch import Tensor
 
-from edgeprune.masks import Gates
+from edgeprune.methods.masks import Gates
 
 
 def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[Tensor]):

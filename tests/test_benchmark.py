@@ -9,10 +9,10 @@ from test_engine import random_gates
 from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
-from edgeprune.analysis import benchmark, naive
-from edgeprune.dataset import collate
+from edgeprune.evaluation import benchmark, naive
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import wrap_model
+from edgeprune.models import wrap_model
+from edgeprune.prompts.encode import collate
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

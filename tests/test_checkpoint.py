@@ -2,10 +2,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from edgeprune.errors import CheckpointError
 from edgeprune.training import checkpoint as module
 from edgeprune.training.checkpoint import (
     Checkpoint,
-    CheckpointError,
     checkpoint_dir,
     list_checkpoints,
     load_checkpoint,

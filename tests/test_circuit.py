@@ -7,11 +7,12 @@ import torch
 from conftest import random_pairs
 from omegaconf import OmegaConf
 
-from edgeprune.ablation import Ablation
-from edgeprune.analysis.evaluate import evaluate
-from edgeprune.circuit import Circuit, CircuitError
-from edgeprune.config import AblationConfig, AblationKind, ConfigError
-from edgeprune.formats import infer_graph, read_circuit_file
+from edgeprune.circuit import Circuit
+from edgeprune.config import AblationConfig, AblationKind
+from edgeprune.engine.ablation import Ablation
+from edgeprune.errors import CircuitError, ConfigError
+from edgeprune.evaluation.evaluate import evaluate
+from edgeprune.formats.eap import infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import CONF
 

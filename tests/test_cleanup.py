@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 
 from edgeprune import clean_up, evaluate, prune
-from edgeprune.ablation import Ablation
-from edgeprune.analysis import cleanup
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig, AblationKind, ConfigError
-from edgeprune.dataset import encode_records
-from edgeprune.modeling import load_model, wrap_model
-from edgeprune.modeling import passes as kept
-from edgeprune.tasks.tracr import make_records
+from edgeprune.config import AblationConfig, AblationKind
+from edgeprune.engine import cache as kept
+from edgeprune.engine.ablation import Ablation
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation import cleanup
+from edgeprune.models import load_model, wrap_model
+from edgeprune.prompts.encode import encode_records
+from edgeprune.prompts.tasks.tracr import make_records
 
 
 def whole(model) -> Circuit:
@@ -126,9 +127,9 @@ def test_activations_that_do_not_fit_are_computed_anew(monkeypatch):
     model, pairs = micro_model(), induction_pairs(40, seed=3)
     ranking = list(range(model.graph.num_edges))
     one = clean_up(model, whole(model), pairs, tolerance=0.01, ranking=ranking)
-    monkeypatch.setattr("edgeprune.analysis.cleanup.MOST_KEPT", 0)
+    monkeypatch.setattr("edgeprune.evaluation.cleanup.MAX_KEPT", 0)
     other = clean_up(model, whole(model), pairs, tolerance=0.01, ranking=ranking)
-    assert kept.MOST_KEPT > 0
+    assert kept.MAX_KEPT > 0
     assert one == other
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.config import COMMANDS
 from edgeprune.help import setting_kinds
-from edgeprune.launch import stop_signals
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.scale.launch import stop_signals
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -480,7 +480,7 @@ def test_an_argument_that_cannot_be_read_is_named(argument, capsys, monkeypatch)
 
 def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, monkeypatch):
     from edgeprune.commands import prune
-    from edgeprune.training.run import Interrupted
+    from edgeprune.runs.run import Interrupted
 
     begun = []
 

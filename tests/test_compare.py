@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from edgeprune.analysis.compare import (
+from edgeprune.circuit import Circuit
+from edgeprune.commands.compare import Name, labels_of
+from edgeprune.commands.shared import find_circuit
+from edgeprune.evaluation.compare import (
     Agreement,
     Overlap,
     compare,
@@ -20,10 +23,7 @@ from edgeprune.analysis.compare import (
     times_kept,
     union,
 )
-from edgeprune.circuit import Circuit
-from edgeprune.commands.compare import Name, labels_of
-from edgeprune.commands.shared import find_circuit
-from edgeprune.formats import read_circuit_file
+from edgeprune.formats.eap import read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))

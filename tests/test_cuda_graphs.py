@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import masking_utils
 
-from edgeprune import gradient
-from edgeprune.ablation import Ablation
-from edgeprune.config import AblationConfig, AblationKind, ConfigError, TrainerConfig
-from edgeprune.dataset import collate
-from edgeprune.gradient import CudaGraphs, Inputs, differentiate
-from edgeprune.modeling import wrap_model
+from edgeprune.config import AblationConfig, AblationKind, TrainerConfig
+from edgeprune.engine import gradient
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.gradient import CudaGraphs, StepInputs, differentiate
+from edgeprune.errors import ConfigError
+from edgeprune.models import wrap_model
+from edgeprune.prompts.encode import collate
 from edgeprune.training.trainer import Trainer
 
 
@@ -82,12 +83,12 @@ def counted(monkeypatch) -> list:
     return calls
 
 
-def some_inputs(model, ablation: str, *, seed: int, width: int = 7) -> Inputs:
+def some_inputs(model, ablation: str, *, seed: int, width: int = 7) -> StepInputs:
     pairs = random_pairs(2, width, seed=seed) + random_pairs(2, width - 2, seed=seed, predicted=2)
     batch = collate(pairs)
     reference, corrupted = model.run_pair(batch)
     closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs).values(batch, corrupted)
-    return Inputs(batch, reference, closed, random_gates(model.graph, seed, node=False).edge)
+    return StepInputs(batch, reference, closed, random_gates(model.graph, seed, node=False).edge)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -144,7 +145,7 @@ def test_shares_are_told_apart(stand_in):
 
 
 def test_shapes_beyond_the_most_are_run(stand_in, monkeypatch):
-    monkeypatch.setattr(gradient, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(gradient, "MAX_GRAPHS", 1)
     model = wrap_model(random_gpt2())
     graphs = CudaGraphs(model, recompute=False)
     for width in (5, 7, 5, 7, 7):

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from edgeprune.dataset import (
-    DataError,
-    MisfitError,
+from edgeprune.errors import DataError, MisfitError
+from edgeprune.prompts.encode import (
     PairDataset,
     collate,
     encode_pair,

@@ -15,8 +15,8 @@ import torch
 from conftest import run_cli
 from safetensors.torch import load_file
 
-from edgeprune.config import ConfigError
-from edgeprune.training.distributed import Processes, memory_allowed
+from edgeprune.errors import ConfigError
+from edgeprune.scale.world import World, memory_allowed
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -68,9 +68,9 @@ def test_memory_is_what_control_groups_leave(tmp_path, monkeypatch):
     group("", 300, 100, 0)
     assert memory_allowed(root, own) == 200
 
-    monkeypatch.setattr("edgeprune.training.distributed.memory_allowed", lambda: 200)
+    monkeypatch.setattr("edgeprune.scale.world.memory_allowed", lambda: 200)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert Processes(device="cpu").free_memory() == 100
+    assert World(device="cpu").free_memory() == 100
 
 
 def free_port() -> int:
@@ -159,11 +159,11 @@ def test_several_processes_learn_what_one_learns(alone, tmp_path, count):
 
 def test_parts_make_the_whole():
     for count in range(1, 8):
-        parts = [Processes(count, rank).part(range(7)) for rank in range(count)]
+        parts = [World(count, rank).part(range(7)) for rank in range(count)]
         assert [i for part in parts for i in part] == list(range(7))
         assert {len(part) for part in parts} <= {7 // count, 7 // count + 1}
     with pytest.raises(ConfigError, match="a step has 7 pairs, .* less than the 8 processes"):
-        Processes(8, 0).part(range(7))
+        World(8, 0).part(range(7))
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import (
-    GraphvizMissing,
-    circuit_dot,
-    comparison_groups,
-    draw,
-    draw_circuit,
-)
+from edgeprune.drawing import circuit_dot, comparison_groups, draw, draw_circuit
+from edgeprune.errors import GraphvizMissing
 from edgeprune.graph import CircuitGraph
 
 EDGES = [

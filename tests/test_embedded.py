@@ -7,9 +7,9 @@ from conftest import run_cli
 
 from edgeprune import evaluate, load_model
 from edgeprune.circuit import Circuit
-from edgeprune.dataset import encode_records
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.tasks import TASKS, make_records
+from edgeprune.prompts.encode import encode_records
+from edgeprune.prompts.tasks import TASKS, make_records
 
 
 @pytest.fixture(scope="module")

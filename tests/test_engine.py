@@ -10,24 +10,18 @@ from conftest import random_gpt2, random_pairs
 from naive import all_open, run_gpt2
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from edgeprune import outbox
-from edgeprune.ablation import Ablation
 from edgeprune.config import AblationConfig, AblationKind
-from edgeprune.dataset import collate
+from edgeprune.engine import circuit_model as engine
+from edgeprune.engine import outbox
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.heads import project_to_heads
+from edgeprune.errors import ModelError
 from edgeprune.graph import CircuitGraph
-from edgeprune.masks import CircuitMasks, Gates, combined_gates
+from edgeprune.methods.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import (
-    ModelError,
-    load,
-    load_model,
-    pick_device,
-    verify_parity,
-    wrap_model,
-)
-from edgeprune.modeling import model as engine
-from edgeprune.modeling.heads import project_to_heads
+from edgeprune.models import load, load_model, pick_device, verify_parity, wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.prompts.encode import collate
 
 
 def random_gates(graph, seed=0, node=True) -> Gates:
@@ -202,7 +196,7 @@ def test_devices_that_are_not_there_are_refused_by_name(device):
     assert pick_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("read", [load.load_model, load.model_shape])
+@pytest.mark.parametrize("read", [load.load_model, load.load_meta_model])
 @pytest.mark.parametrize("path", ["embedded", "tracr/reverse"])
 def test_other_dtypes_are_refused_by_name(read, path):
     with pytest.raises(ModelError, match="dtype='float64' is not .* float32, bfloat16, float16"):
@@ -234,9 +228,9 @@ def test_neither_look_ahead_nor_recomputing_changes_gradients(length, recompute,
     model = wrap_model(random_gpt2(n_layer=7))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()
-    monkeypatch.setattr(engine, "stretch_length", lambda graph: 3)
+    monkeypatch.setattr(engine, "lookahead_length", lambda graph: 3)
     wanted = gate_gradient(model, batch, gates)
-    monkeypatch.setattr(engine, "stretch_length", lambda graph: length)
+    monkeypatch.setattr(engine, "lookahead_length", lambda graph: length)
     got = gate_gradient(model, batch, gates, recompute=recompute)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
@@ -254,7 +248,7 @@ def test_neither_look_ahead_nor_recomputing_changes_gradients(length, recompute,
 )
 def test_look_aheads_are_as_long_as_moves_least(layers, heads, kv_heads, length):
     graph = CircuitGraph(layers, heads, kv_heads, ("embeds",))
-    assert engine.stretch_length(graph) == length
+    assert engine.lookahead_length(graph) == length
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -288,7 +282,7 @@ def test_products_with_more_writers_than_there_are_change_nothing(recompute, mon
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_nothing_of_a_step_outlives_it(recompute, monkeypatch):
-    monkeypatch.setattr(engine, "stretch_length", lambda graph: 2)
+    monkeypatch.setattr(engine, "lookahead_length", lambda graph: 2)
     model = wrap_model(random_gpt2(n_layer=4))
     batch = collate(mixed_lengths())
     gates = random_gates(model.graph, node=False).edge.detach()

@@ -26,24 +26,24 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from edgeprune.ablation import Ablation
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     AblationConfig,
-    ConfigError,
     ModelConfig,
     PruneConfig,
     Resume,
     TaskConfig,
     TrainerConfig,
 )
+from edgeprune.engine.ablation import Ablation
+from edgeprune.errors import ConfigError, Interrupted
 from edgeprune.files import write_text
 from edgeprune.graph import CircuitGraph
-from edgeprune.modeling import wrap_model
+from edgeprune.models import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.runs.run import begin, claim, first_files, train
+from edgeprune.scale.world import World
 from edgeprune.training.checkpoint import list_checkpoints
-from edgeprune.training.distributed import Processes
-from edgeprune.training.run import Interrupted, begin, claim, first_files, train
 from edgeprune.training.trainer import Trainer
 
 SMALL = (
@@ -145,7 +145,7 @@ def set_up(folder: Path, **settings) -> None:
     claim(folder, config)
     data = Path(__file__)
     if config.task.path is None:
-        data = put(first_files(folder, Processes()), "data.jsonl") / "data.jsonl"
+        data = put(first_files(folder, World()), "data.jsonl") / "data.jsonl"
     begin(folder, config, wrap_model(random_gpt2()), data)
 
 

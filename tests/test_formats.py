@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.circuit import Circuit, CircuitError
-from edgeprune.formats import FORMATS, infer_graph, read_circuit_file
+from edgeprune.circuit import Circuit
+from edgeprune.errors import CircuitError
+from edgeprune.formats.eap import FORMATS, infer_graph, read_circuit_file
 from edgeprune.graph import CircuitGraph
 
 GPT2 = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune import gates as hard_concrete
-from edgeprune.analysis.export import export_circuit
 from edgeprune.circuit import Circuit
-from edgeprune.config import ConfigError
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.export import export_circuit
 from edgeprune.graph import CircuitGraph
-from edgeprune.masks import CircuitMasks
+from edgeprune.methods import hard_concrete
+from edgeprune.methods.masks import CircuitMasks
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 

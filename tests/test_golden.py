@@ -10,12 +10,12 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgeprune import gates as hard_concrete
 from edgeprune.circuit import Circuit
-from edgeprune.dataset import Pair, collate
-from edgeprune.masks import CircuitMasks, Gates, Thresholds, combined_gates
-from edgeprune.modeling import wrap_model
-from edgeprune.training.objective import SparsityConstraint
+from edgeprune.methods import hard_concrete
+from edgeprune.methods.masks import CircuitMasks, Gates, Thresholds, combined_gates
+from edgeprune.methods.objective import SparsityConstraint
+from edgeprune.models import wrap_model
+from edgeprune.prompts.encode import Pair, collate
 
 CASES = sorted(path.parent for path in GOLDEN.glob("*/meta.json"))
 CASES += [Path(p) for p in os.environ.get("EDGEPRUNE_GOLDEN_CASES", "").split(":") if p]

@@ -15,13 +15,14 @@ from test_llama import FAMILIES, random_llama
 
 from edgeprune.commands import shared
 from edgeprune.config import ModelConfig
-from edgeprune.dataset import collate
-from edgeprune.modeling import ModelError, fuse, load_model, wrap_model
+from edgeprune.errors import ModelError
+from edgeprune.models import fuse, load_model, wrap_model
+from edgeprune.prompts.encode import collate
 
 if find_spec("triton") is None:
     pytest.skip("there is no Triton for this machine", allow_module_level=True)
 
-from edgeprune.modeling import kernels
+from edgeprune.engine import kernels
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
@@ -92,7 +93,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from edgeprune.modeling import kernels
+from edgeprune.engine import kernels
 
 for kernel in (kernels._project, kernels._put_gradient):
     for d_head, padded, capability in ((64, 64, 80), (128, 128, 90)):

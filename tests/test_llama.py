@@ -17,10 +17,11 @@ from transformers import (
     SmolLM3Config,
 )
 
-from edgeprune.dataset import collate
-from edgeprune.masks import CircuitMasks, combined_gates
+from edgeprune.errors import ModelError
+from edgeprune.methods.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import kl_per_token
-from edgeprune.modeling import ModelError, load, verify_parity, wrap_model
+from edgeprune.models import load, verify_parity, wrap_model
+from edgeprune.prompts.encode import collate
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

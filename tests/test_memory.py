@@ -8,10 +8,10 @@ import torch
 from conftest import assert_refused, random_gpt2, random_pairs, run_cli
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from edgeprune.modeling import wrap_model
-from edgeprune.modeling.memory import plan_memory
-from edgeprune.modeling.passes import KeptPasses
+from edgeprune.engine.cache import KeptPasses
+from edgeprune.models import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.scale.memory import plan_memory
 
 
 def shape_of(config, dtype=torch.float32):

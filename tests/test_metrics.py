@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edgeprune.analysis.evaluate import _summarise
-from edgeprune.dataset import Pair, collate
+from edgeprune.evaluation.evaluate import _summarise
 from edgeprune.metrics import kl_per_token, mean_by_example, score
+from edgeprune.prompts.encode import Pair, collate
 
 LOG2, LOG3 = math.log(2), math.log(3)
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edgeprune.analysis.evaluate import evaluate
 from edgeprune.api import prune
 from edgeprune.circuit import Circuit
-from edgeprune.dataset import Pair, collate
-from edgeprune.modeling import wrap_model
+from edgeprune.evaluation.evaluate import evaluate
+from edgeprune.models import wrap_model
+from edgeprune.prompts.encode import Pair, collate
 
 TOKENS = 8
 A, B, C, P, N = (slice(start, start + 8) for start in range(0, 40, 8))

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 import edgeprune
 from edgeprune.config import COMMANDS, DTYPES, check_model, check_prune
-from edgeprune.modeling.load import TOLERANCE
+from edgeprune.models.load import TOLERANCE
 from edgeprune.paths import CONF, TRACR_MODELS
-from edgeprune.tasks import FROM_MODEL, TASKS
+from edgeprune.prompts.tasks import FROM_MODEL, TASKS
 
 PACKAGE = Path(__file__).parents[1] / "edgeprune"
 EXPERIMENTS = sorted(
@@ -40,14 +40,14 @@ def imported_by(path: Path) -> set[str]:
     [
         *((f"{name}.py", ["edgeprune"]) for name in ("config", "dataset", "files", "graph")),
         *((f"{name}.py", ["edgeprune"]) for name in ("gates", "outbox")),
-        ("metrics.py", ["edgeprune.modeling", "edgeprune.masks", "edgeprune.config"]),
-        ("circuit.py", ["torch", "edgeprune.modeling", "edgeprune.masks"]),
-        ("masks.py", ["edgeprune.modeling", "edgeprune.training"]),
+        ("metrics.py", ["edgeprune.models", "edgeprune.methods.masks", "edgeprune.config"]),
+        ("circuit.py", ["torch", "edgeprune.models", "edgeprune.methods.masks"]),
+        ("masks.py", ["edgeprune.models", "edgeprune.training"]),
         ("modeling", [f"edgeprune.{name}" for name in ("masks", "config", "files", "training")]),
-        ("drawing", ["torch", "transformers", "edgeprune.modeling"]),
-        ("tasks", ["torch", "edgeprune.modeling", "edgeprune.training"]),
+        ("drawing", ["torch", "transformers", "edgeprune.models"]),
+        ("tasks", ["torch", "edgeprune.models", "edgeprune.training"]),
         ("analysis", ["edgeprune.training", "edgeprune.drawing"]),
-        ("training", ["edgeprune.commands", "edgeprune.analysis"]),
+        ("training", ["edgeprune.commands", "edgeprune.evaluation"]),
     ],
 )  # fmt: skip
 def test_imports_point_one_way(place, forbidden):

@@ -6,8 +6,8 @@ from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
 from edgeprune import load_model
-from edgeprune.dataset import collate, encode_pair
-from edgeprune.modeling import ModelError
+from edgeprune.errors import ModelError
+from edgeprune.prompts.encode import collate, encode_pair
 
 TOKENS = [chr(code) for code in range(ord("!"), ord("!") + 48)] + ["Ġ", "ĠA"]
 

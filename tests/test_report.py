@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 import pytest
 from conftest import call, fake_run, run_cli
 
-from edgeprune.analysis.report import Run, Spread, group_runs
 from edgeprune.circuit import Circuit
 from edgeprune.commands.report_page import spread_text
 from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
+from edgeprune.evaluation.report import Run, Spread, group_runs
 from edgeprune.graph import CircuitGraph
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from test_dataset import byte_tokenizer
 
-from edgeprune.dataset import SPLITS, encode_pair
 from edgeprune.paths import CONF
-from edgeprune.tasks import TASKS, boolean_expressions, make_records
+from edgeprune.prompts.encode import SPLITS, encode_pair
+from edgeprune.prompts.tasks import TASKS, boolean_expressions, make_records
 
 SIZES = {"train": 30, "validation": 20, "test": 40}
 
@@ -57,8 +57,8 @@ def test_prompts_are_paired_token_by_token(task, records, tokenizer):
 
 def test_records_follow_from_the_seed_in_any_process(task, records, tokenizer):
     code = (
-        "import json, sys; from edgeprune.modeling import load_tokenizer;"
-        "from edgeprune.tasks import make_records;"
+        "import json, sys; from edgeprune.models import load_tokenizer;"
+        "from edgeprune.prompts.tasks import make_records;"
         f"r = make_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
         "json.dump(r, sys.stdout)"
     )

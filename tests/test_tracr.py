@@ -19,18 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-
-from edgeprune import evaluate, load_model, prune
-from edgeprune.ablation import Ablation
-from edgeprune.circuit import Circuit
-from edgeprune.commands.shared import task_records
-from edgeprune.config import COMMANDS, AblationConfig, AblationKind, ConfigError, TaskConfig
-from edgeprune.dataset import DataError, collate, encode_ids, encode_records
-from edgeprune.metrics import Output, score, unexplained_variance
-from edgeprune.modeling import ModelError, load_tokenizer, model_shape
-from edgeprune.paths import CONF, TRACR_MODELS
-from edgeprune.tasks.tracr import make_records
-from edgeprune.tracr_builder import (
+from tracr_builder import (
     Head,
     Layer,
     Program,
@@ -40,6 +29,18 @@ from edgeprune.tracr_builder import (
     structural_edges,
     write_folder,
 )
+
+from edgeprune import evaluate, load_model, prune
+from edgeprune.circuit import Circuit
+from edgeprune.commands.shared import task_records
+from edgeprune.config import COMMANDS, AblationConfig, AblationKind, TaskConfig
+from edgeprune.engine.ablation import Ablation
+from edgeprune.errors import ConfigError, DataError, ModelError
+from edgeprune.metrics import Output, score, unexplained_variance
+from edgeprune.models import load_meta_model, load_tokenizer
+from edgeprune.paths import CONF, TRACR_MODELS
+from edgeprune.prompts.encode import collate, encode_ids, encode_records
+from edgeprune.prompts.tasks.tracr import make_records
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ROOT.parent / "shared/tracr"
@@ -296,7 +297,7 @@ def test_targets_are_of_the_kind_that_the_model_gives(name, field, other):
 
 
 def test_a_program_has_no_weights_in_few_bits():
-    for load in (load_model, model_shape):
+    for load in (load_model, load_meta_model):
         with pytest.raises(ModelError, match="4 bits are for the Llama family, got .* tracr"):
             load("tracr/reverse", bits=4)
 
@@ -377,7 +378,7 @@ def test_damaged_folders_are_refused(tmp_path, change, message):
         load_model(folder)
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer, model_shape])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_meta_model])
 def test_a_program_that_is_none_is_refused_at_once(load, tmp_path):
     with pytest.raises(ModelError, match=r"no compiled model 'nope' .* choose brackets, neighbou"):
         load("tracr/nope")

@@ -6,30 +6,31 @@ import pytest
 import torch
 from conftest import random_gpt2, random_pairs
 
-from edgeprune.ablation import Ablation
-from edgeprune.analysis.cleanup import clean_up
-from edgeprune.analysis.evaluate import evaluate
 from edgeprune.api import prune
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     AblationConfig,
     AblationKind,
-    ConfigError,
     Constraint,
     PruneConfig,
     TrainerConfig,
     Warmup,
     target_sparsity,
 )
-from edgeprune.dataset import DataError, collate
-from edgeprune.modeling import passes, wrap_model
-from edgeprune.modeling.passes import KeptPasses
-from edgeprune.training.objective import (
+from edgeprune.engine import cache as passes
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.cache import KeptPasses
+from edgeprune.errors import ConfigError, DataError, TrainingError
+from edgeprune.evaluation.cleanup import clean_up
+from edgeprune.evaluation.evaluate import evaluate
+from edgeprune.methods.objective import (
     SparsityConstraint,
     learning_rate_factor,
     scheduled_target,
 )
-from edgeprune.training.trainer import Trainer, TrainingError
+from edgeprune.models import wrap_model
+from edgeprune.prompts.encode import collate
+from edgeprune.training.trainer import Trainer
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=4, learning_rate=0.5, lr_warmup_steps=2, sparsity_warmup_steps=8
@@ -84,25 +85,25 @@ def test_warm_ups_follow_the_number_of_steps():
 def test_constraint_by_hand():
     constraint = SparsityConstraint()
     with torch.no_grad():
-        constraint.multiplier_1.fill_(2.0)
-        constraint.multiplier_2.fill_(3.0)
+        constraint.lambda_1.fill_(2.0)
+        constraint.lambda_2.fill_(3.0)
     loss = constraint(torch.tensor(0.5), 0.9)
     assert loss.item() == pytest.approx(2 * -0.4 + 3 * 0.16)
     loss.backward()
-    assert constraint.multiplier_1.grad.item() == pytest.approx(-0.4)
-    assert constraint.multiplier_2.grad.item() == pytest.approx(0.16)
+    assert constraint.lambda_1.grad.item() == pytest.approx(-0.4)
+    assert constraint.lambda_2.grad.item() == pytest.approx(0.16)
 
 
 def test_multipliers_are_maximised_and_gates_learn(model):
     run = trainer(model, replace(CONFIG, init_mean=0.0, start_sparsity=0.9))
     assert run.train_step().sparsity < 0.9
     first = run.train_step()
-    assert first.multiplier_1 < 0  # ascent along s - t < 0
-    assert first.multiplier_2 > 0  # ascent along (s - t)^2 > 0
+    assert first.lambda_1 < 0  # ascent along s - t < 0
+    assert first.lambda_2 > 0  # ascent along (s - t)^2 > 0
     before = run.masks.edge_log_alpha.detach().clone()
     for _ in range(5):
         metrics = run.train_step()
-    assert metrics.multiplier_2 > first.multiplier_2
+    assert metrics.lambda_2 > first.lambda_2
     assert (run.masks.edge_log_alpha != before).float().mean() > 0.9
 
 
@@ -111,7 +112,7 @@ def test_gates_are_as_sparse_as_the_target_at_every_step(model):
     run = trainer(model, replace(EXACT, **nodes))
     for _ in range(CONFIG.steps):
         metrics = run.train_step()
-        assert metrics.multiplier_1 is None
+        assert metrics.lambda_1 is None
         assert metrics.loss == metrics.kl
         assert metrics.sparsity == pytest.approx(metrics.target, abs=1e-5)
         assert metrics.node_sparsity == pytest.approx(metrics.node_target, abs=1e-5)
@@ -125,9 +126,9 @@ def test_a_gradient_that_is_no_number_changes_nothing(model, monkeypatch):
     differentiate = run._differentiate
 
     def overflowing(pairs, gates):
-        distance, of_gates = differentiate(pairs, gates)
-        of_gates[3] = torch.inf
-        return distance, of_gates
+        distance, grad_gates = differentiate(pairs, gates)
+        grad_gates[3] = torch.inf
+        return distance, grad_gates
 
     monkeypatch.setattr(run, "_differentiate", overflowing)
     with pytest.raises(TrainingError, match="sum of its gradients by the gates inf"):
@@ -251,7 +252,7 @@ def test_settings_from_python_are_those_of_the_command_line(model):
     half = prune(model, pairs, **{**settings, **sizes}).circuit
     assert len(half) == round(model.graph.num_edges / 2)
     held = prune(model, pairs, constraint="exact", **settings).history
-    assert held[0].multiplier_1 is None
+    assert held[0].lambda_1 is None
     for wrong, message in [
         ({"warmup": "foo"}, r"warmup='foo' .*\[linear, logarithmic\]"),
         ({"constraint": "soft"}, r"constraint='soft' .*\[exact, lagrangian\]"),
@@ -381,7 +382,7 @@ def test_passes_without_gradients_take_twice_the_pairs_of_those_with_them(model,
 def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):
     kept = trainer(model)
     history = [kept.train_step() for _ in range(6)]
-    monkeypatch.setattr(passes, "MOST_KEPT", 0)
+    monkeypatch.setattr(passes, "MAX_KEPT", 0)
     other = trainer(model)
     for mine in history:
         theirs = other.train_step()

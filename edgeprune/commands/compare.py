@@ -25,14 +25,15 @@ from edgeprune.commands.shared import (
     show,
     write_circuit,
 )
-from edgeprune.config import CompareConfig, ConfigError
+from edgeprune.config import CompareConfig
+from edgeprune.errors import ConfigError
 from edgeprune.files import write_json
 
 if TYPE_CHECKING:
     from edgeprune.circuit import Circuit
     from edgeprune.graph import CircuitGraph
 
-MOST_PAIRS = 15
+MAX_PAIRS = 15
 """Rows of the table of pairs; the JSON has them all."""
 
 
@@ -71,7 +72,7 @@ class Name:
 
 def compare(config: CompareConfig) -> None:
     """Compare circuits: what they share, what only one has, and how alike they are."""
-    from edgeprune.analysis import compare as analysis
+    from edgeprune.evaluation import compare as analysis
 
     check_formats(config.formats)
     given = [_find(name) for name in config.circuits]
@@ -122,7 +123,7 @@ def _find(name: str) -> Given:
 
 def _run_of_all(run_dirs: list[Path]) -> Path | None:
     """The first run, if all are of the same prompts and model, so that they measure them all."""
-    from edgeprune.training.run import read_digests
+    from edgeprune.runs.run import read_digests
 
     digests = [read_digests(run_dir) for run_dir in run_dirs]
     return run_dirs[0] if digests and all(one == digests[0] for one in digests) else None
@@ -160,7 +161,7 @@ def _read(given: list[Given]) -> list[Circuit]:
         ConfigError: two of them are known to be of different graphs.
     """
     from edgeprune.circuit import Circuit
-    from edgeprune.formats import infer_graph, read_circuit_file
+    from edgeprune.formats.eap import infer_graph, read_circuit_file
 
     known = {one.path: one.graph for one in given if one.graph}
     for one in given:
@@ -239,14 +240,14 @@ def _print(result: dict[str, Any]) -> None:
 def _print_overlaps(title: str, pairs: list[dict[str, Any]]) -> None:
     table = _table(title, "", "", "shared\nedges", "edge IoU", "by\nchance", "shared\nnodes",
                    "node IoU")  # fmt: skip
-    for pair in pairs[:MOST_PAIRS]:
+    for pair in pairs[:MAX_PAIRS]:
         table.add_row(
             Name(pair["a"]), Name(pair["b"]), f"{pair['shared_edges']:,}",
             f"{pair['edge_iou']:.3f}", f"{pair['edge_iou_by_chance']:.3f}",
             str(pair["shared_nodes"]), f"{pair['node_iou']:.3f}",
         )  # fmt: skip
     OUT.print(table)
-    if len(pairs) > MOST_PAIRS:
+    if len(pairs) > MAX_PAIRS:
         ious = [pair["edge_iou"] for pair in pairs]
         show(
             f"... {len(ious)} pairs in all; edge IoU {min(ious):.3f} to {max(ious):.3f}, on "
@@ -272,8 +273,8 @@ def _draw(
 
     Yields each file when it is written.
     """
-    from edgeprune.analysis.compare import union
     from edgeprune.drawing import GraphvizMissing, comparison_groups, draw_circuit
+    from edgeprune.evaluation.compare import union
 
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     shown = union(connected.values())

@@ -14,14 +14,15 @@ from edgeprune.commands.shared import (
     run_title,
     show,
 )
-from edgeprune.config import ConfigError, DrawConfig, check_size
+from edgeprune.config import DrawConfig, check_size
+from edgeprune.errors import ConfigError
 
 
 def draw(config: DrawConfig) -> None:
     """Draw a circuit by Graphviz."""
     check_size(config.sparsity, config.num_edges)
     from edgeprune.drawing import SUFFIXES, draw_circuit
-    from edgeprune.training.run import EDGES, has_run
+    from edgeprune.runs.run import EDGES, has_run
 
     if not config.formats:
         raise ConfigError(f"formats is empty, expected some of {', '.join(SUFFIXES)}")

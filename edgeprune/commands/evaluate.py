@@ -31,7 +31,6 @@ from edgeprune.commands.shared import (
 from edgeprune.config import (
     AblationConfig,
     AblationKind,
-    ConfigError,
     EvaluateConfig,
     ModelConfig,
     Split,
@@ -42,13 +41,14 @@ from edgeprune.config import (
     task_title,
     to_dict,
 )
+from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest, write_json
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.evaluate import Evaluation
     from edgeprune.circuit import Circuit
-    from edgeprune.dataset import PairDataset
-    from edgeprune.modeling import CircuitModel
+    from edgeprune.evaluation.evaluate import Evaluation
+    from edgeprune.models import CircuitModel
+    from edgeprune.prompts.encode import PairDataset
 
 NOT_NAMED = ("name", "path", "device", "trust_remote_code", *(split.name for split in Split))
 """Settings of a model or task that do not tell evaluations apart; the others and digests do."""
@@ -166,7 +166,7 @@ def _write(
 
 def _find(config: EvaluateConfig) -> _Subject:
     """Raises ConfigError where neither the command nor a run says which model and task it is of."""
-    from edgeprune.training.run import read_digests
+    from edgeprune.runs.run import read_digests
 
     edges_path, run_dir = find_circuit(config.circuit)
     of_run = run_settings(run_dir)
@@ -225,8 +225,8 @@ def _measure(
     prompts: _Prompts,
     config: EvaluateConfig,
 ) -> Evaluation:
-    from edgeprune.ablation import Ablation
-    from edgeprune.analysis.evaluate import evaluate
+    from edgeprune.engine.ablation import Ablation
+    from edgeprune.evaluation.evaluate import evaluate
 
     batch_size = config.batch_size or evaluation_batch_size(subject.of_run.get("trainer"))
     with OUT.status(f"evaluating on {len(prompts.pairs):,} pairs"):
@@ -247,7 +247,7 @@ def _words(subject: _Subject, prompts: _Prompts, model_digest: str) -> list[str]
         subject, prompts: what was measured.
         model_digest: SHA-256 of the model.
     """
-    from edgeprune.training.run import EDGES
+    from edgeprune.runs.run import EDGES
 
     file, of_run = subject.edges_path.name, subject.of_run
     is_own_model = model_digest == subject.own_digests.get("model")
@@ -291,7 +291,7 @@ def _ablation_name(ablation: AblationConfig) -> str:
 
 
 def _print_evaluation(result: Evaluation, title: str, note: str) -> None:
-    from edgeprune.analysis.evaluate import OF_DISTRACTORS, Scores
+    from edgeprune.evaluation.evaluate import OF_DISTRACTORS, Metrics
 
     columns = {
         f"circuit,\n{result.num_edges:,} edges": result.circuit,
@@ -306,7 +306,7 @@ def _print_evaluation(result: Evaluation, title: str, note: str) -> None:
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
-    for field in fields(Scores):
+    for field in fields(Metrics):
         values = [getattr(scores, field.name) for scores in columns.values()]
         if all(value != value for value in values):  # NaN: the data has no distractors
             continue

@@ -24,7 +24,6 @@ from edgeprune.commands.shared import (
 )
 from edgeprune.config import (
     CircuitFormat,
-    ConfigError,
     ExportConfig,
     check_cleanup,
     check_num_edges,
@@ -32,13 +31,14 @@ from edgeprune.config import (
     edges_left,
     evaluation_batch_size,
 )
+from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest, write_json
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.cleanup import CleanUp
-    from edgeprune.analysis.export import Export
-    from edgeprune.formats import CircuitFile
-    from edgeprune.modeling import CircuitModel
+    from edgeprune.evaluation.cleanup import CleanUp
+    from edgeprune.evaluation.export import Export
+    from edgeprune.formats.eap import CircuitFile
+    from edgeprune.models import CircuitModel
 
 
 def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
@@ -47,7 +47,7 @@ def export(config: ExportConfig, model: CircuitModel | None = None) -> None:
     if config.threshold and (config.sparsity, config.num_edges) != (None, None):
         raise ConfigError("threshold=true finds the size itself; leave out sparsity= or num_edges=")
     check_cleanup(config.cleanup)
-    from edgeprune.training.run import (
+    from edgeprune.runs.run import (
         CIRCUIT_NOTE,
         EDGES,
         GRAPH_JSON,
@@ -101,8 +101,8 @@ def _clean_up(
     run_dir: Path, chosen: Export, tolerance: float, model: CircuitModel | None
 ) -> CleanUp:
     """On the run's own training prompts, under its own ablation."""
-    from edgeprune.ablation import Ablation
-    from edgeprune.analysis.cleanup import clean_up
+    from edgeprune.engine.ablation import Ablation
+    from edgeprune.evaluation.cleanup import clean_up
 
     of_run = run_settings(run_dir)
     if model is None:
@@ -133,7 +133,7 @@ def _format(config: ExportConfig) -> str:
 
 def _convert(config: ExportConfig) -> None:
     """From a circuit's file to another; of a graph file with scores, also another size."""
-    from edgeprune.formats import read_circuit_file
+    from edgeprune.formats.eap import read_circuit_file
 
     path, run_dir = find_circuit(config.run)
     if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
@@ -164,7 +164,7 @@ def _convert(config: ExportConfig) -> None:
 
 def _d_model(run_dir: Path) -> int | None:
     """Width of a run's model, where its run.json has it."""
-    from edgeprune.training.run import read_manifest
+    from edgeprune.runs.run import read_manifest
 
     model = read_manifest(run_dir).get("model")
     return model.get("d_model") if isinstance(model, dict) else None
@@ -172,7 +172,7 @@ def _d_model(run_dir: Path) -> int | None:
 
 def _check_no_runs(output: Path, own: Path | None) -> None:
     """Raises ConfigError where a run's circuit would be replaced by one that is not its own."""
-    from edgeprune.training.run import EDGES, has_run
+    from edgeprune.runs.run import EDGES, has_run
 
     real = output.resolve()
     is_own = own is not None and real.parent == own.resolve()

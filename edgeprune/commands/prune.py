@@ -29,7 +29,6 @@ from edgeprune.commands.shared import (
 from edgeprune.config import (
     LESS_MEMORY,
     AblationKind,
-    ConfigError,
     EvaluateConfig,
     ExportConfig,
     PruneConfig,
@@ -41,13 +40,14 @@ from edgeprune.config import (
     target_sparsity,
     to_dict,
 )
+from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest
-from edgeprune.launch import check_launched, in_processes, launch_processes
+from edgeprune.scale.launch import check_launched, in_processes, launch_processes
 
 if TYPE_CHECKING:
-    from edgeprune.dataset import PairDataset
-    from edgeprune.modeling import CircuitModel
-    from edgeprune.training.distributed import Processes
+    from edgeprune.models import CircuitModel
+    from edgeprune.prompts.encode import PairDataset
+    from edgeprune.scale.world import World
     from edgeprune.training.trainer import StepMetrics
 
 
@@ -59,12 +59,12 @@ def prune(config: PruneConfig) -> None:
     elif config.launcher.processes != 1:
         launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
         return
+    from edgeprune.scale.world import World
     from edgeprune.training import run
-    from edgeprune.training.distributed import Processes
 
     run_dir = Path(config.run_dir)
-    with Processes.join(config.model.device, config.launcher.timeout) as processes:
-        if not processes.is_first:
+    with World.join(config.model.device, config.launcher.timeout) as processes:
+        if not processes.is_rank_zero:
             be_quiet()
         processes.check_same("the settings", str(config))
         with ExitStack() as held:
@@ -74,24 +74,24 @@ def prune(config: PruneConfig) -> None:
                 held.callback(shutil.rmtree, run_dir / run.NEW, ignore_errors=True)
                 run.claim(run_dir, config)
 
-            processes.first_does(claim)
+            processes.on_rank_zero(claim)
             model, pairs, data_path = _load(config, run_dir, processes)
             _train(config, run_dir, processes, model, pairs, data_path)
             if not config.launcher.shard:  # only a sharded model needs all of them to the end
-                processes.part_company()
-            if config.launcher.shard or processes.is_first:
+                processes.close()
+            if config.launcher.shard or processes.is_rank_zero:
                 _finish(config, run_dir, processes, model)
 
 
 def _load(
-    config: PruneConfig, run_dir: Path, processes: Processes
+    config: PruneConfig, run_dir: Path, processes: World
 ) -> tuple[CircuitModel, PairDataset, Path]:
     """The model, the training prompts and the file they are in, the same on each process."""
-    from edgeprune.modeling import model_shape
-    from edgeprune.training.run import first_files
+    from edgeprune.models import load_meta_model
+    from edgeprune.runs.run import first_files
 
     make_shape = partial(
-        model_shape,
+        load_meta_model,
         config.model.path,
         dtype=config.model.dtype,
         bits=config.model.bits,
@@ -100,7 +100,7 @@ def _load(
     )
     shape = make_shape()  # not every attention can be planned with
     folder = first_files(run_dir, processes)
-    processes.first_does(lambda: make_data(config.task, shape.tokenizer, folder))
+    processes.on_rank_zero(lambda: make_data(config.task, shape.tokenizer, folder))
     data_path = data_file(config.task, folder)
     pairs = load_pairs(data_path, config.task, shape, "train")
     _check_validation(config, shape, pairs, data_path)
@@ -127,7 +127,7 @@ def _check_validation(
         DataError: a line is malformed, or none of the validation prompts can be used.
         ConfigError: the mean over the training prompts does not reach as far.
     """
-    from edgeprune.dataset import NoneUsableError
+    from edgeprune.prompts.encode import NoneUsableError
 
     split = first_split(data_path, Split.validation).name
     validation = load_pairs(data_path, config.task, shape, split)
@@ -155,14 +155,14 @@ def _check_validation(
 def _train(
     config: PruneConfig,
     run_dir: Path,
-    processes: Processes,
+    processes: World,
     model: CircuitModel,
     pairs: PairDataset,
     data_path: Path,
 ) -> None:
-    from edgeprune.ablation import Ablation
+    from edgeprune.engine.ablation import Ablation
+    from edgeprune.methods.objective import unfinished
     from edgeprune.training import run
-    from edgeprune.training.objective import unfinished
     from edgeprune.training.progress import training_progress
     from edgeprune.training.tracker import Tracker
     from edgeprune.training.trainer import Trainer
@@ -176,14 +176,14 @@ def _train(
         ablation=Ablation(model, config.ablation, pairs, evaluation_batch_size(config.trainer)),
         processes=processes,
     )
-    processes.first_does(lambda: run.begin(run_dir, config, model, data_path))
+    processes.on_rank_zero(lambda: run.begin(run_dir, config, model, data_path))
     number = f", {processes.count} processes" if processes.count > 1 else ""
     left_out = f" ({len(pairs.skipped):,} left out)" if pairs.skipped else ""
     say(
         f"pruning {model.name} ({model.graph.num_edges:,} edges) on {config.task.name}: "
         f"{len(pairs):,} pairs{left_out}, {config.trainer.steps:,} steps{number}, in {run_dir}"
     )
-    tracker = config.tracker if processes.is_first else TrackerConfig()
+    tracker = config.tracker if processes.is_rank_zero else TrackerConfig()
     last: StepMetrics | None = None
 
     def after_step(metrics: StepMetrics) -> None:
@@ -195,11 +195,11 @@ def _train(
     try:
         with (
             Tracker(tracker, run_dir, to_dict(config)) as track,
-            training_progress(config.trainer.steps, enabled=processes.is_first) as progress,
+            training_progress(config.trainer.steps, enabled=processes.is_rank_zero) as progress,
         ):
             run.train(trainer, run_dir, after_step, say)
     finally:  # also of a run that was stopped
-        if processes.is_first:
+        if processes.is_rank_zero:
             _plot(run_dir, config)
     asked = asked_sparsity(config, model.graph.num_edges)
     message = unfinished(last.sparsity, asked) if last and asked is not None else None
@@ -210,7 +210,7 @@ def _train(
 def _plot(run_dir: Path, config: PruneConfig) -> None:
     """Draw how the run went. What fails there must not hide how it ended, nor cost the circuit."""
     from edgeprune.drawing.training import draw_training
-    from edgeprune.training.run import METRICS, PLOT, read_metrics
+    from edgeprune.runs.run import METRICS, PLOT, read_metrics
 
     path = run_dir / PLOT
     try:
@@ -222,7 +222,7 @@ def _plot(run_dir: Path, config: PruneConfig) -> None:
         say(f"{path} is not drawn: {error}")
 
 
-def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: CircuitModel) -> None:
+def _finish(config: PruneConfig, run_dir: Path, processes: World, model: CircuitModel) -> None:
     """Export the circuit, and measure it on the validation prompts."""
     model.release()
     size = ExportConfig(
@@ -232,7 +232,7 @@ def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Cir
         cleanup=config.cleanup,
     )
     if config.launcher.shard:
-        processes.first_does(lambda: export(size, model=model))
+        processes.on_rank_zero(lambda: export(size, model=model))
     else:
         export(size, model=model)
     evaluate(
@@ -242,19 +242,19 @@ def _finish(config: PruneConfig, run_dir: Path, processes: Processes, model: Cir
             batch_size=evaluation_batch_size(config.trainer),
         ),
         model=model,
-        writes=processes.is_first,
+        writes=processes.is_rank_zero,
     )
 
 
 def _plan_memory(
-    config: PruneConfig, shape: CircuitModel, pairs: PairDataset, processes: Processes
+    config: PruneConfig, shape: CircuitModel, pairs: PairDataset, processes: World
 ) -> None:
     """Say how much memory a process will need, before the weights are loaded.
 
     Raises:
         ConfigError: there is less.
     """
-    from edgeprune.modeling.memory import in_gb, plan_memory
+    from edgeprune.scale.memory import in_gb, plan_memory
 
     sharded, trainer = config.launcher.shard, config.trainer
     batch_size = min(trainer.batch_size, len(pairs))

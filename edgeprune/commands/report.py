@@ -23,12 +23,13 @@ from edgeprune.commands.shared import (
     unfinished_steps,
     write_circuit,
 )
-from edgeprune.config import ConfigError, ReportConfig, edges_left
+from edgeprune.config import ReportConfig, edges_left
+from edgeprune.errors import ConfigError
 from edgeprune.files import write_text
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.report import Group, Point, Run, Series
     from edgeprune.circuit import Circuit
+    from edgeprune.evaluation.report import Group, Point, Run, Series
 
 LABELS = {"kl": "KL from the full model (nats)", "error": "error from the full model",
           "exact_match": "exact match with the full model", "accuracy": "accuracy"}  # fmt: skip
@@ -39,7 +40,7 @@ OF = {"edges_sha256": "circuit", "ablation": "ablation", "model_sha256": "model"
 
 def report(config: ReportConfig) -> None:
     """Sum up all runs below a folder: frontiers, and stability over seeds."""
-    from edgeprune.analysis.report import group_runs
+    from edgeprune.evaluation.report import group_runs
 
     folder = Path(config.folder)
     output = Path(config.output) if config.output else folder / "report"
@@ -89,7 +90,7 @@ def _read_runs(folder: Path) -> Iterator[tuple[Run, Path]]:
         ConfigError: there is none.
     """
     from edgeprune.circuit import CircuitError
-    from edgeprune.training.run import CONFIG, EDGES, MANIFEST
+    from edgeprune.runs.run import CONFIG, EDGES, MANIFEST
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
@@ -117,9 +118,9 @@ def _read_runs(folder: Path) -> Iterator[tuple[Run, Path]]:
 
 
 def _read_run(run_dir: Path, name: str) -> Run:
-    from edgeprune.analysis.report import SPLITS, Run
     from edgeprune.circuit import Circuit
-    from edgeprune.training.run import EDGES, flatten, read_config, read_digests, read_graph
+    from edgeprune.evaluation.report import SPLITS, Run
+    from edgeprune.runs.run import EDGES, flatten, read_config, read_digests, read_graph
 
     settings, digests = read_config(run_dir), read_digests(run_dir)
     circuit = Circuit.load(run_dir / EDGES, read_graph(run_dir))
@@ -156,7 +157,7 @@ def _check_size(run_dir: Path, settings: dict[str, Any], circuit: Circuit) -> No
     Raises:
         ConfigError: it has another, such as of a later export.
     """
-    from edgeprune.training.run import EDGES
+    from edgeprune.runs.run import EDGES
 
     sparsity, num_edges = settings.get("sparsity"), settings.get("num_edges")
     if sparsity is not None:
@@ -236,7 +237,7 @@ def _points(groups: list[Group]) -> Iterator[tuple[Group, Series, Point]]:
 
 def _csv_tables(groups: list[Group]) -> dict[str, list[dict]]:
     """Rows of each CSV file."""
-    from edgeprune.analysis.report import METRICS, score
+    from edgeprune.evaluation.report import METRICS, score
 
     runs, frontier, stability, edges = [], [], [], []
     metrics = (*METRICS, "logit_difference_recovered", "probability_difference")
@@ -293,8 +294,8 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 
 def _draw(group: Group, stem: Path) -> list[Path]:
     """The frontier as .png, .pdf and .svg, in this order; nothing without evaluations."""
-    from edgeprune.analysis.report import DISTANCES, SHARES
     from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
+    from edgeprune.evaluation.report import DISTANCES, SHARES
 
     panels = []
     for metric in (group.distance, *SHARES):
@@ -324,7 +325,7 @@ def _draw(group: Group, stem: Path) -> list[Path]:
 
 
 def _print(group: Group) -> None:
-    from edgeprune.analysis.report import SHARES
+    from edgeprune.evaluation.report import SHARES
 
     for series in group.series:
         name = f"; {series.name}" if series.name else ""

@@ -13,8 +13,8 @@ from edgeprune.commands.shared import say
 from edgeprune.drawing import page as html
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.report import Group, Point, Series, Spread
     from edgeprune.circuit import Circuit
+    from edgeprune.evaluation.report import Group, Point, Series, Spread
 
 NAMES = {"kl": "KL", "error": "error", "exact_match": "exact match", "accuracy": "accuracy",
          "two_way_accuracy": "two-way accuracy", "logit_difference": "logit difference",
@@ -25,8 +25,8 @@ REFERENCES = {"full": "full model", "corrupted": "every edge closed"}
 SHARE = ".3f"
 FORMATS = dict.fromkeys(("exact_match", "accuracy", "two_way_accuracy"), SHARE)
 """Of metrics; others have three digits, whatever their size."""
-MOST_DECIMALS = 6
-MOST_SEEDS = 24
+MAX_DECIMALS = 6
+MAX_SEEDS = 24
 """Up to so many runs their overlaps are shown one by one; stability.csv has all."""
 
 
@@ -80,7 +80,7 @@ def _stability(point: Point, file: str) -> Iterator[str]:
     labels = [f"seed {run.seed}" for run in point.runs]
     if len(set(labels)) < len(labels):
         labels = names
-    if len(names) <= MOST_SEEDS:
+    if len(names) <= MAX_SEEDS:
         ious = {frozenset((a, b)): overlap for a, b, overlap in point.stability.pairs}
         matrix = [
             [1.0 if a == b else ious[frozenset((a, b))].edge_iou for b in names] for a in names
@@ -172,10 +172,10 @@ def spread_text(spread: Spread | None, format: str | None, ranges: bool) -> str:
 
 
 def three_digits(value: float) -> str:
-    """The format in which a number has three digits, or so many as `MOST_DECIMALS` leave it."""
-    if abs(value) < 0.1**MOST_DECIMALS:
+    """The format in which a number has three digits, or so many as `MAX_DECIMALS` leave it."""
+    if abs(value) < 0.1**MAX_DECIMALS:
         return ".0f"
-    return f".{min(max(2 - math.floor(math.log10(abs(value))), 0), MOST_DECIMALS)}f"
+    return f".{min(max(2 - math.floor(math.log10(abs(value))), 0), MAX_DECIMALS)}f"
 
 
 def times_rows(point: Point) -> list[tuple[str, str]]:

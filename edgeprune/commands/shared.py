@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from edgeprune.config import (
-    ConfigError,
     ModelConfig,
     PruneConfig,
     Split,
@@ -24,6 +23,7 @@ from edgeprune.config import (
     model_title,
     task_title,
 )
+from edgeprune.errors import ConfigError
 from edgeprune.files import (
     check_can_be_file,
     file_digest,
@@ -34,12 +34,12 @@ from edgeprune.files import (
 )
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.export import Export
     from edgeprune.circuit import Circuit
-    from edgeprune.dataset import PairDataset
-    from edgeprune.formats import CircuitFile
+    from edgeprune.evaluation.export import Export
+    from edgeprune.formats.eap import CircuitFile
     from edgeprune.graph import CircuitGraph
-    from edgeprune.modeling import CircuitModel
+    from edgeprune.models import CircuitModel
+    from edgeprune.prompts.encode import PairDataset
 
 
 class _Console(Console):
@@ -85,7 +85,7 @@ def check_output(
     Raises:
         ConfigError: it is read, is one of a run's own, or can be no file.
     """
-    from edgeprune.training.run import OWN_FILES, has_run
+    from edgeprune.runs.run import OWN_FILES, has_run
 
     try:
         check_can_be_file(output)
@@ -107,7 +107,7 @@ def check_output(
 
 
 def load_model(config: ModelConfig) -> CircuitModel:
-    from edgeprune.modeling import load_model, pick_device
+    from edgeprune.models import load_model, pick_device
 
     check_model(config)
     device = pick_device(config.device)
@@ -126,7 +126,7 @@ def load_model(config: ModelConfig) -> CircuitModel:
 
 def data_file(task: TaskConfig, folder: Path) -> Path:
     """The task's JSONL: the user's, or the one that is generated into a folder."""
-    from edgeprune.training.run import DATA
+    from edgeprune.runs.run import DATA
 
     return folder / DATA if task.path is None else Path(task.path)
 
@@ -175,7 +175,7 @@ def check_own_data(run_dir: Path, digest: str, data_path: Path) -> None:
     Raises:
         ConfigError: run.json has another digest.
     """
-    from edgeprune.training.run import read_digests
+    from edgeprune.runs.run import read_digests
 
     if digest != read_digests(run_dir)["data"]:
         raise ConfigError(
@@ -187,7 +187,7 @@ def check_own_data(run_dir: Path, digest: str, data_path: Path) -> None:
 
 def task_records(task: TaskConfig, tokenizer: Any) -> list[dict]:
     """A task's prompts, generated."""
-    from edgeprune.tasks import FROM_MODEL, TASKS, make_records, tracr
+    from edgeprune.prompts.tasks import FROM_MODEL, TASKS, make_records, tracr
 
     if task.name == FROM_MODEL:
         if not hasattr(tokenizer, "folder"):
@@ -213,8 +213,8 @@ def write_records(records: list[dict], path: Path) -> None:
 
 def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
     """One split of a file, or of the prompts that were generated for the task."""
-    from edgeprune.dataset import DataError, load_dataset
-    from edgeprune.training.run import has_run
+    from edgeprune.prompts.encode import DataError, load_dataset
+    from edgeprune.runs.run import has_run
 
     def named(text: object) -> str:
         """Without the path of a file that the command will not leave."""
@@ -236,7 +236,7 @@ def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) ->
 
 def first_split(path: Path, wanted: Split) -> Split:
     """The wanted split if the file has it (or no splits at all), else the first it has."""
-    from edgeprune.dataset import iterate_records
+    from edgeprune.prompts.encode import iterate_records
 
     found = {record.get("split", wanted.name) for record in iterate_records(path)}
     return wanted if wanted.name in found else next(split for split in Split if split.name in found)
@@ -247,7 +247,7 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
 
     What is noted beside a circuit that `export`, `compare` or `report` wrote names its run.
     """
-    from edgeprune.training.run import EDGES, has_run
+    from edgeprune.runs.run import EDGES, has_run
 
     path = Path(given)
     if not path.exists():
@@ -272,7 +272,7 @@ def find_circuit(given: str) -> tuple[Path, Path | None]:
 
 def read_origin(path: Path) -> dict[str, Any]:
     """What is noted beside a circuit: FILE.origin, or an edges.json's circuit.json; or nothing."""
-    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
+    from edgeprune.runs.run import CIRCUIT_NOTE, EDGES
 
     notes = [path.with_name(path.name + ORIGIN)]
     if path.name == EDGES:
@@ -302,7 +302,7 @@ def write_origin(path: Path, graph: CircuitGraph, run_dir: Path | None) -> Path:
 def known_graph(path: Path, run_dir: Path | None) -> CircuitGraph | None:
     """The graph of a circuit's file if it is known without reading the file, else None."""
     from edgeprune.graph import CircuitGraph
-    from edgeprune.training.run import read_graph
+    from edgeprune.runs.run import read_graph
 
     try:
         return CircuitGraph.from_dict(read_origin(path)["graph"])
@@ -317,7 +317,7 @@ def read_circuit(path: Path, graph: CircuitGraph | None = None) -> Circuit:
         path: the file.
         graph: the model's; None: the file's own or, for an edges.json, the smallest that fits.
     """
-    from edgeprune.formats import read_circuit_file
+    from edgeprune.formats.eap import read_circuit_file
 
     return circuit_of(path, read_circuit_file(path, graph))
 
@@ -325,7 +325,7 @@ def read_circuit(path: Path, graph: CircuitGraph | None = None) -> Circuit:
 def circuit_of(path: Path, file: CircuitFile) -> Circuit:
     """The circuit of a `CircuitFile`; says what `read_circuit` says."""
     from edgeprune.circuit import Circuit
-    from edgeprune.formats import infer_graph
+    from edgeprune.formats.eap import infer_graph
 
     for note in file.notes:
         say(note)
@@ -352,7 +352,7 @@ def write_circuit(
 
     Returns the two files.
     """
-    from edgeprune.training.run import CIRCUIT_NOTE, EDGES
+    from edgeprune.runs.run import CIRCUIT_NOTE, EDGES
 
     run = None if run_dir is None else os.path.relpath(run_dir, folder)
     report = {
@@ -405,7 +405,7 @@ def run_settings(run_dir: Path | None) -> dict[str, Any]:
     """Model, task, ablation and trainer settings of a run; nothing without a run."""
     if run_dir is None:
         return {}
-    from edgeprune.training.run import read_config
+    from edgeprune.runs.run import read_config
 
     content = read_config(run_dir)
     try:
@@ -450,8 +450,8 @@ def export_from(
         sparsity, num_edges: its size; neither: as the run asked for.
         threshold: whether a threshold decides in place of a size.
     """
-    from edgeprune.analysis.export import export_circuit
-    from edgeprune.training.run import load_masks, read_config
+    from edgeprune.evaluation.export import export_circuit
+    from edgeprune.runs.run import load_masks, read_config
 
     settings, is_last = read_config(run_dir), step is None
     masks, step = load_masks(run_dir, step, say)

@@ -20,13 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgeprune.errors import CheckpointError
 from edgeprune.files import file_digest
 
 MASKS, OPTIMIZER, CHECKPOINT_NOTE = "masks.safetensors", "optimizer.safetensors", "checkpoint.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint which cannot be written or used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,24 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from edgeprune import gates as hard_concrete
-from edgeprune.ablation import Ablation
-from edgeprune.config import ConfigError, Constraint, Stop, TrainerConfig
-from edgeprune.dataset import Batch, Pair, collate, training_pairs
-from edgeprune.gradient import CudaGraphs, Gradient, Inputs, differentiate
-from edgeprune.masks import CircuitMasks, combined_gates
-from edgeprune.metrics import Output
-from edgeprune.modeling import Activations, CircuitModel
-from edgeprune.modeling.passes import KeptPasses
-from edgeprune.modeling.sharding import is_sharded
-from edgeprune.training.checkpoint import Checkpoint, CheckpointError
-from edgeprune.training.distributed import Processes
-from edgeprune.training.objective import (
+from edgeprune.config import Constraint, TrainerConfig
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.cache import KeptPasses
+from edgeprune.engine.circuit_model import Activations, CircuitModel
+from edgeprune.engine.gradient import CudaGraphs, Gradient, StepInputs, differentiate
+from edgeprune.errors import CheckpointError, ConfigError, TrainingError
+from edgeprune.methods import hard_concrete
+from edgeprune.methods.masks import CircuitMasks, combined_gates
+from edgeprune.methods.objective import (
     SparsityConstraint,
     learning_rate_factor,
     scheduled_target,
 )
-
-
-class TrainingError(Stop, RuntimeError):
-    """Training cannot go on; the message says where and why."""
-
-    on_every_process = True
+from edgeprune.metrics import Output
+from edgeprune.prompts.encode import Batch, Pair, collate, training_pairs
+from edgeprune.scale.sharding import is_sharded
+from edgeprune.scale.world import World
+from edgeprune.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class StepMetrics:
         sparsity, target: 1 - mean edge gate, and what it is driven to; no target where edges have
             a price.
         node_sparsity, node_target: the same for nodes; None without node gates.
-        multiplier_1, multiplier_2: of the edges' Lagrangian, with which the loss was made; None
+        lambda_1, lambda_2: of the edges' Lagrangian, with which the loss was made; None
             without.
         learning_rate: of log alpha.
     """
@@ -60,8 +55,8 @@ class StepMetrics:
     target: float | None
     node_sparsity: float | None
     node_target: float | None
-    multiplier_1: float | None
-    multiplier_2: float | None
+    lambda_1: float | None
+    lambda_2: float | None
     learning_rate: float
 
 
@@ -93,7 +88,7 @@ class Trainer:
         target_sparsity: float | None,
         seed: int,
         ablation: Ablation,
-        processes: Processes | None = None,
+        processes: World | None = None,
     ) -> None:
         self.model = model
         self.pairs = pairs
@@ -101,7 +96,7 @@ class Trainer:
         self.target_sparsity = target_sparsity
         self.seed = seed
         self.ablation = ablation
-        self.processes = processes or Processes()
+        self.processes = processes or World()
         self.processes.check_batch(min(config.batch_size, len(pairs)))
         if model.output is not Output.logits and (
             config.micro_batch_size or self.processes.count > 1
@@ -155,10 +150,10 @@ class Trainer:
         mixed = combined_gates(gates, self.masks.edge_writers)
         differentiate = partial(self._differentiate, pairs, mixed.detach())
         if self._sharded:  # its layers are gathered from other processes
-            distance, of_gates = self.processes.guard(differentiate)
+            distance, grad_gates = self.processes.collective(differentiate)
         else:
-            distance, of_gates = differentiate()
-        self.processes.sum([distance, of_gates])
+            distance, grad_gates = differentiate()
+        self.processes.sum([distance, grad_gates])
         sparsity = {k: hard_concrete.sparsity(g) for k, g in vars(gates).items() if g is not None}
         targets = self._targets()
         loss = distance
@@ -169,7 +164,7 @@ class Trainer:
             loss = loss + constraint(sparsity[kind], targets[kind])
         multipliers = dict(self.constraints.named_parameters())
         values = {"loss": loss, "distance": distance, **sparsity, **multipliers}
-        values["gradient"] = of_gates.sum()
+        values["gradient"] = grad_gates.sum()
         values = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient"])):
             raise TrainingError(
@@ -184,7 +179,7 @@ class Trainer:
         if self._is_exact:
             for kind in sparsity:
                 getattr(gates, kind).retain_grad()
-        mixed.backward(of_gates, retain_graph=loss.requires_grad)
+        mixed.backward(grad_gates, retain_graph=loss.requires_grad)
         if loss.requires_grad:
             loss.backward()
         if self._is_exact:
@@ -202,8 +197,8 @@ class Trainer:
             target=targets["edge"],
             node_sparsity=values.get("node"),
             node_target=targets["node"],
-            multiplier_1=values.get("edge.multiplier_1"),
-            multiplier_2=values.get("edge.multiplier_2"),
+            lambda_1=values.get("edge.lambda_1"),
+            lambda_2=values.get("edge.lambda_2"),
             learning_rate=learning_rate,
         )
 
@@ -215,18 +210,18 @@ class Trainer:
         config = self.config
         gates.requires_grad_()
         total = torch.zeros((), device=gates.device)
-        of_gates = torch.zeros_like(gates)
+        grad_gates = torch.zeros_like(gates)
         mine = self.processes.part(pairs)
         size = config.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             batch = collate(mine[start : start + size]).to(gates.device)
             reference, corrupted = self._run_pair(batch)
-            inputs = Inputs(batch, reference, self.ablation.values(batch, corrupted), gates)
+            inputs = StepInputs(batch, reference, self.ablation.values(batch, corrupted), gates)
             share = len(batch.pairs) / len(pairs)
             distance, gradient = self._differentiate_slice(inputs, share=share)
             total += distance
-            of_gates += gradient
-        return total, of_gates
+            grad_gates += gradient
+        return total, grad_gates
 
     @cached_property
     def _differentiate_slice(self) -> Callable[..., Gradient]:

@@ -1,0 +1,106 @@
+"""GPT-2: where its parts are, and how a block runs on a separate input for each reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+
+from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
+from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
+
+
+def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
+    return CircuitGraph(
+        num_layers=config.n_layer,
+        num_heads=config.n_head,
+        num_kv_heads=config.n_head,
+        embedding_writers=GPT2.embedding_writers if embedding_writers else (),
+    )
+
+
+class GPT2Block:
+    """Runs the parts of a loaded `GPT2Block` head by head."""
+
+    fused = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.attention_norm = layer.ln_1
+        self.attention_output = layer.attn.c_proj
+        self.mlp_norm = layer.ln_2
+        # Of the library's own GELU each product and sum is an operation of its own.
+        activation = layer.mlp.act
+        if isinstance(activation, NewGELUActivation):
+            activation = nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(layer.mlp.c_fc, activation, layer.mlp.c_proj)
+        self.mlp_output = layer.mlp
+        self.attention = layer.attn
+        self.num_heads = layer.attn.num_heads
+        self.d_head = layer.attn.head_dim
+
+    def attend(self, x: Tensor, mask: Any) -> Tensor:
+        """Queries, keys and values from an input of their own each.
+
+        Args:
+            x: [3 * head, batch, pos, d_model]; all heads' q, then k, then v.
+            mask: of the attention function.
+
+        Returns:
+            The heads' values, [batch, pos, head * d_head].
+        """
+        project = self.attention.c_attn
+        weight = rearrange(
+            project.weight, "d_model (reader d_head) -> reader d_head d_model", d_head=self.d_head
+        )
+        bias = rearrange(project.bias, "(reader d_head) -> reader d_head", d_head=self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, [weight], bias, fused=self.fused)
+        qkv = rearrange(qkv, "(part head) batch pos d_head -> part batch head pos d_head", part=3)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.attention.config._attn_implementation, eager_attention_forward
+        )
+        scaling = self.attention.scaling
+        values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
+        return rearrange(values, "batch pos head d_head -> batch pos (head d_head)")
+
+    def scale(self, values: Tensor) -> Tensor:
+        return values
+
+    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+        """See `project_from_heads`."""
+        project = self.attention_output
+        weight = rearrange(
+            project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
+        )
+        return project_from_heads(values, closed, weight, project.bias, centred=centred)
+
+
+class GPT2:
+    """A loaded GPT-2 with its parts named."""
+
+    embedding_writers = ("tok_embeds", "pos_embeds")
+    output = Output.logits
+    may_pad = True
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        self.body = model.transformer
+        self.blocks = [GPT2Block(layer) for layer in self.body.h]
+        self.final_norm = self.body.ln_f
+        self.logits = self.unembed = model.lm_head
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[batch, pos] -> [2, batch, pos, d_model]: token and position embeddings."""
+        tokens = self.body.wte(ids)
+        positions = self.body.wpe(torch.arange(ids.shape[1], device=ids.device))
+        return torch.stack([tokens, positions.expand_as(tokens)])
+
+    def attention_inputs(self, embeddings: Tensor) -> Any:
+        return attention_mask(create_causal_mask, self.body.config, embeddings)

@@ -1,0 +1,50 @@
+"""Indirect object identification: "Mary and John went ... John gave a drink to" -> " Mary".
+
+After Wang et al. 2023 (arXiv:2211.00593), with many templates in both orders; corrupted as in
+Bhaskar et al. 2024: three other names, none of them twice.
+"""
+
+from __future__ import annotations
+
+import random
+
+from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES, OBJECTS, PLACES
+
+TEMPLATES = (
+    "Then, {first} and {second} went to the {place}. {giver} gave a {object} to",
+    "When {first} and {second} got to the {place}, {giver} handed a {object} to",
+    "After {first} and {second} left the {place}, {giver} passed a {object} to",
+    "While {first} and {second} were at the {place}, {giver} offered a {object} to",
+    "Yesterday {first} and {second} met at the {place}, and {giver} gave a {object} to",
+    "{first} and {second} spent the day at the {place}. {giver} bought a {object} for",
+    "Once {first} and {second} had found the {place}, {giver} showed a {object} to",
+    "Later, {first} and {second} walked to the {place}. {giver} brought a {object} to",
+    "As {first} and {second} waited near the {place}, {giver} sold a {object} to",
+    "{first} and {second} were working at the {place}. {giver} sent a {object} to",
+    "Before {first} and {second} reached the {place}, {giver} lent a {object} to",
+    "In the morning {first} and {second} visited the {place}, where {giver} gave a {object} to",
+    "Because {first} and {second} liked the {place}, {giver} carried a {object} there for",
+    "The {place} was quiet when {first} and {second} arrived. {giver} threw a {object} to",
+    "Last week {first} and {second} cleaned the {place}. Then {giver} returned a {object} to",
+    "At the {place}, {first} and {second} had an argument. {giver} still gave a {object} to",
+)
+
+
+def sample(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -> dict:
+    """One example; the giver is the first or the second name with equal chance (BABA, ABBA)."""
+    names = rng.sample(MALE_NAMES + FEMALE_NAMES, 5)
+    template = rng.choice(templates)
+    setting = {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}
+    first, second = names[:2]
+    giver, receiver = rng.choice([(first, second), (second, first)])
+    other_first, other_second, other_giver = names[2:]
+    clean = template.format(first=first, second=second, giver=giver, **setting)
+    corrupted = template.format(
+        first=other_first, second=other_second, giver=other_giver, **setting
+    )
+    other_receiver = other_first if receiver == first else other_second
+    return {
+        "clean": f"{clean}<predict> {receiver}</predict>",
+        "corrupted": f"{corrupted}<predict> {other_receiver}</predict>",
+        "distractor": f" {giver}",
+    }

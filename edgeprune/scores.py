@@ -1,0 +1,111 @@
+"""EdgeScores: one number per edge, whichever method it came from, and the circuits cut from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgeprune.circuit import Circuit
+from edgeprune.errors import CircuitError
+from edgeprune.files import write_atomically
+from edgeprune.graph import CircuitGraph
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """A graph and one number per edge. Every method ends in one; sizes are chosen afterwards.
+
+    Attributes:
+        graph: the scored graph.
+        values: [edge], float64 on the CPU, in the graph's order. Learned scores are log odds: the
+            logarithm of p / (1 - p), where p in (0, 1) grows with the importance of the edge.
+        by_magnitude: whether edges are ranked by |value| (attribution) instead of by value.
+        origin: where the values come from: method, settings, training step; JSON values.
+    """
+
+    graph: CircuitGraph
+    values: Tensor
+    by_magnitude: bool = False
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
+        object.__setattr__(self, "values", values)
+        if values.shape != (self.graph.num_edges,):
+            raise ValueError(
+                f"got scores of shape {list(values.shape)}, expected [{self.graph.num_edges}]"
+            )
+        if values.isnan().any():
+            raise ValueError(f"{int(values.isnan().sum()):,} scores are NaN, expected numbers")
+
+    def __repr__(self) -> str:
+        return f"EdgeScores({self.graph.num_edges:,} edges, {self.origin.get('method', 'unknown')})"
+
+    def ranking(self) -> Tensor:
+        """[edge], the indices of all edges, most important first; ties in the graph's order."""
+        importance = self.values.abs() if self.by_magnitude else self.values
+        return torch.argsort(importance, descending=True, stable=True)
+
+    def circuit(self, *, num_edges: int | None = None, sparsity: float | None = None) -> Circuit:
+        """The circuit of the highest-ranked edges, of exactly the requested size.
+
+        Args:
+            num_edges: number of edges to keep.
+            sparsity: fraction of the edges to remove, 0 to 1. Give one of the two.
+
+        Raises:
+            ConfigError: both or neither are given, or the size is out of range.
+        """
+        size = self.graph.resolve_size(num_edges, sparsity)
+        kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
+        kept[self.ranking()[:size]] = True
+        return Circuit.from_mask(self.graph, kept.tolist())
+
+    def magnitudes(self) -> Tensor:
+        """[edge], numbers whose magnitude ranks the edges, for formats that rank by magnitude.
+
+        The values themselves where magnitude ranks them; otherwise their logistic function.
+        """
+        return self.values if self.by_magnitude else torch.sigmoid(self.values)
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, which also holds graph and origin."""
+        metadata = {
+            "graph": json.dumps(self.graph.to_dict()),
+            "by_magnitude": json.dumps(self.by_magnitude),
+            "origin": json.dumps(dict(self.origin)),
+        }
+        write_atomically(
+            Path(path), lambda temporary: save_file({"scores": self.values}, temporary, metadata)
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> EdgeScores:
+        """Read a file written by `save`.
+
+        Raises:
+            CircuitError: the file is missing, damaged or of another kind.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CircuitError(f"no scores file {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, values = file.metadata() or {}, file.get_tensor("scores")
+            graph = CircuitGraph.from_dict(json.loads(metadata["graph"]))
+            return cls(
+                graph, values, json.loads(metadata["by_magnitude"]), json.loads(metadata["origin"])
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CircuitError(
+                f"{path} is not a readable scores file ({type(error).__name__}: {error}); expected "
+                "a scores.safetensors that edgeprune wrote"
+            ) from None
