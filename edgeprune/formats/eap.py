@@ -40,6 +40,8 @@ from edgeprune.scores import EdgeScores
 INPUT, LOGITS = "input", "logits"
 OWN_KEY = "edgeprune"
 """Key of what the format cannot represent."""
+NO_NEURONS = "some nodes keep only some of their neurons; circuits of neurons are not supported"
+"""Message for a circuit of single neurons."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,6 @@ def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     return ours, of_format
 
 
-def _unpaired(theirs: CircuitGraph, paired: Tensor) -> Tensor:
-    """[edge] of the format's graph, bool: edges from embeddings that always flow in our graph."""
-    return ~torch.zeros(theirs.num_edges, dtype=torch.bool).index_fill(0, paired, True)
-
-
 def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
     """[size], the value of largest magnitude among those with the same index; 0 without any."""
     zeros = values.new_zeros(size)
@@ -126,16 +123,15 @@ def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
 def read_json(name: str, content: dict[str, Any], graph: CircuitGraph | None) -> CircuitFile:
     """Read a graph in JSON. Edges that it does not list are not in the graph."""
     theirs = _parse_config(content["cfg"])
-    for node in content.get("nodes", {}).values():
-        if isinstance(node, dict) and node.get("in_graph"):
-            _check_neurons(torch.tensor([True]), torch.tensor([node.get("neurons") or [True]]))
+    nodes = [node for node in content.get("nodes", {}).values() if isinstance(node, dict)]
+    if any(node.get("in_graph") and not all(node.get("neurons") or ()) for node in nodes):
+        raise ValueError(NO_NEURONS)
     readers = {_their_reader(reader): reader for reader in theirs.readers}
-    kept = torch.zeros(theirs.num_edges, dtype=torch.bool)
-    scores = torch.full((theirs.num_edges,), torch.nan, dtype=torch.float64)
+    kept, scores = [False] * theirs.num_edges, [math.nan] * theirs.num_edges
     for edge, entry in content["edges"].items():
         writer, _, reader = edge.partition("->")
         try:
-            index = theirs.edge_index((writer, readers.get(reader, reader + "?")))
+            index = theirs.edge_index((writer, readers.get(reader)))
         except ValueError:
             raise ValueError(
                 f"there is no edge {edge!r} in a model of {_counts(theirs)}; expected names such "
@@ -144,9 +140,10 @@ def read_json(name: str, content: dict[str, Any], graph: CircuitGraph | None) ->
         if entry["in_graph"] not in (True, False):
             raise ValueError(f"'in_graph' of edge {edge!r} is neither true nor false")
         kept[index] = bool(entry["in_graph"])
-        score = entry.get("score")
-        scores[index] = score if type(score) in (int, float) else math.nan
-    return _read(name, _Content(content["cfg"], theirs, kept, scores, content.get(OWN_KEY)), graph)
+        if type(entry.get("score")) in (int, float):
+            scores[index] = float(entry["score"])
+    flags, values = torch.tensor(kept), torch.tensor(scores, dtype=torch.float64)
+    return _read(name, _Content(content["cfg"], theirs, flags, values, content.get(OWN_KEY)), graph)
 
 
 def read_pt(name: str, data: bytes, graph: CircuitGraph | None) -> CircuitFile:
@@ -162,15 +159,12 @@ def read_pt(name: str, data: bytes, graph: CircuitGraph | None) -> CircuitFile:
     theirs = _parse_config(content["cfg"])
     writers, readers = list(theirs.writers), [_their_reader(reader) for reader in theirs.readers]
     if [list(content["src_nodes"]), list(content["dst_nodes"])] != [writers, readers]:
-        raise ValueError(
-            "src_nodes and dst_nodes are not those of a model of "
-            f"{_counts(theirs)}, in the order of EAP-IG"
-        )
-    if None not in (neurons := content.get("neurons_in_graph"), content.get("nodes_in_graph")):
-        nodes = _tensor(content, "nodes_in_graph", (len(writers),))
-        _check_neurons(
-            nodes, _tensor(content, "neurons_in_graph", (len(writers), *neurons.shape[1:2]))
-        )
+        raise ValueError(f"src_nodes and dst_nodes are not those of {_counts(theirs)}, in order")
+    nodes, neurons = content.get("nodes_in_graph"), content.get("neurons_in_graph")
+    if nodes is not None and neurons is not None:
+        partly = neurons.bool().any(dim=1) & ~neurons.bool().all(dim=1)
+        if (nodes.bool() & partly).any():
+            raise ValueError(NO_NEURONS)
     shape, cells = (len(writers), len(readers)), _cells(theirs)
     kept = _tensor(content, "edges_in_graph", shape)[cells]
     if not ((kept == 0) | (kept == 1)).all():
@@ -206,16 +200,6 @@ def _tensor(content: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tenso
     return found
 
 
-def _check_neurons(nodes: Tensor, neurons: Tensor) -> None:
-    """Refuse a circuit that keeps some neurons of a node: nodes [node], neurons [node, neuron]."""
-    some, every = (neurons != 0).any(dim=1), (neurons != 0).all(dim=1)
-    if ((nodes != 0) & some & ~every).any():
-        raise ValueError(
-            "a node is in the graph with only some of its neurons; circuits of neurons are not "
-            "supported"
-        )
-
-
 def _read(name: str, content: _Content, graph: CircuitGraph | None) -> CircuitFile:
     """The circuit and scores in our graph: the given one, or the one under our own key."""
     theirs, own = content.theirs, content.own
@@ -223,38 +207,35 @@ def _read(name: str, content: _Content, graph: CircuitGraph | None) -> CircuitFi
     target = graph or written_from
     if target is None:
         raise ValueError(UNKNOWN_MODEL)
-    for of in (target, written_from or target):
-        if _their_graph(of) != theirs:
+    for model in (target, written_from or target):
+        if _their_graph(model) != theirs:
             raise ValueError(
                 f"not a circuit of this model: the file has {_counts(theirs)}, the model "
-                f"{_counts(of)}"
+                f"{_counts(model)}"
             )
     ours, paired = _pairs(target)
     kept = torch.zeros(target.num_edges, dtype=torch.bool)
     kept[ours[content.kept[paired]]] = True
-    scores = None
+    scores, notes = None, _losses(content, target, ours, paired)
     if content.scores.isfinite().all():
         scores = _largest(content.scores[paired], ours, target.num_edges)
-    notes = _losses(content, target, ours, paired)
     if target == written_from:
         for writer, reader in own["left_out"]:
             kept[target.edge_index((writer, reader))] = False
-        if scores is not None and own.get("scores") is not None:
+        if scores is not None and own.get("scores") is not None:  # older files have none
             scores = _own_scores(own["scores"], scores, content, ours, paired, target)
     elif kept[_merged(target)].any():
         notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
     if not kept.any():
         choose = "" if scores is None else "; choose edges by score with num_edges= or sparsity="
         notes.append(f"no edge is in the graph{choose}")
-    d_model = content.config.get("d_model")
-    return CircuitFile(
-        Circuit.from_mask(target, kept.tolist()),
-        notes=tuple(notes),
-        scores=None
-        if scores is None
-        else EdgeScores(target, scores, True, {"method": "file", "file": name}),
-        d_model=d_model if type(d_model) is int and d_model > 0 else None,
-    )
+    if scores is not None:
+        scores = EdgeScores(
+            target, scores, by_magnitude=True, origin={"method": "file", "file": name}
+        )
+    circuit, d_model = Circuit.from_mask(target, kept.tolist()), content.config.get("d_model")
+    d_model = d_model if type(d_model) is int and d_model > 0 else None
+    return CircuitFile(circuit, notes=tuple(notes), scores=scores, d_model=d_model)
 
 
 def _own_scores(
@@ -262,7 +243,9 @@ def _own_scores(
 ) -> Tensor:
     """[edge], our exact scores, unless the format's were changed since they were written."""
     merged, exact = _merged(graph), scores.clone()
-    exact[merged if len(own) == len(merged) else slice(None)] = torch.as_tensor(own).double()
+    exact[merged if len(own) == len(merged) else slice(None)] = torch.as_tensor(
+        own, dtype=torch.float64
+    )
     written = _largest(exact[ours], paired, len(content.scores))[paired]
     agree = torch.isclose(content.scores[paired], written, rtol=1e-6, atol=1e-30).all()
     return exact if agree else scores
@@ -272,7 +255,7 @@ def _losses(content: _Content, graph: CircuitGraph, ours: Tensor, paired: Tensor
     """Notes on kept or left-out edges that our graph cannot represent."""
     num_kept = ours[content.kept[paired]].bincount(minlength=graph.num_edges)
     partly = int(((num_kept > 0) & (num_kept < ours.bincount())).sum())
-    always = int((_unpaired(content.theirs, paired) & ~content.kept).sum())
+    always = int((~content.kept.index_fill(0, paired, True)).sum())
     notes = []
     if partly:
         notes.append(
@@ -337,14 +320,11 @@ def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: i
 
 
 def _to_content(circuit: Circuit, scores: EdgeScores | None, d_model: int | None) -> _Content:
-    graph, theirs, (ours, paired) = (
-        circuit.graph,
-        _their_graph(circuit.graph),
-        _pairs(circuit.graph),
-    )
+    graph, theirs = circuit.graph, _their_graph(circuit.graph)
+    ours, paired = _pairs(graph)
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()
-    always = _unpaired(theirs, paired)
+    always = torch.ones(theirs.num_edges, dtype=torch.bool).index_fill(0, paired, False)
     embeddings = graph.embedding_writers
     from_input = {reader for writer, reader in circuit.edge_set if writer in embeddings}
     left_out = [
