@@ -80,20 +80,19 @@ def _their_reader(reader: str) -> str:
 
 def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
-    theirs = _their_graph(graph)
+    theirs, embeddings = _their_graph(graph), graph.embedding_writers
     expanded = {  # a shared key or value -> those of its query heads
         reader: [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
         if "." in reader
         else [reader]
         for reader in graph.readers
     }
-    pairs = [
-        (index, theirs.edge_index((INPUT if writer in graph.embedding_writers else writer, reader)))
-        for index, (writer, shared) in enumerate(graph.edges)
-        for reader in expanded[shared]
-    ]
-    ours, of_format = torch.tensor(pairs).T
-    return ours, of_format
+    ours, paired = [], []
+    for index, (writer, shared) in enumerate(graph.edges):
+        for reader in expanded[shared]:
+            ours.append(index)
+            paired.append(theirs.edge_index((INPUT if writer in embeddings else writer, reader)))
+    return torch.tensor(ours), torch.tensor(paired)
 
 
 def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
