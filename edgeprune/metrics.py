@@ -121,7 +121,9 @@ class ExampleMetrics:
         """The examples of several batches, in order, on the CPU."""
         names = [field.name for field in fields(cls) if field.name != "predicted"]
         return cls(
-            **{name: torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in names},
+            **{
+                name: torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in names
+            },
             predicted=tuple(tokens for batch in batches for tokens in batch.predicted),
         )
 

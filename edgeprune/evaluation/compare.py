@@ -104,7 +104,9 @@ def only_in(name: str, circuits: Mapping[str, Circuit]) -> Circuit:
 def times_kept(circuits: Sequence[Circuit]) -> Counter[Edge]:
     """The number of circuits that have each edge; sorted by number, then in the graph's order."""
     counts = Counter(edge for circuit in circuits for edge in circuit.edge_set)
-    return Counter({edge: counts[edge] for edge in sorted(union(circuits).edges, key=lambda e: -counts[e])})
+    return Counter(
+        {edge: counts[edge] for edge in sorted(union(circuits).edges, key=lambda e: -counts[e])}
+    )
 
 
 def consensus(circuits: Sequence[Circuit]) -> Circuit:
