@@ -217,22 +217,22 @@ def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Grou
 def _titles(runs: Sequence[RunRecord], part: str, digest: str) -> list[str]:
     """The name of each run's `task` or `model`.
 
-    A custom one is named after its file or folder; different ones of the same name show the start
-    of their digests. Dtype and quantization change the digest of a model, but not its name.
+    A custom one is named after its file or folder. Different ones of the same name show the start
+    of their digests, except that generated data differ by seed, and models by dtype and bits.
     """
     keys, digests = [], defaultdict(set)
     for run in runs:
         name, path = (run.settings.get(f"{part}.{key}") for key in ("name", "path"))
-        is_custom = name == "custom" and bool(path)
-        if is_custom:
+        if name == "custom" and path:
             name = Path(path).stem if part == "task" else Path(path).name
         dtype = (run.settings.get("model.dtype"), run.settings.get("model.bits"))
-        keys.append((name or "", is_custom, dtype))
+        keys.append((name or "", part == "task" and not path, dtype))
         digests[keys[-1]].add(run.digests[digest])
-    return [
-        f"{key[0]} ({run.digests[digest][:8]})" if key[1] and len(digests[key]) > 1 else key[0]
-        for key, run in zip(keys, runs, strict=True)
-    ]
+    titles = []
+    for (name, is_generated, dtype), run in zip(keys, runs, strict=True):
+        is_ambiguous = not is_generated and len(digests[name, is_generated, dtype]) > 1
+        titles.append(f"{name} ({run.digests[digest][:8]})" if is_ambiguous else name)
+    return titles
 
 
 def _most_frequent_split(runs: Sequence[RunRecord]) -> str | None:
@@ -241,12 +241,12 @@ def _most_frequent_split(runs: Sequence[RunRecord]) -> str | None:
 
 
 def _series(runs: Sequence[RunRecord], split: str | None) -> tuple[Series, ...]:
-    own_meaning = {*SIZE, "seed", "model.name", "model.path", "task.name", "task.path"}
-    keys = sorted({key for run in runs for key in run.distinguishing} - own_meaning)
-    keys = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
+    own_meaning = {*SIZE, "seed", "model.name", "model.path", "task.name"}
+    keys = {"task.path", *(key for run in runs for key in run.distinguishing)} - own_meaning
+    keys = sorted(key for key in keys if len({_setting_text(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.seed or 0, run.name)):
-        name = ", ".join(f"{key}={run.settings.get(key)}" for key in keys)
+        name = ", ".join(f"{key}={_setting_text(run, key)}" for key in keys)
         members[name][run.size].append(run)
     series = []
     for name, by_size in sorted(members.items()):
@@ -259,6 +259,12 @@ def _series(runs: Sequence[RunRecord], split: str | None) -> tuple[Series, ...]:
             log.warning("%s: runs of the same seed count as several seeds: %s; leave out copies",
                         point.requested, names)  # fmt: skip
     return tuple(series)
+
+
+def _setting_text(run: RunRecord, key: str) -> str:
+    """A setting as text; for the path of data, the start of their digest."""
+    value = run.settings.get(key)
+    return run.digests["data"][:8] if key == "task.path" and value else str(value)
 
 
 def _size_text(size: tuple, sizes: Iterable[tuple]) -> str:

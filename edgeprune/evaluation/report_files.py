@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from edgeprune.drawing import draw_circuit, render_page
 from edgeprune.drawing.page import Section
 from edgeprune.drawing.plots import Curve, Panel, draw_frontier
 from edgeprune.errors import GraphvizMissing
+from edgeprune.evaluation.compare import times_kept
 from edgeprune.evaluation.report import (
     BASELINES,
     HEADLINES,
     REPORTED,
     Group,
     Point,
+    RunRecord,
     Series,
     frontier_table,
 )
@@ -35,9 +37,9 @@ log = logging.getLogger("edgeprune")
 MAX_SEEDS = 24
 """The page shows the overlap of each pair for at most this many seeds; stability.csv has all."""
 NOTE = (
-    "Lines and numbers are means over seeds; bands, and ranges in brackets, go from the lowest seed "
-    "to the highest. Edge IoU is the intersection over union of the edges of two seeds, averaged "
-    "over all pairs of seeds. "
+    "Lines and numbers are means over seeds; bands and the ranges in brackets go from the lowest "
+    "seed to the highest. Edge IoU is the intersection over union of the edges of two seeds, "
+    "averaged over all pairs of seeds. "
 ) + "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED) + "."  # fmt: skip
 
 
@@ -54,26 +56,21 @@ def write_report(
     Returns:
         The files.
     """
-    files = _write_tables(groups, folder)
+    _write_tables(groups, folder)
     sections = [Section(notes=[NOTE])]
     for group, name in zip(groups, _file_names(groups), strict=True):
-        plots = _draw_frontier(group, folder / f"frontier-{name}")
-        pictures = [(plots[-1], "frontier of size against faithfulness")] if plots else []
         heading = f"{group.title}, {group.num_edges:,} edges; {group.prompts}"
-        sections.append(Section(heading, pictures=pictures))
+        sections.append(Section(heading, pictures=_draw_frontier(group, folder, name)))
         for number, series in enumerate(group.series, 1):
-            details = []
-            for point in series.points:
-                if point.stability:
-                    curve = f"series-{number}" if len(group.series) > 1 else ""
-                    place = Path("consensus", _file_name(name, curve, point.requested))
-                    files += _write_consensus(point, folder / place)
-                    details.append(_stability_section(point, folder, place))
+            curve = f"series-{number}" if len(group.series) > 1 else ""
             table = frontier_table(group, series, REPORTED, ranges=True)
+            details = [
+                _stability(point, folder, f"consensus/{_file_name(name, curve, point.requested)}")
+                for point in series.points if len(point.runs) > 1
+            ]  # fmt: skip
             sections.append(Section(series.name, tables=[table], details=details, level=3))
-        files += plots
     write_text(folder / "report.html", render_page(title, sections))
-    return [*files, *folder.glob("consensus/*/circuit.svg"), folder / "report.html"]
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _file_name(*parts: str) -> str:
@@ -93,7 +90,7 @@ def _file_names(groups: Sequence[Group]) -> list[str]:
 # -------------------------------------------------------------------------------------------- CSV
 
 
-def _write_tables(groups: Sequence[Group], folder: Path) -> list[Path]:
+def _write_tables(groups: Sequence[Group], folder: Path) -> None:
     tables: dict[str, list[dict[str, Any]]] = {
         "runs": [], "frontier": [], "stability": [], "edges": []
     }  # fmt: skip
@@ -104,8 +101,8 @@ def _write_tables(groups: Sequence[Group], folder: Path) -> list[Path]:
                     "task": group.task, "model": group.model, "ablation": group.ablation,
                     "series": series.name, "asked": point.requested,
                 }  # fmt: skip
-                for name, rows in _point_rows(group, point).items():
-                    tables[name] += [{**where, **row} for row in rows]
+                for rows, new in zip(tables.values(), _point_rows(group, point), strict=True):
+                    rows += [{**where, **row} for row in new]
     for name, rows in tables.items():
         columns = list(rows[0]) if rows else ["task", "model", "ablation", "series", "asked"]
         text = io.StringIO()
@@ -113,71 +110,61 @@ def _write_tables(groups: Sequence[Group], folder: Path) -> list[Path]:
         writer.writeheader()
         writer.writerows(rows)
         write_text(folder / f"{name}.csv", text.getvalue())
-    return [folder / f"{name}.csv" for name in tables]
 
 
-def _point_rows(group: Group, point: Point) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each CSV file for one point."""
-    rows = {"runs": _run_rows(group, point), "frontier": [_frontier_row(group, point)]}
-    if point.stability:
-        num_runs = len(point.runs)
-        rows["stability"] = [
-            {"a": a, "b": b, "edge_iou": overlap.edge_iou, "node_iou": overlap.node_iou,
-             "shared_edges": overlap.shared_edges, "shared_nodes": overlap.shared_nodes}
-            for a, b, overlap in point.stability.pairs
-        ]  # fmt: skip
-        rows["edges"] = [
-            {"writer": writer, "reader": reader, "times_kept": count, "runs": num_runs,
-             "share": count / num_runs}
-            for (writer, reader), count in point.stability.times_kept.items()
-        ]  # fmt: skip
-    return rows
-
-
-def _run_rows(group: Group, point: Point) -> list[dict[str, Any]]:
-    rows = []
-    for run in point.runs:
-        size = run.circuit.sizes()
-        connected = size["without_dangling"]
-        rows.append({
-            "run": run.name, "seed": run.seed, "num_edges": size["num_edges"],
-            "sparsity": size["sparsity"], "num_edges_without_dangling": connected["num_edges"],
-            "num_nodes_without_dangling": connected["num_nodes"],
-            "split": group.split if group.split in run.evaluations else None,
-            **{name: run.metric(group.split, "circuit", name) for name in METRICS},
-        })  # fmt: skip
-    return rows
-
-
-def _frontier_row(group: Group, point: Point) -> dict[str, Any]:
+def _point_rows(group: Group, point: Point) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each CSV file for one point."""
+    yield [_run_row(group, run) for run in point.runs]
     size = point.num_edges.mean
-    row = {
+    yield [{
         "runs": len(point.runs), "evaluated": point.num_evaluated, "num_edges": size,
         "sparsity": 1 - size / group.num_edges, "split": group.split,
+        **{f"{name}_{part}": getattr(point.spread(name), part, None)
+           for name in (*(metric.name for metric in REPORTED), "edge_iou", "node_iou")
+           for part in ("mean", "low", "high")},
+    }]  # fmt: skip
+    yield [
+        {"a": a, "b": b, "edge_iou": overlap.edge_iou, "node_iou": overlap.node_iou,
+         "shared_edges": overlap.shared_edges, "shared_nodes": overlap.shared_nodes}
+        for (a, b), overlap in point.overlaps.items()
+    ]  # fmt: skip
+    counts, num_runs = times_kept([run.circuit for run in point.runs]), len(point.runs)
+    yield [
+        {"writer": writer, "reader": reader, "times_kept": count, "runs": num_runs,
+         "share": count / num_runs}
+        for (writer, reader), count in counts.items() if num_runs > 1
+    ]  # fmt: skip
+
+
+def _run_row(group: Group, run: RunRecord) -> dict[str, Any]:
+    size = run.circuit.sizes()
+    connected = size["without_dangling"]
+    return {
+        "run": run.name, "seed": run.seed, "num_edges": size["num_edges"],
+        "sparsity": size["sparsity"], "num_edges_without_dangling": connected["num_edges"],
+        "num_nodes_without_dangling": connected["num_nodes"],
+        "split": group.split if group.split in run.evaluations else None,
+        **{name: run.metric(group.split, "circuit", name) for name in METRICS},
     }  # fmt: skip
-    spreads = {metric.name: point.spread(metric.name) for metric in REPORTED}
-    for name in ("edge_iou", "node_iou"):
-        spreads[name] = getattr(point.stability, name, None)
-    for name, spread in spreads.items():
-        for part in ("mean", "low", "high"):
-            row[f"{name}_{part}"] = getattr(spread, part, None)
-    return row
 
 
 # ------------------------------------------------------------------------------------------ plots
 
 
-def _draw_frontier(group: Group, path: Path) -> list[Path]:
-    """Draw one panel per headline metric, as .png, .pdf and .svg; nothing without evaluations."""
+def _draw_frontier(group: Group, folder: Path, name: str) -> list[tuple[Path, str]]:
+    """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page.
+
+    Nothing if no run has been evaluated.
+    """
     panels = [_panel(group, metric) for metric in HEADLINES if group.has(metric)]
     if not panels:
         log.warning("%s: %s, so there is no plot", group.title, group.prompts)
         return []
-    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf", "svg")]
-    for each in paths:
+    for suffix in ("png", "pdf", "svg"):
+        path = folder / f"frontier-{name}.{suffix}"
         title = f"{group.title}: {group.prompts}"
-        draw_frontier(panels, each, title=title, all_edges=group.num_edges)
-    return paths
+        draw_frontier(panels, path, title=title, all_edges=group.num_edges)
+    return [(path, ", ".join(panel.label for panel in panels) + " against edges kept")]
 
 
 def _panel(group: Group, metric: Metric) -> Panel:
@@ -192,57 +179,47 @@ def _panel(group: Group, metric: Metric) -> Panel:
 
 
 def _curve(series: Series, metric: Metric) -> Curve:
-    points = [
-        (p.num_edges.mean, spread) for p in series.points if (spread := p.spread(metric.name))
-    ]
+    points = [point for point in series.points if point.spread(metric.name)]
+    spreads = [point.spread(metric.name) for point in points]
     return Curve(
         series.name,
-        [num_edges for num_edges, _ in points],
-        *([getattr(spread, part) for _, spread in points] for part in ("mean", "low", "high")),
+        [point.num_edges.mean for point in points],
+        *([getattr(spread, part) for spread in spreads] for part in ("mean", "low", "high")),
     )
 
 
 # -------------------------------------------------------------------------------------- stability
 
 
-def _write_consensus(point: Point, folder: Path) -> list[Path]:
-    """Write the consensus circuit, and note which runs it comes from."""
-    circuit = point.stability.consensus
-    names = ", ".join(run.name for run in point.runs)
-    run = point.runs[0].folder
+def _stability(point: Point, folder: Path, place: str) -> Section:
+    """Write the consensus circuit of a point's runs below the folder; how alike the runs are."""
+    circuit, runs = point.consensus, point.runs
     origin = {
-        "chosen_by": f"consensus of {len(point.runs)} runs: {names}",
-        "run": run and os.path.relpath(run, folder),
+        "chosen_by": f"consensus of {len(runs)} runs: {', '.join(run.name for run in runs)}",
+        "run": runs[0].folder and os.path.relpath(runs[0].folder, folder / place),
     }
-    files = {"edges": folder / "edges.json", "circuit": folder / "circuit.json"}
-    for format, path in files.items():
-        write_circuit(circuit, path, format, origin=origin)
-    return list(files.values())
-
-
-def _stability_section(point: Point, folder: Path, place: Path) -> Section:
-    """What is shown about the runs of a point, with their consensus circuit drawn."""
-    circuit = point.stability.consensus
-    connected = circuit.without_dangling()
-    note = (
-        f"The consensus circuit, the {len(circuit):,} edges that more than half of the seeds keep, "
-        f"is in {place}/edges.json. The drawing shows the {len(connected):,} of them on a path "
-        "from the input to the output."
-    )
-    counts, runs = Counter(point.stability.times_kept.values()), len(point.runs)
-    rows = [(f"{times} of {runs}", f"{counts[times]:,}") for times in range(runs, 0, -1)]
+    for format in ("edges", "circuit"):
+        write_circuit(circuit, folder / place / f"{format}.json", format, origin=origin)
+    counts = Counter(times_kept([run.circuit for run in runs]).values())
+    kept = range(len(runs), 0, -1)
+    rows = [(f"{times} of {len(runs)}", f"{counts[times]:,}") for times in kept]
     tables = [Table(("kept by", "edges"), rows)]
-    if runs <= MAX_SEEDS:
+    if len(runs) <= MAX_SEEDS:
         tables.insert(0, _iou_table(point))
-    heading, pictures = f"consensus at {point.requested}", []
-    path = folder / place / "circuit.svg"
+    note = (
+        f"The {len(circuit):,} edges that more than half of the seeds keep are the consensus "
+        f"circuit, {place}/edges.json. "
+    )
+    pictures, connected = [], circuit.without_dangling()
     try:
-        draw_circuit(connected, path, title=heading)
-        pictures = [(path, heading)]
+        path, title = folder / place / "circuit.svg", f"consensus at {point.requested}"
+        draw_circuit(connected, path, title=title)
+        pictures = [(path, title)]
+        note += f"The drawing shows the {len(connected):,} on paths from the input to the output."
     except GraphvizMissing:
         log.warning("Graphviz is not installed, so the page has no drawings of circuits")
-    summary = f"Stability over {runs} seeds at {point.requested}"
-    return Section(summary, notes=[note], tables=tables, pictures=pictures)
+    heading = f"Stability over {len(runs)} seeds at {point.requested}"
+    return Section(heading, notes=[note], tables=tables, pictures=pictures)
 
 
 def _iou_table(point: Point) -> Table:
@@ -251,7 +228,7 @@ def _iou_table(point: Point) -> Table:
     labels = [f"seed {run.seed}" for run in point.runs]
     if len(set(labels)) < len(labels):
         labels = names
-    ious = {frozenset((a, b)): overlap.edge_iou for a, b, overlap in point.stability.pairs}
+    ious = {frozenset(pair): overlap.edge_iou for pair, overlap in point.overlaps.items()}
     matrix = [[ious.get(frozenset((a, b)), 1.0) for b in names] for a in names]
     rows = [
         (label, *map("{:.3f}".format, values))
