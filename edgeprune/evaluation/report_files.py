@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.drawing import draw_circuit, render_page
-from edgeprune.drawing.page import Section
-from edgeprune.drawing.plots import Curve, Panel, draw_frontier
+from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
+from edgeprune.drawing.page import Picture, Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import times_kept
 from edgeprune.evaluation.report import (
@@ -59,22 +58,34 @@ def write_report(
     _write_tables(groups, folder)
     sections = [Section(notes=[NOTE])]
     for group, name in zip(groups, _file_names(groups), strict=True):
-        heading = f"{group.title}, {group.num_edges:,} edges; {group.prompts}"
-        sections.append(Section(heading, pictures=_draw_frontier(group, folder, name)))
-        for number, series in enumerate(group.series, 1):
-            curve = f"series-{number}" if len(group.series) > 1 else ""
-            table = frontier_table(group, series, REPORTED, ranges=True)
-            details = [
-                _stability(point, folder, f"consensus/{_file_name(name, curve, point.requested)}")
-                for point in series.points if len(point.runs) > 1
-            ]  # fmt: skip
-            sections.append(Section(series.name, tables=[table], details=details, level=3))
+        sections.append(
+            Section(
+                heading=f"{group.title}, {group.num_edges:,} edges; {group.prompts}",
+                pictures=_draw_frontier(group, folder, name),
+                sections=[
+                    _series_section(group, series, folder, _file_name(name, f"series-{number}"))
+                    for number, series in enumerate(group.series, 1)
+                ],
+            )
+        )
     write_text(folder / "report.html", render_page(title, sections))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def _series_section(group: Group, series: Series, folder: Path, name: str) -> Section:
+    return Section(
+        heading=series.name,
+        tables=[frontier_table(group, series, REPORTED, ranges=True)],
+        details=[
+            _stability(point, folder, f"consensus/{_file_name(name, point.requested)}")
+            for point in series.points
+            if len(point.runs) > 1
+        ],
+    )
+
+
 def _file_name(*parts: str) -> str:
-    name = re.sub(r"[^\w.=+-]+", "-", "-".join(filter(None, parts))).strip("-.")
+    name = re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).strip("-.")
     return name or "runs"
 
 
@@ -151,7 +162,7 @@ def _run_row(group: Group, run: RunRecord) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ plots
 
 
-def _draw_frontier(group: Group, folder: Path, name: str) -> list[tuple[Path, str]]:
+def _draw_frontier(group: Group, folder: Path, name: str) -> list[Picture]:
     """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page.
 
     Nothing if no run has been evaluated.
@@ -164,7 +175,8 @@ def _draw_frontier(group: Group, folder: Path, name: str) -> list[tuple[Path, st
         path = folder / f"frontier-{name}.{suffix}"
         title = f"{group.title}: {group.prompts}"
         draw_frontier(panels, path, title=title, all_edges=group.num_edges)
-    return [(path, ", ".join(panel.label for panel in panels) + " against edges kept")]
+    labels = ", ".join(panel.label for panel in panels)
+    return [Picture(path=path, alt=f"{labels} against edges kept")]
 
 
 def _panel(group: Group, metric: Metric) -> Panel:
@@ -214,12 +226,12 @@ def _stability(point: Point, folder: Path, place: str) -> Section:
     try:
         path, title = folder / place / "circuit.svg", f"consensus at {point.requested}"
         draw_circuit(connected, path, title=title)
-        pictures = [(path, title)]
+        pictures = [Picture(path=path, alt=title)]
         note += f"The drawing shows the {len(connected):,} on paths from the input to the output."
     except GraphvizMissing:
         log.warning("Graphviz is not installed, so the page has no drawings of circuits")
     heading = f"Stability over {len(runs)} seeds at {point.requested}"
-    return Section(heading, notes=[note], tables=tables, pictures=pictures)
+    return Section(heading=heading, notes=[note], tables=tables, pictures=pictures)
 
 
 def _iou_table(point: Point) -> Table:

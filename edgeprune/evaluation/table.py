@@ -14,7 +14,7 @@ class Table:
         columns: heading of each column; a column of names has the heading "".
         rows: one text per column.
         title: one line above the table.
-        shades: [row][column], in [0, 1], background of all cells but each row's first; or empty.
+        shades: [row, column - 1], in [0, 1], colours of the cells after each row's first; or empty.
     """
 
     columns: Sequence[str]
