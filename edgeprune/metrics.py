@@ -280,16 +280,16 @@ METRICS = {
             values=lambda examples: examples.error.double(), better="lower", headline=True,
         ),
         Metric(
-            "exact_match", "exact match", "prompts with the full model's prediction",
+            "exact_match", "exact match", "fraction with the full model's prediction",
             values=lambda examples: examples.exact_match.double(), format=".3f", headline=True,
         ),
         Metric(
-            "accuracy", "accuracy", "prompts with a correct prediction",
+            "accuracy", "accuracy", "fraction with a correct prediction",
             values=lambda examples: examples.correct.double(), format=".3f", headline=True,
         ),
         Metric(
             "two_way_accuracy", "two-way accuracy",
-            "prompts whose answers are likelier than their distractors (a tie counts half)",
+            "fraction whose answers are likelier than distractors (a tie counts half)",
             values=_two_way, summary=_mean_with_distractors, format=".3f", needs_distractors=True,
         ),
         Metric(
