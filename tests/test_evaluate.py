@@ -1,4 +1,4 @@
-"""Evaluation of circuits: known values, batching, ablations and metrics of some prompts only."""
+"""Evaluating a circuit next to the full model and the empty circuit."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,90 +6,89 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_pairs
+from test_micro_model import CIRCUIT, induction_pairs, micro_model
 
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
-from edgeprune.evaluation.evaluate import evaluate
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.evaluate import describe, evaluate, evaluation_table
+from edgeprune.metrics import METRICS
 
 
-def test_all_edges_are_the_full_model_and_no_edges_the_empty_circuit(model):
+def full_circuit(model) -> Circuit:
+    return Circuit(model.graph, frozenset(model.graph.edges))
+
+
+def test_all_edges_are_the_full_model_and_no_edges_the_model_on_corrupted_prompts(model):
     pairs = random_pairs(20)
-    whole = Circuit(model.graph, frozenset(model.graph.edges))
-    result = evaluate(model, whole, pairs)
+    result = evaluate(model, full_circuit(model), pairs)
     assert result.circuit.kl == pytest.approx(0, abs=1e-5)
     assert result.circuit.exact_match == result.full.exact_match == 1
     assert result.circuit.logit_difference_recovered == pytest.approx(1, abs=1e-4)
     empty = evaluate(model, Circuit(model.graph, frozenset()), pairs)
-    metrics = empty.to_dict()  # None in place of NaN, which does not equal itself
-    assert metrics["circuit"] == metrics["empty"]
-    # under interchange ablation the empty circuit is the full model on the corrupted prompts
+    values = empty.to_dict()  # NaN, which equals nothing, is None here
+    assert values["circuit"] == values["empty"]
     swapped = [replace(p, clean_ids=p.corrupted_ids, corrupted_ids=p.clean_ids) for p in pairs]
-    on_corrupted = evaluate(model, whole, swapped).full
-    difference = pytest.approx(on_corrupted.logit_difference, abs=1e-4)
-    assert empty.empty.logit_difference == difference
+    on_corrupted = evaluate(model, full_circuit(model), swapped).full
+    assert empty.empty.logit_difference == pytest.approx(on_corrupted.logit_difference, abs=1e-4)
     assert empty.empty.accuracy == on_corrupted.accuracy
 
 
-def test_rounding_gives_no_negative_kl(model, monkeypatch):
+def test_rounding_errors_do_not_make_kl_negative(model, monkeypatch):
     noise = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
         "edgeprune.metrics.kl_per_token",
         lambda reference, _: -1e-9 * torch.rand(len(reference), generator=noise),
     )
-    whole = Circuit(model.graph, frozenset(model.graph.edges))
-    result = evaluate(model, whole, random_pairs(20))
+    result = evaluate(model, full_circuit(model), random_pairs(20))
     assert (result.circuit.kl, result.worst.kl) == (0, 0)
 
 
-def test_prompts_without_distractors_do_not_count_in_differences(model):
+def test_prompts_without_distractors_do_not_count_for_metrics_that_need_them(model):
     with_distractors, others = random_pairs(6), random_pairs(3, seed=1)
     pairs = [*with_distractors, *(replace(p, answer_ids=(), distractor_ids=()) for p in others)]
     some = Circuit.random(model.graph, 60, seed=0)
     results = [evaluate(model, some, p) for p in (pairs, with_distractors)]
     assert [result.num_with_distractors for result in results] == [6, 6]
     assert [result.num_examples for result in results] == [9, 6]
-    mixed, alone = (result.circuit for result in results)
-    for name in ("logit_difference_recovered", "logit_difference", "two_way_accuracy"):
-        assert getattr(mixed, name) == pytest.approx(getattr(alone, name), rel=1e-4)
+    for name, metric in METRICS.items():
+        if metric.needs_distractors:
+            mixed, alone = (result.circuit[name] for result in results)
+            assert mixed == pytest.approx(alone, rel=1e-4)
 
 
-def test_all_predicted_tokens_of_the_least_faithful_example_are_shown(model):
-    """The two texts are equal exactly if the example is an exact match."""
+def test_the_worst_example_has_the_largest_kl_and_the_text_of_all_predicted_tokens(model):
     model.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     some = Circuit.random(model.graph, 200, seed=0)
-    found = set()
-    for pair in random_pairs(12, predicted=3):
-        result = evaluate(model, some, [pair])
+    pairs = [replace(p, text=str(i)) for i, p in enumerate(random_pairs(12, predicted=3))]
+    alone = [evaluate(model, some, [pair]) for pair in pairs]
+    worst = max(alone, key=lambda result: result.circuit.kl).worst
+    found = evaluate(model, some, pairs, batch_size=5).worst
+    assert found.text == worst.text
+    assert found.kl == pytest.approx(worst.kl, rel=1e-4)
+    for result in alone:
         texts = result.worst.full_prediction, result.worst.circuit_prediction
-        first, second = ([int(token) for token in text.split()] for text in texts)
-        assert len(first) == len(second) == 3
-        assert (first == second) == (result.circuit.exact_match == 1)
-        found.add(first[0] == second[0] and first != second)
-    assert found == {False, True}
+        assert [len(text.split()) for text in texts] == [3, 3]
+        assert (texts[0] == texts[1]) == (result.circuit.exact_match == 1)
 
 
-def test_an_ablation_is_given_by_object_or_name(model):
-    pairs = random_pairs(20)
-    some = Circuit.random(model.graph, 60, seed=0)
-
-    def measured(**settings) -> dict:
-        return evaluate(model, some, pairs, **settings).to_dict()["circuit"]
-
-    kinds = ("interchange", "zero", "mean")
-    found = [measured(ablation=kind) for kind in kinds]
-    assert found == [measured(ablation=Ablation(model, kind, pairs)) for kind in kinds]
-    assert measured() == found[0]
-    assert found[0] != found[1] != found[2] != found[0]
-    for wrong in ("noise", ["zero"], None):
-        with pytest.raises(ValueError):
-            measured(ablation=wrong)
+def test_an_ablation_can_be_named(model):
+    pairs, some = random_pairs(20), Circuit.random(model.graph, 60, seed=0)
+    found = []
+    for kind in ("interchange", "zero", "mean"):
+        found.append(evaluate(model, some, pairs, ablation=kind).circuit)
+        own = Ablation(model, kind, pairs)
+        assert found[-1].kl == evaluate(model, some, pairs, ablation=own).circuit.kl
+    assert evaluate(model, some, pairs).circuit.kl == found[0].kl
+    assert len({metrics.kl for metrics in found}) == 3
+    with pytest.raises(ConfigError, match="noise"):
+        evaluate(model, some, pairs, ablation="noise")
 
 
-def test_numbers_out_of_range_are_refused(model):
+def test_numbers_out_of_range_are_errors(model):
     pairs, some = random_pairs(2), Circuit.random(model.graph, 60, seed=0)
-    for ablation in ("interchange", "mean"):
-        with pytest.raises(ValueError, match="batch_size=0"):
-            evaluate(model, some, pairs, ablation=ablation, batch_size=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        evaluate(model, some, pairs, batch_size=0)
     with pytest.raises(ValueError, match="head_permuted=-1"):
         evaluate(model, some, pairs, head_permuted=-1)
 
@@ -101,3 +100,26 @@ def test_batch_size_does_not_change_an_evaluation(model):
     assert one.circuit.kl == pytest.approx(other.circuit.kl, rel=1e-4)
     assert one.circuit.exact_match == other.circuit.exact_match
     assert one.num_examples == 23
+
+
+def test_head_permuted_is_the_mean_over_permuted_circuits():
+    model, pairs = micro_model(), induction_pairs(20, seed=0)
+    true = Circuit.from_edges(model.graph, CIRCUIT)
+    result = evaluate(model, true, pairs, head_permuted=3)
+    alone = [evaluate(model, true.head_permuted(seed), pairs).circuit.kl for seed in range(3)]
+    assert result.head_permuted.kl == pytest.approx(sum(alone) / 3)
+    assert evaluate(model, true, pairs).to_dict()["head_permuted"] is None
+
+
+def test_table_and_description_tell_what_was_measured():
+    model, pairs = micro_model(), induction_pairs(20, seed=0)
+    true = Circuit.from_edges(model.graph, CIRCUIT)
+    result = evaluate(model, true, pairs)
+    table = evaluation_table(result, "title")
+    labels = {metric.label for metric in METRICS.values()} - {METRICS["error"].label}
+    assert {row[0] for row in table.rows} == labels
+    assert {len(row) for row in table.rows} == {len(table.columns)} == {4}
+    text = describe(result, true)
+    for part in (f"5 of {model.graph.num_edges}", "100.0%", "2 of 4 heads", "0 of 2 MLPs", "a1.h0"):
+        assert part in text
+    assert describe(result, Circuit(model.graph, frozenset()))
