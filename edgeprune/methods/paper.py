@@ -1,5 +1,7 @@
-"""Edge Pruning as published (Bhaskar et al. 2024, arXiv:2406.16778): a target sparsity, held by
-learned Lagrange multipliers; optionally with gates on the nodes as well."""
+"""Edge Pruning as published (Bhaskar et al. 2024, arXiv:2406.16778).
+
+Learned Lagrange multipliers drive the gates to a target sparsity. Nodes may have gates as well.
+"""
 
 from __future__ import annotations
 
@@ -132,9 +134,8 @@ class Lagrangian:
         targets = {kind: schedule.at(step) for kind, schedule in self._targets.items()}
         loss = distance
         for kind in sparsity:
-            excess = sparsity[kind] - targets[kind]
-            lambda_1, lambda_2 = (self._lambdas[f"{kind}.lambda_{i}"] for i in (1, 2))
-            loss = loss + (lambda_1 * excess + lambda_2 * excess**2)
+            lambdas = (self._lambdas[f"{kind}.lambda_{i}"] for i in (1, 2))
+            loss = loss + penalty(*lambdas, sparsity[kind], targets[kind])
         read = read_finite(grad_gates, loss=loss, distance=distance, **sparsity, **self._lambdas)
         learning_rate = self._set_learning_rates(step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -175,11 +176,20 @@ class Lagrangian:
         load_state(self._parameters(), self._optimizer, state)
 
 
+def penalty(lambda_1: Tensor, lambda_2: Tensor, sparsity: Tensor, target: float) -> Tensor:
+    """lambda_1 (s - t) + lambda_2 (s - t)^2, the Lagrangian relaxation of s = t."""
+    excess = sparsity - target
+    return lambda_1 * excess + lambda_2 * excess**2
+
+
+# ---------------------------------------------------------------------------------- saved states
+
+
 class Thresholds(NamedTuple):
     """Gates above these are kept; `node` is None without node gates."""
 
     edge: float
-    node: float | None
+    node: float | None = None
 
 
 def scores_from_state(graph: CircuitGraph, state: Mapping[str, Tensor]) -> EdgeScores:
@@ -191,47 +201,54 @@ def scores_from_state(graph: CircuitGraph, state: Mapping[str, Tensor]) -> EdgeS
     Raises:
         CheckpointError: the state does not fit the graph.
     """
-    edge, node = _log_alphas(graph, state)
+    log_alpha = _log_alphas(graph, state)
     origin = {"method": "paper"}
-    if node is None:
-        return EdgeScores(graph, edge, origin=origin)
-    writers = torch.tensor(graph.edge_writers())
-    log_p = logsigmoid(edge.double()) + logsigmoid(node.double())[writers]
+    if "node" not in log_alpha:
+        return EdgeScores(graph, log_alpha["edge"], origin=origin)
+    edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
+    log_p = edge + node[torch.tensor(graph.edge_writers())]
     return EdgeScores(graph, log_p - torch.log(-torch.expm1(log_p)), origin=origin)
 
 
-@torch.no_grad()
 def circuit_by_threshold(
     graph: CircuitGraph, state: Mapping[str, Tensor]
 ) -> tuple[Circuit, Thresholds]:
-    """The published circuit of a saved state: the edges whose deterministic gate is above a
-    threshold and, with node gates, whose writer's gate is.
+    """The circuit of a saved state whose size is not given, as published.
 
-    Thresholds are found by binary search; see `hard_concrete.search_threshold`.
+    Thresholds are chosen such that the binary gates are as sparse as the deterministic ones.
 
     Raises:
         CheckpointError: the state does not fit the graph.
     """
-    edge, node = _log_alphas(graph, state)
-    gates = hard_concrete.deterministic(edge, graph.gate_groups())
-    threshold = hard_concrete.search_threshold(gates)
-    kept = gates > threshold
-    if node is None:
-        return Circuit.from_mask(graph, kept.tolist()), Thresholds(threshold, None)
-    node_gates = hard_concrete.deterministic(node, graph.node_groups())
-    node_threshold = hard_concrete.search_threshold(node_gates)
-    kept &= (node_gates > node_threshold)[torch.tensor(graph.edge_writers())]
-    return Circuit.from_mask(graph, kept.tolist()), Thresholds(threshold, node_threshold)
+    gates = deterministic_gates(graph, state)
+    thresholds = Thresholds(*map(hard_concrete.search_threshold, gates.values()))
+    return circuit_above(graph, gates, thresholds), thresholds
 
 
-def _log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[edge] and, with node gates, [writer], float32 on the CPU."""
-    shapes = {"edge_log_alpha": (graph.num_edges,)}
+def deterministic_gates(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; see `hard_concrete.deterministic`."""
+    groups = {"edge": graph.gate_groups(), "node": graph.node_groups()}
+    log_alpha = _log_alphas(graph, state)
+    return {kind: hard_concrete.deterministic(x, groups[kind]) for kind, x in log_alpha.items()}
+
+
+def circuit_above(
+    graph: CircuitGraph, gates: Mapping[str, Tensor], thresholds: Thresholds
+) -> Circuit:
+    """The edges whose gate and, with node gates, whose writer's gate are above the thresholds."""
+    kept = gates["edge"] > thresholds.edge
+    if "node" in gates:
+        kept &= (gates["node"] > thresholds.node)[torch.tensor(graph.edge_writers())]
+    return Circuit.from_mask(graph, kept.tolist())
+
+
+def _log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; float32 on the CPU."""
+    shapes = {"edge": (graph.num_edges,)}
     if "node_log_alpha" in state:
-        shapes["node_log_alpha"] = (graph.num_writers,)
-    check_shapes(state, shapes)
-    edge, *node = (state[name].detach().cpu() for name in shapes)
-    return edge, node[0] if node else None
+        shapes["node"] = (graph.num_writers,)
+    check_shapes(state, {f"{kind}_log_alpha": shape for kind, shape in shapes.items()})
+    return {kind: state[f"{kind}_log_alpha"].detach().cpu() for kind in shapes}
 
 
 def warn_if_unfinished(sparsity: float, requested: float) -> None:
