@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,8 +192,10 @@ class Thresholds(NamedTuple):
     node: float | None = None
 
 
-def scores_from_state(graph: CircuitGraph, state: Mapping[str, Tensor]) -> EdgeScores:
-    """Scores from a saved state of `Lagrangian`.
+def scores_from_state(
+    graph: CircuitGraph, state: Mapping[str, Tensor], origin: Mapping[str, Any] | None = None
+) -> EdgeScores:
+    """Scores from a saved state of a method that learns log alphas.
 
     A score is the log odds of p = sigmoid(edge log alpha), times sigmoid(log alpha of its writer)
     with node gates; without, that is log alpha itself.
@@ -202,7 +204,7 @@ def scores_from_state(graph: CircuitGraph, state: Mapping[str, Tensor]) -> EdgeS
         CheckpointError: the state does not fit the graph.
     """
     log_alpha = _log_alphas(graph, state)
-    origin = {"method": "paper"}
+    origin = origin or {"method": "paper"}
     if "node" not in log_alpha:
         return EdgeScores(graph, log_alpha["edge"], origin=origin)
     edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
