@@ -1,8 +1,8 @@
 """One process of a run on random prompts, for test_distributed.py: writes its state to a file.
 
-Arguments: JSON objects with `output`, and optionally `resume` (a folder of checkpoints), `until` (a
-step), `keep` (whether passes are kept), `model`, `shard` and `node_gates`; the rest are arguments of
-Trainer.
+Arguments: JSON objects with `output`, and optionally `resume` (a folder of checkpoints), `until`
+(the last step), `keep` (whether passes are kept), `model`, `shard` and `node_gates`; the rest are
+arguments of Trainer.
 """
 
 import json
@@ -28,7 +28,7 @@ METHOD = {**LAGRANGIAN, "learning_rate": 0.1, "lr_warmup_steps": 0, "sparsity_wa
 
 
 def untied_gpt2():
-    """A model whose weights are not tied although its configuration, so its meta model, ties them."""
+    """Its weights are not tied, although its configuration ties those of its meta model."""
     hf_model = random_gpt2()
     if hf_model.device.type != "meta":
         hf_model.lm_head.weight = torch.nn.Parameter(1.5 * hf_model.lm_head.weight.detach())

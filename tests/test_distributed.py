@@ -218,9 +218,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 
 def test_processes_given_different_commands_refuse(tmp_path):
-    processes = [
-        *start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={tmp_path}/${{oc.env:RANK}}")
-    ]
+    run_dir = f"run_dir={tmp_path}/${{oc.env:RANK}}"
+    processes = start(2, "-m", "edgeprune", "prune", *SMALL, run_dir)
     (code, _, error), (other, *quiet) = finish(processes)
     assert (code, other) == (2, 1)
     assert "the settings of the 2 processes differ" in error
