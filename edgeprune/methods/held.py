@@ -37,17 +37,10 @@ class Held:
     target sparsity; the gradient is projected accordingly (see `project`).
 
     Args:
-        graph: the graph whose edges are scored.
-        seed: seed of the initial values and of the noise of every step.
-        device: where the parameters are.
-        steps: number of optimisation steps of the whole run.
-        learning_rate: peak learning rate of log alpha.
-        adam_epsilon: AdamW's epsilon; gradients have a mean absolute value of 1.
-        lr_warmup_steps: steps of linear warm-up of the learning rate.
-        start_sparsity, target_sparsity: target at the start and after the warm-up, in [0, 1].
-        sparsity_warmup_steps: steps over which the target rises.
-        warmup: shape of that rise, "linear" or "logarithmic".
-        init_mean, init_std: log alphas start at N(init_mean, init_std).
+        target_sparsity: in [0, 1].
+        adam_epsilon: AdamW's epsilon; the projected gradients have a mean absolute value of 1.
+
+    The other arguments are those of `Lagrangian`.
     """
 
     def __init__(

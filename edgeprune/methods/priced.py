@@ -23,15 +23,9 @@ class Priced:
     """loss = distance + edge_price * (expected number of open edges); no target sparsity.
 
     Args:
-        graph: the graph whose edges are scored.
-        seed: seed of the initial values and of the noise of every step.
-        device: where the parameters are.
-        steps: number of optimisation steps of the whole run.
-        learning_rate: peak learning rate of log alpha.
-        adam_epsilon: AdamW's epsilon.
         edge_price: what an open edge adds to the loss.
-        lr_warmup_steps: steps of linear warm-up of the learning rate.
-        init_mean, init_std: log alphas start at N(init_mean, init_std).
+
+    The other arguments are those of `Lagrangian`.
     """
 
     def __init__(
