@@ -23,7 +23,7 @@ from edgeprune.evaluation.export import export_circuit
 from edgeprune.methods.masks import CircuitMasks
 from edgeprune.methods.objective import unfinished
 from edgeprune.models import CircuitModel
-from edgeprune.prompts.encode import Pair
+from edgeprune.prompts import Pair
 from edgeprune.training.progress import training_progress
 from edgeprune.training.trainer import StepMetrics, Trainer
 

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from edgeprune.prompts.encode import Batch
+from edgeprune.prompts import Batch
 
 SAME_NUMBER = 1e-3
 """Numbers that differ by no more are the same answer."""

@@ -38,7 +38,7 @@ from edgeprune.evaluation import naive
 from edgeprune.methods.masks import CircuitMasks
 from edgeprune.metrics import kl_per_token
 from edgeprune.models import CircuitModel, fuse, random_batch
-from edgeprune.prompts.encode import Batch, collate
+from edgeprune.prompts import Batch, collate
 
 
 @dataclass(frozen=True)

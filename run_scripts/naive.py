@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edgeprune.engine.circuit_model import Block
 from edgeprune.graph import Site
 from edgeprune.models import CircuitModel
-from edgeprune.prompts.encode import Batch
+from edgeprune.prompts import Batch
 
 
 def run_pair(model: CircuitModel, batch: Batch) -> tuple[Tensor, Tensor]:

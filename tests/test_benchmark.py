@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from edgeprune.evaluation import benchmark, naive
 from edgeprune.metrics import kl_per_token
 from edgeprune.models import wrap_model
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -15,7 +15,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation import cleanup
 from edgeprune.models import load_model, wrap_model
-from edgeprune.prompts.encode import encode_records
+from edgeprune.prompts import encode_records
 from edgeprune.prompts.tasks.tracr import make_records
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune.errors import DataError, MisfitError
-from edgeprune.prompts.encode import (
+from edgeprune.prompts import (
     PairDataset,
     collate,
     encode_pair,

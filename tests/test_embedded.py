@@ -8,7 +8,7 @@ from conftest import run_cli
 from edgeprune import evaluate, load_model
 from edgeprune.circuit import Circuit
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.prompts.encode import encode_records
+from edgeprune.prompts import encode_records
 from edgeprune.prompts.tasks import TASKS, make_records
 
 

@@ -8,7 +8,7 @@ import torch
 
 from edgeprune.evaluation.evaluate import _summarise
 from edgeprune.metrics import kl_per_token, mean_by_example, score
-from edgeprune.prompts.encode import Pair, collate
+from edgeprune.prompts import Pair, collate
 
 LOG2, LOG3 = math.log(2), math.log(3)
 

@@ -23,7 +23,7 @@ from edgeprune.api import prune
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.models import wrap_model
-from edgeprune.prompts.encode import Pair, collate
+from edgeprune.prompts import Pair, collate
 
 TOKENS = 8
 A, B, C, P, N = (slice(start, start + 8) for start in range(0, 40, 8))

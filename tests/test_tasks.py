@@ -9,7 +9,7 @@ import yaml
 from test_dataset import byte_tokenizer
 
 from edgeprune.paths import CONF
-from edgeprune.prompts.encode import SPLITS, encode_pair
+from edgeprune.prompts import SPLITS, encode_pair
 from edgeprune.prompts.tasks import TASKS, boolean_expressions, make_records
 
 SIZES = {"train": 30, "validation": 20, "test": 40}

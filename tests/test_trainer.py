@@ -29,7 +29,7 @@ from edgeprune.methods.objective import (
     scheduled_target,
 )
 from edgeprune.models import wrap_model
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 from edgeprune.training.trainer import Trainer
 
 CONFIG = TrainerConfig(

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from edgeprune.circuit import Circuit
     from edgeprune.evaluation.evaluate import Evaluation
     from edgeprune.models import CircuitModel
-    from edgeprune.prompts.encode import PairDataset
+    from edgeprune.prompts import PairDataset
 
 NOT_NAMED = ("name", "path", "device", "trust_remote_code", *(split.name for split in Split))
 """Settings of a model or task that do not tell evaluations apart; the others and digests do."""

@@ -46,7 +46,7 @@ from edgeprune.scale.launch import check_launched, in_processes, launch_processe
 
 if TYPE_CHECKING:
     from edgeprune.models import CircuitModel
-    from edgeprune.prompts.encode import PairDataset
+    from edgeprune.prompts import PairDataset
     from edgeprune.scale.world import World
     from edgeprune.training.trainer import StepMetrics
 
@@ -127,7 +127,7 @@ def _check_validation(
         DataError: a line is malformed, or none of the validation prompts can be used.
         ConfigError: the mean over the training prompts does not reach as far.
     """
-    from edgeprune.prompts.encode import NoneUsableError
+    from edgeprune.errors import NoneUsableError
 
     split = first_split(data_path, Split.validation).name
     validation = load_pairs(data_path, config.task, shape, split)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from edgeprune.formats.eap import CircuitFile
     from edgeprune.graph import CircuitGraph
     from edgeprune.models import CircuitModel
-    from edgeprune.prompts.encode import PairDataset
+    from edgeprune.prompts import PairDataset
 
 
 class _Console(Console):
@@ -213,7 +213,8 @@ def write_records(records: list[dict], path: Path) -> None:
 
 def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
     """One split of a file, or of the prompts that were generated for the task."""
-    from edgeprune.prompts.encode import DataError, load_dataset
+    from edgeprune.errors import DataError
+    from edgeprune.prompts import load_dataset
     from edgeprune.runs.run import has_run
 
     def named(text: object) -> str:
@@ -236,7 +237,7 @@ def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) ->
 
 def first_split(path: Path, wanted: Split) -> Split:
     """The wanted split if the file has it (or no splits at all), else the first it has."""
-    from edgeprune.prompts.encode import iterate_records
+    from edgeprune.prompts import iterate_records
 
     found = {record.get("split", wanted.name) for record in iterate_records(path)}
     return wanted if wanted.name in found else next(split for split in Split if split.name in found)

@@ -25,7 +25,7 @@ from edgeprune.engine.cache import MAX_KEPT, KeptPasses
 from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.graph import Edge
 from edgeprune.metrics import Output, error_per_token, kl_per_token, mean_by_example
-from edgeprune.prompts.encode import Batch, Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, iterate_batches
 
 SMALL = 256
 """Edges of a circuit up to which each is tried by itself; of a larger one, so many parts are."""

@@ -14,7 +14,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.metrics import ExampleMetrics, Output, score
-from edgeprune.prompts.encode import Pair, iterate_batches
+from edgeprune.prompts import Pair, iterate_batches
 
 OF_DISTRACTORS = (
     "two_way_accuracy", "logit_difference", "logit_difference_recovered", "probability_difference",

@@ -24,7 +24,7 @@ from edgeprune.methods.objective import (
     scheduled_target,
 )
 from edgeprune.metrics import Output
-from edgeprune.prompts.encode import Batch, Pair, collate, training_pairs
+from edgeprune.prompts import Batch, Pair, collate, training_pairs
 from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
 from edgeprune.training.checkpoint import Checkpoint
