@@ -81,26 +81,21 @@ def load_dataset(
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
     found: set[str | None] = set()
-    records = _of_split(iterate_records(path, name), split, found)
-    pairs, skipped = _encode(records, tokenizer, max_length)
-    if not found & {split, None}:
-        raise DataError(
-            f"{name or path} has no line of split {split!r}; it has {', '.join(sorted(found))}"
-        )
-    if not pairs:
-        raise _none_usable(skipped)
+    records = _of_split(iterate_records(path, name), split, found, name or str(path))
+    pairs, skipped = encode_records(records, tokenizer, max_length)
     suffix = "without splits" if found == {None} else split
     dataset = PairDataset(pairs, f"{Path(path).name} [{suffix}]", skipped, None not in found)
     if skipped:
-        num_lines = len(pairs) + len(skipped)
         log.warning(
-            f"{dataset.name}: skipped {len(skipped)} of {num_lines} examples, "
+            f"{dataset.name}: skipped {len(skipped)} of {len(pairs) + len(skipped)} examples, "
             f"for instance {skipped[0]}"
         )
     return dataset
 
 
-def _of_split(records: Iterable[dict], split: str, found: set[str | None]) -> Iterator[dict]:
+def _of_split(
+    records: Iterable[dict], split: str, found: set[str | None], name: str
+) -> Iterator[dict]:
     """Yield the records of a split; add the splits of all records to `found`, None for none."""
     for record in records:
         own = record.get("split")
@@ -112,6 +107,8 @@ def _of_split(records: Iterable[dict], split: str, found: set[str | None]) -> It
         found.add(own)
         if own in (split, None):
             yield record
+    if not found & {split, None}:
+        raise DataError(f"{name} has no line of split {split!r}; it has {', '.join(sorted(found))}")
 
 
 def encode_records(
@@ -123,36 +120,22 @@ def encode_records(
         DataError: a record is malformed.
         NoneUsableError: no record fits.
     """
-    pairs, skipped = _encode(records, tokenizer, max_length)
-    if not pairs:
-        raise _none_usable(skipped)
-    return pairs, skipped
-
-
-def _encode(
-    records: Iterable[dict], tokenizer: Any, max_length: int | None
-) -> tuple[list[Pair], list[str]]:
     pairs, skipped = [], []
     for number, record in enumerate(records, 1):
         where = record.get("_where", f"example {number}")
         try:
             pair = encode_pair(tokenizer, record)
+            if max_length is not None and len(pair.clean_ids) > max_length:
+                num_tokens = len(pair.clean_ids)
+                raise MisfitError(f"{num_tokens} tokens are more than the {max_length} allowed")
+            pairs.append(pair)
         except MisfitError as error:
             skipped.append(f"{where}: {error}")
-            continue
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        if max_length is not None and len(pair.clean_ids) > max_length:
-            skipped.append(
-                f"{where}: {len(pair.clean_ids)} tokens are more than the {max_length} allowed"
-            )
-        else:
-            pairs.append(pair)
+    if not pairs:
+        raise NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
     return pairs, skipped
-
-
-def _none_usable(skipped: list[str]) -> NoneUsableError:
-    return NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
 
 
 # -------------------------------------------------------------------------------------- one record

@@ -70,8 +70,8 @@ def generate_records(
     if name == FROM_MODEL:
         if not hasattr(tokenizer, "folder"):
             raise ConfigError(
-                f"task={FROM_MODEL} uses the prompts of a compiled Tracr model, which this model is "
-                "not; choose another task"
+                f"task={FROM_MODEL} uses the prompts of a compiled Tracr model; choose another "
+                "task for this model"
             )
         return tracr.make_records(tokenizer.folder, tokenizer.config), None
     if name not in TASKS:

@@ -3,8 +3,9 @@
 After Suzgun et al. 2023 (BIG-Bench Hard, arXiv:2210.09261), posed with an instruction or with
 few-shot examples as in Bhaskar et al. 2024 (arXiv:2406.16778). The corrupted prompt has the same
 expression with one word replaced (True and False, or `and` and `or`, by each other) such that the
-value changes. Thus both prompts have equally many tokens, and the answer depends on that word, which over
-many prompts is of every kind: the circuit is the one that evaluates operators and literals.
+value changes. Thus both prompts have equally many tokens, and the answer depends on that word,
+which over many prompts is of every kind: what differs is how the model evaluates operators and
+literals.
 
 The instruction uses the chat markup of Llama 2, on which CodeLlama was trained. Tokenizers that
 split `True` into several tokens get short forms, without system prompt and with a single example.

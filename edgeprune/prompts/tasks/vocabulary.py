@@ -14,8 +14,8 @@ FEMALE_NAMES = (
     "Caroline", "Catherine", "Christine", "Claire", "Clara", "Diana", "Donna", "Dorothy",
     "Elizabeth", "Ellen", "Emily", "Emma", "Eva", "Grace", "Hannah", "Helen", "Irene", "Jane",
     "Jennifer", "Jessica", "Joan", "Julia", "Julie", "Karen", "Kate", "Laura", "Linda", "Lisa",
-    "Louise", "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole", "Olivia",
-    "Rachel", "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
+    "Louise", "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole",
+    "Olivia", "Rachel", "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
 )  # fmt: skip
 
 PLACES = (
