@@ -1,211 +1,194 @@
-"""Seconds and memory of an optimisation step, beside what the machine could do.
+#!/usr/bin/env python
+"""Measure the time and memory of a training step, and compare them with the machine's limits.
 
-Engines:
+    python run_scripts/benchmark.py --shape gpt2
+    python run_scripts/benchmark.py --shape smollm2 --batch-size 8 --length 32
+    python run_scripts/benchmark.py --shape llama-8b --dtype bfloat16 --engines ours stock
+    python run_scripts/benchmark.py --growth
 
-- `ours`: reference and corrupted pass, circuit pass, gate gradients, AdamW on log alpha;
-- `ours_kept`: the same with the first two passes kept from before, as the trainer does for a small
-  training set;
-- `ours_graph`: the same as `ours_kept`, replayed from CUDA graphs, on a GPU (its memory: of a step
-  that is not replayed);
-- `naive`: the published way (see `naive.py`), with the same optimiser;
-- `stock`: the library's model alone: two forward passes without gradients, then one forward and
-  backward pass with the gradient of the embeddings (none of the weights), one prompt set each.
-  Logits at the predicted tokens only, so as not to count what ours leaves out.
+Models have random weights and prompts random tokens, of which the last one is predicted, so nothing
+is downloaded. Prints a table and writes all measurements as JSON. The engines:
 
-All run on the same random prompts of equal length, of which the last token is predicted.
+    ours        pass of the full model on clean and corrupted prompts, pass of the circuit, gradient
+                of the gates, AdamW on log alpha
+    ours_kept   the same with the passes of the full model kept from before, as in training on a
+                small training set
+    ours_graph  ours_kept, replayed from CUDA graphs; only on a GPU
+    naive       the published way (see published.py), with the same optimiser
+    stock       the library's model alone: two forward passes, then one forward and backward pass
+                with the gradient of the embeddings; logits at the predicted tokens only
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
-from shapes import random_model
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeprune.engine.circuit_model import lookaheads
-from edgeprune.engine.gradient import CudaGraphs, StepInputs, differentiate
-from edgeprune.evaluation import naive
-from edgeprune.methods.masks import CircuitMasks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # edgeprune need not be installed
+
+import published
+
+from edgeprune.engine.cuda_graphs import CudaGraphs
+from edgeprune.engine.gradient import StepInputs, differentiate
+from edgeprune.engine.lookahead import lookaheads
+from edgeprune.errors import UserError
+from edgeprune.files import write_json
+from edgeprune.methods import hard_concrete
 from edgeprune.metrics import kl_per_token
-from edgeprune.models import CircuitModel, fuse, random_batch
-from edgeprune.prompts.encode import Batch, collate
+from edgeprune.models import CircuitModel, fuse, pick_device, random_batch, wrap_model
+from edgeprune.prompts import Batch, collate
+
+ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
+"""What can be measured."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "smollm2": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "codellama-13b": {
+        "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
+        "vocab_size": 32016,
+    },
+}  # fmt: skip
+"""Maps a shape's name to the arguments of the library's config class; others have its defaults."""
+
+GROWTH_BASE = {
+    "cpu": {"d_model": 512, "layers": 8, "heads": 8, "tokens": 32, "batch": 8},
+    "cuda": {"d_model": 2048, "layers": 8, "heads": 16, "tokens": 128, "batch": 32},
+}
+"""Sizes of which `measure_growth` halves and doubles one at a time; large enough that computing
+takes longer than starting operations."""
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches: operations a second of a large product, bytes of a large copy."""
+class Cost(NamedTuple):
+    """Operations (a multiply-add counts as two) and bytes moved: of a step, or per second."""
 
     operations: float
     bytes: float
 
 
-@dataclass(frozen=True)
-class Count:
-    """Operations (a multiplication and an addition are two) and bytes moved of one step."""
-
-    operations: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One engine's step.
-
-    Attributes:
-        seconds: the least of the repetitions.
-        median_seconds: their median.
-        memory: bytes at the peak of the first step, above what lay there before (the weights);
-            None where it cannot be told.
-        count: from the shapes.
-        floor_seconds: what the count takes at the ceilings, operations and bytes overlapped.
-    """
-
-    seconds: float
-    median_seconds: float
-    memory: int | None
-    count: Count
-    floor_seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"times_the_floor": self.seconds / self.floor_seconds}
+# ---------------------------------------------------------------------------------- measurements
 
 
 def measure(
     model: CircuitModel,
     engines: Sequence[str],
+    limits: Cost,
     *,
     batch_size: int,
     length: int,
-    micro_batch_size: int | None,
-    recompute: bool,
+    micro_batch_size: int | None = None,
+    recompute: bool = False,
     repetitions: int,
-    ceilings: Ceilings,
-) -> dict[str, Measurement]:
-    """Measure a step of each engine; their repetitions take turns.
+) -> dict[str, dict[str, Any]]:
+    """Measure one step of each engine; their repetitions alternate.
 
-    Args:
-        model: runs them all.
-        engines: names, see above.
-        batch_size, length: prompts a step, tokens a prompt.
-        micro_batch_size: prompts run at a time; None: all.
-        recompute: whether ours runs blocks again in the backward pass.
-        repetitions: timed steps, after one that warms up and tells the memory.
-        ceilings: the machine's.
+    Returns:
+        Per engine: minimum and median seconds, peak memory in bytes on top of the weights (None if
+        unknown; of `ours_graph` before it replays), the counted cost, the seconds which that takes
+        at the limits (the floor), and the measured multiple of the floor.
     """
     batch = random_batch(model, batch_size, length, predicted=1)
     size = micro_batch_size or batch_size
     parts = [
         collate(batch.pairs[i : i + size]).to(model.device) for i in range(0, batch_size, size)
     ]
-    steps = {name: _step(name, model, parts, recompute) for name in engines}
+    steps = {name: make_step(name, model, parts, recompute) for name in engines}
     memory = {}
     for name, step in steps.items():
-        _step(name, model, parts, recompute)()  # libraries load what they need
+        make_step(name, model, parts, recompute)()  # libraries load what they need
         model.release()
         memory[name] = peak_memory(step, model.device)
     model.release()
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for repetition in range(repetitions + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            _finish(model.device)
-            if repetition:  # the first fills buffers again
-                seconds[name].append(time.perf_counter() - start)
+            elapsed = timed(step, model.device)
+            if repetition:  # the first one allocates buffers again
+                seconds[name].append(elapsed)
     measured = {}
-    for name in engines:
-        counted = count(name, model, batch_size, length, size, recompute)
-        floor = max(counted.operations / ceilings.operations, counted.bytes / ceilings.bytes)
-        times = seconds[name]
-        measured[name] = Measurement(
-            min(times), statistics.median(times), memory[name], counted, floor
-        )
+    for name, times in seconds.items():
+        cost = count(name, model, batch_size, length, size, recompute)
+        floor = max(cost.operations / limits.operations, cost.bytes / limits.bytes)
+        measured[name] = {
+            "seconds": min(times),
+            "median_seconds": statistics.median(times),
+            "memory": memory[name],
+            "count": cost._asdict(),
+            "floor_seconds": floor,
+            "times_the_floor": min(times) / floor,
+        }
     return measured
 
 
-GROWTH_BASE = {
-    "cpu": {"d_model": 512, "layers": 8, "heads": 8, "tokens": 32, "batch": 8},
-    "cuda": {"d_model": 2048, "layers": 8, "heads": 16, "tokens": 128, "batch": 32},
-}
-"""What is halved and doubled, one at a time, to see how time and memory grow; large enough that the
-device has something to do."""
+def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
+    """Measure how a step of ours grows with each size of a Llama with heads of 32 dimensions.
 
-
-def growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
-    """Exponents of ours on a Llama with heads of 32, one row a quantity.
-
-    Time's prediction comes from the operations, memory's from outboxes, gradients and inputs.
+    Returns:
+        Per size: its values, the measurements, and their exponents. The operations predict the
+        exponent of time; outboxes, gradients and inputs that of memory.
     """
-    rows = []
-    middle = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
-    for name, base in middle.items():
-        if name == "d_model":
-            continue
-        points: list[tuple[float, float, float, float]] = []
-        for factor in (0.5, 1, 2):
-            size = middle | {name: int(base * factor)}
+    base = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
+    factors, rows = (0.5, 1, 2), []
+    for name in ("layers", "heads", "tokens", "batch"):
+        points = []
+        for factor in factors:
+            size = base | {name: int(base[name] * factor)}
             model = random_model(
                 {
-                    "model_type": "llama", "hidden_size": size["d_model"],
-                    "intermediate_size": 2 * size["d_model"],
-                    "head_dim": 32, "vocab_size": 1000, "num_hidden_layers": size["layers"],
+                    "model_type": "llama", "hidden_size": size["d_model"], "head_dim": 32,
+                    "intermediate_size": 2 * size["d_model"], "vocab_size": 1000,
                     "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
+                    "num_hidden_layers": size["layers"],
                 },
                 device=device, dtype=dtype,
             )  # fmt: skip
-            measured = measure(
-                model, ["ours"], batch_size=size["batch"], length=size["tokens"],
-                micro_batch_size=None, recompute=False, repetitions=repetitions,
-                ceilings=Ceilings(1.0, 1.0),
-            )["ours"]  # fmt: skip
-            predicted = predicted_memory(model, size["batch"], size["tokens"])
-            points.append(
-                (
-                    measured.seconds,
-                    measured.count.operations,
-                    max(measured.memory or 0, 1),
-                    predicted,
-                )
-            )
-        values = (0.5, 1, 2)
-        seconds, operations, memory, predicted = (
-            exponent(values, column) for column in zip(*points, strict=True)
-        )
-        rows.append(
-            {
-                "quantity": name,
-                "values": [int(base * v) for v in values],
-                "seconds": [p[0] for p in points],
-                "memory": [p[2] for p in points],
-                "time_exponent": seconds,
-                "predicted_time_exponent": operations,
-                "memory_exponent": memory,
-                "predicted_memory_exponent": predicted,
-            }
-        )
+            shape = {"batch_size": size["batch"], "length": size["tokens"]}
+            found = measure(model, ["ours"], Cost(1, 1), **shape, repetitions=repetitions)["ours"]
+            points.append({
+                "seconds": found["seconds"],
+                "operations": found["count"]["operations"],
+                "memory": max(found["memory"] or 0, 1),
+                "predicted_memory": predicted_memory(model, **shape),
+            })  # fmt: skip
+        columns = {key: [point[key] for point in points] for key in points[0]}
+        exponents = {key: exponent(factors, column) for key, column in columns.items()}
+        values = [int(base[name] * factor) for factor in factors]
+        rows.append({"quantity": name, "values": values, **columns, "exponents": exponents})
     return rows
 
 
 def gradient_cosine(
     settings: dict[str, Any], *, device: str, dtype: str, batch_size: int, length: int, fused: bool
 ) -> float:
-    """Cosine of the gate gradients in `dtype` and in float32, same weights, gates and prompts.
-
-    `fused`: those in `dtype` with fused kernels.
-    """
+    """Cosine between the gate gradients in `dtype`, if asked by fused kernels, and in float32."""
     model = random_model(settings, device=device, dtype="float32")
     batch = random_batch(model, batch_size, length, predicted=1)
-    gates = CircuitMasks(model.graph).to(model.device).sample(0).edge.detach()
+    noise = torch.Generator().manual_seed(0)
+    gates = sample_gates(torch.ones(model.graph.num_edges, device=device), noise)
     gradients = []
     for kind in ("float32", dtype):
         model.release()
@@ -220,23 +203,43 @@ def gradient_cosine(
     return torch.cosine_similarity(*gradients, dim=0).item()
 
 
+def random_model(settings: dict[str, Any], *, device: str, dtype: str) -> CircuitModel:
+    """Make a model with random weights; settings are `model_type` and its config's arguments."""
+    settings = dict(settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+    return wrap_model(model, name=config.model_type)
+
+
 # ---------------------------------------------------------------------------------------- engines
 
 
-def _step(
+def sample_gates(log_alpha: Tensor, noise: torch.Generator) -> Tensor:
+    """Sample training gates, [edge]; the noise is drawn on the CPU as in training."""
+    epsilon = hard_concrete.EPSILON
+    uniform = torch.rand(log_alpha.shape, generator=noise) * (1 - 2 * epsilon) + epsilon
+    return hard_concrete.sample(log_alpha, uniform.to(log_alpha.device, non_blocking=True))
+
+
+def make_step(
     engine: str, model: CircuitModel, parts: Sequence[Batch], recompute: bool
 ) -> Callable[[], None]:
-    """One optimisation step (of `stock`: its passes) as a function."""
+    """Make a function that runs one optimisation step, or for `stock` only its passes."""
     if engine == "stock":
-        return lambda: _run_stock(model, parts)
-    masks = CircuitMasks(model.graph).to(model.device)
-    optimizer = torch.optim.AdamW(masks.parameters(), lr=0.1, weight_decay=0.0)
+        return partial(run_stock, model, parts)
+    log_alpha = torch.ones(model.graph.num_edges, device=model.device, requires_grad=True)
+    noise = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([log_alpha], lr=0.1, weight_decay=0.0)
     run = partial(differentiate, model, recompute=recompute)
     if engine == "ours_graph":
         run = CudaGraphs(model, recompute=recompute).differentiate
     kept: list = []
 
-    def passes(index: int) -> tuple:
+    def full_model(index: int) -> tuple:
         if engine == "ours":
             return model.run_pair(parts[index])
         if len(kept) == index:
@@ -246,16 +249,16 @@ def _step(
 
     def gradient(index: int, gates: Tensor) -> Tensor:
         part, share = parts[index], 1 / len(parts)
-        if engine == "naive":
-            at = (part.rows, part.cols)
-            reference, corrupted = naive.run_pair(model, part)
-            logits, _ = naive.run(model, part.clean_ids, gates, corrupted)
-            distance = share * kl_per_token(reference[at], logits[at]).mean()
-            return torch.autograd.grad(distance, gates)[0]
-        return run(StepInputs(part, *passes(index), gates), share=share)[1]
+        if engine != "naive":
+            return run(StepInputs(part, *full_model(index), gates), share=share)[1]
+        reference, corrupted = published.run_pair(model, part)
+        logits, _ = published.run(model, part.clean_ids, gates, corrupted)
+        at = (part.rows, part.cols)
+        distance = share * kl_per_token(reference[at], logits[at]).mean()
+        return torch.autograd.grad(distance, gates)[0]
 
     def step() -> None:
-        gates = masks.sample(0).edge
+        gates = sample_gates(log_alpha, noise)
         leaf = gates.detach().requires_grad_()
         grad_gates = sum(gradient(index, leaf) for index in range(len(parts)))
         optimizer.zero_grad()
@@ -265,7 +268,8 @@ def _step(
     return step
 
 
-def _run_stock(model: CircuitModel, parts: Sequence[Batch]) -> None:
+def run_stock(model: CircuitModel, parts: Sequence[Batch]) -> None:
+    """Run the library's model alone: two forward passes, then one forward and backward pass."""
     body, embed = model.architecture.body, model.architecture.body.get_input_embeddings()
 
     def logits(embeddings: Tensor, part: Batch) -> Tensor:
@@ -280,90 +284,75 @@ def _run_stock(model: CircuitModel, parts: Sequence[Batch]) -> None:
         kl_per_token(reference, logits(embeddings, part)).mean().backward()
 
 
-# ------------------------------------------------------------------------------------ the machine
+# ---------------------------------------------------------------------------------------- machine
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure a product of large square matrices and a copy of a large array."""
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Run a function; return its seconds, including those of a GPU."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Cost:
+    """Measure operations and bytes per second by a large matrix product and a large copy."""
     size, numbers = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
     left = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.zeros(numbers, device=device, dtype=dtype)
     target = torch.empty_like(source)
-
-    def best(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            run()
-            _finish(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    operations = 2 * size**3 / best(lambda: left @ left)
-    moved = 2 * numbers * source.element_size()
-    return Ceilings(operations, moved / best(lambda: target.copy_(source)))
+    product = min(timed(lambda: left @ left, device) for _ in range(6))
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(6))
+    return Cost(2 * size**3 / product, 2 * numbers * source.element_size() / copy)
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes at the peak of a step, above what is there before it.
+    """Run a step; return its peak memory above what was in use before, in bytes.
 
-    On a GPU, of the allocator. Else of the process: Linux tells the most memory it has held since
-    the mark was last reset. None elsewhere.
+    From the allocator on a GPU, else from Linux's account of the process; None elsewhere.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        _finish(device)
+        timed(step, device)
         return torch.cuda.max_memory_allocated(device) - before
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
+    if sys.platform != "linux":
         step()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # else memory freed before would be used unseen
-    reset.write_text("5")
-    before = _process_memory("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse freed memory unnoticed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = psutil.Process().memory_info().rss
     step()
-    return _process_memory("VmHWM") - before
-
-
-def _process_memory(name: str) -> int:
-    """Bytes, from Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0]) - before
 
 
 # --------------------------------------------------------------------------------------- counting
 
 
-def weight_numbers(model: CircuitModel) -> int:
-    """Numbers in the matrices of all blocks: what a token is multiplied by."""
-    blocks = [block.attention for block in model.architecture.blocks]
-    blocks += [block.mlp for block in model.architecture.blocks]
+def num_block_weights(model: CircuitModel) -> int:
+    """Number of weights in the matrices of all blocks, each a multiply-add per token."""
+    blocks = [part for block in model.architecture.blocks for part in (block.attention, block.mlp)]
     return sum(w.numel() for block in blocks for w in block.parameters() if w.dim() > 1)
 
 
 def count(
     engine: str, model: CircuitModel, batch_size: int, length: int, micro: int, recompute: bool
-) -> Count:
-    """Operations and bytes of a step, from the shapes.
+) -> Cost:
+    """Count the operations and bytes of a step from the shapes.
 
-    Bytes are those of weights and outboxes (whatever is smaller stays in caches): for ours, each
-    look-ahead goes through the outboxes once forward and once backward, and through their
-    gradients to read and write; readers' inputs and their gradients are written and read.
+    The bytes are those of weights and outboxes; smaller arrays are assumed to stay in caches. For
+    ours, each look-ahead goes through the outboxes once forward and once backward, and reads and
+    writes their gradients; the readers' inputs and their gradients are written and read.
     """
     graph, config = model.graph, model.architecture.body.config
     d_model, vocabulary = config.hidden_size, config.vocab_size
-    tokens, numbers = batch_size * length, weight_numbers(model)
+    tokens, numbers = batch_size * length, num_block_weights(model)
     d_heads = graph.num_heads * model.architecture.blocks[0].d_head
-    attention = 2 * graph.num_layers * length * d_heads  # a token sees half of the others
+    attention = 2 * graph.num_layers * length * d_heads  # a token attends to half of the others
     blocks = tokens * (2 * numbers + attention)
     predicted, everywhere = (2 * n * vocabulary * d_model for n in (batch_size, tokens))
     width = next(model.architecture.body.parameters()).element_size()
@@ -371,26 +360,26 @@ def count(
     outbox = tokens * d_model * width
     writers, readers = graph.num_writers, len(graph.readers)
     if engine == "stock":
-        return Count(4 * (blocks + predicted), 4 * weights)
+        return Cost(4 * (blocks + predicted), 4 * weights)
     if engine == "naive":
         reading = 2 * readers * writers * d_model * tokens
         writing = 2 * writers * writers * d_model * tokens
-        reads = sum(len(site.groups) for site in graph.sites)
-        # One array a read in each pass without gates; with them two, which their gradients need
-        # again, and four to make and add the gradient of the clean one. A write makes an array and
-        # adds it to another, in three passes; its gradient is read.
-        moved = ((2 + 2 + 2 + 4) * reads + (3 * 4 + 1) * len(graph.sites)) * writers * outbox
+        num_reads = sum(len(site.groups) for site in graph.sites)
+        # A read takes one array in each pass without gates. With gates it takes two, which their
+        # gradients need again, and four to make and add the gradient of the clean array. A write
+        # makes an array and adds it to another, in three passes; its gradient is read.
+        arrays = (2 + 2 + 2 + 4) * num_reads + (3 * 4 + 1) * len(graph.sites)
         operations = 4 * (blocks + everywhere) + (2 + 5) * reading + (3 + 1) * writing
-        return Count(operations, moved + 4 * weights)
+        return Cost(operations, arrays * writers * outbox + 4 * weights)
     reading = 2 * graph.num_edges * d_model * tokens
     again = int(recompute)
     circuit = (2 + again) * (blocks + predicted) + (3 + again) * reading
     seen = sum(graph.sites[2 * layers.start].num_writers for layers in lookaheads(graph))
     moved = ((4 + again) * seen + (4 + 2 * again) * readers + 4 * writers) * outbox
     moved += (2 + again) * weights
-    if engine in ("ours_kept", "ours_graph"):
-        return Count(circuit, moved)
-    return Count(circuit + 2 * (blocks + predicted), moved + weights)
+    if engine == "ours":  # which also runs the full model
+        return Cost(circuit + 2 * (blocks + predicted), moved + weights)
+    return Cost(circuit, moved)
 
 
 def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
@@ -402,6 +391,150 @@ def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
 
 
 def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of log value against log factor, by least squares."""
+    """The slope of log value over log factor, by least squares."""
     xs, ys = [math.log(f) for f in factors], [math.log(v) for v in values]
     return statistics.linear_regression(xs, ys).slope
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def shape_settings(shape: str) -> dict[str, Any]:
+    """Return the settings of `random_model` for one of `SHAPES` or a folder with a config.json."""
+    if shape not in SHAPES and not Path(shape).is_dir():  # so nothing is downloaded
+        raise ValueError(f"unknown shape {shape!r}; give {', '.join(SHAPES)} or a folder")
+    return SHAPES.get(shape) or AutoConfig.from_pretrained(shape).to_dict()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the options; add the `settings` of the shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shapes = f"{', '.join(SHAPES)}, or a folder with a config.json (default: gpt2)"
+    default_engines = ["ours", "ours_kept", "naive", "stock"]
+    add = parser.add_argument
+    add("--shape", default="gpt2", help=shapes)
+    add("--batch-size", type=positive, default=8, help="pairs per step (default: 8)")
+    add("--micro-batch-size", type=positive, help="pairs run at a time (default: all)")
+    add("--length", type=positive, default=32, help="tokens per prompt (default: 32)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="float32", help="of the model (default: float32)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--recompute", action="store_true", help="ours recomputes blocks in the backward pass")
+    add("--fused", action="store_true", help="ours uses Triton kernels (on a GPU, in bfloat16)")
+    add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default_engines,
+        help="engines to measure (default: all but ours_graph)")  # fmt: skip
+    add("--repetitions", type=positive, default=5, help="timed steps per engine (default: 5)")
+    add("--compare-float32", action="store_true",
+        help="also compare the gradients of the gates with those in float32")  # fmt: skip
+    add("--growth", action="store_true",
+        help="measure instead how a step grows with layers, heads, tokens and batch")  # fmt: skip
+    add("--output", type=Path, default="benchmark.json", help="default: benchmark.json")
+    args = parser.parse_args(arguments)
+    try:
+        args.settings = shape_settings(args.shape)
+        args.device = pick_device(args.device)
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(str(error))
+    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
+        parser.error(
+            f"--micro-batch-size {args.micro_batch_size} must divide --batch-size {args.batch_size}"
+        )
+    if "ours_graph" in args.engines and not args.device.startswith("cuda"):
+        parser.error(f"engine ours_graph needs a GPU, but the device is {args.device}")
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; give the path of a file")
+    return args
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(title)
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join((first.ljust(widths[0]), *cells)))
+
+
+def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
+    """Measure the engines and print a table; return the measurements."""
+    model = random_model(args.settings, device=args.device, dtype=args.dtype)
+    if args.length > model.max_length:
+        raise UserError(f"--length {args.length} exceeds the model's {model.max_length} positions")
+    if args.fused:
+        fuse(model)
+    names = ("batch_size", "length", "micro_batch_size", "recompute", "repetitions")
+    settings = {name: getattr(args, name) for name in names}
+    measured = measure(model, args.engines, limits, **settings)
+    report = {"num_edges": model.graph.num_edges, "block_weights": num_block_weights(model)}
+    report |= {"engines": measured}
+    stock = measured.get("stock")
+    rows = [("", "seconds", "x stock", "MB", "G operations", "GB moved", "x floor")]
+    for name, m in measured.items():
+        rows.append((
+            name,
+            f"{m['seconds']:.3g}",
+            "" if stock is None else f"{m['seconds'] / stock['seconds']:.2f}",
+            "?" if m["memory"] is None else f"{m['memory'] / 1e6:,.0f}",
+            f"{m['count']['operations'] / 1e9:,.0f}",
+            f"{m['count']['bytes'] / 1e9:,.1f}",
+            f"{m['times_the_floor']:.2f}",
+        ))  # fmt: skip
+    size = f"{args.batch_size} x {args.length} tokens per step"
+    print_table(f"{args.shape}, {model.graph.num_edges:,} edges, {args.dtype}, {size}", rows)
+    if args.compare_float32:
+        del model
+        report["gradient_cosine"] = gradient_cosine(
+            args.settings, device=args.device, dtype=args.dtype, length=args.length,
+            batch_size=args.micro_batch_size or args.batch_size, fused=args.fused,
+        )  # fmt: skip
+        print(f"gate gradients compared with float32: cosine {report['gradient_cosine']:.6f}")
+    return report
+
+
+def report_growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the growth and print a table; return the measurements."""
+    found = measure_growth(args.device, args.dtype, args.repetitions)
+    rows = [("", "values", "time", "predicted", "memory", "predicted")]
+    for row in found:
+        values = ", ".join(map(str, row["values"]))
+        rows.append((row["quantity"], values, *(f"{e:.2f}" for e in row["exponents"].values())))
+    print_table("growth of a step of ours: exponents", rows)
+    return {"growth": found}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    device = torch.device(args.device)
+    try:
+        limits = measure_limits(device, getattr(torch, args.dtype))
+        name = f"{torch.get_num_threads()} CPU threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        report = {
+            "settings": {k: v for k, v in vars(args).items() if k not in ("settings", "output")},
+            "machine": name,
+            "operations_per_second": limits.operations,
+            "bytes_per_second": limits.bytes,
+            **(report_growth(args) if args.growth else report_engines(args, limits)),
+        }
+        write_json(args.output, report)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"benchmark.py: {error}")
+    print(
+        f"{name}: {limits.operations / 1e9:,.0f} G operations per second in a large product, "
+        f"{limits.bytes / 1e9:.1f} GB per second in a large copy (read and written)"
+    )
+    print(f"-> {args.output}")
+
+
+if __name__ == "__main__":
+    main()

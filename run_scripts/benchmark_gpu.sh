@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All benchmarks that need a GPU, in less than ten minutes: run_scripts/benchmark_gpu.sh [folder]
-# One GPU of 80 GB or more; weights are random, nothing is downloaded. Runs in .venv, or in an
-# environment that is active where that sees no GPU. Exits non-zero if anything failed.
+# Run all benchmarks that need a GPU, in less than ten minutes: run_scripts/benchmark_gpu.sh [folder]
+# Needs one GPU of at least 80 GB; weights are random, nothing is downloaded. Uses .venv, or python3
+# if the torch of .venv sees no GPU; edgeprune need not be installed. Fails if a benchmark fails.
 set -uo pipefail
 out=${1:-benchmark_gpu}
 mkdir -p "$out"
@@ -16,42 +16,43 @@ for candidate in .venv/bin/python python3; do
     fi
 done
 if [ -z "$python" ]; then
-    echo "neither .venv nor python3 has a torch that sees a GPU; install one for CUDA, and this" >&2
-    echo "project beside it (pip install .), and run this again" >&2
+    echo "neither .venv nor python3 has a torch that sees a GPU; install torch for CUDA and the" >&2
+    echo "dependencies of this project (pip install .), and run this again" >&2
     exit 1
 fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/gpu.csv"
 memory=$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory // 10**9)')
 
 failed=()
-measure() { # name, then settings
+measure() { # name, then options
     local name=$1 left=$((570 - SECONDS))
     shift
     echo "== $name: $*"
-    ((left > 5)) && timeout "$left" "$python" -m edgeprune benchmark device=cuda \
-        output="$out/$name.json" "$@" || failed+=("$name")
+    ((left > 5)) && timeout "$left" "$python" run_scripts/benchmark.py --device cuda \
+        --output "$out/$name.json" "$@" || failed+=("$name")
 }
 
-step="dtype=bfloat16 batch_size=32" # what is asked for first
-for fused in false true; do
-    measure "gpt2-graph-fused-$fused" $step shape=gpt2 length=64 repetitions=20 fused=$fused \
-        engines=[ours,ours_kept,ours_graph,stock] compare_float32=true
+step="--dtype bfloat16 --batch-size 32" # the most important measurements come first
+for fused in "" --fused; do
+    measure "gpt2-graph$fused" $step --shape gpt2 --length 64 --repetitions 20 $fused \
+        --engines ours ours_kept ours_graph stock --compare-float32
 done
-large="$step length=72 repetitions=3"
-for fused in false true; do
-    measure "codellama-13b-fused-$fused" $large shape=codellama-13b micro_batch_size=8 \
-        recompute=true fused=$fused engines=[ours,stock]
+large="$step --length 72 --repetitions 3"
+for fused in "" --fused; do
+    measure "codellama-13b$fused" $large --shape codellama-13b --micro-batch-size 8 \
+        --recompute $fused --engines ours stock
 done
-measure codellama-13b-stored $large shape=codellama-13b engines=[ours] \
-    micro_batch_size=$((memory > 120 ? 8 : 4))
-measure llama-8b $large shape=llama-8b micro_batch_size=16 recompute=true engines=[ours,stock]
-measure llama-8b-stored $large shape=llama-8b micro_batch_size=$((memory > 90 ? 16 : 8)) engines=[ours]
-measure growth growth=true dtype=bfloat16 repetitions=10
-measure gpt2-graph-sliced $step shape=gpt2 micro_batch_size=8 length=64 repetitions=20 \
-    engines=[ours_kept,ours_graph,stock]
-measure gpt2-float32 shape=gpt2 dtype=float32 batch_size=32 length=64 repetitions=10 \
-    engines=[ours_kept,ours_graph,stock]
-measure gpt2-naive shape=gpt2 dtype=bfloat16 batch_size=8 length=32 repetitions=3
+measure codellama-13b-stored $large --shape codellama-13b --engines ours \
+    --micro-batch-size $((memory > 120 ? 8 : 4))
+measure llama-8b $large --shape llama-8b --micro-batch-size 16 --recompute --engines ours stock
+measure llama-8b-stored $large --shape llama-8b --engines ours \
+    --micro-batch-size $((memory > 90 ? 16 : 8))
+measure growth --growth --dtype bfloat16 --repetitions 10
+measure gpt2-graph-sliced $step --shape gpt2 --micro-batch-size 8 --length 64 --repetitions 20 \
+    --engines ours_kept ours_graph stock
+measure gpt2-float32 --shape gpt2 --dtype float32 --batch-size 32 --length 64 --repetitions 10 \
+    --engines ours_kept ours_graph stock
+measure gpt2-naive --shape gpt2 --dtype bfloat16 --batch-size 8 --length 32 --repetitions 3
 echo "$SECONDS s; results in $out"
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}" >&2

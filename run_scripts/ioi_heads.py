@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import Circuit, load_model
-from edgeprune.prompts.encode import iterate_records
+from edgeprune.prompts import iterate_records
 from edgeprune.runs.run import DATA, EDGES, read_config
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")

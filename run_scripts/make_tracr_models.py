@@ -1,20 +1,21 @@
 #!/usr/bin/env python
-"""Write the compiled transformers of data/tracr_models, and verify their true edges.
+"""Write the compiled transformers of data/tracr_models and verify their true edges.
 
     python run_scripts/make_tracr_models.py [FOLDER]       # half a minute
 
-The true edges of each program are stated here by hand, from what its heads and units read, for zero
-and for interchange ablation apart: a constant (the direction `one`, the position, BOS) is the same
-in a clean and a corrupted prompt, so what only carries constants is no true edge under interchange.
-Every subset of the structural edges without dangling ones is then run, in float64 and by a forward
-pass of its own: the stated set has to be the only smallest one that leaves all outputs unchanged.
+The true edges of each program are stated here by hand, separately for zero and interchange
+ablation: a constant (the direction `one`, the position, BOS) is the same in clean and corrupted
+prompts, so an edge that carries only constants is not a true edge under interchange ablation. Then
+every subset of the structural edges without dangling edges is run in float64, with a separate
+implementation of the forward pass: the stated set has to be the only smallest one that leaves all
+outputs unchanged.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,26 @@ from edgeprune.paths import TRACR_MODELS
 from edgeprune.prompts.tasks.tracr import make_records
 
 TOLERANCE = 1e-4
-"""Outputs that differ by no more are unchanged."""
+"""Largest difference between outputs that count as unchanged."""
 MAX_SUBSETS = 2**16
+"""Limit of the number of subsets to try."""
 
 
-# ------------------------------------------------------------------------------------ the programs
+# ---------------------------------------------------------------------------------------- programs
 
 
 def share(value: str, written: str) -> Head:
-    """Attends to all it sees alike: the share of positions that have the value."""
+    """Attend uniformly: the fraction of positions that have the value."""
     return Head((), ((value, written, 1.0),))
 
 
 def copied(tokens: Sequence[str], name: str) -> tuple[tuple[str, str, float], ...]:
-    """For `copy`: tokens under another name."""
+    """Return triples of `copy` that copy tokens to labels with another name."""
     return tuple((f"tokens:{token}", f"{name}:{token}", 1.0) for token in tokens)
 
 
 def nearest(label: str, values: list[tuple[float, str]]) -> tuple[Unit, ...]:
-    """One-hot labels for a number: 1 for the nearest value, by a step at each border."""
+    """Return units that write the label of the value nearest to a number, with a step between."""
     values = sorted(values)
     units = [Unit({ONE: 1.0}, {values[0][1]: 1.0})]
     for (low, low_label), (high, high_label) in pairwise(values):
@@ -72,7 +74,7 @@ def nearest(label: str, values: list[tuple[float, str]]) -> tuple[Unit, ...]:
 
 
 def reverse() -> Program:
-    """The share of attention that BOS gets tells the length; length and index, where to look."""
+    """Uniform attention to BOS gives the length; length and index give the opposite position."""
     length = 5
     tokens = ("1", "2", "3")
     sizes = [(1 / (n + 1), f"length:{n}") for n in range(1, length + 1)]
@@ -99,7 +101,7 @@ def reverse() -> Program:
 
 
 def xproportion() -> Program:
-    """An MLP marks x; a head averages the marks up to its own position, BOS left out."""
+    """An MLP marks x; a head averages the marks up to its own position, without BOS."""
     length = 5
     past = tuple(
         (f"indices:{q}", f"indices:{k}", SHARP) for q in range(length) for k in range(q + 1)
@@ -121,7 +123,7 @@ def xproportion() -> Program:
 
 
 def neighbours() -> Program:
-    """Two heads side by side fetch the token before and the token after."""
+    """Two parallel heads fetch the tokens before and after."""
     length = 4
     tokens = ("a", "b", "c")
 
@@ -151,16 +153,13 @@ def neighbours() -> Program:
 
 
 def brackets() -> Program:
-    """Causal. Two heads count brackets, an MLP compares, a head tells whether it ever failed."""
+    """Two causal heads count brackets, an MLP compares, a head checks whether it ever failed."""
     length = 5
-    smallest = 1 / (length + 1)  # a share of attention that is not 0
+    smallest = 1 / (length + 1)  # the smallest nonzero fraction of attention
     step = {"threshold": smallest / 2, "width": smallest / 2}
 
-    def share(value: str, written: str) -> Head:
-        return Head((), ((value, written, 1.0),))
-
     def over(one: str, other: str, written: str) -> list[Unit]:
-        """1 where the one share is larger than the other."""
+        """1 where the first fraction is larger than the second."""
         units = above(one, **step, writes={written: 1.0})
         return [Unit({**unit.reads, other: -unit.reads[one]}, unit.writes) for unit in units]
 
@@ -225,10 +224,10 @@ TRUE_EDGES = {
                        "a1.h0-m1 m0-m2 m1-m2 m2-resid_post",
     },
 }  # fmt: skip
-"""writer-reader of every true edge, by ablation."""
+"""Maps program and ablation to the true edges, each as writer-reader."""
 
 
-# -------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------------ search
 
 
 def run_masks(
@@ -236,18 +235,19 @@ def run_masks(
     weights: dict[str, Tensor],
     ids: Tensor,
     masks: Tensor,
-    closed: list[Tensor] | None = None,
+    ablation_values: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Outputs under many masks at once, in float64 and straight from the definition.
+    """Run many masks at once, in float64 and directly from the definition.
 
     Args:
-        config, weights: of the folder.
+        config, weights: of the model.
         ids: [batch, pos].
-        masks: [mask, edge], 1 or 0.
-        closed: what closed edges carry, [batch, pos, d_model] a writer; None: nothing.
+        masks: [mask, edge]; 1 keeps an edge, 0 ablates it.
+        ablation_values: per writer, what ablated edges carry, [batch, pos, d_model]; None: zeros.
 
     Returns:
-        Outputs [mask, batch, pos, column], and what each writer wrote, [mask, batch, pos, d_model].
+        The outputs, [mask, batch, pos, column], and per writer its outbox,
+        [mask, batch, pos, d_model].
     """
     weights = {name: weight.double() for name, weight in weights.items()}
     heads = config["n_heads"]
@@ -263,9 +263,9 @@ def run_masks(
         site = next(sites)
         gates = masks[:, site.place].view(count, len(site.readers), site.num_writers)
         values = torch.stack(written, 1)
-        if closed is None:
+        if ablation_values is None:
             return torch.einsum("krw,kwbpd->krbpd", gates, values)
-        others = torch.stack(closed[: site.num_writers])
+        others = torch.stack(ablation_values[: site.num_writers])
         return torch.einsum("krw,kwbpd->krbpd", gates, values - others) + others.sum(0)
 
     for layer in range(graph.num_layers):
@@ -288,10 +288,13 @@ def run_masks(
 
 
 def search(program: Program, records: list[dict], scored_from: int, ablation: str) -> dict:
-    """All smallest sets of structural edges that leave the outputs unchanged.
+    """Find all smallest sets of structural edges that leave the outputs unchanged.
+
+    Returns:
+        The entry of ground_truth_edges.json.
 
     Raises:
-        RuntimeError: more subsets than `MAX_SUBSETS`.
+        RuntimeError: there are more than `MAX_SUBSETS` subsets.
     """
     graph, edges = program.graph, structural_edges(program)
     model = make_config(program), make_weights(program)
@@ -303,16 +306,17 @@ def search(program: Program, records: list[dict], scored_from: int, ablation: st
         clean = clean.unique(dim=0)
     everything = torch.ones(1, graph.num_edges, dtype=torch.double)
     reference = run_masks(*model, clean, everything)[0][:, :, scored_from:]
-    closed = None
+    ablation_values = None
     if ablation == "interchange":
-        closed = [x[0] for x in run_masks(*model, corrupted, everything)[1]]
+        ablation_values = [x[0] for x in run_masks(*model, corrupted, everything)[1]]
     passing: list[frozenset[Edge]] = []
     tried = 0
-    for subsets in batched(non_dangling(graph, edges), max(1, 20_000 // len(clean))):
+    every_subset, size = non_dangling(graph, edges), max(1, 20_000 // len(clean))
+    while subsets := list(islice(every_subset, size)):
         masks = torch.tensor(
             [Circuit(graph, subset).mask() for subset in subsets], dtype=torch.double
         )
-        outputs = run_masks(*model, clean, masks, closed)[0][:, :, scored_from:]
+        outputs = run_masks(*model, clean, masks, ablation_values)[0][:, :, scored_from:]
         same = ((outputs - reference).abs() <= TOLERANCE).flatten(1).all(1)
         passing += [subset for subset, ok in zip(subsets, same.tolist(), strict=True) if ok]
         tried += len(subsets)
@@ -330,7 +334,8 @@ def search(program: Program, records: list[dict], scored_from: int, ablation: st
     }
 
 
-def non_dangling(graph: CircuitGraph, edges: list[Edge]):
+def non_dangling(graph: CircuitGraph, edges: list[Edge]) -> Iterator[frozenset[Edge]]:
+    """Yield every nonempty subset of the edges that has no dangling edge."""
     for bits in range(1, 2 ** len(edges)):
         subset = frozenset(edge for place, edge in enumerate(edges) if bits >> place & 1)
         if any(reader == "resid_post" for _, reader in subset) and all(
@@ -342,29 +347,19 @@ def non_dangling(graph: CircuitGraph, edges: list[Edge]):
                 yield subset
 
 
-def batched(items, size: int):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def pairs(edges: list[Edge]) -> list[list[str]]:
+    """Return edges as JSON holds them."""
     return [list(edge) for edge in edges]
 
 
-# --------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------- files
 
 
 def write_model(program: Program, folder: Path) -> None:
-    """Write a program's folder, its true edges verified.
+    """Write a program's folder and verify its true edges.
 
     Raises:
-        RuntimeError: the edges stated are not the only smallest ones.
+        RuntimeError: the stated edges are not the only smallest set.
     """
     write_folder(program, folder)
     config = make_config(program)

@@ -27,7 +27,7 @@ from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.evaluate import Metrics
 from edgeprune.models import CircuitModel
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 from edgeprune.runs.run import EDGES, load_masks
 
 ROOT = Path(__file__).parents[1]

@@ -1,10 +1,9 @@
-"""Builds compiled transformers from programs spelled out by hand, in the form `modeling/tracr.py`
-reads.
+"""Build compiled transformers from hand-written programs, in the format of `models/tracr.py`.
 
 Every dimension of the residual stream has a label. The embeddings write `tokens:x` (one-hot),
 `indices:i` (one-hot; BOS has no index) and `one` (1 everywhere); heads and MLP units write the
-labels that the program gives them, each label by one node. Which node reads what another writes is
-therefore known by construction.
+labels that the program gives them, each label from one node. So it is known by construction which
+node reads from which.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from edgeprune.graph import CircuitGraph, Edge
 
 BOS, PAD, ONE = "BOS", "compiler_pad", "one"
 SHARP = 100.0
-"""Attention score of a match; a softmax of such scores is exact in float32."""
+"""Attention score of a match; the softmax of such scores is exactly one-hot in float32."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Selects positions and aggregates over them.
+    """An attention head, which selects positions and averages over them.
 
     Attributes:
-        match: (query label, key label, score): the attention score is the sum over all triples of
-            score * query * key.
-        copy: (value label, label written, factor).
+        match: triples (query label, key label, score); the attention score is the sum of
+            score * query * key over them.
+        copy: triples (value label, written label, factor).
     """
 
     match: tuple[tuple[str, str, float], ...]
@@ -46,10 +45,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Unit:
-    """One hidden unit of an MLP: relu(sum of reads * factor), written times a factor.
+    """A hidden unit of an MLP: relu(sum of factor * read label), written times a factor.
 
     Attributes:
-        reads, writes: label -> factor.
+        reads, writes: map a label to its factor.
     """
 
     reads: dict[str, float]
@@ -58,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layer:
-    """Heads side by side, then an MLP of some units."""
+    """Parallel heads, followed by an MLP."""
 
     heads: tuple[Head, ...] = ()
     units: tuple[Unit, ...] = ()
@@ -66,18 +65,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Program:
-    """A program and how its transformer computes it.
+    """A program and the transformer that computes it.
 
     Attributes:
-        name, description: for people.
+        name, description: for display.
         tokens: the vocabulary without BOS and PAD.
-        max_length: longest input, BOS not counted.
-        reference_length: the length for which true edges are stated.
-        layers: the transformer.
-        output: label -> its value, for one-hot outputs; or the one label that holds a number.
-        compute: the outputs of an input, as the program defines them.
-        causal: whether attention sees only what came before.
-        scores_bos: whether the output at BOS, which no program defines, has to stay the same.
+        max_length: length of the longest input, without BOS.
+        reference_length: input length for which the true edges are stated.
+        layers: the transformer's layers.
+        output: maps labels to values if the outputs are one-hot, else the label of a number.
+        compute: maps an input to its right outputs.
+        causal: whether attention is causal.
+        scores_bos: whether a circuit also has to keep the output at BOS, which no program defines.
     """
 
     name: str
@@ -97,32 +96,32 @@ class Program:
         return CircuitGraph(len(self.layers), heads, heads, ("tok_embeds", "pos_embeds"))
 
 
-# ------------------------------------------------------------------------- ways to spell a program
+# ------------------------------------------------------------------------- parts of programs
 
 
 def attend_bos(score: float = SHARP / 2) -> tuple[str, str, float]:
-    """For `match`: look at BOS where no match has a higher score."""
+    """Return a triple of `match` that attends to BOS unless another match scores higher."""
     return (ONE, f"tokens:{BOS}", score)
 
 
 def both(first: str, second: str, writes: dict[str, float]) -> Unit:
-    """1 where two one-hot labels are both 1."""
+    """Return a unit that is 1 where two one-hot labels are both 1."""
     return Unit({first: 1.0, second: 1.0, ONE: -1.0}, writes)
 
 
 def above(label: str, threshold: float, writes: dict[str, float], width: float) -> list[Unit]:
-    """A step: 0 up to threshold - width/2, 1 from threshold + width/2, linear between."""
+    """Return units for a step: 0 up to threshold - width/2, 1 from threshold + width/2 on."""
     slope = 1 / width
     negative = {written: -factor for written, factor in writes.items()}
     low, high = slope * threshold - 0.5, slope * threshold + 0.5
     return [Unit({label: slope, ONE: -low}, writes), Unit({label: slope, ONE: -high}, negative)]
 
 
-# ------------------------------------------------------------------------------------ what it reads
+# ------------------------------------------------------------------------------------------- edges
 
 
 def structural_edges(program: Program) -> list[Edge]:
-    """The edges that carry a label its reader reads, dangling ones left out."""
+    """Return the edges that carry a label which their reader reads, without dangling edges."""
     graph = program.graph
     written = {
         "tok_embeds": {ONE, *(f"tokens:{token}" for token in (*program.tokens, BOS, PAD))},
@@ -148,11 +147,11 @@ def structural_edges(program: Program) -> list[Edge]:
     return Circuit.from_edges(graph, carrying).without_dangling().edges
 
 
-# --------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------- files
 
 
 def residual_labels(program: Program) -> list[str]:
-    """Every label of the residual stream, sorted."""
+    """Return all labels of the residual stream, sorted."""
     labels = {ONE, *(f"tokens:{token}" for token in (*program.tokens, BOS, PAD))}
     labels |= {f"indices:{index}" for index in range(program.max_length)}
     for layer in program.layers:
@@ -162,9 +161,9 @@ def residual_labels(program: Program) -> list[str]:
 
 
 def make_weights(program: Program) -> dict[str, Tensor]:
-    """The tensors of weights.safetensors, float32."""
+    """Return the tensors of weights.safetensors, in float32."""
     labels = residual_labels(program)
-    place = {label: index for index, label in enumerate(labels)}
+    dim = {label: index for index, label in enumerate(labels)}
     d_model, graph = len(labels), program.graph
     heads = [head for layer in program.layers for head in layer.heads]
     d_head = max(1, *(max(len(h.match), len(h.copy)) for h in heads)) if heads else 1
@@ -175,14 +174,14 @@ def make_weights(program: Program) -> dict[str, Tensor]:
         "pos_embed": torch.zeros(program.max_length + 1, d_model),
     }
     for token, name in enumerate(names):
-        weights["tok_embed"][token, place[f"tokens:{name}"]] = 1
-        weights["tok_embed"][token, place[ONE]] = 1
+        weights["tok_embed"][token, dim[f"tokens:{name}"]] = 1
+        weights["tok_embed"][token, dim[ONE]] = 1
     for index in range(program.max_length):
-        weights["pos_embed"][index + 1, place[f"indices:{index}"]] = 1
+        weights["pos_embed"][index + 1, dim[f"indices:{index}"]] = 1
     outputs = [program.output] if isinstance(program.output, str) else list(program.output)
     weights["unembed"] = torch.zeros(d_model, len(outputs))
     for column, label in enumerate(outputs):
-        weights["unembed"][place[label], column] = 1
+        weights["unembed"][dim[label], column] = 1
     for number, layer in enumerate(program.layers):
         prefix = f"blocks.{number}."
         for part in "QKV":
@@ -192,25 +191,25 @@ def make_weights(program: Program) -> dict[str, Tensor]:
         weights[f"{prefix}attn.b_O"] = torch.zeros(d_model)
         for index, head in enumerate(layer.heads):
             for inner, (query, key, score) in enumerate(head.match):
-                weights[f"{prefix}attn.W_Q"][index, place[query], inner] = score * d_head**0.5
-                weights[f"{prefix}attn.W_K"][index, place[key], inner] = 1
+                weights[f"{prefix}attn.W_Q"][index, dim[query], inner] = score * d_head**0.5
+                weights[f"{prefix}attn.W_K"][index, dim[key], inner] = 1
             for inner, (value, label, factor) in enumerate(head.copy):
-                weights[f"{prefix}attn.W_V"][index, place[value], inner] = 1
-                weights[f"{prefix}attn.W_O"][index, inner, place[label]] = factor
+                weights[f"{prefix}attn.W_V"][index, dim[value], inner] = 1
+                weights[f"{prefix}attn.W_O"][index, inner, dim[label]] = factor
         weights[f"{prefix}mlp.W_in"] = torch.zeros(d_model, d_mlp)
         weights[f"{prefix}mlp.b_in"] = torch.zeros(d_mlp)
         weights[f"{prefix}mlp.W_out"] = torch.zeros(d_mlp, d_model)
         weights[f"{prefix}mlp.b_out"] = torch.zeros(d_model)
         for inner, unit in enumerate(layer.units):
             for label, factor in unit.reads.items():
-                weights[f"{prefix}mlp.W_in"][place[label], inner] = factor
+                weights[f"{prefix}mlp.W_in"][dim[label], inner] = factor
             for label, factor in unit.writes.items():
-                weights[f"{prefix}mlp.W_out"][inner, place[label]] = factor
+                weights[f"{prefix}mlp.W_out"][inner, dim[label]] = factor
     return weights
 
 
 def make_config(program: Program) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     weights = make_weights(program)
     d_model, d_out = weights["unembed"].shape
     _, _, d_head = weights["blocks.0.attn.W_Q"].shape
@@ -251,7 +250,7 @@ def make_config(program: Program) -> dict[str, Any]:
 
 
 def make_examples(program: Program) -> list[dict[str, Any]]:
-    """Every input of length 1 to the longest, with one corrupted input each."""
+    """Return every input from length 1 to the maximum, each with one corrupted input."""
     draw = random.Random(program.name)
     ids = {name: token for token, name in enumerate([*program.tokens, BOS, PAD])}
     examples = []

@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from edgeprune.metrics import score
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.prompts.encode import collate, encode_records, iterate_batches
+from edgeprune.prompts import collate, encode_records, iterate_batches
 from edgeprune.prompts.tasks import TASKS, make_records
 from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from edgeprune.__main__ import main, register
 from edgeprune.circuit import Circuit
 from edgeprune.models import CircuitModel, load_tokenizer, wrap_model
-from edgeprune.prompts.encode import Pair
+from edgeprune.prompts import Pair
 
 # The tests run beside each other; and the same bits need the same number of threads.
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.gradient import CudaGraphs, StepInputs, differentiate
 from edgeprune.errors import ConfigError
 from edgeprune.models import wrap_model
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 from edgeprune.training.trainer import Trainer
 
 

@@ -1,5 +1,6 @@
+"""Data files: encoding, checks, splits, and batches."""
+
 import json
-import tracemalloc
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from edgeprune.errors import DataError, MisfitError
-from edgeprune.prompts.encode import (
-    PairDataset,
+from edgeprune.errors import DataError, MisfitError, NoneUsableError
+from edgeprune.prompts import (
+    SPLITS,
     collate,
     encode_pair,
     iterate_batches,
@@ -29,7 +30,7 @@ SPEC = {
 
 
 def byte_tokenizer(merges: list[tuple[str, str]], begin: bool = False) -> PreTrainedTokenizerFast:
-    """Bytes, and the merges given; `begin` puts <s> before every text, as Llama's do."""
+    """Byte-level BPE with the given merges; `begin` puts <s> before every text, as in Llama."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<s>", *alphabet, *("".join(merge) for merge in merges)]
     bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
@@ -44,7 +45,7 @@ def byte_tokenizer(merges: list[tuple[str, str]], begin: bool = False) -> PreTra
 
 
 def sentencepiece_tokenizer(merges: list[str], kind: str) -> PreTrainedTokenizerFast:
-    """As Llama 2's, which begins every text with a space: letters, bytes, and the merges given."""
+    """A tokenizer like Llama 2's, which puts a space before every text, with the given merges."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyzS0123456789.:"]
     pairs = [tuple(merge.split()) for merge in merges]
     every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -82,30 +83,19 @@ def test_the_arithmetic_example_of_the_format():
     assert pair.answer_ids == pair.distractor_ids == ()
 
 
-@pytest.mark.parametrize("distractor", ["4", " 4"])
-def test_the_space_before_the_prediction_stands_before_distractors_too(distractor):
-    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
-    pair = encode_pair(tokenizer, {**SPEC, "distractor": distractor})
-    assert words(tokenizer, pair.answer_ids) == [" 3"]
-    assert words(tokenizer, pair.distractor_ids) == [" 4"]
-
-
 @pytest.mark.parametrize("option", ["4", " 4"])
-def test_so_does_the_space_within_its_tag(option):
+@pytest.mark.parametrize("tag", [" <predict>", "<predict> "])
+def test_options_begin_with_the_space_of_the_prediction(option, tag):
     tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
-    clean, corrupted = (
-        SPEC[key].replace(" <predict>", "<predict> ") for key in ("clean", "corrupted")
-    )
-    pair = encode_pair(
-        tokenizer,
-        {"clean": clean, "corrupted": corrupted, "answers": [option], "distractor": "5"},
-    )
+    clean, corrupted = (SPEC[key].replace(" <predict>", tag) for key in ("clean", "corrupted"))
+    record = {"clean": clean, "corrupted": corrupted, "answers": [option], "distractor": "5"}
+    pair = encode_pair(tokenizer, record)
     assert words(tokenizer, pair.target_ids) == [" 3"]
     assert words(tokenizer, pair.answer_ids) == [" 3", " 4"]
     assert words(tokenizer, pair.distractor_ids) == [" 5"]
 
 
-def test_without_a_space_there_options_are_taken_as_they_are():
+def test_without_such_a_space_options_keep_their_own():
     tokenizer = byte_tokenizer([])
     bare = {"clean": "ab<predict>c</predict>", "corrupted": "ad<predict>e</predict>"}
     pair = encode_pair(tokenizer, {**bare, "answers": ["x"], "distractor": ["\ny", "z"]})
@@ -113,7 +103,7 @@ def test_without_a_space_there_options_are_taken_as_they_are():
     assert sorted(words(tokenizer, pair.distractor_ids)) == ["\n", "z"]
 
 
-def test_several_predicted_tokens_are_fed_back_but_the_last():
+def test_all_predicted_tokens_but_the_last_are_fed_back():
     tokenizer = byte_tokenizer([])
     pair = encode_pair(
         tokenizer,
@@ -126,7 +116,7 @@ def test_several_predicted_tokens_are_fed_back_but_the_last():
     assert batch.cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y predicts z
 
 
-def test_a_token_across_prompt_and_prediction_is_not_cut():
+def test_a_token_is_not_split_between_prompt_and_prediction():
     tokenizer = byte_tokenizer([("7", "4")])  # "1745" alone would be 1, 74, 5
     pair = encode_pair(
         tokenizer,
@@ -137,19 +127,19 @@ def test_a_token_across_prompt_and_prediction_is_not_cut():
 
 
 @pytest.mark.parametrize("kind", ["prepending", "metaspace"])
-def test_a_tokenizer_that_begins_texts_with_a_space_puts_none_into_a_word(kind):
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_into_a_word(kind):
     tokenizer = sentencepiece_tokenizer(["a m", "▁ S", "▁S h", "▁Sh e"], kind)
 
     def pieces(ids) -> list[str]:
         return tokenizer.convert_ids_to_tokens(list(ids))
 
-    line = "ga<predict>me</predict>"  # which in one piece is g, am, e
+    line = "ga<predict>me</predict>"  # tokenised at once it is g, am, e
     pair = encode_pair(tokenizer, {"clean": line, "corrupted": line, "distractor": "te"})
     assert pieces([*pair.clean_ids, pair.target_ids[-1]]) == ["<s>", "▁", "g", "a", "m", "e"]
     assert pieces(pair.target_ids) == ["m", "e"]
     assert tokenizer.decode([*pair.clean_ids, pair.target_ids[-1]]) == "<s> game"
     assert pieces(pair.distractor_ids) == ["t"]
-    # One distractor of several, which would cut "am", has all of them read apart.
+    # One distractor that would split "am" has all of them tokenised separately.
     line = "ga<predict>te</predict>"
     pair = encode_pair(
         tokenizer, {"clean": line, "corrupted": line, "distractor": ["me", " She", "\nx"]}
@@ -158,23 +148,23 @@ def test_a_tokenizer_that_begins_texts_with_a_space_puts_none_into_a_word(kind):
     assert set(pieces(pair.distractor_ids)) == {"m", "▁She", "<0x0A>"}
 
 
-def test_a_prediction_that_cannot_go_on_without_a_space_is_refused():
-    tokenizer = sentencepiece_tokenizer(["a m"], "stripping")  # takes the line break away, too
+def test_a_prediction_that_cannot_follow_without_a_space_is_refused():
+    tokenizer = sentencepiece_tokenizer(["a m"], "stripping")  # also strips the line break
     line = "ga<predict>me</predict>"
-    with pytest.raises(MisfitError, match="no tokens for 'me' as it goes on from its prompt"):
+    with pytest.raises(MisfitError, match="no tokens for 'me'"):
         encode_pair(tokenizer, {"clean": line, "corrupted": line})
 
 
 def test_special_tokens_at_the_beginning_are_kept_once():
     tokenizer = byte_tokenizer([("7", "4")], begin=True)
-    for prediction in ("45", "55"):  # read in one piece with the prompt, and apart from it
+    for prediction in ("45", "55"):  # tokenised at once with the prompt, and separately
         line = f"17<predict>{prediction}</predict>"
         pair = encode_pair(tokenizer, {"clean": line, "corrupted": line})
         assert words(tokenizer, pair.clean_ids) == ["<s>", "1", "7", prediction[0]]
         assert words(tokenizer, pair.target_ids) == list(prediction)
 
 
-def test_answers_and_distractors_are_compared_where_they_part():
+def test_answers_and_distractors_are_compared_where_they_differ():
     tokenizer = byte_tokenizer([])
     record = {
         "clean": "q:<predict>abc</predict>",
@@ -187,12 +177,12 @@ def test_answers_and_distractors_are_compared_where_they_part():
     assert words(tokenizer, pair.answer_ids) == ["b"]
     assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
     pair = encode_pair(tokenizer, {**record, "distractor": []})
-    assert pair.contrast == 2  # where the answers part from one another
+    assert pair.contrast == 2  # where the answers differ from one another
     assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
     assert pair.distractor_ids == ()
 
 
-def test_answers_that_leave_the_target_elsewhere_are_right_too():
+def test_answers_that_differ_from_the_target_elsewhere_are_right_too():
     tokenizer = byte_tokenizer([])
     record = {
         "clean": "q:<predict>abc</predict>",
@@ -206,23 +196,21 @@ def test_answers_that_leave_the_target_elsewhere_are_right_too():
     assert [(place, *words(tokenizer, [token])) for place, token in pair.also_right] == [
         (0, "k"), (2, "d"),
     ]  # fmt: skip
-    dataset = PairDataset([pair], "one")
-    assert dataset[0] == pair
-    assert hash(dataset[0]) == hash(pair)
+    assert len({pair, replace(pair)}) == 1  # pairs can be counted
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         # Later years, digit by digit: 30 to 32 differ from 35 in the second, 00 to 29 in the first.
-        ({"distractor": ["29", "30"]}, "in its token 1, others only in token 2.*prompt end later"),
-        ({"distractor": ["29"], "answers": ["24"]}, "share token 1, in which they are compared"),
-        ({"distractor": ["35", "29"]}, "begin with the same tokens"),
-        ({"distractor": ["351"]}, "begin with the same tokens"),
-        ({"answers": ["3"]}, "one of the answers is the beginning of another, 1 of its 2 tokens"),
+        ({"distractor": ["29", "30"]}, "token 1, .* token 2"),
+        ({"distractor": ["29"], "answers": ["24"]}, "share token 1"),
+        ({"distractor": ["35", "29"]}, "same tokens"),
+        ({"distractor": ["351"]}, "same tokens"),
+        ({"answers": ["3"]}, "1 of its 2 tokens"),
     ],
 )
-def test_options_that_no_one_token_tells_apart_are_refused(change, message):
+def test_options_that_no_single_token_distinguishes_are_refused(change, message):
     line = "17<predict>35</predict>"
     with pytest.raises(DataError, match=message):
         encode_pair(byte_tokenizer([]), {"clean": line, "corrupted": line, **change})
@@ -231,24 +219,23 @@ def test_options_that_no_one_token_tells_apart_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clean": None}, "'clean' is nothing, expected a string"),
-        ({"corrupted": 3}, "'corrupted' is int"),
-        ({"clean": "1 + 2 = 3"}, "exactly one <predict>...</predict>"),
+        ({"clean": None}, "'clean' is missing"),
+        ({"corrupted": 3}, "'corrupted' is a int"),
+        ({"clean": "1 + 2 = 3"}, "exactly one"),
         ({"clean": "1<predict>2</predict><predict>3</predict>"}, "exactly one"),
         ({"clean": "1</predict>2<predict>"}, "exactly one"),
-        ({"clean": "1 + 2 = <predict></predict>"}, "nothing between"),
         ({"clean": "1 + 2 = <predict> </predict>"}, "nothing between"),
         ({"clean": "<predict>3</predict>"}, "no prompt before"),
-        ({"clean": "1 + 2 = <predict>3</predict> ."}, "goes on after"),
-        ({"corrupted": "1 + 4 + 5 = <predict>9</predict>"}, "unequal lengths: 6 and 9 tokens"),
-        ({"distractor": 7}, "'distractor' must be a string or a list"),
-        ({"distractor": "3"}, "begin with the same tokens"),
+        ({"clean": "1 + 2 = <predict>3</predict> ."}, "after </predict>"),
+        ({"corrupted": "1 + 4 + 5 = <predict>9</predict>"}, "6 and 9 tokens"),
+        ({"distractor": 7}, "'distractor' must be"),
+        ({"distractor": "3"}, "same tokens"),
         ({"answers": [1]}, "'answers' must be"),
-        ({"corrupted": "1 \ud800 = <predict>3</predict>"}, "'corrupted' has half a character"),
-        ({"distractor": "\udfff"}, "'distractor' has half a character"),
+        ({"corrupted": "1 \ud800 = <predict>3</predict>"}, "'corrupted' .* surrogate"),
+        ({"distractor": "\udfff"}, "'distractor' .* surrogate"),
     ],
 )
-def test_bad_records_are_refused(tokenizer, change, message):
+def test_malformed_records_are_refused(tokenizer, change, message):
     with pytest.raises(DataError, match=message):
         encode_pair(tokenizer, {**SPEC, **change})
 
@@ -261,11 +248,11 @@ def test_bad_records_are_refused(tokenizer, change, message):
 def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name, meant):
     record = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
     path = write_jsonl(tmp_path / "a.jsonl", record, {**record, "note": "x", name: "4"})
-    with pytest.raises(DataError, match=f"line 2: unknown field '{name}'; did you mean '{meant}'"):
+    with pytest.raises(DataError, match=f"line 2: .*'{name}'.*'{meant}'"):
         load_dataset(path, tokenizer, "train")
 
 
-def test_fields_of_ones_own_are_passed_over(tokenizer):
+def test_other_fields_are_ignored(tokenizer):
     own = {"id": 3, "source": "x", "target": "y", "answer": "3", "answers": ["4"], "": 0}
     assert encode_pair(tokenizer, {**SPEC, **own}) == encode_pair(
         tokenizer, {**SPEC, "answers": ["4"]}
@@ -289,25 +276,26 @@ def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({**IDS, "distractor": "4"}, "'distractor' .* of token ids; give 'distractor_ids'"),
-        ({**IDS, "answers": ["4"]}, "'answers' .* of token ids; give 'answer_ids'"),
-        ({**SPEC, "distractor_ids": [4]}, "'distractor_ids' .* of text; give 'distractor'"),
+        ({**IDS, "distractor": "4"}, "give 'distractor_ids'"),
+        ({**IDS, "answers": ["4"]}, "give 'answer_ids'"),
+        ({**SPEC, "distractor_ids": [4]}, "give 'distractor'"),
         ({**IDS, "distractor_id": [4]}, "did you mean 'distractor_ids'"),
-        ({**IDS, "distractor_ids": 4}, "'distractor_ids' must be a list of numbers"),
+        ({**IDS, "distractor_ids": 4}, "'distractor_ids' must be"),
         ({**IDS, "distractor_ids": [-1]}, "'distractor_ids' has ids outside of 0 to"),
-        ({**IDS, "distractor_ids": [9]}, r"right tokens.* are \[9\], and distractor_ids \[9\]"),
-        ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"the right tokens.* are \[\]"),
-        ({**IDS, "target_values": [1.5]}, "'target_values' is not for this model.* 'target_ids'"),
+        ({**IDS, "distractor_ids": [9]}, r"\[9\], and distractor_ids are \[9\]"),
+        ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"right token.* are \[\]"),
+        ({**IDS, "target_values": [1.5]}, "'target_values' .* give 'target_ids'"),
+        ({**IDS, "target_ids": [1, 2, 3, 4]}, "4 targets"),
     ],
 )
-def test_answers_and_distractors_that_do_not_fit_a_line_are_refused(tokenizer, record, message):
+def test_malformed_lines_of_ids_are_refused(tokenizer, record, message):
     with pytest.raises(DataError, match=message):
         encode_pair(tokenizer, record)
 
 
 def test_predictions_of_unequal_length_are_refused():
     record = {"clean": "a<predict>bc</predict>", "corrupted": "a<predict>b</predict>"}
-    with pytest.raises(DataError, match="predictions have unequal lengths: 2 and 1"):
+    with pytest.raises(DataError, match="predictions .* 2 and 1"):
         encode_pair(byte_tokenizer([]), record)
 
 
@@ -315,54 +303,63 @@ def test_splits(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, {**SPEC, "split": "test"}, SPEC)
     assert len(load_dataset(path, tokenizer, "train")) == 2
     assert len(load_dataset(path, tokenizer, "test")) == 1
-    with pytest.raises(DataError, match="no line of split 'validation'; it has test, train"):
+    with pytest.raises(DataError, match="'validation'.* test, train"):
         load_dataset(path, tokenizer, "validation")
-    with pytest.raises(DataError, match="unknown split 'dev'"):
+    with pytest.raises(DataError, match="'dev'"):
         load_dataset(path, tokenizer, "dev")
     bare = {key: value for key, value in SPEC.items() if key != "split"}
     serves_all = write_jsonl(tmp_path / "b.jsonl", bare)
-    for split in ("train", "validation", "test"):
+    partly = write_jsonl(tmp_path / "c.jsonl", bare, SPEC)
+    for split in SPLITS:
         assert len(load_dataset(serves_all, tokenizer, split)) == 1
+        assert len(load_dataset(partly, tokenizer, split)) == (2 if split == "train" else 1)
+    whole = load_dataset(path, tokenizer, "train")
+    assert whole.has_splits
+    assert whole[1] == whole[:2][1] == list(whole)[1]
+    assert not load_dataset(partly, tokenizer, "train").has_splits
+    assert not load_dataset(serves_all, tokenizer, "train").has_splits
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 3: not JSON"),
-        ("[1]", "line 3: got a list"),
-        (json.dumps({**SPEC, "split": "dev"}), "line 3: unknown split 'dev'"),
-        (json.dumps({**SPEC, "clean": "x"}), "line 3: field 'clean' needs exactly one"),
+        ("{", "not JSON"),
+        ("[1]", "a list"),
+        (json.dumps({**SPEC, "split": "dev"}), "'dev'"),
+        (json.dumps({**SPEC, "clean": "x"}), "'clean'"),
     ],
 )
-def test_bad_lines_are_named_by_number(tokenizer, tmp_path, bad, message):
+def test_malformed_lines_are_named_by_number(tokenizer, tmp_path, bad, message):
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, "", bad)  # the empty line counts
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{path}, line 3: .*{message}"):
         load_dataset(path, tokenizer, "train")
+    with pytest.raises(DataError, match=f"^my data, line 3: .*{message}"):
+        load_dataset(path, tokenizer, "train", name="my data")
 
 
 def test_bad_files_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no data file"):
         load_dataset(tmp_path / "none.jsonl", tokenizer, "train")
-    with pytest.raises(DataError, match="holds no lines"):
+    with pytest.raises(DataError, match="no lines"):
         load_dataset(write_jsonl(tmp_path / "empty.jsonl", ""), tokenizer, "train")
     (tmp_path / "latin.jsonl").write_bytes(b'{"clean": "\xe9"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
         load_dataset(tmp_path / "latin.jsonl", tokenizer, "train")
 
 
-def test_lines_that_do_not_fit_are_skipped_and_counted_or_refused_if_all(tokenizer, tmp_path):
+def test_lines_that_do_not_fit_are_skipped_with_one_warning(tokenizer, tmp_path, caplog):
     unequal = {**SPEC, "corrupted": "1 + 4 + 5 = <predict>9</predict>"}
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, unequal, unequal)
-    with pytest.warns(UserWarning, match="left out 2 of 3 examples, for instance .*line 2") as said:
-        mixed = load_dataset(path, tokenizer, "train")
-    assert len(said) == 1
+    mixed = load_dataset(path, tokenizer, "train")
+    (warning,) = caplog.messages
+    assert "2 of 3 examples" in warning
+    assert "line 2" in warning
     assert len(mixed) == 1
     assert len(mixed.skipped) == 2
-    assert "line 2" in mixed.skipped[0]
-    with pytest.raises(DataError, match="none of the 2 examples can be used.*unequal lengths"):
+    with pytest.raises(NoneUsableError, match="2 examples .* 6 and 9"):
         load_dataset(write_jsonl(tmp_path / "b.jsonl", unequal, unequal), tokenizer, "train")
-    with pytest.raises(DataError, match="3 examples .* 6 tokens are more than the 3 allowed"):
-        load_dataset(tmp_path / "a.jsonl", tokenizer, "train", max_length=3)
+    with pytest.raises(NoneUsableError, match="6 tokens are more than the 3"):
+        load_dataset(path, tokenizer, "train", max_length=3)
 
 
 def test_batches_by_hand():
@@ -411,8 +408,8 @@ lines = (records | near_misses | value).map(json.dumps) | text | st.just("[" * 1
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(lines, max_size=4), st.sampled_from(["train", "test"]))
-def test_whatever_a_file_holds_it_is_read_or_refused(tokenizer, tmp_path, content, split):
-    """Never another exception than ours; what is read makes a batch."""
+def test_any_file_is_read_or_refused(tokenizer, tmp_path, content, split):
+    """No other exception is raised, and the pairs form a batch."""
     path = tmp_path / "fuzz.jsonl"
     path.write_text("\n".join(content), errors="surrogatepass")
     try:
@@ -425,7 +422,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused(tokenizer, tmp_path, conten
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_bytes_changed_at_random_are_read_or_refused(tokenizer, tmp_path, data):
+def test_files_with_random_bytes_changed_are_read_or_refused(tokenizer, tmp_path, data):
     content = bytearray((json.dumps(SPEC) + "\n" + json.dumps(SPEC) + "\n").encode())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -433,26 +430,3 @@ def test_bytes_changed_at_random_are_read_or_refused(tokenizer, tmp_path, data):
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with suppress(DataError):
         load_dataset(path, tokenizer, "train")
-
-
-def test_a_data_set_is_read_in_any_order_and_takes_no_memory(tokenizer, tmp_path):
-    """Of thousands of pairs; what is held of each is a place in a file."""
-    first = random_pairs(3, predicted=2)
-    dataset = PairDataset(first, "some")
-    assert [dataset[2], dataset[0], dataset[1]] == [first[2], first[0], first[1]]
-    assert list(dataset) == first
-    assert hash(dataset[1]) == hash(first[1])
-    with pytest.raises(IndexError, match="pair 3 of 3"):
-        dataset[3]
-
-    record = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
-    path = write_jsonl(tmp_path / "many.jsonl", *[{**record, "note": "x" * 500}] * 3_000)
-    load_dataset(write_jsonl(tmp_path / "few.jsonl", record), tokenizer, "train")  # imports
-    tracemalloc.start()
-    try:
-        dataset = load_dataset(path, tokenizer, "train")
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-    finally:
-        tracemalloc.stop()
-    assert len(dataset) == 3_000
-    assert dataset[2_999] == dataset[0]

@@ -21,7 +21,7 @@ from edgeprune.methods.masks import CircuitMasks, Gates, combined_gates
 from edgeprune.metrics import kl_per_token
 from edgeprune.models import load, load_model, pick_device, verify_parity, wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 
 
 def random_gates(graph, seed=0, node=True) -> Gates:

@@ -15,7 +15,7 @@ from edgeprune.methods import hard_concrete
 from edgeprune.methods.masks import CircuitMasks, Gates, Thresholds, combined_gates
 from edgeprune.methods.objective import SparsityConstraint
 from edgeprune.models import wrap_model
-from edgeprune.prompts.encode import Pair, collate
+from edgeprune.prompts import Pair, collate
 
 CASES = sorted(path.parent for path in GOLDEN.glob("*/meta.json"))
 CASES += [Path(p) for p in os.environ.get("EDGEPRUNE_GOLDEN_CASES", "").split(":") if p]

@@ -17,7 +17,7 @@ from edgeprune.commands import shared
 from edgeprune.config import ModelConfig
 from edgeprune.errors import ModelError
 from edgeprune.models import fuse, load_model, wrap_model
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 
 if find_spec("triton") is None:
     pytest.skip("there is no Triton for this machine", allow_module_level=True)

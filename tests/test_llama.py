@@ -21,7 +21,7 @@ from edgeprune.errors import ModelError
 from edgeprune.methods.masks import CircuitMasks, combined_gates
 from edgeprune.metrics import kl_per_token
 from edgeprune.models import load, verify_parity, wrap_model
-from edgeprune.prompts.encode import collate
+from edgeprune.prompts import collate
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from edgeprune import load_model
 from edgeprune.errors import ModelError
-from edgeprune.prompts.encode import collate, encode_pair
+from edgeprune.prompts import collate, encode_pair
 
 TOKENS = [chr(code) for code in range(ord("!"), ord("!") + 48)] + ["Ġ", "ĠA"]
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import run_cli, write_jsonl
 
 from edgeprune import load_dataset, load_model
-from edgeprune.prompts.encode import encode_pair
+from edgeprune.prompts import encode_pair
 
 BESIDE = Path(__file__).parents[2] / "shared/models/stories260k"
 FOLDER = Path(os.environ.get("EDGEPRUNE_STORIES", BESIDE))

@@ -1,3 +1,5 @@
+"""The task generators: their records are reproducible, distinct, and right by hand."""
+
 import json
 import random
 import re
@@ -8,9 +10,11 @@ import pytest
 import yaml
 from test_dataset import byte_tokenizer
 
+from edgeprune.errors import ConfigError
+from edgeprune.models import load_tokenizer
 from edgeprune.paths import CONF
-from edgeprune.prompts.encode import SPLITS, encode_pair
-from edgeprune.prompts.tasks import TASKS, boolean_expressions, make_records
+from edgeprune.prompts import SPLITS, encode_pair
+from edgeprune.prompts.tasks import FROM_MODEL, TASKS, boolean_expressions, generate_records
 
 SIZES = {"train": 30, "validation": 20, "test": 40}
 
@@ -22,22 +26,29 @@ def task(request):
 
 @pytest.fixture(scope="module")
 def records(task, tokenizer):
-    return make_records(task, tokenizer, SIZES, seed=3)[0]
+    return generate_records(task, tokenizer, SIZES, seed=3)[0]
 
 
 def prompt(record: dict, side: str = "clean") -> str:
     return record[side].split("<predict>")[0]
 
 
-def test_sizes_are_as_asked_and_no_prompt_comes_twice(records):
+def answer(record: dict, side: str = "clean") -> str:
+    return record[side].split("<predict>")[1].removesuffix("</predict>").strip()
+
+
+def test_sizes_are_as_requested_and_no_prompt_is_repeated(records):
     for split in SPLITS:
         assert sum(record["split"] == split for record in records) == SIZES[split]
     assert len({prompt(record) for record in records}) == len(records)
 
 
-def test_no_split_has_the_clean_prompts_of_another_corrupted(task, tokenizer):
+def test_the_default_sizes_leave_room_and_splits_do_not_overlap(task, tokenizer):
+    """With a tenth more examples than the defaults."""
     settings = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())
-    records = make_records(task, tokenizer, {split: settings[split] for split in SPLITS}, seed=0)[0]
+    sizes = {split: settings[split] * 11 // 10 for split in SPLITS}
+    records, _ = generate_records(task, tokenizer, sizes, seed=0)
+    assert len(records) == sum(sizes.values())
     clean = {prompt(record): record["split"] for record in records}
     for record in records:
         assert clean.get(prompt(record, "corrupted"), record["split"]) == record["split"]
@@ -47,52 +58,51 @@ def test_prompts_are_paired_token_by_token(task, records, tokenizer):
     for record in records:
         pair = encode_pair(tokenizer, record)
         assert len(pair.clean_ids) == len(pair.corrupted_ids)
-        spelt = task.startswith("boolean_expressions")  # the embedded tokenizer has no True
-        assert 1 < len(pair.target_ids) < 5 if spelt else len(pair.target_ids) == 1
+        is_spelt = task.startswith("boolean_expressions")  # the tokenizer has no token for True
+        assert 1 < len(pair.target_ids) < 5 if is_spelt else len(pair.target_ids) == 1
         assert pair.target_ids[pair.contrast] in pair.answer_ids
         assert pair.distractor_ids
         assert not set(pair.answer_ids) & set(pair.distractor_ids)
-        assert record["clean"].split("<predict>")[0] != record["corrupted"].split("<predict>")[0]
+        assert prompt(record) != prompt(record, "corrupted")
 
 
 def test_records_follow_from_the_seed_in_any_process(task, records, tokenizer):
     code = (
         "import json, sys; from edgeprune.models import load_tokenizer;"
-        "from edgeprune.prompts.tasks import make_records;"
-        f"r = make_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
+        "from edgeprune.prompts.tasks import generate_records;"
+        f"r = generate_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
         "json.dump(r, sys.stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert json.loads(done.stdout) == records
-    assert make_records(task, tokenizer, SIZES, seed=4)[0] != records
+    assert generate_records(task, tokenizer, SIZES, seed=4)[0] != records
 
 
 def test_ioi_by_hand(tokenizer):
-    records, _ = make_records("ioi", tokenizer, {"train": 200}, seed=0)
+    records, _ = generate_records("ioi", tokenizer, {"train": 200}, seed=0)
     orders = set()
     for record in records:
-        clean, answer = record["clean"].removesuffix("</predict>").split("<predict>")
-        words, wrong = re.findall(r"\w+", clean), record["distractor"].strip()
-        assert words.count(answer.strip()) == 1
+        words, right, wrong = (
+            re.findall(r"\w+", prompt(record)), answer(record), record["distractor"].strip()
+        )  # fmt: skip
+        assert words.count(right) == 1
         assert words.count(wrong) == 2
-        orders.add(words.index(answer.strip()) < words.index(wrong))
-        others = re.findall(r"\w+", prompt({"clean": record["corrupted"]}))
-        assert answer.strip() not in others
-        assert wrong not in others
+        orders.add(words.index(right) < words.index(wrong))
+        assert not {right, wrong} & set(re.findall(r"\w+", prompt(record, "corrupted")))
     assert orders == {True, False}  # ABBA and BABA
 
 
 def test_greater_than_by_hand(tokenizer):
-    for record in make_records("greater_than", tokenizer, {"train": 50}, seed=0)[0]:
+    for record in generate_records("greater_than", tokenizer, {"train": 50}, seed=0)[0]:
         year = int(prompt(record).split("from the year ")[1][2:4])
         assert record["answers"] == [f"{end:02}" for end in range(year + 1, 100)]
         assert record["distractor"] == [f"{end:02}" for end in range(year + 1)]
         assert "01 to the year" in record["corrupted"]
 
 
-def test_greater_than_for_a_tokenizer_that_reads_digit_by_digit():
+def test_greater_than_for_a_tokenizer_of_single_digits():
     tokenizer = byte_tokenizer([])
-    record = make_records("greater_than", tokenizer, {"train": 5}, seed=0)[0][0]
+    record = generate_records("greater_than", tokenizer, {"train": 5}, seed=0)[0][0]
     assert len(record["answers"]) + len(record["distractor"]) == 10
     assert len(encode_pair(tokenizer, record).target_ids) == 1
 
@@ -112,48 +122,44 @@ def test_induction_by_hand(task, comma, shortest, longest):
         last = words[-1]
         first = words.index(last)
         assert first < len(words) - 1
-        assert record["clean"].endswith(f"<predict> {words[first + 1]}</predict>")
+        assert answer(record) == words[first + 1]
         assert record["distractor"].strip() in words
-        others = prompt({"clean": record["corrupted"]}).split()
+        others = prompt(record, "corrupted").split()
         assert others.index(last + comma) == len(words) - 1
     assert (min(lengths), max(lengths)) == (shortest, longest)
 
 
-FORMS = ("instruction", "few_shot")
 EXPRESSION = r"((?:not|and|or|True|False|[() ])+?)"
 LAST = re.compile(rf"(?:<</SYS>>\n\n|\[INST\] |\n){EXPRESSION}(?: is| \[/INST\] ')$")
 
 
 @pytest.mark.parametrize("short", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["instruction", "few_shot"])
 def test_boolean_expressions_by_hand(form, short):
-    """Python itself says what they evaluate to; one word is replaced, and the value turns."""
+    """Python itself evaluates them; exactly one word is replaced, and the value changes."""
     rng = random.Random(0)
     replaced, answers = set(), []
     for _ in range(200):
         record = boolean_expressions.sample(rng, form, short)
-        prompts = [record[side].split("<predict>")[0] for side in ("clean", "corrupted")]
-        clean, corrupted = (LAST.search(prompt)[1] for prompt in prompts)
-        answer = record["clean"].split("<predict>")[1].removesuffix("</predict>").strip()
-        assert str(eval(clean)) == answer
-        assert str(eval(corrupted)) == record["distractor"].strip() != answer
-        other = record["corrupted"].split("<predict>")[1].removesuffix("</predict>").strip()
-        assert other == (answer if short else record["distractor"].strip())
-        words = (re.findall(r"\w+", prompt) for prompt in prompts)
+        prompts = [prompt(record), prompt(record, "corrupted")]
+        clean, corrupted = (str(eval(LAST.search(text)[1])) for text in prompts)
+        assert answer(record) == clean
+        assert record["distractor"].strip() == corrupted != clean
+        assert answer(record, "corrupted") == (clean if short else corrupted)
+        words = (re.findall(r"\w+", text) for text in prompts)
         (changed,) = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]
         replaced.add(changed)
-        answers.append(answer)
-        gap = "'" if form == "instruction" else "is"
-        space = "" if form == "instruction" else " "
-        assert record["clean"].endswith(f"{gap}<predict>{space}{answer}</predict>")
+        answers.append(clean)
+        before_answer = "'<predict>" if form == "instruction" else "is<predict> "
+        assert record["clean"].endswith(f"{before_answer}{clean}</predict>")
     assert replaced == set(boolean_expressions.OTHER.items())
     assert 70 < answers.count("True") < 130
 
 
 def test_boolean_expressions_of_the_examples_are_right():
     for example in boolean_expressions.EXAMPLES:
-        expression, answer = example.split(" is ")
-        assert str(eval(expression)) == answer
+        expression, value = example.split(" is ")
+        assert str(eval(expression)) == value
 
 
 def test_boolean_expressions_by_their_tree():
@@ -170,39 +176,43 @@ def test_boolean_expressions_by_their_tree():
     }
 
 
-def test_long_forms_are_for_tokenizers_with_a_word_for_true():
-    """Enough distinct prompts for the published 8,000, all of equal length word by word."""
+def test_long_forms_are_for_tokenizers_with_a_token_for_true():
+    """The published 8,000 distinct prompts can be had, all of equal length word by word."""
     merges = []
     for word in ("True", "False", "and", "or"):
         merges += [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]
     tokenizer = byte_tokenizer(merges)
-    records, report = make_records(
+    records, report = generate_records(
         "boolean_expressions_instruction", tokenizer, {"train": 8000, "test": 1000}, seed=0
     )
     assert len(records) == 9000
-    assert not report.misfits
+    assert "skipped" not in report
     assert "<<SYS>>" in records[0]["clean"]
     assert {len(encode_pair(tokenizer, record).target_ids) for record in records[:50]} == {1}
 
 
-def test_examples_that_do_not_fit_the_tokenizer_are_counted(tokenizer):
-    records, report = make_records("ioi", byte_tokenizer([]), {"train": 10}, seed=0)
+def test_examples_that_do_not_fit_the_tokenizer_are_reported():
+    records, report = generate_records("ioi", byte_tokenizer([]), {"train": 10}, seed=0)
     assert len(records) == 10
-    assert sum(report.misfits.values()) > 10
-    assert "that do not fit the tokenizer" in str(report)
+    assert "skipped" in report
 
 
-def test_the_sizes_that_a_task_has_by_default_leave_room(task, tokenizer):
-    """`edgeprune prepare task=...` on the embedded model, and a tenth more."""
-    settings = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())
-    sizes = {split: settings[split] * 11 // 10 for split in SPLITS}
-    assert len(make_records(task, tokenizer, sizes, seed=0)[0]) == sum(sizes.values())
+def test_a_compiled_model_brings_its_prompts(tokenizer):
+    records, report = generate_records(FROM_MODEL, load_tokenizer("tracr/reverse"), {}, seed=0)
+    assert len(records) == 4 * 27  # corrupted inputs of every input of three tokens out of three
+    assert report is None
+    with pytest.raises(ConfigError, match="another task"):
+        generate_records(FROM_MODEL, tokenizer, {}, seed=0)
 
 
-def test_impossible_requests_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="unknown task 'io'"):
-        make_records("io", tokenizer, {"train": 1}, 0)
-    with pytest.raises(ValueError, match="cannot make 1 examples of split 'dev'"):
-        make_records("ioi", tokenizer, {"dev": 1}, 0)
-    with pytest.raises(ValueError, match="yields only .* of the 100,000 examples asked for"):
-        make_records("gendered_pronoun", tokenizer, {"train": 100_000}, 0)
+@pytest.mark.parametrize(
+    ("task", "sizes", "message"),
+    [
+        ("io", {"train": 1}, "'io'.* ioi,"),
+        ("ioi", {"dev": 1}, "1 examples of split 'dev'"),
+        ("gendered_pronoun", {"train": 100_000}, "only .* of the 100,000 examples"),
+    ],
+)
+def test_impossible_requests_are_refused(tokenizer, task, sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_records(task, tokenizer, sizes, seed=0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edgeprune.config import AblationConfig, AblationKind
 from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.errors import ConfigError, DataError
-from edgeprune.prompts.encode import Batch, Pair
+from edgeprune.prompts import Batch, Pair
 
 
 class Ablation:

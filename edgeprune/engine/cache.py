@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.engine.circuit_model import Activations, CircuitModel
-from edgeprune.prompts.encode import Batch, Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, iterate_batches
 
 MAX_KEPT = 2 * 2**30
 """Bytes; the passes over a larger training set are run anew each step."""

@@ -22,7 +22,7 @@ from edgeprune.engine.heads import centre
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.prompts.encode import Batch, Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, iterate_batches
 from edgeprune.scale.sharding import begin_layer, end_layer, receive, shard_layers
 
 MAX_AHEAD = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.metrics import faithfulness
-from edgeprune.prompts.encode import Batch
+from edgeprune.prompts import Batch
 
 MAX_GRAPHS = 16
 """Shapes of batches of which CUDA graphs are kept; what comes after is run as it is."""

@@ -28,7 +28,7 @@ from edgeprune.engine.heads import is_foldable
 from edgeprune.errors import ModelError
 from edgeprune.models import gpt2, llama, tracr
 from edgeprune.paths import EMBEDDED_MODEL, TRACR_MODELS
-from edgeprune.prompts.encode import Batch, Pair, collate
+from edgeprune.prompts import Batch, Pair, collate
 
 FAMILIES = {
     "gpt2": (gpt2.GPT2, gpt2.build_graph),

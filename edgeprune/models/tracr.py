@@ -26,7 +26,7 @@ from edgeprune.errors import DataError, ModelError
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 from edgeprune.paths import TRACR_MODELS
-from edgeprune.prompts.encode import Pair
+from edgeprune.prompts import Pair
 
 CONFIG, WEIGHTS, EXAMPLES = "config.json", "weights.safetensors", "examples.jsonl"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgeprune.engine.cache import MAX_KEPT, KeptPasses
 from edgeprune.engine.circuit_model import Activations, CircuitModel, lookaheads
-from edgeprune.prompts.encode import Batch, Pair, collate
+from edgeprune.prompts import Batch, Pair, collate
 
 MASK_COPIES = 8
 """Numbers for each edge: log alpha, gradient, two moments; noise, gates and their gradients."""

@@ -1,14 +1,14 @@
 """Boolean expressions: "((not False) and False) or True is" -> " True".
 
-After Suzgun et al. 2023 (BIG-Bench Hard, arXiv:2210.09261), asked for by an instruction or by
-examples as in Bhaskar et al. 2024 (arXiv:2406.16778). Corrupted: the same expression with one word
-replaced, a literal by the other one or `and` and `or` by each other, such that the value changes.
-So both prompts have equally many tokens, the answer hinges on that word, and over many prompts on
-every kind of word: what tells the two apart is what the model does with operators and literals.
+After Suzgun et al. 2023 (BIG-Bench Hard, arXiv:2210.09261), posed with an instruction or with
+few-shot examples as in Bhaskar et al. 2024 (arXiv:2406.16778). The corrupted prompt has the same
+expression with one word replaced (True and False, or `and` and `or`, by each other) such that the
+value changes. Thus both prompts have equally many tokens, and the answer depends on that word,
+which over many prompts is of every kind: what differs is how the model evaluates operators and
+literals.
 
-The instruction has the chat markup of Llama 2, as CodeLlama was trained on. For tokenizers that
-spell `True` in several tokens there are short forms, without system prompt and with a single
-example.
+The instruction uses the chat markup of Llama 2, on which CodeLlama was trained. Tokenizers that
+split `True` into several tokens get short forms, without system prompt and with a single example.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from functools import partial
 
 Expression = str | tuple
-"""'True', 'False', ('not', x), ('and', x, y) or ('or', x, y)."""
+"""An expression tree: 'True', 'False', ('not', x), ('and', x, y) or ('or', x, y)."""
 
 OTHER = {"True": "False", "False": "True", "and": "or", "or": "and"}
-FEWEST, MOST, MAX_IN_SHORT = 2, 4, 3
-"""Literals of an expression."""
+"""Maps each word to its replacement in a corrupted prompt."""
+MIN_LITERALS, MAX_LITERALS, MAX_LITERALS_SHORT = 2, 4, 3
+"""Range of the number of literals of an expression; the last is the maximum of the short forms."""
 NEGATED = 0.3
-"""Chance that a literal or a part in parentheses is negated."""
+"""Probability that a literal or a part in parentheses is negated."""
 
 SHORT_INSTRUCTION = "[INST] {} [/INST] '"
 INSTRUCTION = SHORT_INSTRUCTION.format(
@@ -38,7 +39,7 @@ EXAMPLES = (
 
 
 def value(expression: Expression) -> bool:
-    """What an expression evaluates to."""
+    """Evaluate an expression."""
     if isinstance(expression, str):
         return expression == "True"
     operator, *operands = expression
@@ -48,7 +49,7 @@ def value(expression: Expression) -> bool:
 
 
 def text(expression: Expression, inner: bool = False) -> str:
-    """An expression as Python writes it; what stands inside another is in parentheses."""
+    """Write an expression in Python syntax, with every inner expression in parentheses."""
     if isinstance(expression, str):
         return expression
     operator, *operands = expression
@@ -58,7 +59,7 @@ def text(expression: Expression, inner: bool = False) -> str:
 
 
 def random_expression(rng: random.Random, literals: int) -> Expression:
-    """A random tree with so many literals."""
+    """Draw a tree with the given number of literals."""
     if literals == 1:
         expression: Expression = rng.choice(("True", "False"))
     else:
@@ -69,7 +70,7 @@ def random_expression(rng: random.Random, literals: int) -> Expression:
 
 
 def with_one_word_replaced(expression: Expression) -> Iterator[Expression]:
-    """Every expression that differs in one literal or one `and` or `or`."""
+    """Yield every expression that differs in one literal or one `and` or `or`."""
     if isinstance(expression, str):
         yield OTHER[expression]
         return
@@ -82,17 +83,17 @@ def with_one_word_replaced(expression: Expression) -> Iterator[Expression]:
 
 
 def sample(rng: random.Random, form: str, short: bool = False) -> dict:
-    """One example, true and false with equal chance.
+    """Draw one example; True and False have equal chance.
 
     Args:
-        rng: draws it.
+        rng: source of randomness.
         form: `instruction` or `few_shot`.
-        short: for tokenizers that spell `True` in several tokens.
+        short: use the short form, for tokenizers that split `True` into several tokens.
     """
     wanted = rng.random() < 0.5
-    literals = rng.randint(FEWEST, MAX_IN_SHORT if short else MOST)
+    literals = rng.randint(MIN_LITERALS, MAX_LITERALS_SHORT if short else MAX_LITERALS)
     changed: list[Expression] = []
-    while not changed:  # "True or True" is true whichever word is replaced
+    while not changed:  # "True or True" stays true whichever word is replaced
         expression = random_expression(rng, literals)
         if value(expression) == wanted:
             changed = [e for e in with_one_word_replaced(expression) if value(e) != wanted]
@@ -102,7 +103,7 @@ def sample(rng: random.Random, form: str, short: bool = False) -> dict:
     else:
         examples = EXAMPLES[:1] if short else EXAMPLES
         prompt, gap = "\n".join((*examples, "{} is")), " "
-    # In several tokens, those of the clean answer count here too; those of the other may be fewer.
+    # An answer of several tokens is fed back to the model, so both prompts need the same number.
     answer = wanted if short else not wanted
     return {
         "clean": f"{prompt.format(text(expression))}<predict>{gap}{wanted}</predict>",

@@ -1,6 +1,6 @@
 """Gendered pronouns: "So Evan is a really great friend, isn't" -> " he".
 
-After Mathwin et al. 2023; corrupted: a name of the other gender.
+After Mathwin et al. 2023. The corrupted prompt has a name of the other gender.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEMPLATES = (
 
 
 def sample(rng: random.Random) -> dict:
-    """One example; male and female names with equal chance."""
+    """Draw one example; male and female names have equal chance."""
     genders = [(" he", MALE_NAMES), (" she", FEMALE_NAMES)]
     rng.shuffle(genders)
     (pronoun, names), (other_pronoun, other_names) = genders

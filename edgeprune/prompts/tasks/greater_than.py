@@ -1,9 +1,9 @@
 """Greater-than: "The war lasted from the year 1732 to the year 17" -> 33, 34, ..., 99.
 
-After Hanna et al. 2023 (arXiv:2305.00586); corrupted: the start year ends in 01, so every end is
-later. All later ends are right answers, all others distractors; the metric is the difference of
-their probabilities. For tokenizers which read numbers digit by digit there is a form with one digit
-to predict: "1237 to the year 123" -> 8, 9, corrupted by 1230.
+After Hanna et al. 2023 (arXiv:2305.00586). In the corrupted prompt the start year ends in 01, so
+that every end year is later. All later end years are right answers and all others distractors; the
+metric is the difference of their probabilities. Tokenizers that split numbers into digits get a
+variant with one digit to predict: "1237 to the year 123" -> 8, 9, corrupted to 1230.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from edgeprune.prompts.tasks.vocabulary import EVENTS
 
 
 def sample(rng: random.Random, digits: int = 2) -> dict:
-    """One example with `digits` (1 or 2) digits to predict.
+    """Draw one example with `digits` (1 or 2) digits to predict.
 
-    The end in <predict> is one of the right ones: each further year is half as likely.
+    The end year in <predict> is one of the right ones; each year is half as likely as the one
+    before it.
     """
     last = 10**digits - 1
-    lowest = 1 if digits == 2 else 0  # the corrupted start
+    lowest = 1 if digits == 2 else 0  # start year of the corrupted prompt
     century = rng.randint(11, 18) if digits == 2 else rng.randint(110, 189)
     start = rng.randint(lowest + 1, last - 1)
     end = start + 1

@@ -1,7 +1,8 @@
-"""Induction: random words, and then the same words again; the next one is to be predicted.
+"""Induction: random words and then some of them again; the task is to predict the next one.
 
-After Olsson et al. 2022 (arXiv:2209.11895); corrupted: the first time other words stand there, so
-nothing says how the second time goes on. Every word is preceded by a space, the first one too.
+After Olsson et al. 2022 (arXiv:2209.11895). In the corrupted prompt the first sequence consists of
+other words, so that it does not tell how the second one continues. A space precedes every word,
+including the first.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from edgeprune.prompts.tasks.vocabulary import WORDS
 
 
 def sample(rng: random.Random) -> dict:
-    """Five to eight words."""
+    """Draw one example of five to eight words."""
     return _sample(rng, rng.randint(5, 8), "")
 
 
 def sample_list(rng: random.Random) -> dict:
-    """Ten to twelve words with commas: a list, with which a language model goes on more surely."""
+    """Draw one example of ten to twelve words separated by commas.
+
+    Language models continue such a list with more confidence.
+    """
     return _sample(rng, rng.randint(10, 12), ",")
 
 

@@ -1,7 +1,7 @@
 """Indirect object identification: "Mary and John went ... John gave a drink to" -> " Mary".
 
-After Wang et al. 2023 (arXiv:2211.00593), with many templates in both orders; corrupted as in
-Bhaskar et al. 2024: three other names, none of them twice.
+After Wang et al. 2023 (arXiv:2211.00593), with many templates in both orders. As in Bhaskar et al.
+2024 (arXiv:2406.16778), the corrupted prompt has three other, distinct names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEMPLATES = (
 
 
 def sample(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -> dict:
-    """One example; the giver is the first or the second name with equal chance (BABA, ABBA)."""
+    """Draw one example; giver and receiver come in either order (ABBA, BABA) with equal chance."""
     names = rng.sample(MALE_NAMES + FEMALE_NAMES, 5)
     template = rng.choice(templates)
     setting = {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}

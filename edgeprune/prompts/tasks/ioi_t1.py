@@ -1,4 +1,4 @@
-"""Indirect object identification with one template, as `ioi` otherwise."""
+"""Indirect object identification with a single template; otherwise the same as `ioi`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from edgeprune.prompts.tasks import ioi
 
 
 def sample(rng: random.Random) -> dict:
-    """One example of the first template."""
+    """Draw one example with the first template."""
     return ioi.sample(rng, ioi.TEMPLATES[:1])

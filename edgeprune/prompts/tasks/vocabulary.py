@@ -1,4 +1,4 @@
-"""Names, places, things and words that the tasks are written with."""
+"""Names, places, objects and words from which the tasks are written."""
 
 MALE_NAMES = (
     "Adam", "Alan", "Andrew", "Anthony", "Arthur", "Ben", "Brian", "Carl", "Charles", "Chris",
@@ -13,10 +13,9 @@ FEMALE_NAMES = (
     "Alice", "Amanda", "Amy", "Andrea", "Angela", "Anna", "Anne", "Barbara", "Betty", "Carol",
     "Caroline", "Catherine", "Christine", "Claire", "Clara", "Diana", "Donna", "Dorothy",
     "Elizabeth", "Ellen", "Emily", "Emma", "Eva", "Grace", "Hannah", "Helen", "Irene", "Jane",
-    "Jennifer",
-    "Jessica", "Joan", "Julia", "Julie", "Karen", "Kate", "Laura", "Linda", "Lisa", "Louise",
-    "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole", "Olivia",
-    "Rachel", "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
+    "Jennifer", "Jessica", "Joan", "Julia", "Julie", "Karen", "Kate", "Laura", "Linda", "Lisa",
+    "Louise", "Lucy", "Margaret", "Maria", "Martha", "Mary", "Michelle", "Nancy", "Nicole",
+    "Olivia", "Rachel", "Rebecca", "Rose", "Ruth", "Sandra", "Sarah", "Sophie", "Susan", "Victoria",
 )  # fmt: skip
 
 PLACES = (
@@ -61,4 +60,4 @@ WORDS = (
     "table", "tiger", "tower", "tree", "valley", "wall", "water", "wheel", "wind", "window",
     "winter", "wolf", "wood",
 )  # fmt: skip
-"""For induction; none of them is a place or an object of the other tasks."""
+"""The words of the induction tasks; none is a place or an object of the other tasks."""

@@ -1,11 +1,11 @@
-"""Edge pruning as published, to be compared with: what a benchmark calls the naive engine.
+"""Edge pruning computed in the published way, for comparison: the benchmark's engine `naive`.
 
-All outboxes lie in one array over all writers. A write is a product that puts what is new in its
-place of an array as large, which is added. Queries, keys and values are read one after another,
-each by two products over all writers: one with the clean values and the gates, one with the
-corrupted values and what the gates leave; gates of writers that are not there yet are masked. Every
-reader's input is normed. Logits are taken everywhere. The reference and the corrupted outboxes come
-from the same engine with all gates open. The published code has node gates besides.
+One array holds the outboxes of all writers. A write multiplies the new outboxes into an array of
+the same size and adds it. Queries, keys and values are read one after another, each with two
+products over all writers: the clean outboxes with the gates, and the corrupted outboxes with one
+minus the gates; the gates of later writers are masked. The input of every reader is normed, and
+logits are computed at all positions. The same engine with all gates 1 gives the reference and the
+corrupted outboxes. The published code additionally has node gates.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.engine.circuit_model import Block
 from edgeprune.graph import Site
 from edgeprune.models import CircuitModel
-from edgeprune.prompts.encode import Batch
+from edgeprune.prompts import Batch
 
 
 def run_pair(model: CircuitModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Reference logits, [batch, pos, vocabulary], and the corrupted outboxes (see `run`)."""
-    everything = torch.ones(model.graph.num_edges, device=model.device)
+    """Return reference logits, [batch, pos, vocabulary], and corrupted outboxes (see `run`)."""
+    all_open = torch.ones(model.graph.num_edges, device=model.device)
     with torch.no_grad():
-        reference, _ = run(model, batch.clean_ids, everything, None)
-        _, corrupted = run(model, batch.corrupted_ids, everything, None)
+        reference, _ = run(model, batch.clean_ids, all_open, None)
+        _, corrupted = run(model, batch.corrupted_ids, all_open, None)
     return reference, corrupted
 
 
 def run(
     model: CircuitModel, ids: Tensor, gates: Tensor, corrupted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run the model with a gate on every edge; the embeddings have to be writers.
+    """Run a model whose embeddings are writers, with a gate on every edge.
 
     Args:
+        model: the model.
         ids: [batch, pos].
-        gates: [edge] in [0, 1].
-        corrupted: [writer, batch, pos, d_model]; None: closed edges carry nothing.
+        gates: [edge] in [0, 1]; 1 = clean.
+        corrupted: [writer, batch, pos, d_model]; None: edges with gate 0 carry zeros.
 
     Returns:
         Logits, [batch, pos, vocabulary], and the outboxes, [writer, batch, pos, d_model].
@@ -57,7 +57,7 @@ def run(
 
     def read(site: Site) -> Tensor:
         shape = (len(site.readers), site.num_writers)
-        there = gates[site.place].view(shape).to(clean.dtype)
+        site_gates = gates[site.place].view(shape).to(clean.dtype)
 
         def mix(values: Tensor, shares: Tensor) -> Tensor:
             shares = nn.functional.pad(shares, (0, graph.num_writers - site.num_writers))
@@ -67,19 +67,19 @@ def run(
             mixed = mix(clean, shares)
             return mixed if corrupted is None else mixed + mix(corrupted, 1 - shares)
 
-        return torch.cat([mix_both(shares) for shares in there.split(site.groups)])
+        return torch.cat([mix_both(shares) for shares in site_gates.split(site.groups)])
 
     write(embeddings)
     for layer, block in enumerate(architecture.blocks):
-        values = _attend(block, read(graph.sites[2 * layer]), inputs)
+        values = attend(block, read(graph.sites[2 * layer]), inputs)
         write(block.head_delta(values, None, centred=False))
         x = read(graph.sites[2 * layer + 1])
         write(block.mlp(block.mlp_norm(x)))
     return architecture.logits(architecture.final_norm(read(graph.sites[-1])[0])), clean
 
 
-def _attend(block: Block, x: Tensor, inputs: Any) -> Tensor:
-    """With a norm that is called for every reader, not folded into the projections."""
+def attend(block: Any, x: Tensor, inputs: Any) -> Tensor:
+    """Run attention with the norm applied to every reader instead of folded into the weights."""
     norm, block.attention_norm = block.attention_norm, nn.Sequential(block.attention_norm)
     try:
         return block.attend(x, inputs)
