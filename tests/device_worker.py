@@ -1,8 +1,8 @@
-"""Training steps on a device of which only shapes are computed, for test_device.py.
+"""Training steps on a device that only computes shapes, for test_device.py.
 
-Arguments: the model family and `micro_batch_size`. It is a process of its own, since the device's
-name is registered for good. Blocks are not run again here: PyTorch's engine aborts at that on a
-device without a library of its own.
+Arguments: the model family and `micro_batch_size`. This is a process of its own because the
+device's name cannot be unregistered. Blocks are not recomputed: PyTorch's engine aborts at that on
+a device without a library of its own.
 """
 
 import sys
@@ -10,12 +10,13 @@ import sys
 import torch
 from conftest import random_gpt2, random_pairs
 from test_llama import FAMILIES, random_llama
+from test_trainer import LAGRANGIAN
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from edgeprune.config import AblationConfig, TrainerConfig
 from edgeprune.engine.ablation import Ablation
+from edgeprune.methods.paper import Lagrangian
 from edgeprune.models import wrap_model
 from edgeprune.training.trainer import Trainer
 
@@ -36,18 +37,19 @@ _setup_privateuseone_for_python_backend("gpu")
 hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
 model = wrap_model(hf_model.to(torch.bfloat16))
 pairs = random_pairs(6, 7) + random_pairs(6, 8)
-config = TrainerConfig(batch_size=8, micro_batch_size=micro_batch_size)
-ablation = Ablation(model, AblationConfig(), pairs)
-trainer = Trainer(model, pairs, config, target_sparsity=0.9, seed=0, ablation=ablation)
+ablation = Ablation(model, "interchange", pairs)
 # The engine's own threads may abort on a device without a library of its own.
 one_thread = torch.autograd.set_multithreading_enabled(False)
 with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
-    for module in (model.architecture.body, model.architecture.unembed, trainer.masks):
+    for module in (model.architecture.body, model.architecture.unembed):
         move(module)
+    method = Lagrangian(model.graph, seed=0, device="gpu", steps=9, **LAGRANGIAN)
+    trainer = Trainer(
+        model, pairs, method, steps=9, batch_size=8, seed=0, ablation=ablation,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
     assert model.device.type == "gpu"
-    for step in range(2):  # the second uses what the first has taken
-        gates = trainer.masks.sample(step).edge
-        distance, grad_gates = trainer._differentiate(pairs[:8], gates.detach())
-        gates.backward(grad_gates)
-    assert distance.device.type == grad_gates.device.type == "gpu"
-    assert trainer.masks.edge_log_alpha.grad.shape == (model.graph.num_edges,)
+    for step in range(2):  # the second uses the buffers of the first
+        distance, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))
+        assert distance.device.type == grad_gates.device.type == "gpu"
+        assert grad_gates.shape == (model.graph.num_edges,)

@@ -1,17 +1,15 @@
-"""The engine written straight from the spec's equation, slowly: what the fast one must agree with.
+"""A slow engine written from the definition, with which the fast one must agree.
 
-Every reader sums gate * clean + (1 - gate) * corrupted over its writers, one at a time; outboxes of
-heads are computed with the projection's slice and an equal share of its bias.
+Every reader sums gate * clean + (1 - gate) * corrupted over its writers, one at a time. A head's
+outbox is its slice of the output projection plus an equal share of the bias.
 """
 
 import torch
 from torch import Tensor
 
-from edgeprune.methods.masks import Gates
-
 
 def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[Tensor]):
-    """One outbox a head of a GPT-2 layer, from the normed input of each head's q, k and v."""
+    """The heads' outboxes of a GPT-2 layer, given the normed inputs of each head's q, k and v."""
     num_heads, d_head = attention.num_heads, attention.head_dim
     weight, bias = attention.c_attn.weight, attention.c_attn.bias
     d_model = num_heads * d_head
@@ -30,12 +28,23 @@ def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[
     return outboxes
 
 
-def run_gpt2(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] | None):
-    """Returns (logits [batch, pos, vocabulary], outboxes of all writers)."""
+def run_gpt2(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
+    """Run a GPT-2 with gates.
+
+    Args:
+        model: of Hugging Face.
+        graph: its CircuitGraph.
+        ids: [batch, pos].
+        edge, node: gates, [edge] and [writer]; None: all 1.
+        ablated: per writer, what an edge with gate 0 carries; None: zeros.
+
+    Returns:
+        Logits, [batch, pos, vocabulary], and the writers' outboxes, [batch, pos, d_model] each.
+    """
     transformer = model.transformer
     tokens = transformer.wte(ids)
     positions = transformer.wpe(torch.arange(ids.shape[1])).expand_as(tokens)
-    stream = Stream([tokens, positions], gates, graph, corrupted)
+    stream = Stream([tokens, positions], graph, edge, node, ablated)
     for layer, block in enumerate(transformer.h):
         inputs = [
             [block.ln_1(stream.read(f"a{layer}.h{h}.{kind}")) for h in range(graph.num_heads)]
@@ -46,11 +55,14 @@ def run_gpt2(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] | 
     return model.lm_head(transformer.ln_f(stream.read("resid_post"))), stream.outboxes
 
 
-def run_llama(model, ids: Tensor, gates: Gates, graph, corrupted: list[Tensor] | None):
-    """As `run_gpt2`; each head's q, k and v are picked from whole projections of its input."""
+def run_llama(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
+    """Run a model of the Llama family; see `run_gpt2`.
+
+    Each head's q, k and v are slices of the whole projection of its input.
+    """
     body = model.model
     tokens = body.embed_tokens(ids)
-    stream = Stream([tokens], gates, graph, corrupted)
+    stream = Stream([tokens], graph, edge, node, ablated)
     pos = torch.arange(ids.shape[1])
     for layer, block in enumerate(body.layers):
         attention = block.self_attn
@@ -113,11 +125,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Stream:
-    """The outboxes written so far, and what a reader gets of them."""
+    """The outboxes written so far."""
 
-    def __init__(self, embeddings: list[Tensor], gates: Gates, graph, corrupted) -> None:
-        self.gates, self.graph, self.corrupted = gates, graph, corrupted
-        self.gate_of = dict(zip(graph.edges, gates.edge, strict=True))
+    def __init__(self, embeddings: list[Tensor], graph, edge, node, ablated) -> None:
+        edge = torch.ones(graph.num_edges) if edge is None else edge
+        self.gate_of = dict(zip(graph.edges, edge, strict=True))
+        self.graph, self.node, self.ablated = graph, node, ablated
         self.outboxes: list[Tensor] = []
         self.always_on = torch.zeros_like(embeddings[0])
         if graph.embedding_writers:
@@ -128,21 +141,16 @@ class Stream:
     def write(self, values: list[Tensor]) -> None:
         for x in values:
             index = len(self.outboxes)
-            if self.gates.node is not None:
-                n = self.gates.node[index]
-                x = n * x + (1 - n) * self.closed(index)
+            if self.node is not None:
+                x = self.node[index] * x + (1 - self.node[index]) * self.ablation_value(index)
             self.outboxes.append(x)
 
     def read(self, reader: str) -> Tensor:
         total = self.always_on
         for index, x in enumerate(self.outboxes):
             gate = self.gate_of[self.graph.writers[index], reader]
-            total = total + gate * x + (1 - gate) * self.closed(index)
+            total = total + gate * x + (1 - gate) * self.ablation_value(index)
         return total
 
-    def closed(self, index: int) -> Tensor | int:
-        return 0 if self.corrupted is None else self.corrupted[index]
-
-
-def all_open(graph) -> Gates:
-    return Gates(torch.ones(graph.num_edges), None)
+    def ablation_value(self, index: int) -> Tensor | int:
+        return 0 if self.ablated is None else self.ablated[index]

@@ -1,7 +1,7 @@
-"""A training step on a device that is not the processor, of which only shapes are computed.
+"""A training step on a device other than the CPU that only computes shapes.
 
-There a tensor left on the processor is an error, and so is whatever has to wait for the device: the
-value of a tensor, or a shape that depends on one.
+A tensor left on the CPU raises an error there, and so does anything that would wait for the device:
+reading a tensor's value, or a shape that depends on one.
 """
 
 import subprocess

@@ -12,50 +12,57 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.circuit import Circuit
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.masks import CircuitMasks, Gates, Thresholds, combined_gates
-from edgeprune.methods.objective import SparsityConstraint
+from edgeprune.methods.paper import Thresholds, circuit_above, deterministic_gates, penalty
+from edgeprune.metrics import kl_per_token
 from edgeprune.models import wrap_model
 from edgeprune.prompts import Pair, collate
 
+KINDS = ("edge", "node")
 CASES = sorted(path.parent for path in GOLDEN.glob("*/meta.json"))
 CASES += [Path(p) for p in os.environ.get("EDGEPRUNE_GOLDEN_CASES", "").split(":") if p]
 
 
 class Case:
-    """A recorded case, and the same model here."""
+    """A recorded case with its model."""
 
     def __init__(self, folder: Path) -> None:
         self.tensors = load_file(folder / "tensors.safetensors")
         self.meta = json.loads((folder / "meta.json").read_text())
         hf_model = AutoModelForCausalLM.from_pretrained(folder / "model")
         self.model = wrap_model(hf_model, embedding_writers=self.meta["with_embedding_nodes"])
-        ids = (self.tensors["input_ids"].tolist(), self.tensors["corrupted_input_ids"].tolist())
-        every = tuple(range(len(ids[0][0])))  # as many targets as tokens: all logits
-        self.batch = collate([Pair(tuple(a), tuple(b), every) for a, b in zip(*ids, strict=True)])
-        self.masks = CircuitMasks(self.model.graph, node_gates=True)
-        self.masks.load_state_dict(
-            {
-                "edge_log_alpha": self.edges("edge_log_alpha"),
-                "node_log_alpha": self.tensors["node_log_alpha"],
-            }
-        )
+        self.graph = self.model.graph
+        clean, corrupted = self.tensors["input_ids"], self.tensors["corrupted_input_ids"]
+        targets = tuple(range(clean.shape[1]))  # one per token, for the logits at every position
+        pairs = zip(clean.tolist(), corrupted.tolist(), strict=True)
+        self.batch = collate([Pair(tuple(a), tuple(b), targets) for a, b in pairs])
+        self.state = {
+            "edge_log_alpha": self.edges("edge_log_alpha"),
+            "node_log_alpha": self.tensors["node_log_alpha"],
+        }
 
     def edges(self, prefix: str) -> torch.Tensor:
         """Recorded tensors of all sites as one flat [edge]."""
-        parts = []
-        for site in self.model.graph.sites:
-            names = [f"{site.name}.{kind}" for kind in "qkv"] if len(site.groups) == 3 else [
-                site.name
-            ]  # fmt: skip
-            parts += [self.tensors[f"{prefix}.{n}"].flatten() for n in names if site.num_edges]
-        return torch.cat(parts)
+        names = []
+        for site in self.graph.sites:
+            if site.num_edges:
+                kinds = [".q", ".k", ".v"] if len(site.groups) == 3 else [""]
+                names += [f"{prefix}.{site.name}{kind}" for kind in kinds]
+        return torch.cat([self.tensors[name].flatten() for name in names])
 
-    def logits(self, gates: Gates, closed) -> torch.Tensor:
-        mixed = combined_gates(gates, self.masks.edge_writers)
-        return self.model.run_circuit(self.batch, mixed, closed)
+    def logits(self, gates: dict[str, torch.Tensor], ablation_values) -> torch.Tensor:
+        product = gates["edge"] * gates["node"][self.graph.edge_writers()]
+        return self.model.run_circuit(self.batch, product, ablation_values)
 
     def recorded(self, name: str) -> torch.Tensor:
         return self.tensors[name].flatten(0, 1)
+
+    def last_position_kl(self, reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        last = self.batch.cols == self.batch.cols.max()
+        return kl_per_token(reference[last], logits[last]).mean()
+
+    def lambdas(self, kind: str, recorded: dict) -> list[torch.Tensor]:
+        values = [recorded[f"sparsity_lambda_{kind}s_{number}"] for number in (1, 2)]
+        return [torch.tensor(value, requires_grad=True) for value in values]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
@@ -63,106 +70,75 @@ def case(request) -> Case:
     return Case(request.param)
 
 
-def close(got, wanted, relative: float = 0.0) -> None:
-    torch.testing.assert_close(
-        torch.as_tensor(got, dtype=torch.float32),
-        torch.as_tensor(wanted, dtype=torch.float32),
-        atol=1e-5,
-        rtol=relative,
-    )
+def close(got, expected, rtol: float = 0.0) -> None:
+    got, expected = (torch.as_tensor(x, dtype=torch.float32) for x in (got, expected))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=rtol)
 
 
 def test_reference_and_corrupted_activations(case):
     reference, corrupted = case.model.run_pair(case.batch)
     close(reference, case.recorded("teacher_logits"), 1e-4)
-    blocks = case.model.architecture.blocks
-    recorded = case.tensors["corrupted_outbox"]
-    first = 0
-    if case.model.graph.embedding_writers:
-        first = len(corrupted.embeddings)
-        close(corrupted.embeddings, recorded[:first], 1e-4)
-    step = case.model.graph.num_heads + 1
-    for layer, block in enumerate(blocks):
-        start = first + layer * step
-        heads = block.head_delta(corrupted.head_values[layer], None, centred=False)
-        close(heads, recorded[start : start + step - 1], 1e-4)
-        close(corrupted.mlp_outputs[layer], recorded[start + step - 1], 1e-4)
+    outboxes = list(corrupted.embeddings) if case.graph.embedding_writers else []
+    for layer, block in enumerate(case.model.architecture.blocks):
+        outboxes += block.head_delta(corrupted.head_values[layer], None, centred=False)
+        outboxes.append(corrupted.mlp_outputs[layer])
+    close(torch.stack(outboxes), case.tensors["corrupted_outbox"], 1e-4)
 
 
 def test_deterministic_gates(case):
     _, corrupted = case.model.run_pair(case.batch)
-    gates = case.masks.deterministic()
+    gates = deterministic_gates(case.graph, case.state)
     recorded = case.meta["eval_soft"]
-    close(hard_concrete.sparsity(gates.edge), recorded["model_edge_sparsity"])
-    close(hard_concrete.sparsity(gates.node), recorded["model_node_sparsity"])
     with torch.no_grad():
         close(case.logits(gates, corrupted), case.recorded("eval_soft.logits"), 1e-4)
-        for kind in ("edge", "node"):
+        for kind in KINDS:
+            sparsity = hard_concrete.sparsity(gates[kind])
+            close(sparsity, recorded[f"model_{kind}_sparsity"])
             target = case.meta[f"target_{kind}_sparsity"]
-            loss = constraint(case, kind)(hard_concrete.sparsity(getattr(gates, kind)), target)
-            close(loss, recorded[f"{kind}_loss"])
-
-
-def constraint(case: Case, kind: str) -> SparsityConstraint:
-    made = SparsityConstraint()
-    for number in (1, 2):
-        value = case.meta["lambda"][f"sparsity_lambda_{kind}s_{number}"]
-        getattr(made, f"multiplier_{number}").data.fill_(value)
-    return made
+            lambdas = case.lambdas(kind, case.meta["lambda"])
+            close(penalty(*lambdas, sparsity, target), recorded[f"{kind}_loss"])
 
 
 def test_thresholds_and_circuit(case):
     recorded = case.meta["eval_binary"]
-    thresholds = case.masks.thresholds()
-    close(thresholds.edge, recorded["edge_threshold"])
-    if "pos_embeds" not in case.model.graph.writers:  # left out of the published node count
-        close(thresholds.node, recorded["node_threshold"])
-    circuit = case.masks.circuit_above(
-        Thresholds(recorded["edge_threshold"], recorded["node_threshold"])
-    )
+    gates = deterministic_gates(case.graph, case.state)
+    threshold = hard_concrete.search_threshold(gates["edge"])
+    close(threshold, recorded["edge_threshold"])
+    close((gates["edge"] <= threshold).float().mean(), recorded["edge_sparsity"])
+    if "pos_embeds" not in case.graph.writers:  # left out of the published node count
+        close(hard_concrete.search_threshold(gates["node"]), recorded["node_threshold"])
+    thresholds = Thresholds(recorded["edge_threshold"], recorded["node_threshold"])
+    circuit = circuit_above(case.graph, gates, thresholds)
     assert circuit.edge_set == {tuple(edge) for edge in case.meta["edges"]}
     close(circuit.sparsity, recorded["effective_edge_sparsity"])
-    close(
-        (case.masks.deterministic().edge <= thresholds.edge).float().mean(),
-        recorded["edge_sparsity"],
-    )
 
 
 def test_binary_circuit(case):
     reference, corrupted = case.model.run_pair(case.batch)
-    circuit = Circuit.from_edges(case.model.graph, case.meta["edges"])
-    gates = Gates(torch.tensor(circuit.mask(), dtype=torch.float32), None)
+    circuit = Circuit.from_edges(case.graph, case.meta["edges"])
+    gates = torch.tensor(circuit.mask(), dtype=torch.float32)
     with torch.no_grad():
-        logits = case.logits(gates, corrupted)
-        zero = case.logits(gates, None)
+        logits = case.model.run_circuit(case.batch, gates, corrupted)
+        zero = case.model.run_circuit(case.batch, gates, None)
     close(logits, case.recorded("eval_binary.logits"), 1e-4)
     close(zero, case.recorded("eval_binary_zero_ablation.logits"), 1e-4)
-    close(last_position_kl(case, reference, logits), case.meta["eval_binary"]["kl_last_position"])
-
-
-def last_position_kl(case: Case, reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    from edgeprune.metrics import kl_per_token
-
-    last = case.batch.cols == case.batch.cols.max()
-    return kl_per_token(reference[last], logits[last]).mean()
+    kl = case.last_position_kl(reference, logits)
+    close(kl, case.meta["eval_binary"]["kl_last_position"])
 
 
 def test_training_losses_and_gradients(case):
     reference, corrupted = case.model.run_pair(case.batch)
-    gates = Gates(
-        hard_concrete.sample(case.masks.edge_log_alpha, case.edges("edge_uniform")),
-        hard_concrete.sample(case.masks.node_log_alpha, case.tensors["node_uniform"]),
-    )
-    logits = case.logits(gates, corrupted)
-    kl = last_position_kl(case, reference, logits)
+    log_alpha = {kind: case.state[f"{kind}_log_alpha"].clone().requires_grad_() for kind in KINDS}
+    noise = {"edge": case.edges("edge_uniform"), "node": case.tensors["node_uniform"]}
+    gates = {kind: hard_concrete.sample(log_alpha[kind], noise[kind]) for kind in KINDS}
+    lambdas = {kind: case.lambdas(kind, case.meta["lambda"]) for kind in KINDS}
     recorded = case.meta["train"]
-    loss = kl
-    constraints = {}
-    for kind in ("edge", "node"):
-        sparsity = hard_concrete.sparsity(getattr(gates, kind))
+    logits = case.logits(gates, corrupted)
+    loss = kl = case.last_position_kl(reference, logits)
+    for kind in KINDS:
+        sparsity = hard_concrete.sparsity(gates[kind])
         close(sparsity, recorded[f"model_{kind}_sparsity"])
-        constraints[kind] = constraint(case, kind)
-        part = constraints[kind](sparsity, case.meta[f"target_{kind}_sparsity"])
+        part = penalty(*lambdas[kind], sparsity, case.meta[f"target_{kind}_sparsity"])
         close(part, recorded[f"{kind}_loss"])
         loss = loss + part
     loss.backward()
@@ -170,13 +146,11 @@ def test_training_losses_and_gradients(case):
     close(kl, recorded["kl_last_position"])
     close(loss, recorded["loss"])
 
-    close(case.masks.edge_log_alpha.grad, case.edges("train.grad"), 1e-4)
-    node_grad, node_wanted = case.masks.node_log_alpha.grad, case.tensors["train.grad.node"]
-    # the published Llama code detaches its only embedding writer
-    skip = 1 if case.model.graph.embedding_writers == ("embeds",) else 0
-    close(node_grad[skip:], node_wanted[skip:], 1e-4)
-    for kind, made in constraints.items():
-        for number in (1, 2):
-            grad = getattr(made, f"multiplier_{number}").grad
-            close(grad, recorded["grad_lambda"][f"sparsity_lambda_{kind}s_{number}"], 1e-4)
-    case.masks.zero_grad()
+    close(log_alpha["edge"].grad, case.edges("train.grad"), 1e-4)
+    # The published Llama code detaches its only embedding writer.
+    first = 1 if case.graph.embedding_writers == ("embeds",) else 0
+    close(log_alpha["node"].grad[first:], case.tensors["train.grad.node"][first:], 1e-4)
+    for kind in KINDS:
+        expected = case.lambdas(kind, recorded["grad_lambda"])
+        for got, value in zip(lambdas[kind], expected, strict=True):
+            close(got.grad, value.detach(), 1e-4)

@@ -1,10 +1,9 @@
-"""The Llama family: each member, with what makes it special, against Hugging Face."""
+"""The Llama family: each member, with its special features, against Hugging Face."""
 
 import pytest
 import torch
-from conftest import random_pairs
-from naive import all_open, run_llama
-from test_engine import random_gates
+from naive import run_llama
+from test_engine import check_against_naive, check_ends
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,10 +17,7 @@ from transformers import (
 )
 
 from edgeprune.errors import ModelError
-from edgeprune.methods.masks import CircuitMasks, combined_gates
-from edgeprune.metrics import kl_per_token
-from edgeprune.models import load, verify_parity, wrap_model
-from edgeprune.prompts import collate
+from edgeprune.models import load_model, verify_parity, wrap_model
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -90,26 +86,14 @@ def random_llama(config, attention: str = "sdpa"):
     return model
 
 
-def mixed_lengths() -> list:
-    return random_pairs(2, 11) + random_pairs(2, 7, seed=1, predicted=3)
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_open_gates_are_the_model_and_closed_gates_the_corrupted_prompt(name, attention):
+def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(name, attention):
     if attention == "sdpa" and name == "gemma2":
-        pytest.skip("sdpa cannot cap scores")
+        pytest.skip("sdpa does not support capped scores")
     hf_model = random_llama(FAMILIES[name], attention)
     model = wrap_model(hf_model)
-    batch = collate(mixed_lengths())
-    _, corrupted = model.run_pair(batch)
-    at = (batch.rows, batch.cols)
-    for gate, ids in ((1.0, batch.clean_ids), (0.0, batch.corrupted_ids)):
-        gates = torch.full((model.graph.num_edges,), gate)
-        with torch.no_grad():
-            wanted = hf_model(ids).logits[at]
-            got = model.run_circuit(batch, gates, corrupted)
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    check_ends(hf_model, model)
     verify_parity(model)
 
 
@@ -120,30 +104,7 @@ def test_open_gates_are_the_model_and_closed_gates_the_corrupted_prompt(name, at
 @pytest.mark.parametrize("ablation", ["interchange", "zero"])
 def test_logits_and_gradients_equal_the_naive_engine(name, ablation):
     hf_model = random_llama(FAMILIES[name], "eager")
-    model = wrap_model(hf_model)
-    graph = model.graph
-    batch = collate(mixed_lengths())
-    gates = random_gates(graph)
-    inputs = [gates.edge, gates.node]
-
-    with torch.no_grad():
-        naive_reference, _ = run_llama(hf_model, batch.clean_ids, all_open(graph), graph, None)
-        _, outboxes = run_llama(hf_model, batch.corrupted_ids, all_open(graph), graph, None)
-    closed = outboxes if ablation == "interchange" else None
-    naive, _ = run_llama(hf_model, batch.clean_ids, gates, graph, closed)
-    naive = naive[batch.rows, batch.cols]
-    loss = kl_per_token(naive_reference[batch.rows, batch.cols], naive).mean()
-    wanted = torch.autograd.grad(loss, inputs)
-
-    reference, corrupted = model.run_pair(batch)
-    mixed = combined_gates(gates, CircuitMasks(graph).edge_writers)
-    logits = model.run_circuit(batch, mixed, corrupted if ablation == "interchange" else None)
-    got = torch.autograd.grad(kl_per_token(reference, logits).mean(), inputs)
-
-    torch.testing.assert_close(logits, naive, atol=1e-5, rtol=1e-4)
-    assert max(g.abs().max() for g in wanted) > 1e-3
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    check_against_naive(run_llama, hf_model, wrap_model(hf_model), ablation)
 
 
 def break_rotation(block) -> None:
@@ -153,11 +114,11 @@ def break_rotation(block) -> None:
 def break_grouping(block) -> None:
     rotate = block.rotate
 
-    def with_keys_in_disorder(q, k, cos, sin):
+    def rotate_and_flip_keys(q, k, cos, sin):
         q, k = rotate(q, k, cos, sin)
         return q, k.flip(1)
 
-    block.rotate = with_keys_in_disorder
+    block.rotate = rotate_and_flip_keys
 
 
 def break_window(block) -> None:
@@ -169,15 +130,17 @@ def break_norm(block) -> None:
 
 
 @pytest.mark.parametrize("fault", [break_rotation, break_grouping, break_window, break_norm])
-def test_the_check_catches_a_model_that_is_run_wrongly(fault):
+def test_parity_check_catches_a_wrong_circuit_pass(fault):
     model = wrap_model(random_llama(MistralConfig(**SMALL, sliding_window=1000)))
     verify_parity(model)
     fault(model.architecture.blocks[1])
-    with pytest.raises(ModelError, match="parity check failed"):
+    with pytest.raises(ModelError, match="parity"):
         verify_parity(model)
     assert model.architecture.body.config.sliding_window == 1000
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "phi3", "granite", "cohere"])
-def test_what_only_looks_like_llama_is_refused_by_name(model_type):
-    assert model_type not in load.FAMILIES
+def test_models_that_only_resemble_llama_are_refused_by_name(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(ModelError, match=model_type):
+        load_model(tmp_path)

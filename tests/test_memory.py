@@ -1,27 +1,26 @@
-"""The plan of a run's memory: against numbers worked out by hand, and refused before loading."""
+"""The memory plan against numbers worked out by hand, and the memory that is free."""
 
-import json
-import shutil
+import math
 
 import pytest
 import torch
-from conftest import assert_refused, random_gpt2, random_pairs, run_cli
+from conftest import random_gpt2, random_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.models import wrap_model
-from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.scale.memory import plan_memory
+from edgeprune.scale import memory
+from edgeprune.scale.memory import free_memory, memory_allowed, plan_memory
 
 
-def shape_of(config, dtype=torch.float32):
+def meta_model(config, dtype=torch.float32):
     with torch.device("meta"):
         return wrap_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def test_code_llama_13b():
     """One example of 72 tokens, in bfloat16."""
-    model = shape_of(
+    model = meta_model(
         LlamaConfig(
             vocab_size=32016, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
             num_attention_heads=40, num_key_value_heads=40, max_position_embeddings=16384,
@@ -33,7 +32,7 @@ def test_code_llama_13b():
     layer = 2 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120)
     rest = 2 * (2 * 32016 * 5120 + 5120)
     plan = plan_memory(model, pairs, 1)
-    rotation = 1024  # bytes of buffers
+    rotation = 1024  # the rotary frequencies' buffers
     assert plan.weights == pytest.approx(40 * layer + rest, abs=rotation)
     num_writers = 1 + 40 * 41
     num_readers = 40 * 121
@@ -42,55 +41,67 @@ def test_code_llama_13b():
     stream, heads, mlps = 81, 40, 40
     assert plan.corrupted == (1 + stream + heads + mlps) * 72 * 5120 * 2 + 3 * 32016 * 4
     assert plan.masks == 8 * 4 * 3_877_661
-    assert plan.kept == 0  # too many to be kept
+    assert plan.kept == 0  # more than MAX_KEPT
     assert 30e9 < plan.total < 60e9
 
     four = plan_memory(model, pairs, 4)
     assert four.outboxes == 4 * plan.outboxes
-    assert plan.blocks < four.blocks < 4.1 * plan.blocks  # the folded weights are the same
+    assert plan.blocks < four.blocks < 4.1 * plan.blocks  # folded weights do not depend on the batch
     shared = plan_memory(model, pairs, 1, shares=8)
     assert shared.weights == pytest.approx(6 * layer + rest, abs=rotation)
     away = plan_memory(model, pairs, 1, shares=8, offload=True)
     assert away.weights == pytest.approx(layer + rest, abs=rotation)
     packed = plan_memory(model, pairs, 1, bits=4)
     assert packed.weights == pytest.approx(40 * layer / 4 + rest, rel=0.01)
-    assert packed.blocks == plan.blocks + 40 * 4 * 5120 * 5120 * 2  # unpacked q, k, v and o
+    assert packed.blocks == plan.blocks + 40 * 4 * 5120 * 5120 * 2  # dequantised q, k, v and o
 
 
-def test_the_plan_of_a_small_model_is_that_of_the_real_one():
+def test_a_small_model_s_plan_agrees_with_the_model():
     hf_model = random_gpt2()
-    model, shape = wrap_model(hf_model), shape_of(hf_model.config)
     pairs = random_pairs(6)
-    plan = plan_memory(shape, pairs, 4)
+    plan = plan_memory(meta_model(hf_model.config), pairs, 4)
     assert plan.weights == sum(p.nbytes for p in hf_model.parameters())  # embeddings are tied
-    assert plan.kept == KeptPasses.size(model, pairs, corrupted=True)
-    assert "outboxes 0.000 GB" in str(plan)
+    assert plan.kept == KeptPasses.size(wrap_model(hf_model), pairs, corrupted=True)
 
 
-def test_running_blocks_again_takes_less_and_fewer_pairs_at_a_time_too():
-    shape = shape_of(random_gpt2(n_layer=24).config)
+def test_recomputing_and_smaller_batches_take_less():
+    model = meta_model(random_gpt2(n_layer=24).config)
     pairs = random_pairs(8)
-    whole, again = (plan_memory(shape, pairs, 8, recompute=flag) for flag in (False, True))
+    whole, again = (plan_memory(model, pairs, 8, recompute=flag) for flag in (False, True))
     assert again.blocks < whole.blocks / 2
     assert again.outboxes < whole.outboxes
     assert again.weights == whole.weights
-    half = plan_memory(shape, pairs, 4)
+    half = plan_memory(model, pairs, 4)
     assert half.blocks < whole.blocks and half.outboxes < whole.outboxes
 
 
-def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path):
-    """There are no weights at all here, but a shape of 550 GB."""
-    model = tmp_path / "model"
-    shutil.copytree(EMBEDDED_MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = LlamaConfig(
-        vocab_size=json.loads((model / "config.json").read_text())["vocab_size"],
-        hidden_size=65536, intermediate_size=4 * 65536, num_hidden_layers=2,
-        num_attention_heads=16,
-    )  # fmt: skip
-    config.save_pretrained(model)
-    done = run_cli("prune", "model=custom", "model.name=giant", f"model.path={model}",
-                   "task.train=8", "sparsity=0.9", f"run_dir={tmp_path / 'run'}")  # fmt: skip
-    assert_refused(
-        done, 2, "giant needs about", "weights 550.", "outboxes", "less are free for a process",
-        "Take fewer examples at a time", "launcher.shard=true",
-    )  # fmt: skip
+def test_free_memory_respects_the_limits_of_all_control_groups(tmp_path, monkeypatch):
+    """As in a container or a SLURM job, whose limit is not set on the innermost group."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+
+    def group(path: str, limit: object, current: int, inactive: int) -> None:
+        folder = root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\nslab 1\n")
+
+    assert memory_allowed(root, own) == math.inf  # no control groups
+    own.write_text("4:memory:/older\n0::/job/step/task\n")
+    assert memory_allowed(root, own) == math.inf  # version 1
+    group("job", 1000, 700, 200)
+    group("job/step", 900, 100, 0)
+    group("job/step/task", "max", 100, 0)
+    assert memory_allowed(root, own) == 1000 - 700 + 200
+    group("job/step", 900, 600, 50)
+    assert memory_allowed(root, own) == 900 - 600 + 50
+    group("job/step", 900, 901, 0)
+    assert memory_allowed(root, own) == 0
+    own.write_text("0::/elsewhere/of/the/host\n")  # a container, which sees its own as the root
+    assert memory_allowed(root, own) == math.inf
+    group("", 300, 100, 0)
+    assert memory_allowed(root, own) == 200
+
+    monkeypatch.setattr(memory, "memory_allowed", lambda: 200)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory("cpu") == 100

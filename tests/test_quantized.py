@@ -1,19 +1,19 @@
-"""Weights from GGUF files, and held in 4 and 8 bits."""
+"""Weights from GGUF files, and weights in 4 and 8 bits."""
 
 import pytest
 import torch
 from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
-from edgeprune import load_model
 from edgeprune.errors import ModelError
+from edgeprune.models import load_model
 from edgeprune.prompts import collate, encode_pair
 
 TOKENS = [chr(code) for code in range(ord("!"), ord("!") + 48)] + ["Ġ", "ĠA"]
 
 
 def permuted(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of q and k in a GGUF file: halves of each head interleaved."""
+    """The order of the rows of q and k in a GGUF file: each head's halves are interleaved."""
     rows, width = weight.shape
     halves = weight.view(num_heads, 2, rows // num_heads // 2, width)
     return halves.transpose(1, 2).reshape(rows, width)
@@ -61,37 +61,36 @@ def write_gguf(path, model) -> None:
     writer.close()
 
 
-def test_a_gguf_file_gives_the_model_that_was_written(tmp_path, capfd):
+def test_a_gguf_file_gives_the_model_that_was_written(tmp_path):
     config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     hf_model = random_llama(config)
     path = tmp_path / "tiny.gguf"
     write_gguf(path, hf_model)
     model = load_model(path, device="cpu")
-    assert "GGUF tensors" not in capfd.readouterr().err  # a bar of progress, in no terminal
     record = {"clean": '"#$ <predict>A</predict>', "corrupted": "#$% <predict>A</predict>"}
     batch = collate([encode_pair(model.tokenizer, record)])
     assert TOKENS[batch.target_ids[0]] == "ĠA"
     with torch.no_grad():
         wanted = hf_model(batch.clean_ids).logits[:, -1]
     torch.testing.assert_close(model.run_pair(batch)[0], wanted, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ModelError, match="a GGUF file is quantised already"):
+    with pytest.raises(ModelError, match="GGUF"):
         load_model(path, bits=4)
-    with pytest.raises(ModelError, match="no such file"):
+    with pytest.raises(ModelError, match="other.gguf"):
         load_model(tmp_path / "other.gguf")
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ModelError, match="cannot load model"):
+    with pytest.raises(ModelError, match="tiny.gguf"):
         load_model(path)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_in_few_bits_run_as_the_library_runs_them(tmp_path, bits, tokenizer):
+def test_weights_in_few_bits_give_the_library_s_logits(tmp_path, bits, tokenizer):
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": len(tokenizer)}
     config = LlamaConfig(**{**SMALL, **sizes})
     hf_model = random_llama(config)
     hf_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = load_model(tmp_path, device="cpu", bits=bits)  # which checks all gates open
+    model = load_model(tmp_path, device="cpu", bits=bits)  # includes the parity check
     weight = model.architecture.body.layers[0].self_attn.q_proj.weight
     assert weight.dtype in (torch.uint8, torch.int8)
     gates = torch.full((model.graph.num_edges,), 0.5, requires_grad=True)
@@ -103,8 +102,8 @@ def test_weights_in_few_bits_run_as_the_library_runs_them(tmp_path, bits, tokeni
     assert gates.grad.abs().max() > 0
 
 
-def test_few_bits_are_refused_where_they_cannot_be():
-    with pytest.raises(ModelError, match="are for the Llama family, got model type gpt2"):
+def test_unsupported_bits_are_refused():
+    with pytest.raises(ModelError, match="8 bits .*gpt2"):
         load_model("embedded", bits=8)
-    with pytest.raises(ModelError, match="weights in 5 bits are not supported; give 4 or 8"):
+    with pytest.raises(ModelError, match="5 bits .*4 or 8"):
         load_model("embedded", bits=5)

@@ -1,55 +1,64 @@
-"""What a closed edge carries: the corrupted prompt's value, nothing, or a mean."""
+"""What an ablated edge carries: the corrupted prompt's value, zero, or a mean."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from edgeprune.config import AblationConfig, AblationKind
-from edgeprune.engine.circuit_model import Activations, CircuitModel
+import torch
+from torch import Tensor, nn
+
+from edgeprune.engine.activations import Activations
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, DataError
-from edgeprune.prompts import Batch, Pair
+from edgeprune.prompts import Batch, Pair, iterate_batches
+
+KINDS = ("interchange", "zero", "mean")
+"""The supported kinds of ablation."""
 
 
 class Ablation:
-    """Gives the values of closed edges for each batch.
+    """Provides the ablation values of each batch.
 
     Attributes:
-        needs_corrupted: whether they come from the corrupted prompts.
+        kind: `interchange`, `zero` or `mean`.
+        needs_corrupted: whether the values are activations on the corrupted prompts.
 
     Args:
-        model: whose activations are averaged for mean ablation.
-        config: which ablation; or by its name: `interchange`, `zero` or `mean`.
-        reference_set: the prompts; their clean activations are averaged for mean ablation.
-        batch_size: pairs a forward pass, for that.
+        model: the model whose activations are averaged for mean ablation.
+        kind: see above.
+        reference_set: the prompts; mean ablation averages over the clean ones.
+        per_position: whether mean ablation uses one mean per position, or one over all positions.
+        batch_size: pairs per forward pass of mean ablation.
 
     Raises:
-        ConfigError: an unknown name.
-        DataError: interchange ablation, and no corrupted prompt differs from its clean one.
+        ConfigError: unknown kind.
+        DataError: interchange ablation, but every corrupted prompt equals its clean prompt.
     """
 
     def __init__(
         self,
         model: CircuitModel,
-        config: AblationConfig | str,
+        kind: str,
         reference_set: Sequence[Pair],
+        *,
+        per_position: bool = True,
         batch_size: int = 64,
     ) -> None:
-        if not isinstance(config, AblationConfig):
-            config = AblationConfig(_kind(config))
-        self.kind = config.kind
-        self.needs_corrupted = config.kind is AblationKind.interchange
-        if self.needs_corrupted and all(
-            pair.clean_ids == pair.corrupted_ids for pair in reference_set
-        ):
+        if kind not in KINDS:
+            raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(KINDS)}")
+        self.kind = kind
+        self.needs_corrupted = kind == "interchange"
+        if self.needs_corrupted and all(p.clean_ids == p.corrupted_ids for p in reference_set):
             raise DataError(
-                f"all {len(reference_set)} corrupted prompts are the same as their clean ones, so "
+                f"all {len(reference_set)} corrupted prompts equal their clean prompts, so "
                 "interchange ablation changes nothing; give corrupted prompts with other answers, "
                 "or use ablation zero or mean"
             )
-        self.means = None
-        if config.kind is AblationKind.mean:
-            self.means = model.mean_activations(
-                reference_set, batch_size, per_position=config.per_position
+        self.means: MeanActivations | None = None
+        if kind == "mean":
+            self.means = mean_activations(
+                model, reference_set, batch_size, per_position=per_position
             )
 
     @classmethod
@@ -60,25 +69,90 @@ class Ablation:
         reference_set: Sequence[Pair],
         batch_size: int = 64,
     ) -> Ablation:
-        """An ablation as it is, or one by its name."""
+        """Return an ablation unchanged, or make one from the name of its kind."""
         if isinstance(ablation, Ablation):
             return ablation
-        return cls(model, ablation, reference_set, batch_size)
+        return cls(model, ablation, reference_set, batch_size=batch_size)
 
     def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
-        """Values of closed edges; None stands for zeros.
+        """The ablation values of a batch; None stands for zeros.
 
         Args:
             batch: the prompts.
-            corrupted: activations on their corrupted prompts, if needed.
+            corrupted: activations on their corrupted prompts, if `needs_corrupted`.
         """
         if self.needs_corrupted:
             return corrupted
         return None if self.means is None else self.means.for_batch(batch)
 
 
-def _kind(name: str) -> AblationKind:
-    kinds = AblationKind.__members__
-    if name not in list(kinds):
-        raise ConfigError(f"unknown ablation {name!r}; choose {', '.join(kinds)}")
-    return kinds[name]
+@dataclass(frozen=True)
+class MeanActivations:
+    """Mean activations, with a batch axis of length 1.
+
+    Attributes:
+        means: the position axis has length 1 unless `per_position`.
+        per_position: whether there is one mean per position.
+    """
+
+    means: Activations
+    per_position: bool
+
+    def for_batch(self, batch: Batch) -> Activations:
+        """Expand the means to the shape of a batch.
+
+        Raises:
+            ValueError: the batch has positions that the reference set does not have.
+        """
+        num_examples, length = batch.clean_ids.shape
+        known = self.means.residuals[0].shape[-2]
+        if self.per_position and length > known:
+            raise ValueError(
+                f"a prompt has {length} tokens, but the reference set of the per-position mean "
+                f"ablation only {known}; use a longer reference set, or per_position=false"
+            )
+
+        def expand(x: Tensor) -> Tensor:
+            x = x[..., :length, :] if self.per_position else x
+            return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
+
+        return self.means.map(expand)
+
+
+@torch.no_grad()
+def mean_activations(
+    model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, per_position: bool
+) -> MeanActivations:
+    """Average the activations on the clean prompts of a reference set; padding is left out.
+
+    Args:
+        model: the model.
+        pairs: the reference set.
+        batch_size: pairs per forward pass.
+        per_position: whether to compute one mean per position, or one over all positions.
+    """
+    totals: Activations | None = None
+    width = max(len(pair.clean_ids) for pair in pairs)
+    counts = torch.zeros(width)
+    for batch in iterate_batches(pairs, batch_size):
+        model.check_padding(batch)
+        batch = batch.to(model.device)
+        _, activations = model.run_full(batch.clean_ids, slice(None))
+        length = batch.clean_ids.shape[1]
+        is_token = torch.arange(length, device=model.device) < batch.lengths[:, None]
+        counts[:length] += is_token.sum(0).cpu()
+
+        def total(x: Tensor, is_token: Tensor = is_token, length: int = length) -> Tensor:
+            """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d]."""
+            # On the CPU, because Apple's GPUs have no float64.
+            summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True).cpu().double()
+            return nn.functional.pad(summed, (0, 0, 0, width - length))
+
+        batch_totals = activations.map(total)
+        totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)
+    if not per_position:
+        totals = totals.map(lambda x: x.sum(-2, keepdim=True))
+        counts = counts.sum(0, keepdim=True)
+    like = next(model.architecture.body.parameters())
+    means = totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))
+    return MeanActivations(means, per_position)

@@ -1,4 +1,4 @@
-"""The whole model's passes over a small training set, done once and kept."""
+"""The full model's passes over a small training set, run once and kept."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from edgeprune.engine.circuit_model import Activations, CircuitModel
+from edgeprune.engine.activations import Activations
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.prompts import Batch, Pair, iterate_batches
 
 MAX_KEPT = 2 * 2**30
-"""Bytes; the passes over a larger training set are run anew each step."""
+"""Maximum size in bytes; the passes over a larger training set are run again in every step."""
 
 
 class KeptPasses:
-    """What `CircuitModel.run_pair` gives, for any batch of a training set, without running.
+    """The results of `CircuitModel.run_pair` for any batch of a training set.
 
-    The model is frozen, so its reference logits and corrupted activations never change; they are
-    half of a step's operations. Every pair is run in the same company whatever is asked for first,
-    so that a resumed run sees the same bits.
+    The model is frozen, so reference logits and corrupted activations never change; they are half
+    of a step's operations. Each pair is always run in the same batch, so that a resumed run sees
+    the same bits.
 
     Args:
         model: the model.
         pairs: the training set.
-        batch_size: pairs a forward pass.
-        corrupted: whether the corrupted prompts are run, too.
+        batch_size: pairs per forward pass.
+        corrupted: whether to run the corrupted prompts.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class KeptPasses:
         width = max(len(pair.clean_ids) for pair in pairs)
         references: list[Tensor] = []
         self._row: dict[Pair, int] = {}
-        self._tokens: list[Tensor] = []  # of each pair, its rows of the reference
+        self._tokens: list[Tensor] = []  # per pair, its rows of the reference
         self._activations: Activations | None = None
         for batch in iterate_batches(pairs, batch_size):
             reference, activations = model.run_pair(batch.to(model.device), corrupted=corrupted)
@@ -43,11 +44,11 @@ class KeptPasses:
             rows = slice(start, start + len(batch.pairs))
             if activations is not None:
                 self._keep(activations.stacked(), len(pairs), width, rows, length)
-            first = sum(len(r) for r in references)
-            for row, pair in enumerate(batch.pairs):
-                self._row[pair] = start + row
-                self._tokens.append(torch.arange(first, first + len(pair.target_ids)))
-                first += len(pair.target_ids)
+            token = sum(len(reference) for reference in references)
+            for row, pair in enumerate(batch.pairs, start):
+                self._row[pair] = row
+                self._tokens.append(torch.arange(token, token + len(pair.target_ids)))
+                token += len(pair.target_ids)
             references.append(reference)
         self._reference = torch.cat(references)
 
@@ -64,25 +65,25 @@ class KeptPasses:
     def where_they_fit(
         cls, model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, corrupted: bool
     ) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
-        """A `run_pair`: the model's own where `MAX_KEPT` is too little."""
+        """A `run_pair`: of kept passes, or the model's own if they would exceed `MAX_KEPT`."""
         if cls.size(model, pairs, corrupted=corrupted) > MAX_KEPT:
             return partial(model.run_pair, corrupted=corrupted)
         return cls(model, pairs, batch_size, corrupted=corrupted).run_pair
 
     @staticmethod
     def size(model: CircuitModel, pairs: Sequence[Pair], *, corrupted: bool) -> int:
-        """Bytes that keeping takes."""
+        """Size of the kept passes in bytes."""
         config, graph = model.architecture.body.config, model.graph
         d_heads = model.architecture.blocks[0].d_head * graph.num_heads
         sites = 2 * graph.num_layers + 1
-        of_position = (
+        per_position = (
             len(model.architecture.embedding_writers) + graph.num_layers + sites
         ) * config.hidden_size + graph.num_layers * d_heads
         width = max(len(pair.clean_ids) for pair in pairs)
         predicted = sum(len(pair.target_ids) for pair in pairs)
         numbers = predicted * config.vocab_size
         if corrupted:
-            numbers += len(pairs) * width * of_position
+            numbers += len(pairs) * width * per_position
         return numbers * model.architecture.body.get_input_embeddings().weight.element_size()
 
     def run_pair(self, batch: Batch) -> tuple[Tensor, Activations | None]:

@@ -1,151 +1,68 @@
-"""CircuitModel: a frozen language model which can be run as a circuit.
+"""CircuitModel: a frozen language model that can be run as a circuit.
 
-Hugging Face loads the model and runs it whole; the pass through separate outboxes is ours. What an
-architecture has to tell for that is in `gpt2.py` (and its siblings); what is common is here.
+A training step, from the prompts to the gradient of the gates:
+
+1. `CircuitModel.run_pair` runs the full model on clean and corrupted prompts in one batch, without
+   gradients. The clean half gives the reference logits; hooks on the corrupted half record its
+   activations, the values that ablated edges carry.
+2. `CircuitModel.run_circuit` runs the clean prompts with a gate on every edge, one look-ahead of
+   layers after another (`_CircuitPass`). Each writer appends its delta (clean minus ablation value)
+   to the outboxes; each reader gets an input of its own (`Outboxes.read` in outbox.py):
+
+       input[reader] = ablated residual stream + sum over writers of gate * delta[writer]
+
+   A block turns its readers' inputs into the deltas of its heads and its MLP (models/, heads.py).
+3. `differentiate` in gradient.py takes the KL divergence from the reference and runs autograd.
+   Backward, each block overwrites its readers' inputs with their gradients; each mix then adds
+   gates.T @ grad_inputs to the writers' gradients, and writes grad_inputs @ delta.T, the gradient
+   of its gates, into one flat [edge] tensor (`_Mix.backward` in outbox.py).
+
+Hugging Face loads the model and runs the full model. `architecture.py` lists what a model family
+provides for the circuit pass.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from edgeprune.engine.activations import Activations
+from edgeprune.engine.architecture import Architecture, Block
+from edgeprune.engine.fingerprint import fingerprint
 from edgeprune.engine.heads import centre
+from edgeprune.engine.lookahead import lookaheads
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.prompts import Batch, Pair, iterate_batches
-from edgeprune.scale.sharding import begin_layer, end_layer, receive, shard_layers
-
-MAX_AHEAD = 8
-"""Layers of a look-ahead, at most: more save little, and take memory where blocks run again."""
-
-SUMMED = 2**22
-"""Numbers of a weight that are added up at a time."""
+from edgeprune.prompts import Batch, Pair
 
 
-class Block(Protocol):
-    """One transformer block, run on a separate input for each reader.
-
-    Attributes:
-        layer: the loaded module of the whole block.
-        d_head: width of a head.
-        attention_norm, mlp_norm: the norms of what is read.
-        attention_output: the projection of the heads' values.
-        mlp: what is between its norm and the stream.
-        mlp_output: the loaded module whose output the stream gets from the MLP.
-        fused: whether Triton norms and projects what heads read; may be set.
-    """
-
-    layer: nn.Module
-    d_head: int
-    attention_norm: nn.Module
-    attention_output: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-    mlp_output: nn.Module
-    fused: bool
-
-    def attend(self, x: Tensor, inputs: Any) -> Tensor:
-        """[reader, batch, pos, d_model] -> the heads' scaled values [batch, pos, head * d_head].
-
-        Where the norm is a LayerNorm, x has no mean over d_model. The backward pass may put the
-        gradient of x in its place.
-        """
-        ...
-
-    def scale(self, values: Tensor) -> Tensor:
-        """The heads' values times what makes their outboxes linear in them, if need be."""
-        ...
-
-    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
-        """Heads' values, less those of closed edges (None: zero outboxes) -> [head, ..., d_model].
-
-        `centred`: without their mean over d_model.
-        """
-        ...
-
-
-class Architecture(Protocol):
-    """A loaded Hugging Face model with its parts named.
-
-    Attributes:
-        output: what `logits` gives.
-        may_pad: whether padding on the right leaves the positions before it as they are.
-    """
-
-    embedding_writers: tuple[str, ...]
-    output: Output
-    may_pad: bool
-    blocks: Sequence[Block]
-    body: nn.Module
-    final_norm: nn.Module
-    unembed: nn.Module
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
-        ...
-
-    def attention_inputs(self, embeddings: Tensor) -> Any:
-        """What attention needs beside the states (masks, rotations), for [batch, pos, d_model]."""
-        ...
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Normed final states [..., d_model] -> [..., vocabulary]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What the whole model computes on some prompts: where closed edges take their values from.
-
-    Attributes:
-        embeddings: [embedding writer, batch, pos, d_model].
-        head_values: a layer each, [batch, pos, head * d_head], scaled, before the projection.
-        mlp_outputs: a layer each, [batch, pos, d_model].
-        residuals: a site each, [batch, pos, d_model], the stream that is read there, less its mean
-            over d_model where all norms are LayerNorms.
-    """
-
-    embeddings: Tensor
-    head_values: Sequence[Tensor] | Tensor
-    mlp_outputs: Sequence[Tensor] | Tensor
-    residuals: Sequence[Tensor] | Tensor
-
-    def stacked(self) -> Activations:
-        """With one tensor in place of each sequence, so that `map` has four to go through."""
-        fields = vars(self).values()
-        return Activations(*(x if isinstance(x, Tensor) else torch.stack(x) for x in fields))
-
-    def map(self, function: Callable[..., Tensor], *others: Activations) -> Activations:
-        """Apply a function to every tensor (and the others' at its place)."""
-
-        def each(name: str):
-            items = [getattr(activations, name) for activations in (self, *others)]
-            if isinstance(items[0], Tensor):
-                return function(*items)
-            return tuple(function(*tensors) for tensors in zip(*items, strict=True))
-
-        return Activations(*(each(name) for name in vars(self)))
+def do_nothing(layer: nn.Module, x: Tensor) -> None:
+    """The default of the hooks `CircuitModel.begin_layer` and `end_layer`."""
 
 
 class CircuitModel:
-    """A frozen model whose edges have gates.
+    """A frozen model with a gate on every edge.
 
     Args:
         architecture: the loaded model with its parts named.
         graph: its nodes and edges.
         tokenizer: its tokenizer, or None.
-        name: for people.
-        settings: what beside its weights decides what it computes, as plain values.
+        name: shown in messages.
+        settings: everything but the weights that determines what the model computes, as JSON
+            values; part of the fingerprint.
+
+    Attributes:
+        begin_layer: called by the circuit pass with a layer's module and the layer's first input.
+        end_layer: called with a layer's module and the layer's last output.
+        workspace: the memory of the outboxes, reused from step to step.
+        digest: the fingerprint, once it is known.
     """
 
     def __init__(
@@ -162,15 +79,17 @@ class CircuitModel:
         self.name = name
         self.settings = settings
         self.workspace = Workspace()
-        # A LayerNorm takes the mean away from whatever it reads, so outboxes are kept without.
+        self.begin_layer: Callable[[nn.Module, Tensor], None] = do_nothing
+        self.end_layer: Callable[[nn.Module, Tensor], None] = do_nothing
+        self.digest: str | None = None
+        # A LayerNorm subtracts the mean of its input, so the outboxes are kept without it.
         norms = [architecture.final_norm]
         norms += [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
-        self._centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
-        self._fingerprint: str | None = None
+        self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
     @staticmethod
     def check(model: Any) -> None:
-        """Raises TypeError for anything but a model."""
+        """Raises TypeError unless the argument is a CircuitModel."""
         if not isinstance(model, CircuitModel):
             raise TypeError(
                 f"got a {type(model).__name__}, expected a CircuitModel, from load_model"
@@ -182,7 +101,7 @@ class CircuitModel:
 
     @property
     def max_length(self) -> int:
-        """The most tokens a prompt may have."""
+        """Maximum number of tokens of a prompt."""
         return self.architecture.body.config.max_position_embeddings
 
     @property
@@ -195,10 +114,18 @@ class CircuitModel:
         """Width of the residual stream."""
         return self.architecture.body.config.hidden_size
 
-    def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Raises ValueError where there are no prompts, or one is too long for the model.
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embeddings and the output projection share one matrix."""
+        embeddings = self.architecture.body.get_input_embeddings()
+        return self.architecture.unembed.weight is embeddings.weight
 
-        And TypeError where they are something else.
+    def check_prompts(self, pairs: Sequence[Pair]) -> None:
+        """Check prompts given by the user.
+
+        Raises:
+            ValueError: there are no prompts, or one is too long for the model.
+            TypeError: they are not pairs of token ids.
         """
         if not len(pairs):
             raise ValueError("got no prompts; give at least one pair, from load_dataset")
@@ -211,134 +138,75 @@ class CircuitModel:
         if longest > self.max_length:
             raise ValueError(
                 f"a prompt has {longest} tokens, but {self.name} takes at most {self.max_length}; "
-                f"leave such prompts out: load_dataset(..., max_length={self.max_length})"
+                f"drop longer prompts with load_dataset(..., max_length={self.max_length})"
             )
 
-    def _check_padding(self, batch: Batch) -> None:
+    def check_padding(self, batch: Batch) -> None:
+        """Raises ValueError if the batch is padded and the model attends to padding."""
         lengths = sorted({len(pair.clean_ids) for pair in batch.pairs})
         if not self.architecture.may_pad and len(lengths) > 1:
             raise ValueError(
-                f"{self.name} attends to every position, padding too, but the batch has prompts of "
-                f"{lengths[0]} to {lengths[-1]} tokens; put only prompts of equal length together, "
-                "or take one at a time (batch_size=1)"
+                f"{self.name} attends to padding, but the batch has prompts of {lengths[0]} to "
+                f"{lengths[-1]} tokens; use prompts of equal length, or batch_size=1"
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 that tells any change of weights (see `_bit_sums`), settings or tokenizer."""
-        if self._fingerprint is not None:
-            return self._fingerprint
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode())
-        if hasattr(self.tokenizer, "backend_tokenizer"):
-            tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            for changed_by_use in ("padding", "truncation"):
-                tokenizer.pop(changed_by_use, None)
-            digest.update(json.dumps(tokenizer, sort_keys=True).encode())
-        arch = self.architecture
-        weights = dict(arch.body.named_parameters())
-        weights |= {f"unembed.{name}": weight for name, weight in arch.unembed.named_parameters()}
-        for name, weight in weights.items():
-            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-            for sums in _bit_sums(weight.detach()):
-                digest.update(sums.cpu().numpy().tobytes())
-        self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the output projection is the embeddings' matrix."""
-        return self.architecture.unembed.weight is self._embeddings.weight
-
-    @property
-    def _embeddings(self) -> nn.Module:
-        return self.architecture.body.get_input_embeddings()
-
-    def shard(
-        self,
-        whole: CircuitModel | None,
-        mesh: Any,
-        device: str,
-        *,
-        send: Callable[[Tensor], object],
-        is_tied: bool,
-        offload: bool,
-    ) -> None:
-        """Split the layers' weights over processes; see `shard_layers`.
-
-        Args:
-            whole: in the first process, the same model on the CPU; None in the others. This one has
-                no weights yet (it is on the meta device).
-            mesh: of all the processes.
-            device: where this process runs.
-            send: see `receive`.
-            is_tied: whether the whole model is; its weights decide, not its configuration.
-            offload: whether its share of the weights stays in the CPU's memory.
-        """
-        arch = self.architecture
-        of_whole = None if whole is None else whole.architecture
-        shard_layers(
-            arch.body,
-            [block.layer for block in arch.blocks],
-            None if of_whole is None else of_whole.body,
-            mesh,
-            device,
-            send,
-            offload=offload,
-        )
-        if is_tied:
-            arch.unembed.weight = self._embeddings.weight
-        else:
-            own = torch.empty_like(arch.unembed.weight, device="meta")
-            arch.unembed.weight = nn.Parameter(own, requires_grad=False)
-            unembed = None if of_whole is None else of_whole.unembed
-            receive(arch.unembed.to_empty(device=device), unembed, mesh, device, send)
-        self._fingerprint = None if whole is None else whole.fingerprint()
+        """SHA-256 that changes with any weight, setting or change of the tokenizer."""
+        if self.digest is None:
+            self.digest = fingerprint(self.architecture, self.tokenizer, self.settings)
+        return self.digest
 
     def to(self, dtype: torch.dtype) -> None:
-        """Convert weights, and so activations; frequencies of rotation stay as they are."""
+        """Convert the weights, and with them the activations, but not the rotary frequencies."""
         modules = (self.architecture.body, self.architecture.unembed)
         for weight in (p for module in modules for p in module.parameters()):
             weight.data = weight.data.to(dtype)
 
     def release(self) -> None:
-        """Give back the memory that is kept from one step to the next."""
+        """Free the memory that is kept from one step to the next."""
         self.workspace = Workspace()
 
-    # ---------------------------------------------------------------------------- the whole model
+    def centre(self, x: Tensor) -> Tensor:
+        """Subtract the mean over the last axis if all norms are LayerNorms."""
+        return centre(x) if self.is_centred else x
+
+    # ----------------------------------------------------------------------------- the full model
 
     @torch.no_grad()
     def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:
-        """Run the untouched model.
+        """Run the full model and record activations.
 
         Args:
             ids: [batch, pos].
-            keep: the examples whose activations are wanted.
+            keep: the examples whose activations are recorded.
 
         Returns:
-            The states after the final norm, [batch, pos, d_model], and the activations of `keep`.
+            The hidden states after the final norm, [batch, pos, d_model], and the activations.
         """
         arch = self.architecture
         head_values: list[Tensor] = []
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def keep_input(store: list[Tensor], change: Callable[[Tensor], Tensor]):
-            return lambda module, inputs: store.append(change(inputs[0][keep]).clone())
+        def record_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            mlp_outputs.append(output[keep].clone())
 
-        with ExitStack() as stack:
+        with ExitStack() as hooks:
+
+            def record_input(
+                module: nn.Module, store: list[Tensor], change: Callable[[Tensor], Tensor]
+            ) -> None:
+                def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                    store.append(change(inputs[0][keep]).clone())
+
+                hooks.enter_context(module.register_forward_pre_hook(hook))
+
             for block in arch.blocks:
-                for module, hook in (
-                    (block.attention_norm, keep_input(residuals, self._centre)),
-                    (block.attention_output, keep_input(head_values, block.scale)),
-                    (block.mlp_norm, keep_input(residuals, self._centre)),
-                ):
-                    stack.enter_context(module.register_forward_pre_hook(hook))
-                handle = block.mlp_output.register_forward_hook(
-                    lambda module, inputs, output: mlp_outputs.append(output[keep].clone())
-                )
-                stack.enter_context(handle)
-            keep_last = keep_input(residuals, self._centre)
-            handle = arch.final_norm.register_forward_pre_hook(keep_last)
-            stack.enter_context(handle)
+                record_input(block.attention_norm, residuals, self.centre)
+                record_input(block.attention_output, head_values, block.scale)
+                record_input(block.mlp_norm, residuals, self.centre)
+                hooks.enter_context(block.mlp_output.register_forward_hook(record_output))
+            record_input(arch.final_norm, residuals, self.centre)
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         return states, Activations(
@@ -348,23 +216,23 @@ class CircuitModel:
     def run_pair(
         self, batch: Batch, *, corrupted: bool = True
     ) -> tuple[Tensor, Activations | None]:
-        """Clean and corrupted prompts through the untouched model, in one batch.
+        """Run clean and corrupted prompts through the full model, in one batch.
 
         Args:
             batch: the prompts.
-            corrupted: whether the corrupted ones are run, too.
+            corrupted: whether to run the corrupted prompts.
 
         Returns:
-            The reference: logits on the clean prompts, [predicted, vocabulary]; and the activations
+            The reference, [predicted, vocabulary]: logits on the clean prompts; and the activations
             on the corrupted prompts, or None.
 
         Raises:
-            ValueError: prompts of unequal length, where the model attends to padding.
+            ValueError: the batch is padded and the model attends to padding.
         """
-        self._check_padding(batch)
+        self.check_padding(batch)
         num_examples, ids = len(batch.clean_ids), batch.clean_ids
         if corrupted:
-            ids = torch.cat([ids, batch.corrupted_ids])
+            ids = torch.cat([ids, batch.corrupted_ids])  # [2 * batch, pos]
         states, activations = self.run_full(ids, slice(num_examples, None))
         reference = self.architecture.logits(states[batch.rows, batch.cols])
         return reference, activations if corrupted else None
@@ -375,216 +243,152 @@ class CircuitModel:
         self,
         batch: Batch,
         gates: Tensor,
-        closed: Activations | None,
+        ablation_values: Activations | None,
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """Run the model with a gate on every edge.
+        """Run the clean prompts with a gate on every edge.
 
         Args:
-            batch: the prompts; the clean ones are run.
+            batch: the prompts.
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
-            closed: what closed edges carry: activations on the corrupted prompts, mean
-                activations (see `mean_activations`), or None for zeros.
-            recompute: whether the backward pass runs blocks again, which needs less memory: the
+            ablation_values: what an edge with gate 0 carries: activations on the corrupted prompts,
+                mean activations, or None for zeros.
+            recompute: whether the backward pass recomputes the blocks. This takes less memory: the
                 outboxes, their gradients and the blocks of one look-ahead.
 
         Returns:
-            Logits, [predicted, vocabulary]. They depend differentiably on the gates; call backward
+            Logits, [predicted, vocabulary], differentiable with respect to the gates. Call backward
             before the next `run_circuit`.
-        """
-        self._check_padding(batch)
-        arch, graph = self.architecture, self.graph
-        if gates.shape != (graph.num_edges,):
-            raise ValueError(f"gates are {list(gates.shape)}, expected [{graph.num_edges}]")
-        sites = [(len(site.readers), site.num_writers) for site in graph.sites]
-        everywhere, at_predicted = sites[:-2], sites[-2:]
-        mixed_last = sum(readers * writers for readers, writers in at_predicted)
-        gates, last_gates = gates.split([graph.num_edges - mixed_last, mixed_last])
-        embeddings = arch.embed(batch.clean_ids)
-        stream = embeddings[0]
-        keep_inputs = torch.is_grad_enabled() and not recompute
-        boxes = Outboxes(
-            self.workspace, graph.num_writers, gates, everywhere, stream, keep_inputs=keep_inputs
-        )
-        embedding_delta = embeddings if closed is None else embeddings - closed.embeddings
-        embedding_delta = self._centre(embedding_delta)
-        always_on = None
-        if graph.embedding_writers:
-            boxes.write(embedding_delta)
-        else:
-            always_on = embedding_delta.sum(0)
-        nothing = [None] * graph.num_layers
-        closed_heads = nothing if closed is None else closed.head_values
-        closed_mlps = nothing if closed is None else closed.mlp_outputs
-        inputs = arch.attention_inputs(stream)
-
-        def base(site: int) -> Tensor | None:
-            if closed is None:
-                return always_on
-            there = closed.residuals[site]
-            return there if always_on is None else there + always_on
-
-        def run_lookahead(layers: range) -> Tensor:
-            """Run the layers of a look-ahead. Returns the last one's heads' values."""
-            for index, layer in enumerate(layers):
-                ahead = index & -index or len(layers)  # 8, 1, 2, 1, 4, 1, 2, 1
-                stop = min(2 * (layer + ahead), 2 * layers.stop, len(everywhere))
-                block, site = arch.blocks[layer], 2 * layer
-                x = boxes.read(base(site), stop)
-                begin_layer(block.layer, x)
-                values = block.attend(x, inputs)
-                if layer < graph.num_layers - 1:
-                    boxes.write(
-                        block.head_delta(values, closed_heads[layer], centred=self._centred)
-                    )
-                    x = boxes.read(base(site + 1)).squeeze(0)
-                    delta = self._centre(_mlp_delta(block, x, closed_mlps[layer]))
-                    end_layer(block.layer, delta)
-                    boxes.write(delta)
-            return values
-
-        for stretch in lookaheads(graph):
-            if recompute:
-                run_again = boxes.repeatable(partial(run_lookahead, stretch))
-                values = checkpoint(run_again, use_reentrant=False, preserve_rng_state=False)
-            else:
-                values = run_lookahead(stretch)
-        # Of the last layer, only the predicted tokens matter from here on.
-        block, at = arch.blocks[-1], (batch.rows, batch.cols)
-
-        def predicted(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[at]
-
-        closed_values = predicted(closed_heads[-1])
-        heads_delta = block.head_delta(values[at], closed_values, centred=self._centred)
-        delta = torch.cat([boxes.at(*at), heads_delta])
-        mlp_gates, final_gates = split_by_site(last_gates, at_predicted)
-        x = mix(mlp_gates, delta, predicted(base(-2)))[0]
-        mlp_delta = _mlp_delta(block, x, predicted(closed_mlps[-1]))
-        end_layer(block.layer, mlp_delta)
-        delta = torch.cat([delta, mlp_delta])
-        x = mix(final_gates, delta, predicted(base(-1)))[0]
-        return arch.logits(arch.final_norm(x))
-
-    def _centre(self, x: Tensor) -> Tensor:
-        return centre(x) if self._centred else x
-
-    @torch.no_grad()
-    def mean_activations(
-        self, pairs: Sequence[Pair], batch_size: int, *, per_position: bool
-    ) -> MeanActivations:
-        """Mean activations on the clean prompts of a reference set, for mean ablation.
-
-        Args:
-            pairs: the reference set.
-            per_position: one mean a position, or one over all positions.
-        """
-        totals: Activations | None = None
-        counts = None
-        width = max(len(pair.clean_ids) for pair in pairs)
-        for batch in iterate_batches(pairs, batch_size):
-            self._check_padding(batch)
-            batch = batch.to(self.device)
-            _, activations = self.run_full(batch.clean_ids, slice(None))
-            length = batch.clean_ids.shape[1]
-            real = torch.arange(length, device=self.device) < batch.lengths[:, None]
-            count = torch.zeros(width)
-            count[:length] = real.sum(0)
-
-            def total(x: Tensor, real=real, length=length) -> Tensor:
-                """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d], on the CPU.
-
-                Batches are added up there in float64, which Apple's GPUs do not have.
-                """
-                summed = (x.float() * real[..., None]).sum(-3, keepdim=True).cpu().double()
-                return nn.functional.pad(summed, (0, 0, 0, width - length))
-
-            batch_totals = activations.map(total)
-            totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)
-            counts = count if counts is None else counts + count
-        if not per_position:
-            totals = totals.map(lambda x: x.sum(-2, keepdim=True))
-            counts = counts.sum(0, keepdim=True)
-        like = next(self.architecture.body.parameters())
-        means = totals.map(
-            lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device)
-        )
-        return MeanActivations(means, per_position)
-
-
-@dataclass(frozen=True)
-class MeanActivations:
-    """Mean activations with a batch axis of 1, and a position axis of 1 if over all positions."""
-
-    means: Activations
-    per_position: bool
-
-    def for_batch(self, batch: Batch) -> Activations:
-        """The means, spread over a batch.
 
         Raises:
-            ValueError: the batch has positions which the reference set had not.
+            ValueError: the batch is padded and the model attends to padding, or the gates have
+                the wrong shape.
         """
-        num_examples, length = batch.clean_ids.shape
-        known = self.means.residuals[0].shape[-2]
-        if self.per_position and length > known:
-            raise ValueError(
-                f"a prompt has {length} tokens, but the reference set of the per-position mean "
-                f"ablation only {known}; use a longer reference set, or per_position=false"
-            )
+        self.check_padding(batch)
+        if gates.shape != (self.graph.num_edges,):
+            raise ValueError(f"gates are {list(gates.shape)}, expected [{self.graph.num_edges}]")
+        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, recompute=recompute)
+        for layers in lookaheads(self.graph):
+            run_layers = partial(circuit_pass.run_layers, layers)
+            if recompute:
+                run_layers = circuit_pass.boxes.repeatable(run_layers)
+                values = checkpoint(run_layers, use_reentrant=False, preserve_rng_state=False)
+            else:
+                values = run_layers()
+        return circuit_pass.finish(values)
 
-        def spread(x: Tensor) -> Tensor:
-            x = x[..., :length, :] if self.per_position else x
-            return x.expand(*x.shape[:-3], num_examples, length, x.shape[-1])
 
-        return self.means.map(spread)
+class _CircuitPass:
+    """The state of one `CircuitModel.run_circuit`; see there for the arguments.
 
-
-def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the first axis and over the others of a weight's bits, read as whole numbers.
-
-    They are exact, so the same on any device, and no single edit leaves them as they were (of
-    weights in 4 or 8 bits the scales are not looked at). Some rows at a time, since adding up takes
-    a copy in 64 bits.
+    Layer l reads at the sites 2 l (heads) and 2 l + 1 (MLP), the final norm at the last site. From
+    the outputs of the last layer's heads on, only the predicted tokens matter, so the last two
+    sites are left to `finish`.
     """
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    num_rows = weight.shape[0] if weight.dim() else 1
-    columns = weight.numel() // max(1, num_rows)
-    bits = weight.view(whole[weight.element_size()]).reshape(num_rows, columns)
-    parts = bits.split(max(1, SUMMED // max(1, columns)))
-    over_rows = sum(part.sum(0, dtype=torch.int64) for part in parts)
-    return over_rows, torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
+
+    def __init__(
+        self,
+        model: CircuitModel,
+        batch: Batch,
+        gates: Tensor,
+        ablation_values: Activations | None,
+        *,
+        recompute: bool,
+    ) -> None:
+        arch, graph = model.architecture, model.graph
+        self.model = model
+        self.batch = batch
+        self.ablation_values = ablation_values
+        sites = [(len(site.readers), site.num_writers) for site in graph.sites]
+        sites, self.last_sites = sites[:-2], sites[-2:]
+        num_last = sum(readers * writers for readers, writers in self.last_sites)
+        gates, self.last_gates = gates.split([graph.num_edges - num_last, num_last])
+
+        embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
+        stream = embeddings[0]  # [batch, pos, d_model]
+        self.boxes = Outboxes(
+            model.workspace,
+            graph.num_writers,
+            gates,
+            sites,
+            stream,
+            keep_inputs=torch.is_grad_enabled() and not recompute,
+        )
+        delta = embeddings if ablation_values is None else embeddings - ablation_values.embeddings
+        delta = model.centre(delta)
+        self.always_on: Tensor | None = None
+        if graph.embedding_writers:
+            self.boxes.write(delta)
+        else:  # the clean embeddings reach every reader
+            self.always_on = delta.sum(0)  # [batch, pos, d_model]
+        zeros = [None] * graph.num_layers
+        self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
+        self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs
+        self.attention_inputs = arch.attention_inputs(stream)
+        self.num_sites = len(sites)
+
+    def base(self, site: int) -> Tensor | None:
+        """The input of a site's readers if all gates are 0: [batch, pos, d_model]; None: zeros."""
+        if self.ablation_values is None:
+            return self.always_on
+        residual = self.ablation_values.residuals[site]
+        return residual if self.always_on is None else residual + self.always_on
+
+    def run_layers(self, layers: range) -> Tensor:
+        """Run the layers of one look-ahead, except for what is left to `finish`.
+
+        Returns:
+            The last layer's head values, [batch, pos, head * d_head].
+        """
+        model, boxes = self.model, self.boxes
+        for index, layer in enumerate(layers):
+            block, site = model.architecture.blocks[layer], 2 * layer
+            # Mix for all readers of the look-ahead at once; then add what is written during it, by
+            # halves: the read of the layer with index i serves 8, 1, 2, 1, 4, 1, 2, 1 layers.
+            num_layers_ahead = index & -index or len(layers)
+            stop = min(2 * (layer + num_layers_ahead), 2 * layers.stop, self.num_sites)
+            x = boxes.read(self.base(site), stop)  # [q, k and v reader, batch, pos, d_model]
+            model.begin_layer(block.layer, x)
+            values = block.attend(x, self.attention_inputs)  # [batch, pos, head * d_head]
+            if layer < model.graph.num_layers - 1:
+                ablated = self.ablated_heads[layer]
+                boxes.write(block.head_delta(values, ablated, centred=model.is_centred))
+                x = boxes.read(self.base(site + 1)).squeeze(0)  # [batch, pos, d_model]
+                delta = model.centre(_mlp_delta(block, x, self.ablated_mlps[layer]))
+                model.end_layer(block.layer, delta)
+                boxes.write(delta)
+        return values
+
+    def finish(self, values: Tensor) -> Tensor:
+        """Run the rest of the model at the predicted tokens.
+
+        Args:
+            values: the last layer's head values, [batch, pos, head * d_head].
+
+        Returns:
+            Logits, [predicted, vocabulary].
+        """
+        arch, boxes = self.model.architecture, self.boxes
+        block, at = arch.blocks[-1], (self.batch.rows, self.batch.cols)
+
+        def predicted(x: Tensor | None) -> Tensor | None:
+            """[batch, pos, ...] -> [predicted, ...]"""
+            return None if x is None else x[at]
+
+        ablated = predicted(self.ablated_heads[-1])
+        heads_delta = block.head_delta(values[at], ablated, centred=self.model.is_centred)
+        delta = torch.cat([boxes.at(*at), heads_delta])  # [writer, predicted, d_model]
+        mlp_gates, final_gates = split_by_site(self.last_gates, self.last_sites)
+        x = mix(mlp_gates, delta, predicted(self.base(-2)))[0]  # [predicted, d_model]
+        mlp_delta = _mlp_delta(block, x, predicted(self.ablated_mlps[-1]))
+        self.model.end_layer(block.layer, mlp_delta)
+        delta = torch.cat([delta, mlp_delta])  # [all writers, predicted, d_model]
+        x = mix(final_gates, delta, predicted(self.base(-1)))[0]  # [predicted, d_model]
+        return arch.logits(arch.final_norm(x))
 
 
-def _mlp_delta(block: Block, x: Tensor, closed: Tensor | None) -> Tensor:
-    """MLP's input and closed edges' output (None: zeros), [..., d_model] -> [1, ..., d_model]."""
+def _mlp_delta(block: Block, x: Tensor, ablated: Tensor | None) -> Tensor:
+    """Run the MLP and subtract its ablation value (None: zeros): [..., d_model] -> [1, ...]."""
     output = block.mlp(block.mlp_norm(x))
-    return (output if closed is None else output - closed)[None]
-
-
-def lookaheads(graph: CircuitGraph) -> list[range]:
-    """The layers of each look-ahead: a stretch."""
-    length = lookahead_length(graph)
-    starts = range(0, graph.num_layers, length)
-    return [range(start, min(start + length, graph.num_layers)) for start in starts]
-
-
-def lookahead_length(graph: CircuitGraph) -> int:
-    """Layers of a look-ahead, as many as make the fewest arrays of [token, d_model] move.
-
-    Forward and backward, a look-ahead goes four times through the outboxes that are there (or their
-    gradients), and what is written after is added in four goes through the inputs of the readers
-    (or theirs): of its layer with index i as often as i has binary digits of 1.
-    """
-    readers = len(graph.sites[0].readers) + 1
-
-    def moved(length: int) -> int:
-        total = 0
-        for start in range(0, graph.num_layers, length):
-            indices = range(min(length, graph.num_layers - start))
-            total += graph.sites[2 * start].num_writers
-            total += readers * sum(index.bit_count() for index in indices)
-        return total
-
-    return min(range(2, MAX_AHEAD + 1), key=moved)
+    return (output if ablated is None else output - ablated)[None]

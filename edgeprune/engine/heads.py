@@ -1,4 +1,4 @@
-"""Attention by single heads: what all architectures share."""
+"""Attention by single heads: masks and projections that all architectures share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.autograd.function import once_differentiable
 def attention_mask(
     make: Callable[..., Any], config: Any, embeddings: Tensor, window: int | None = None
 ) -> Any:
-    """A causal mask, as the library makes it, or None where its attention needs none.
+    """Make a causal mask with the library, or None where SDPA needs none.
 
-    The library leaves masks out too, but in some versions not while a CUDA graph is recorded, which
-    would then hold another kernel than the one it stands for.
+    The library leaves out such masks as well, but in some versions not while a CUDA graph is
+    recorded; the graph would then contain another kernel than the ordinary step.
 
     Args:
         make: the library's function.
-        config: the model's.
+        config: the model's configuration.
         embeddings: [batch, pos, d_model], without padding on the left.
-        window: tokens that a token sees, itself included; None: all before it.
+        window: size of the sliding window, in tokens; None: no window.
     """
     sees_all = window is None or embeddings.shape[1] < window
     if sees_all and config._attn_implementation == "sdpa":
@@ -32,7 +32,7 @@ def attention_mask(
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm is a LayerNorm or a plain RMSNorm, whose scale can be part of the weights."""
+    """Whether a norm is a LayerNorm or plain RMSNorm, whose scale can be folded into weights."""
     return isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon")
 
 
@@ -44,19 +44,19 @@ def project_to_heads(
     *,
     fused: bool = False,
 ) -> Tensor:
-    """Queries, keys or values of heads with an input of their own each.
+    """Norm and project a separate input per head.
 
-    A norm's scale and shift are folded into the projection: what is left is one number an input,
-    by which what has been projected is multiplied. No normed copy of the inputs is made, and where
-    the norm is folded, the backward pass puts their gradient in their place.
+    The norm's scale and shift are folded into the projection. What remains of the norm is one
+    factor per input, by which the projection is multiplied. So no normed copy of the inputs is
+    made, and the backward pass overwrites the inputs with their gradient.
 
     Args:
-        x: [head, batch, pos, d_model], less its mean over d_model if the norm is a LayerNorm.
-        norm: of the inputs. It is called as it is where it is not foldable, and in float16, which
-            what is not normed would overflow.
-        weights: [head, d_head, d_model] each, of all heads when put together.
+        x: [head, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
+        norm: the norm. It is called as usual if it cannot be folded, and in float16, where the
+            unnormed inputs would overflow.
+        weights: [head, d_head, d_model] each, one after another for all heads.
         bias: [head, d_head] or None.
-        fused: whether a norm that is foldable is left to Triton, with its projection.
+        fused: whether to use the Triton kernel if the norm can be folded.
 
     Returns:
         [head, batch, pos, d_head].
@@ -72,32 +72,33 @@ def project_to_heads(
     else:
         projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
     if bias is not None:
-        projected = projected + bias[:, None]
+        projected = projected + bias[:, None]  # [head, batch * pos, d_head]
     return projected.view(num_heads, batch, pos, -1)
 
 
 class _ScaledProjection(torch.autograd.Function):
-    """y = x / sqrt(mean square + eps) * scale @ weight.T, for x of [head, token, d_model].
+    """y = x * factor @ (scale * weight).T, where factor = 1 / sqrt(mean square of x + eps).
 
-    The mean is over d_model. Scale and weights get no gradients. The backward pass folds them
-    again, for what is folded takes as much memory as the model's own weights.
+    x is [head, token, d_model], y is [head, token, d_head]; the mean is over d_model. Scale and
+    weights are frozen. The backward pass folds them again, because the folded weights take as much
+    memory as the model's own. It overwrites x with its gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, eps: float, fused: bool, scale: Tensor, *weights: Tensor
     ) -> Tensor:
-        weight = _fold(scale, weights)
+        weight = _fold(scale, weights)  # [head, d_head, d_model]
         if fused:
             from edgeprune.engine import kernels  # needs Triton
 
-            factor = None  # the kernels make their own
+            factor = None  # computed by the kernels
             y, negated = kernels.project(x, weight, eps)
         else:
-            exact = x.float() if x.device.type == "cpu" else x  # of 16 bits, a CPU's norm is slow
+            exact = x.float() if x.device.type == "cpu" else x  # a CPU's 16-bit norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
-            # [head, token, 1]: -(sum of squares + eps ...)
-            negated = -x.shape[-1] * eps - norm.square_()
+            # -d_model * (mean square + eps)
+            negated = -x.shape[-1] * eps - norm.square_()  # [head, token, 1]
             factor = (negated / -x.shape[-1]).rsqrt_()
             y = (torch.bmm(x, weight.transpose(1, 2)) * factor).to(x.dtype)
         ctx.fused = fused
@@ -108,13 +109,14 @@ class _ScaledProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, negated, factor, y, scale, *weights = ctx.saved_tensors
-        weight = _fold(scale, weights)
+        weight = _fold(scale, weights)  # [head, d_head, d_model]
         if ctx.fused:
             from edgeprune.engine import kernels
 
             kernels.put_gradient(x, weight, y, negated, grad)
         else:
-            # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
+            # d factor / dx = -factor^3 x / d_model, and factor^2 / d_model = -1 / negated, so
+            # grad_x = (grad * y).sum() / negated * x + (grad * factor) @ weight.
             change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
             x.mul_(change.to(x.dtype))
             x.baddbmm_((grad * factor).to(x.dtype), weight)
@@ -122,7 +124,7 @@ class _ScaledProjection(torch.autograd.Function):
 
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """A norm's scale as part of the weights of all heads."""
+    """Multiply the weights, [head, d_head, d_model] each, by a norm's scale and concatenate."""
     num_heads = [len(weight) for weight in weights]
     folded = weights[0].new_empty(sum(num_heads), *weights[0].shape[1:])
     for weight, part in zip(weights, folded.split(num_heads), strict=True):
@@ -131,40 +133,42 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def centre(x: Tensor) -> Tensor:
-    """Less its mean over the last axis."""
+    """Subtract the mean over the last axis."""
     return x - x.mean(-1, keepdim=True)
 
 
 def project_from_heads(
     values: Tensor,
-    closed: Tensor | None,
+    ablation_values: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     *,
     centred: bool,
 ) -> Tensor:
-    """Outboxes of the heads, less what closed edges carry.
+    """Compute the heads' outboxes minus what ablated edges carry.
 
-    The bias of the output projection is divided equally over the heads; it cancels in a difference.
+    The bias of the output projection is divided equally among the heads; it cancels in a
+    difference.
 
     Args:
-        values, closed: [..., head * d_head]; the latter None for zero outboxes.
+        values: [..., head * d_head].
+        ablation_values: the same shape, or None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
-        centred: whether the outboxes are to have no mean over d_model.
+        centred: whether to subtract the mean over d_model.
 
     Returns:
         [head, ..., d_model].
     """
     num_heads, _, d_model = weight.shape
-    if centred:  # what writes them is smaller than what is written
+    if centred:  # the weights are smaller than the outboxes
         weight = centre(weight)
-    difference = values if closed is None else values - closed
-    by_head = rearrange(difference, "... (head d_head) -> head (...) d_head", head=num_heads)
-    if closed is None and bias is not None:
+    delta = values if ablation_values is None else values - ablation_values
+    by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
+    if ablation_values is None and bias is not None:
         share = centre(bias) if centred else bias
         share = (share / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)
     else:
-        outboxes = torch.bmm(by_head, weight)
+        outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
     return outboxes.view(num_heads, *values.shape[:-1], d_model)

@@ -1,10 +1,10 @@
-"""Triton kernels which norm and project what heads read in one go; for GPUs, and asked for.
+"""Triton kernels that norm and project the heads' inputs in one pass over memory (`fused=true`).
 
-What heads read, [head, token, d_model], is the largest array of a training step. PyTorch's own
-operations go through it four times to norm and project it (its square sums, the product) and to put
-its gradient in its place (scaled, then the product added): three reads and a write more than here.
+The heads' inputs, [head, token, d_model], are the largest array of a training step. PyTorch's
+operations go through it four times: to compute its mean squares, to project it, and in the backward
+pass to scale it and to add the product of the gradient. These kernels save three reads and a write.
 
-This module alone needs Triton, which comes with PyTorch's builds for GPUs.
+Only this module needs Triton, which is part of PyTorch's builds for GPUs.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS = 128
-"""Of a program's tile; it has one head, and all d_head of what that gives."""
+"""Number of tokens per program; a program computes all of d_head for one head."""
 MODEL = 64
-"""Numbers of d_model that a program takes at a time."""
+"""Number of elements of d_model that a program loads at a time."""
 
 
 def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y = x / sqrt(mean square + eps) @ weight.T; x is read once.
 
     Args:
-        x: [head, token, d_model], its last axis without gaps.
-        weight: [head, d_head, d_model], without gaps.
-        eps: of the norm.
+        x: [head, token, d_model], contiguous along the last axis.
+        weight: [head, d_head, d_model], contiguous.
+        eps: the norm's epsilon.
 
     Returns:
-        y, [head, token, d_head], and what its gradient needs of the norm, in float32:
-        -d_model * (mean square + eps), [head, token, 1].
+        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32,
+        which the backward pass needs.
     """
     num_heads, num_tokens, d_model = x.shape
     y = x.new_empty(num_heads, num_tokens, weight.shape[1])
@@ -44,11 +44,11 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def put_gradient(x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor) -> None:
-    """Replace the input of `project` by its gradient; it is read once and written once.
+    """Overwrite the input of `project` with its gradient; x is read once and written once.
 
     Args:
-        x, weight: given to `project`.
-        y, negated: what it gave.
+        x, weight: the arguments of `project`.
+        y, negated: its results.
         grad: the gradient of y, [head, token, d_head].
     """
     _, num_tokens, d_model = x.shape
@@ -65,17 +65,20 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 def _tile(weight: Tensor) -> dict[str, int]:
     d_head = weight.shape[1]
-    padded = max(16, triton.next_power_of_2(d_head))  # matrix units take no less
+    padded = max(16, triton.next_power_of_2(d_head))  # tensor cores need at least 16
     return dict(d_head=d_head, PADDED=padded, TOKENS=TOKENS, MODEL=MODEL, num_warps=8)
 
 
 @triton.jit
 def _place(num_tokens, d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):
-    """Of a program: its head, tokens and numbers of d_head, where these lie, and which are there.
+    """What a program works on.
 
     Returns:
-        head, a number; tokens, [TOKENS], in their prompts and among those of all heads, and which
-        are there; own, [PADDED]; offsets of y, [TOKENS, PADDED], and which are there.
+        head: a scalar.
+        tokens, among_all, is_token: [TOKENS]: indices within the head and among all heads, and
+            whether they are in range.
+        own: [PADDED], indices into d_head.
+        in_y, is_y: [TOKENS, PADDED]: offsets into y, and whether they are in range.
     """
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -120,7 +123,7 @@ def _put_gradient(
     y = tl.load(y_at + in_y, is_y, 0.0).to(tl.float32)
     grad = tl.load(grad_at + in_y, is_y, 0.0).to(tl.float32)
     negated = tl.load(negated_at + among_all, is_token, -1.0)
-    # The factor changes by -factor^3 x / d_model, and factor^2 / d_model is -1 / negated.
+    # See `_ScaledProjection.backward` in heads.py.
     change = tl.sum(grad * y, 1) / negated
     scaled = (grad * tl.rsqrt(negated / -d_model)[:, None]).to(x_at.dtype.element_ty)
     rows = x_at + head * head_stride + tokens[:, None] * token_stride
@@ -132,5 +135,5 @@ def _put_gradient(
         x = tl.load(rows + inner[None, :], is_x, 0.0)
         weight = tl.load(weights + inner[None, :], (own < d_head)[:, None] & is_inner, 0.0)
         product = tl.dot(scaled, weight, input_precision="ieee")
-        of_x = x.to(tl.float32) * change[:, None] + product
-        tl.store(rows + inner[None, :], of_x.to(x_at.dtype.element_ty), is_x)
+        grad_x = x.to(tl.float32) * change[:, None] + product
+        tl.store(rows + inner[None, :], grad_x.to(x_at.dtype.element_ty), is_x)

@@ -1,23 +1,34 @@
-"""Outboxes: the writers' outputs, and the mixing of them into readers' inputs. The hot path.
+"""Outboxes: the writers' outputs, and mixing them into the readers' inputs. The hot path.
 
-What is stored of a writer is its difference delta = clean - corrupted, so that one product mixes
-both values of every edge:
+The outboxes store each writer's delta = clean - ablation value, so that one product mixes both
+values of every edge:
 
-    sum_w g x_w + (1 - g) c_w  =  base + sum_w g delta_w
+    sum_w g_w clean_w + (1 - g_w) ablated_w  =  base + sum_w g_w delta_w
 
-where `base` is the corrupted residual stream at that point (Bhaskar et al. 2024, arXiv:2406.16778,
-rewritten). All deltas lie in one buffer, filled in write order, and their gradients in others, to
-which every read's backward pass adds. No copy of the residual array is made at any layer.
+where `base` is the ablated residual stream at that point (Bhaskar et al. 2024, arXiv:2406.16778,
+rewritten). All deltas lie in one buffer, filled in write order; their gradients lie in others, to
+which the backward pass of every mix adds. The residual stream is never copied.
 
-Buffers are [token, writer, d_model] with batch and pos in one axis, and lie token by token: mixing
-is then one small product a token, all with the same gates, each within a processor's cache. Only in
-16 bits on a CPU, whose library is slow at that, they lie writer by writer, and mixing is one wide
-product.
+Layout. Buffers are [token, writer, d_model], where token runs over batch and pos. They are normally
+token-major: mixing is one small product per token, all with the same gates, each of which stays in
+a processor's cache. In 16 bits on a CPU, whose library is slow at that, they are writer-major, and
+mixing is one wide product.
 
-A layer has few readers for many writers, and products that thin use a processor badly. So reads
-look ahead: the writers that are there already are mixed for the readers of several layers at once.
-What they write is added for the later half of these layers when the first half is done, and so on
-by halves: the blocked product with a triangular matrix.
+Look-ahead. A layer has few readers for many writers, and such thin products use a processor badly.
+So reads look ahead: the writers written so far are mixed for the readers of several layers at once.
+What those layers write is added for the later half of them when the first half is done, and so on
+by halves: a blocked product with a triangular matrix.
+
+Autograd. Writes, mixes and reads change buffers in place, which autograd does not see. An empty
+tensor, the *link*, is passed from each operation to the next, so that the backward pass runs them
+in reverse order:
+
+    forward                                     backward
+    _Begin                                      return grad_gates
+    _Write   store the deltas                   return the deltas' gradients
+    _Mix     inputs += gates @ deltas           grad_deltas += gates.T @ grad_inputs
+                                                grad_gates = grad_inputs @ deltas.T
+    _Read    return one site's inputs           store the inputs' gradients in place of the inputs
 """
 
 from __future__ import annotations
@@ -34,11 +45,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 MULTIPLE = 8
-"""Numbers of 16 bits that a GPU's matrix units load at a time."""
+"""On a GPU in 16 bits, writers are padded to a multiple of this for tensor cores."""
 
 
 class Workspace:
-    """Memory for the deltas and their gradients, kept from one step to the next."""
+    """Named buffers, kept from one step to the next.
+
+    Attributes:
+        generation: number of forward passes that have used the workspace.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -46,11 +61,17 @@ class Workspace:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """All that has been taken."""
+        """All buffers, as flat tensors."""
         return tuple(self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor; it lasts until the next forward pass takes the same name."""
+        """An uninitialised tensor, valid until the same name is taken again.
+
+        Args:
+            name: of the buffer, which grows if it is too small.
+            shape: of the tensor.
+            like: has its dtype and device.
+        """
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if (
@@ -59,29 +80,42 @@ class Workspace:
             or buffer.dtype != like.dtype
             or buffer.device != like.device
         ):
-            self._buffers.pop(name, None)  # free the old one first
+            self._buffers.pop(name, None)  # frees the old buffer before the new one is allocated
             buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(shape)
 
     def take_outboxes(self, name: str, count: int, like: Tensor) -> Tensor:
-        """[token, count, d_model], in the order that suits; `like` is [token, d_model]."""
+        """An uninitialised [token, count, d_model], in the faster layout.
+
+        Args:
+            name: of the buffer.
+            count: number of writers or readers.
+            like: [token, d_model].
+        """
         num_tokens, d_model = like.shape
-        if _is_better_wide(like):
+        if _prefers_writer_major(like):
             return self.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
         return self.take(name, (num_tokens, count, d_model), like)
 
 
 class Outboxes:
-    """The deltas of one forward pass, mixed for one site after another.
+    """The deltas of one forward pass, mixed site by site.
 
     Args:
-        workspace: where the buffers live. Only the latest `Outboxes` of a workspace may be read,
-            written or differentiated, and each only once.
-        num_writers: of the whole model.
-        gates: [edge] in [0, 1], site by site and there reader by reader; 1 = clean.
-        sites: of these gates, how many readers and writers each has.
-        like: [batch, pos, d_model], gives shape, dtype and device.
-        keep_inputs: whether readers' inputs must last until the backward pass.
+        workspace: holds the buffers. Only the latest `Outboxes` of a workspace may be used, and
+            differentiated once.
+        num_writers: number of writers of the whole model.
+        gates: [edge] in [0, 1], the edges of `sites` in the graph's order; 1 = clean.
+        sites: number of readers and writers of each site.
+        like: [batch, pos, d_model], has the shape, dtype and device of a delta.
+        keep_inputs: whether all readers' inputs must last until the backward pass.
+
+    Attributes:
+        gates: per site, [reader, writer], in the dtype of the deltas.
+        grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
+        delta: [token, writer, d_model].
+        gradients: the gradients of the deltas; None if gradients are disabled.
+        num_written: number of writers that have been written.
     """
 
     def __init__(
@@ -97,21 +131,21 @@ class Outboxes:
         workspace.generation += 1
         self.workspace = workspace
         self._generation = workspace.generation
-        self._shape = like.shape
+        self._batch_pos = like.shape[:2]
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
-        grad_gates = torch.empty_like(gates)  # every edge is mixed once, and so written once
+        grad_gates = torch.empty_like(gates)  # filled completely: every edge is mixed once
         self.grad_gates = split_by_site(grad_gates, sites)
-        num_writers += MULTIPLE if _wants_multiples(like) else 1  # what else is mixed in
+        num_writers += MULTIPLE if _pads_writers(like) else 1  # room for the base and the padding
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
-        self.gradients = _Gradients(workspace, self.delta) if torch.is_grad_enabled() else None
-        self.keep_inputs = keep_inputs
+        self.gradients = _DeltaGradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.num_written = 0
-        self._site = 0  # the next to be read
-        self._num_inputs = 0
-        self._inputs = self.delta[:, :0]  # of the latest buffer of readers' inputs
-        self._num_read = 0  # of these
-        self._levels: list[_Level] = []
-        self._link = _Begin.apply(gates, grad_gates)  # orders writes and reads for autograd
+        self._site = 0  # the next site to be read
+        self._keep_inputs = keep_inputs
+        self._inputs = self.delta[:, :0]  # [token, reader, d_model], of the current look-ahead
+        self._num_read = 0  # readers of the current look-ahead that have been read
+        self._num_inputs = 0  # readers of all look-aheads so far
+        self._mixed: list[_Mixed] = []
+        self._link = _Begin.apply(gates, grad_gates)
 
     def write(self, delta: Tensor) -> None:
         """Append the deltas of the next writers.
@@ -128,94 +162,99 @@ class Outboxes:
             _store(self, delta, writers)
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
-        """Mix the deltas written so far into one input for each reader of the next site.
+        """Mix the deltas written so far into one input per reader of the next site.
 
-        An edge with gate g carries g * clean + (1 - g) * corrupted
+        An edge with gate g carries g * clean + (1 - g) * ablation value
         (interchange ablation; Bhaskar et al. 2024, arXiv:2406.16778).
 
         Args:
-            base: [batch, pos, d_model], the stream when every gate is 0; None: nothing.
-            stop: look ahead, up to this site, which is left out: mix the deltas for the readers of
-                those sites, too. Their reads then add only what is written after. Mixing for many
-                readers at once is faster: the buffer is gone through once for all of them, forward
-                and backward. None: no farther than the next site.
+            base: [batch, pos, d_model], the input if every gate is 0; None: zeros.
+            stop: the site at which the look-ahead ends (exclusive): the deltas are mixed for the
+                readers of all sites before it, and later reads of these add only what is written
+                after. None: no look-ahead.
 
         Returns:
-            [reader, batch, pos, d_model], dtype of the outboxes; it lasts until the next read that
-            begins a buffer of inputs or, if inputs are kept, the next forward pass. The backward
-            pass may put its gradient in its place.
+            [reader, batch, pos, d_model], dtype of the outboxes, valid until the next look-ahead
+            begins or, with `keep_inputs`, until the next forward pass. The backward pass may
+            overwrite it with its gradient.
         """
         num_readers, num_writers = self.gates[self._site].shape
         assert num_writers == self.num_written, f"site {self._site} reads {num_writers} writers"
         self._mix(range(self._site, stop or self._site + 1), base)
         self._site += 1
-        rows = slice(self._num_read, self._num_read + num_readers)
-        self._num_read = rows.stop
-        # `data`: to autograd this is a tensor of its own, not touched by what fills other rows.
-        inputs = self._inputs[:, rows].data
-        return _Read.apply(self._link, self, inputs).unflatten(1, self._shape[:2])
+        readers = slice(self._num_read, self._num_read + num_readers)
+        self._num_read = readers.stop
+        # With `data`, autograd takes this for a tensor of its own, which later mixes into the other
+        # readers' inputs do not modify.
+        inputs = self._inputs[:, readers].data  # [token, reader, d_model]
+        inputs = _Read.apply(self._link, self, inputs)  # [reader, token, d_model]
+        return inputs.unflatten(1, self._batch_pos)  # [reader, batch, pos, d_model]
 
     def _mix(self, sites: range, base: Tensor | None) -> None:
         """Mix the deltas written so far into the inputs of some sites, and a base into the first's.
 
-        What an earlier call for more sites has mixed in is there already.
+        Deltas that an earlier mix of the same look-ahead has added are skipped.
         """
         num_readers = sum(len(self.gates[site]) for site in sites)
-        first = 0  # of the writers that are not yet mixed in
         is_new = self._num_read == self._inputs.shape[1]
+        first_writer = 0
         if is_new:
-            name = f"inputs {self._num_inputs}" if self.keep_inputs else "inputs"
-            self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
-            self._num_inputs += num_readers
-            self._num_read = 0
-            if self.gradients is not None and _wants_whole_arrays(self.delta):
-                self.gradients.begin(self.num_written)
+            self._begin_lookahead(num_readers)
         else:
-            while self._levels[-1].num_readers <= self._num_read:
-                self._levels.pop()
-            first = self._levels[-1].num_writers
-        rows = slice(self._num_read, self._num_read + num_readers)
-        self._levels.append(_Level(rows.stop, self.num_written))
-        writers, inputs = slice(first, self.num_written), self._inputs[:, rows]
+            while self._mixed[-1].stop_reader <= self._num_read:
+                self._mixed.pop()
+            first_writer = self._mixed[-1].num_writers
+        readers = slice(self._num_read, self._num_read + num_readers)
+        writers = slice(first_writer, self.num_written)
+        self._mixed.append(_Mixed(readers.stop, writers.stop))
+        inputs = self._inputs[:, readers]  # [token, reader, d_model]
         if base is not None:
-            base = base.reshape(-1, base.shape[-1])
+            base = base.reshape(-1, base.shape[-1])  # [token, d_model]
         self._link = _Mix.apply(self._link, self, inputs, sites, writers, base, is_new)
+
+    def _begin_lookahead(self, num_readers: int) -> None:
+        name = f"inputs {self._num_inputs}" if self._keep_inputs else "inputs"
+        self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
+        self._num_inputs += num_readers
+        self._num_read = 0
+        if self.gradients is not None and _prefers_whole_buffers(self.delta):
+            self.gradients.begin_buffer(self.num_written)
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
         """The deltas written so far at some tokens, differentiable.
 
         Args:
-            rows, cols: [token], batch and position of each; no token twice.
+            rows, cols: [predicted], the batch and position indices of distinct tokens.
 
         Returns:
-            [writer, token, d_model].
+            [writer, predicted, d_model].
         """
-        return _At.apply(self._link, self, rows * self._shape[1] + cols)
+        return _At.apply(self._link, self, rows * self._batch_pos[1] + cols)
 
     def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A function that writes and reads, to be called twice: by the backward pass, too.
+        """Wrap a function that reads and writes, so that the backward pass may call it again.
 
-        The second call begins where the first did and has to write the same again.
+        The second call starts at the same writer and site, and must write the same deltas again.
         """
-        begin, called = (self.num_written, self._site), False
+        start, was_called = (self.num_written, self._site), False
 
         def run() -> Tensor:
-            nonlocal called
-            if not called:
-                called = True
+            nonlocal was_called
+            if not was_called:
+                was_called = True
                 return function()
-            self.num_written, self._site = begin
-            self._inputs, self._num_read, self._levels = self.delta[:, :0], 0, []
+            self.num_written, self._site = start
+            self._inputs, self._num_read, self._mixed = self.delta[:, :0], 0, []
             link = self._link
             try:
                 return function()
-            finally:  # what is run again is never differentiated, so nothing may lead there
+            finally:  # the second call is not differentiated, so the link must not lead to it
                 self._link = link
 
         return run
 
     def check_current(self) -> None:
-        """Guards against differentiating a pass whose buffers a later one has taken."""
+        """Assert that no later forward pass has taken the buffers."""
         assert self._generation == self.workspace.generation, (
             "these outboxes were overwritten by a later forward pass: "
             "call backward before the next one"
@@ -223,42 +262,42 @@ class Outboxes:
 
 
 @dataclass(frozen=True)
-class _Level:
-    """Of a look-ahead: for which readers' inputs (up to a row) which first writers are mixed in."""
+class _Mixed:
+    """The first `num_writers` writers are mixed into the inputs of readers before `stop_reader`."""
 
-    num_readers: int
+    stop_reader: int
     num_writers: int
 
 
-class _Gradients:
-    """Gradients of the deltas, in arrays of [token, writer, d_model].
+class _DeltaGradients:
+    """The gradients of the deltas, in one or several [token, writer, d_model] buffers.
 
-    Each has the writers between two new look-aheads where a product adds faster into a whole array
-    than into a part of one; else there is one array.
+    Where a product into a whole buffer is faster than into a part of one, each buffer has the
+    writers between the beginnings of two look-aheads.
 
     Args:
-        workspace: where they live.
+        workspace: holds the buffers.
         delta: [token, writer, d_model].
     """
 
     def __init__(self, workspace: Workspace, delta: Tensor) -> None:
         self._workspace = workspace
         self._delta = delta
-        self._starts = [0]
+        self._starts = [0]  # the first writer of each buffer
 
     def leave_out(self, writers: slice) -> None:
-        """The first writers, embeddings, depend on no gate and need no gradient."""
-        if writers.start == self._starts[0] and not _wants_multiples(self._delta):
+        """Skip the first writers, embeddings, which depend on no gate and need no gradient."""
+        if writers.start == self._starts[0] and not _pads_writers(self._delta):
             self._starts[0] = writers.stop
 
-    def begin(self, writer: int) -> None:
-        """A look-ahead has been at these writers; called in order, and again when recomputing."""
+    def begin_buffer(self, writer: int) -> None:
+        """Begin a buffer at a writer. Called in order; repeated calls have no effect."""
         if writer > self._starts[-1]:
             self._starts.append(writer)
 
     @cached_property
-    def _parts(self) -> list[tuple[slice, Tensor]]:
-        """The writers of each array; made when the forward pass is over."""
+    def _buffers(self) -> list[tuple[slice, Tensor]]:
+        """The writers of each buffer, and the buffer; allocated after the forward pass."""
 
         def zeros(start: int, stop: int) -> Tensor:
             name, like = f"gradient {start}", self._delta[:, 0]
@@ -267,66 +306,77 @@ class _Gradients:
         bounds = pairwise([*self._starts, self._delta.shape[1]])
         return [(slice(start, stop), zeros(start, stop)) for start, stop in bounds]
 
-    def of(self, writers: slice) -> Tensor:
-        """Those of some writers of one write."""
+    def get(self, writers: slice) -> Tensor:
+        """The gradients of the writers of one write: [token, writer, d_model]."""
         return next(
-            part[:, writers.start - span.start : writers.stop - span.start]
-            for span, part in self._parts
+            buffer[:, writers.start - span.start : writers.stop - span.start]
+            for span, buffer in self._buffers
             if span.start <= writers.start < span.stop
         )
 
     def add_mixed(self, writers: slice, gates: Tensor, grad_inputs: Tensor) -> None:
-        """Add what inputs give of theirs to some writers.
+        """Add gates.T @ grad_inputs to the gradients of some writers.
 
         Args:
-            writers: all of some arrays, or some of one.
-            gates: [reader, writer], only theirs.
+            writers: all writers of one or more buffers, or some of one buffer.
+            gates: [reader, writer], the columns of `writers`.
             grad_inputs: [token, reader, d_model].
         """
-        for span, part in self._parts:
+        for span, buffer in self._buffers:
             start, stop = max(span.start, writers.start), min(span.stop, writers.stop)
             if start >= stop:
                 continue
-            mixing = gates[:, start - writers.start : stop - writers.start].T
-            part = part[:, start - span.start : stop - span.start]
-            _add_mixed(self._workspace, part, mixing, grad_inputs)
+            mixing = gates[:, start - writers.start : stop - writers.start].T  # [writer, reader]
+            target = buffer[:, start - span.start : stop - span.start]  # [token, writer, d_model]
+            _add_mixed(self._workspace, target, mixing, grad_inputs)
 
-    def add_at(self, tokens: Tensor, grad_values: Tensor) -> None:
-        """Add [writer, token, d_model] at some tokens, for the first writers."""
-        for span, part in self._parts:
-            if span.start < len(grad_values):
-                new = grad_values[span].transpose(0, 1)
-                part[:, : new.shape[1]].index_add_(0, tokens, new)
+    def add_at(self, tokens: Tensor, grad_delta: Tensor) -> None:
+        """Add to the gradients of the first writers at some tokens.
+
+        Args:
+            tokens: [predicted], indices of distinct tokens.
+            grad_delta: [writer, predicted, d_model].
+        """
+        for span, buffer in self._buffers:
+            if span.start < len(grad_delta):
+                part = grad_delta[span].transpose(0, 1)  # [predicted, writer, d_model]
+                buffer[:, : part.shape[1]].index_add_(0, tokens, part)
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
-    """base + gates @ delta, by autograd's own means: for few tokens.
+    """base + gates @ delta, differentiated by autograd: for few tokens.
 
     Args:
         gates: [reader, writer].
         delta: [writer, token, d_model].
-        base: [token, d_model]; None: nothing.
+        base: [token, d_model]; None: zeros.
 
     Returns:
         [reader, token, d_model].
     """
-    mixed = (gates.to(delta.dtype) @ delta.flatten(1)).view(len(gates), *delta.shape[1:])
+    mixed = gates.to(delta.dtype) @ delta.flatten(1)  # [reader, token * d_model]
+    mixed = mixed.view(len(gates), *delta.shape[1:])  # [reader, token, d_model]
     return mixed if base is None else base + mixed
 
 
 def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """A flat [edge] -> one [reader, writer] view a site, given how many of both each has."""
+    """Split a flat [edge] into one [reader, writer] view per site.
+
+    Args:
+        gates: [edge], in the graph's order.
+        sites: number of readers and writers of each site.
+    """
     parts = gates.split([readers * writers for readers, writers in sites])
     return [part.view(site) for part, site in zip(parts, sites, strict=True)]
 
 
 class _Begin(torch.autograd.Function):
-    """The first link; when the backward pass comes to it, all mixing has given its gates theirs."""
+    """The first link. Its backward pass runs last, after every mix has written its gradient."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, grad_gates: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # the link has none
-        ctx.grad_gates = grad_gates
+        ctx.set_materialize_grads(False)  # the link has no gradient
+        ctx.grad_gates = grad_gates  # [edge]
         return torch.empty(0, device=gates.device)
 
     @staticmethod
@@ -337,34 +387,42 @@ class _Begin(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
+    """Stores deltas, [writer, batch, pos, d_model]."""
+
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
         boxes.check_current()
-        ctx.set_materialize_grads(False)  # the link has none
-        ctx.boxes, ctx.writers, ctx.shape = boxes, writers, delta.shape
+        ctx.set_materialize_grads(False)  # the link has no gradient
+        ctx.boxes, ctx.writers, ctx.batch_pos = boxes, writers, delta.shape[1:3]
         _store(boxes, delta, writers)
         return torch.empty(0, device=delta.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        # Every later read has added its part by now: the link made autograd run them first.
+        # All later mixes have added their gradients: the link made autograd run them first.
         boxes, ctx.boxes = ctx.boxes, None
         boxes.check_current()
-        grad_delta = boxes.gradients.of(ctx.writers).transpose(0, 1)
-        return None, grad_delta.unflatten(1, ctx.shape[1:3]), None, None
+        grad_delta = boxes.gradients.get(ctx.writers).transpose(0, 1)  # [writer, token, d_model]
+        grad_delta = grad_delta.unflatten(1, ctx.batch_pos)  # [writer, batch, pos, d_model]
+        return None, grad_delta, None, None
 
 
 def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
+    """[writer, batch, pos, d_model] -> part of the buffer, [token, writer, d_model]."""
     boxes.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
 
 
 class _Mix(torch.autograd.Function):
-    """Adds some writers, or if `is_new` puts them, into the inputs of the readers of some sites.
+    """inputs += gates @ delta, for some writers and the readers of some sites.
 
-    StepInputs are [token, reader, d_model]. For the first site's readers, `base` ([token, d_model] or
-    None) is one more writer, with gates of 1: for the time of the product it lies where the next
-    writer will.
+    Args:
+        inputs: [token, reader, d_model].
+        sites: the sites that read.
+        writers: the writers to be mixed in.
+        base: [token, d_model] or None, added to the inputs of the first site's readers. For the
+            product it takes the place of the next writer, with gates of 1.
+        is_new: whether to overwrite the inputs instead of adding to them.
     """
 
     @staticmethod
@@ -379,108 +437,43 @@ class _Mix(torch.autograd.Function):
         is_new: bool,
     ) -> Tensor:
         boxes.check_current()
-        ctx.set_materialize_grads(False)  # the link has none
+        ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
-        gates = torch.cat([boxes.gates[site][:, writers] for site in sites])
-        ctx.gates = mixing = _with_closed(gates, boxes.delta)
+        gates = torch.cat([boxes.gates[site][:, writers] for site in sites])  # [reader, writer]
+        ctx.gates = mixing = _pad_writers(gates, boxes.delta)
         if base is not None:
-            of_base = torch.arange(len(gates), device=gates.device) < len(boxes.gates[sites.start])
-            gates = torch.cat([gates, of_base[:, None].to(gates.dtype)], 1)
-            mixing = _with_closed(gates, boxes.delta)
+            num_first = len(boxes.gates[sites.start])
+            is_first = torch.arange(len(gates), device=gates.device) < num_first  # [reader]
+            gates = torch.cat([gates, is_first[:, None].to(gates.dtype)], 1)
+            mixing = _pad_writers(gates, boxes.delta)
             boxes.delta[:, writers.stop].copy_(base)
-        start, num_open, num_mixed = writers.start, gates.shape[1], mixing.shape[1]
-        boxes.delta[:, start + num_open : start + num_mixed].zero_()  # times 0, anything but NaN
-        values = boxes.delta[:, start : start + num_mixed]
-        _add_mixed(boxes.workspace, inputs, mixing, values, onto_nothing=is_new)
+        first, num_mixed = writers.start, mixing.shape[1]
+        # The padding has gates of 0, but 0 times NaN would be NaN.
+        boxes.delta[:, first + gates.shape[1] : first + num_mixed].zero_()
+        values = boxes.delta[:, first : first + num_mixed]  # [token, writer, d_model]
+        _add_mixed(boxes.workspace, inputs, mixing, values, overwrite=is_new)
         return torch.empty(0, device=link.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        # The reads have put their gradients in their inputs' places by now.
-        boxes, grad_inputs = ctx.boxes, ctx.inputs
+        # The reads have stored the inputs' gradients in place of the inputs.
+        boxes, grad_inputs = ctx.boxes, ctx.inputs  # [token, reader, d_model]
         ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])
+        mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
         boxes.gradients.add_mixed(mixed, ctx.gates, grad_inputs)
-        grad_gates = _of_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
+        grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
-        for target, of_site in zip(
-            targets, grad_gates.split([len(t) for t in targets]), strict=True
-        ):
-            target.copy_(of_site[:, : target.shape[1]])
+        parts = grad_gates.split([len(target) for target in targets])  # per site, [reader, writer]
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part[:, : target.shape[1]])
         return (None,) * 7
 
 
-def _with_closed(gates: Tensor, delta: Tensor) -> Tensor:
-    """[reader, writer], with closed gates up to a multiple of writers where that is wanted."""
-    missing = -gates.shape[1] % MULTIPLE if _wants_multiples(delta) else 0
-    return nn.functional.pad(gates, (0, missing)) if missing else gates
-
-
-def _is_better_wide(like: Tensor) -> bool:
-    """Whether such buffers should lie writer by writer."""
-    return like.device.type == "cpu" and like.element_size() == 2
-
-
-def _wants_multiples(x: Tensor) -> bool:
-    """Whether products are to be with a multiple of `MULTIPLE` writers."""
-    return x.device.type != "cpu" and x.element_size() == 2
-
-
-def _wants_whole_arrays(x: Tensor) -> bool:
-    """Whether a product into a part of such an array, [token, writer, d_model], is slow."""
-    return x.device.type == "cpu" and not _is_wide(x)
-
-
-def _is_wide(x: Tensor) -> bool:
-    """Whether [token, writer, d_model] lies writer by writer."""
-    return x.stride(1) > x.stride(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[token, writer, d_model] that lies writer by writer -> [writer, token * d_model]."""
-    return x.transpose(0, 1).flatten(1)
-
-
-def _add_mixed(
-    workspace: Workspace,
-    target: Tensor,
-    gates: Tensor,
-    values: Tensor,
-    *,
-    onto_nothing: bool = False,
-) -> None:
-    """target + gates @ values, or only the latter, into target.
-
-    Args:
-        target: [token, reader, d_model].
-        gates: [reader, writer].
-        values: [token, writer, d_model].
-    """
-    kept = 0 if onto_nothing else 1  # what is there is multiplied by it
-    if _is_wide(target):
-        _rows(target).addmm_(gates, _rows(values), beta=kept)
-    elif gates.shape[1] == 1 and kept:
-        target.addcmul_(gates, values)
-    elif target.is_contiguous() or not _wants_whole_arrays(target):
-        target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=kept)
-    else:
-        shape = (len(values), len(gates), values.shape[2])
-        mixed = workspace.take("mixed", shape, values)
-        target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)
-
-
-def _of_gates(workspace: Workspace, grad_inputs: Tensor, values: Tensor) -> Tensor:
-    """[token, reader, d_model] and [token, writer, d_model] -> the gates', [reader, writer]."""
-    if _is_wide(values):
-        return (_rows(grad_inputs) @ _rows(values).T).float()
-    shape = (len(values), grad_inputs.shape[1], values.shape[1])
-    products = workspace.take("grad_gates", shape, values)
-    return torch.bmm(grad_inputs, values.transpose(1, 2), out=products).sum(0, dtype=torch.float32)
-
-
 class _Read(torch.autograd.Function):
+    """[token, reader, d_model] -> [reader, token, d_model]; backward, stores the gradient there."""
+
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor) -> Tensor:
         boxes.check_current()
@@ -493,12 +486,14 @@ class _Read(torch.autograd.Function):
         boxes, inputs = ctx.boxes, ctx.inputs
         ctx.boxes = ctx.inputs = None
         boxes.check_current()
-        if grad.data_ptr() != inputs.data_ptr():
+        if grad.data_ptr() != inputs.data_ptr():  # else the projection has stored it already
             inputs.copy_(grad.transpose(0, 1))
         return None, None, None
 
 
 class _At(torch.autograd.Function):
+    """The deltas of all writers at some tokens, [writer, predicted, d_model]."""
+
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, tokens: Tensor) -> Tensor:
         boxes.check_current()
@@ -512,3 +507,79 @@ class _At(torch.autograd.Function):
         boxes.check_current()
         boxes.gradients.add_at(ctx.tokens, grad)
         return None, None, None
+
+
+# ----------------------------------------------------------------------------------- the products
+
+
+def _add_mixed(
+    workspace: Workspace,
+    target: Tensor,
+    gates: Tensor,
+    values: Tensor,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """target += gates @ values, or target = gates @ values.
+
+    Args:
+        target: [token, reader, d_model].
+        gates: [reader, writer].
+        values: [token, writer, d_model].
+    """
+    beta = 0 if overwrite else 1  # factor of what `target` holds
+    if _is_writer_major(target):
+        _flatten(target).addmm_(gates, _flatten(values), beta=beta)
+    elif gates.shape[1] == 1 and not overwrite:
+        target.addcmul_(gates, values)
+    elif target.is_contiguous() or not _prefers_whole_buffers(target):
+        target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=beta)
+    else:
+        shape = (len(values), len(gates), values.shape[2])
+        mixed = workspace.take("mixed", shape, values)  # [token, reader, d_model]
+        target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)
+
+
+def _grad_gates(workspace: Workspace, grad_inputs: Tensor, values: Tensor) -> Tensor:
+    """The gradient of the gates, [reader, writer], summed over tokens in float32.
+
+    Args:
+        grad_inputs: [token, reader, d_model].
+        values: [token, writer, d_model].
+    """
+    if _is_writer_major(values):
+        return (_flatten(grad_inputs) @ _flatten(values).T).float()
+    shape = (len(values), grad_inputs.shape[1], values.shape[1])
+    products = workspace.take("grad_gates", shape, values)  # [token, reader, writer]
+    return torch.bmm(grad_inputs, values.transpose(1, 2), out=products).sum(0, dtype=torch.float32)
+
+
+def _pad_writers(gates: Tensor, delta: Tensor) -> Tensor:
+    """Pad [reader, writer] with gates of 0 to a multiple of `MULTIPLE` writers, where useful."""
+    missing = -gates.shape[1] % MULTIPLE if _pads_writers(delta) else 0
+    return nn.functional.pad(gates, (0, missing)) if missing else gates
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Writer-major [token, writer, d_model] -> [writer, token * d_model], a view."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _is_writer_major(x: Tensor) -> bool:
+    """Whether the memory of [token, writer, d_model] is ordered by writer, then token."""
+    return x.stride(1) > x.stride(0)
+
+
+def _prefers_writer_major(like: Tensor) -> bool:
+    """Whether buffers should be writer-major."""
+    return like.device.type == "cpu" and like.element_size() == 2
+
+
+def _pads_writers(x: Tensor) -> bool:
+    """Whether products should have a multiple of `MULTIPLE` writers."""
+    return x.device.type != "cpu" and x.element_size() == 2
+
+
+def _prefers_whole_buffers(x: Tensor) -> bool:
+    """Whether a product into a part of a buffer, [token, writer, d_model], is slow."""
+    return x.device.type == "cpu" and not _is_writer_major(x)

@@ -1,4 +1,4 @@
-"""GPT-2: where its parts are, and how a block runs on a separate input for each reader."""
+"""GPT-2: names its parts and runs a block with a separate input per reader."""
 
 from __future__ import annotations
 
@@ -14,21 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
-from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 
 
-def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
-    return CircuitGraph(
-        num_layers=config.n_layer,
-        num_heads=config.n_head,
-        num_kv_heads=config.n_head,
-        embedding_writers=GPT2.embedding_writers if embedding_writers else (),
-    )
-
-
 class GPT2Block:
-    """Runs the parts of a loaded `GPT2Block` head by head."""
+    """Runs a loaded block head by head; see `architecture.Block`."""
 
     fused = False
 
@@ -37,26 +27,16 @@ class GPT2Block:
         self.attention_norm = layer.ln_1
         self.attention_output = layer.attn.c_proj
         self.mlp_norm = layer.ln_2
-        # Of the library's own GELU each product and sum is an operation of its own.
         activation = layer.mlp.act
-        if isinstance(activation, NewGELUActivation):
+        if isinstance(activation, NewGELUActivation):  # runs each product and sum separately
             activation = nn.GELU(approximate="tanh")
         self.mlp = nn.Sequential(layer.mlp.c_fc, activation, layer.mlp.c_proj)
         self.mlp_output = layer.mlp
         self.attention = layer.attn
-        self.num_heads = layer.attn.num_heads
         self.d_head = layer.attn.head_dim
 
     def attend(self, x: Tensor, mask: Any) -> Tensor:
-        """Queries, keys and values from an input of their own each.
-
-        Args:
-            x: [3 * head, batch, pos, d_model]; all heads' q, then k, then v.
-            mask: of the attention function.
-
-        Returns:
-            The heads' values, [batch, pos, head * d_head].
-        """
+        """[3 * head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
         project = self.attention.c_attn
         weight = rearrange(
             project.weight, "d_model (reader d_head) -> reader d_head d_model", d_head=self.d_head
@@ -74,17 +54,19 @@ class GPT2Block:
     def scale(self, values: Tensor) -> Tensor:
         return values
 
-    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(
+        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
+    ) -> Tensor:
         """See `project_from_heads`."""
         project = self.attention_output
         weight = rearrange(
             project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
         )
-        return project_from_heads(values, closed, weight, project.bias, centred=centred)
+        return project_from_heads(values, ablation_values, weight, project.bias, centred=centred)
 
 
 class GPT2:
-    """A loaded GPT-2 with its parts named."""
+    """A loaded GPT-2 with its parts named; see `architecture.Architecture`."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
     output = Output.logits

@@ -1,13 +1,13 @@
-"""The Llama family: where its parts are, and how a block runs on a separate input for each reader.
+"""The Llama family: names its parts and runs a block with a separate input per reader.
 
-Covers what shares Llama's block: norm, attention with rotary positions over grouped key/value
-heads, norm, gated MLP. What differs inside (biases, norms of queries and keys, layers without
-rotation, sliding windows, capped scores) is read off the loaded modules; rotation and eager
-attention are those of the model's own source file.
+Covers models with Llama's block: norm, attention with rotary positions and grouped key/value heads,
+norm, gated MLP. Differences (biases, norms of queries and keys, layers without rotation, sliding
+windows, capped attention scores) are taken from the loaded modules; rotation and eager attention
+are the functions of the model's own source file.
 
-Gemma 2 and 3 norm what attention and MLP write, too. For the MLP that is one more module. The
-norm of the heads' sum multiplies every head's outbox by one number a token, so the outboxes still
-add up to what is written: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
+Gemma 2 and 3 also norm the outputs of attention and MLP. For the MLP this is one more module. The
+norm of the heads' sum multiplies every head's outbox by the same factor per token, so the outboxes
+still add up to the output: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
 """
 
 from __future__ import annotations
@@ -23,26 +23,16 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
-from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-
-
-def build_graph(config: Any, *, embedding_writers: bool) -> CircuitGraph:
-    return CircuitGraph(
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        embedding_writers=Llama.embedding_writers if embedding_writers else (),
-    )
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention needs beside the states.
+    """Inputs of attention besides the hidden states.
 
     Attributes:
-        masks: one for each layer type.
-        rotations: likewise, (cos, sin), [1, pos, d_head] each.
+        masks: per layer type, an attention mask.
+        rotations: per layer type, (cos, sin), [1, pos, d_head] each.
     """
 
     masks: dict[str, Any]
@@ -50,7 +40,7 @@ class AttentionInputs:
 
 
 class LlamaBlock:
-    """Runs the parts of a loaded decoder layer head by head."""
+    """Runs a loaded decoder layer head by head; see `architecture.Block`."""
 
     fused = False
 
@@ -59,9 +49,9 @@ class LlamaBlock:
         self.layer = layer
         self.attention_norm = layer.input_layernorm
         self.attention_output = attention.o_proj
-        if hasattr(layer, "pre_feedforward_layernorm"):  # what is written is normed too
+        if hasattr(layer, "pre_feedforward_layernorm"):  # outputs are normed
             if attention.o_proj.bias is not None:
-                raise ValueError("a norm of what heads write is not supported beside their bias")
+                raise ValueError("a norm of the heads' outputs cannot be combined with a bias")
             self.heads_norm = layer.post_attention_layernorm
             self.mlp_norm = layer.pre_feedforward_layernorm
             self.mlp_output = layer.post_feedforward_layernorm
@@ -80,53 +70,42 @@ class LlamaBlock:
         self.eager_attention = source.eager_attention_forward
 
     def attend(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """Queries, keys and values from an input of their own each.
-
-        Args:
-            x: [head + 2 * kv_head, batch, pos, d_model]; all q, then k, then v.
-            inputs: masks and rotation.
-
-        Returns:
-            The heads' values, [batch, pos, head * d_head].
-        """
+        """[head + 2 * kv_head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
         attention = self.attention
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights = [
-            _weight(linear).to(x.dtype).view(-1, self.d_head, x.shape[-1]) for linear in projections
-        ]
-        bias = None
-        if attention.q_proj.bias is not None:
-            biases = torch.cat([linear.bias for linear in projections])
-            bias = rearrange(biases, "(head d_head) -> head d_head", d_head=self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, weights, bias, fused=self.fused)
-        qkv = qkv.transpose(0, 1)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = self._project(x)  # [batch, head or kv_head, pos, d_head] each
         if getattr(attention, "use_rope", True):
             q, k = self.rotate(q, k, *inputs.rotations[self.layer_type])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, self.eager_attention
         )
-        options = {}
+        options = {"dropout": 0.0, "scaling": attention.scaling}
         if self.layer_type == "sliding_attention":
             options["sliding_window"] = attention.config.sliding_window
         if getattr(attention, "attn_logit_softcapping", None) is not None:
             options["softcap"] = attention.attn_logit_softcapping
-        values, _ = attend(
-            attention,
-            q,
-            k,
-            v,
-            inputs.masks[self.layer_type],
-            dropout=0.0,
-            scaling=attention.scaling,
-            **options,
-        )
+        values, _ = attend(attention, q, k, v, inputs.masks[self.layer_type], **options)
         return self.scale(rearrange(values, "batch pos head d_head -> batch pos (head d_head)"))
 
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute queries, keys and values before rotation."""
+        attention = self.attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weights = [
+            _weight(linear).to(x.dtype).view(-1, self.d_head, x.shape[-1]) for linear in projections
+        ]  # [head or kv_head, d_head, d_model] each
+        bias = None
+        if attention.q_proj.bias is not None:
+            biases = torch.cat([linear.bias for linear in projections])
+            bias = rearrange(biases, "(head d_head) -> head d_head", d_head=self.d_head)
+        qkv = project_to_heads(x, self.attention_norm, weights, bias, fused=self.fused)
+        qkv = qkv.transpose(0, 1)  # [batch, head + 2 * kv_head, pos, d_head]
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        return q, k, v
+
     def scale(self, values: Tensor) -> Tensor:
-        """Times what a norm of the heads' sum makes of each token's outboxes."""
+        """Multiply by the factor of the norm of the heads' sum, if there is such a norm."""
         if self.heads_norm is None:
             return values
         linear = self.attention_output
@@ -134,7 +113,9 @@ class LlamaBlock:
         mean_square = written.float().square().mean(-1, keepdim=True)
         return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
-    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(
+        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
+    ) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
         weight = _weight(linear).to(values.dtype)
@@ -143,11 +124,11 @@ class LlamaBlock:
         weight = rearrange(
             weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
         )
-        return project_from_heads(values, closed, weight, linear.bias, centred=centred)
+        return project_from_heads(values, ablation_values, weight, linear.bias, centred=centred)
 
 
 class Llama:
-    """A loaded model of the Llama family with its parts named."""
+    """A loaded model of the Llama family with its parts named; see `architecture.Architecture`."""
 
     embedding_writers = ("embeds",)
     output = Output.logits
@@ -156,7 +137,7 @@ class Llama:
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model
         config = self.body.config
-        # Mistral has a window for all layers, or none; the others name each layer's type.
+        # Mistral has one window for all layers, or none; the other models list the layers' types.
         has_window = getattr(config, "sliding_window", None) is not None
         one_type = "sliding_attention" if has_window else "full_attention"
         types = getattr(config, "layer_types", None) or [one_type] * config.num_hidden_layers
@@ -184,7 +165,7 @@ class Llama:
             if layer_type == "sliding_attention":
                 make, window = create_sliding_window_causal_mask, body.config.sliding_window
             masks[layer_type] = attention_mask(make, body.config, embeddings, window)
-        if hasattr(body.rotary_emb, "layer_types"):  # each type of layer turns at its own speeds
+        if hasattr(body.rotary_emb, "layer_types"):  # frequencies differ by layer type
             rotations = {t: body.rotary_emb(embeddings, positions, t) for t in layer_types}
         else:
             rotations = dict.fromkeys(layer_types, body.rotary_emb(embeddings, positions))
@@ -192,7 +173,7 @@ class Llama:
 
 
 def _weight(linear: nn.Linear) -> Tensor:
-    """[out, in]; unpacked if it was loaded in 4 or 8 bits."""
+    """The weight, [out, in], dequantised if it was loaded in 4 or 8 bits."""
     if linear.weight.is_floating_point():
         return linear.weight
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # slow to import

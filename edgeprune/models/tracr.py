@@ -1,9 +1,9 @@
 """Tracr: compiled transformers whose true circuit is known (Lindner et al. 2023, arXiv:2301.05062).
 
-A folder holds `config.json` (sizes, tokens, how outputs are read), `weights.safetensors` and
-`examples.jsonl`. The transformer has no norms, ReLU MLPs, bidirectional or causal attention, and
-every prompt begins with BOS. Its outputs are values, not logits: a one-hot vector a position (the
-largest column is the answer) or a single number.
+A folder has `config.json` (sizes, tokens, kind of output), `weights.safetensors` and
+`examples.jsonl`. The transformer has ReLU MLPs, bidirectional or causal attention, and no norms.
+Every prompt begins with BOS. The outputs are values, not logits: per position, a one-hot vector
+(the largest column is the answer) or a single number.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import project_from_heads, project_to_heads
 from edgeprune.errors import DataError, ModelError
 from edgeprune.graph import CircuitGraph
@@ -28,21 +29,17 @@ from edgeprune.metrics import Output
 from edgeprune.paths import TRACR_MODELS
 from edgeprune.prompts import Pair
 
-CONFIG, WEIGHTS, EXAMPLES = "config.json", "weights.safetensors", "examples.jsonl"
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 OUTPUTS = {"categorical": Output.one_hot, "numerical": Output.number}
-"""`output_type` of the config -> what the outputs are."""
-
-NO_NORM = nn.Identity()
+"""`output_type` of config.json -> what the outputs are."""
 
 SIZES = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx", "d_out")
+"""The sizes in config.json."""
 
 
 def find_folder(name_or_path: str | Path) -> Path | None:
-    """The folder of a Tracr model, or None where the name or path is of something else.
-
-    `tracr/NAME` is the model of that name which comes with the project.
-    """
+    """The folder of a Tracr model, or None for anything else; `tracr/NAME` is an included model."""
     path = Path(name_or_path)
     if not path.exists() and path.parts[:1] == ("tracr",) and len(path.parts) == 2:
         path = TRACR_MODELS / path.name
@@ -50,10 +47,10 @@ def find_folder(name_or_path: str | Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, checked.
+    """Read and check a folder's config.json.
 
     Raises:
-        ModelError: not JSON, a missing field, or a kind of model which is not run here.
+        ModelError: not JSON, a field is missing, or the kind of model is not supported.
     """
     path = folder / CONFIG
     try:
@@ -75,10 +72,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TracrTokenizer:
-    """What stands in for a tokenizer: the names of tokens and outputs, and the folder's examples.
+    """Takes the place of a tokenizer: knows the names of tokens and outputs.
 
     Attributes:
-        folder: where examples.jsonl lies.
+        folder: the folder of the model, which has examples.jsonl.
         config: the folder's config.json.
     """
 
@@ -87,22 +84,22 @@ class TracrTokenizer:
 
     @cached_property
     def names(self) -> list[str]:
-        """The output of each column."""
+        """Per output column, the name of the output."""
         values = self.config.get("output_decoding", {}).get("values")
         return values or [str(column) for column in range(self.config["d_out"])]
 
     @property
     def num_outputs(self) -> int:
-        """Columns of the output."""
+        """Number of output columns."""
         return self.config["d_out"]
 
     @property
     def gives_numbers(self) -> bool:
-        """Whether the output is the answer itself, and not a column for each answer."""
+        """Whether the output is the answer itself instead of one column per answer."""
         return OUTPUTS[self.config["output_type"]] is Output.number
 
     def __call__(self, *arguments: Any, **settings: Any) -> None:
-        """Refuses text."""
+        """Raises DataError: there is no text to tokenise."""
         raise DataError(
             "this Tracr model takes token ids, not text: use task=tracr, or lines with clean_ids, "
             "corrupted_ids and target_ids"
@@ -112,7 +109,7 @@ class TracrTokenizer:
         return self.config["d_vocab"]
 
     def decode(self, ids: list[int]) -> str:
-        """The names of outputs given by column."""
+        """The names of output columns."""
         return " ".join(str(self.names[column]) for column in ids)
 
 
@@ -120,7 +117,7 @@ class TracrTokenizer:
 
 
 class TracrLayer(nn.Module):
-    """One layer, run as a whole; its parts are named as `Block` wants them."""
+    """One layer, run as a whole or as an `architecture.Block`."""
 
     fused = False
 
@@ -147,23 +144,15 @@ class TracrLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, pos, d_model] -> the same, the layer's outputs added."""
+        """[batch, pos, d_model] -> [batch, pos, d_model], with the outputs added."""
         normed = self.attention_norm(x)
         x = x + self.attention_output(self.attend(normed.expand(3 * self.num_heads, *x.shape)))
         return x + self.mlp(self.mlp_norm(x))
 
     def attend(self, x: Tensor, inputs: None = None) -> Tensor:
-        """Queries, keys and values from an input of their own each.
-
-        Args:
-            x: [3 * head, batch, pos, d_model]; all heads' q, then k, then v.
-            inputs: nothing is needed beside.
-
-        Returns:
-            The heads' values, [batch, pos, head * d_head].
-        """
+        """[3 * head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
         _, batch, pos, _ = x.shape
-        qkv = project_to_heads(x, NO_NORM, [self.qkv_weight], self.qkv_bias)
+        qkv = project_to_heads(x, nn.Identity(), [self.qkv_weight], self.qkv_bias)
         q, k, v = qkv.view(3, self.num_heads, batch, pos, self.d_head)
         scores = q @ k.transpose(-1, -2) * self.scaling  # [head, batch, pos, pos]
         if self.causal:
@@ -183,15 +172,17 @@ class TracrLayer(nn.Module):
     def mlp_output(self) -> nn.Module:
         return self.mlp
 
-    def head_delta(self, values: Tensor, closed: Tensor | None, *, centred: bool) -> Tensor:
+    def head_delta(
+        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
+    ) -> Tensor:
         """See `project_from_heads`."""
         linear = self.attention_output
         weight = linear.weight.T.reshape(self.num_heads, self.d_head, -1)
-        return project_from_heads(values, closed, weight, linear.bias, centred=centred)
+        return project_from_heads(values, ablation_values, weight, linear.bias, centred=centred)
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """From [in, out] and [out]."""
+    """Make a linear layer from a weight [in, out] and a bias [out]."""
     linear = nn.Linear(*weight.shape, bias=bias is not None)
     linear.weight = nn.Parameter(weight.T.contiguous())
     if bias is not None:
@@ -200,7 +191,7 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 class TracrTransformer(nn.Module):
-    """The whole model but for the unembedding."""
+    """The whole model except for the output projection."""
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -228,7 +219,7 @@ class TracrTransformer(nn.Module):
 
 
 class Tracr:
-    """A loaded Tracr model with its parts named."""
+    """A loaded Tracr model with its parts named; see `architecture.Architecture`."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
 
@@ -238,7 +229,7 @@ class Tracr:
         self.final_norm = body.final_norm
         self.logits = self.unembed = body.unembed  # final states [..., d_model] -> [..., column]
         self.output = OUTPUTS[config["output_type"]]
-        self.may_pad = config["causal"]  # PAD is never masked: only the future is not seen
+        self.may_pad = config["causal"]  # padding is not masked
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [2, batch, pos, d_model]: token and position embeddings."""
@@ -253,35 +244,49 @@ class Tracr:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def build(folder: Path) -> tuple[Tracr, dict[str, Any]]:
-    """Read a folder's weights.
+def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
+    """Load a Tracr model in float32 on the CPU.
+
+    Args:
+        folder: its folder.
+        embedding_writers: whether the embeddings are writers with edges of their own.
 
     Raises:
-        ModelError: a file that cannot be read, or tensors that are not those of the config.
+        ModelError: a file cannot be read, or the tensors do not match the config.
     """
     config = read_config(folder)
+    weights = _read_weights(folder / WEIGHTS, config)
+    body = TracrTransformer(config, weights).requires_grad_(False).eval()
+    graph = CircuitGraph(
+        num_layers=config["n_layers"],
+        num_heads=config["n_heads"],
+        num_kv_heads=config["n_heads"],
+        embedding_writers=Tracr.embedding_writers if embedding_writers else (),
+    )
+    tokenizer = TracrTokenizer(folder, config)
+    return CircuitModel(Tracr(body, config), graph, tokenizer, str(folder), config)
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {error}") from None
     expected = expected_shapes(config)
     for name, shape in expected.items():
         if name not in weights:
-            raise ModelError(f"{folder / WEIGHTS} has no tensor {name!r}")
-        if list(weights[name].shape) != list(shape):
-            raise ModelError(
-                f"{folder / WEIGHTS}: {name} is {list(weights[name].shape)}, expected "
-                f"{list(shape)} by {CONFIG}"
-            )
+            raise ModelError(f"{path} has no tensor {name!r}")
+        if tuple(weights[name].shape) != shape:
+            found = list(weights[name].shape)
+            raise ModelError(f"{path}: {name} is {found}, expected {list(shape)} from {CONFIG}")
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
-        raise ModelError(f"{folder / WEIGHTS}: unexpected tensors {', '.join(unknown)}")
-    body = TracrTransformer(config, {name: w.float() for name, w in weights.items()})
-    return Tracr(body.requires_grad_(False).eval(), config), config
+        raise ModelError(f"{path}: unexpected tensors {', '.join(unknown)}")
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors that `weights.safetensors` holds, by name."""
+    """The names and shapes of the tensors in `weights.safetensors`."""
     layers, heads, d_model, d_head, d_mlp, d_vocab, n_ctx, d_out = (config[s] for s in SIZES)
     shapes = {
         "tok_embed": (d_vocab, d_model),
@@ -303,17 +308,8 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build_graph(config: dict[str, Any], *, embedding_writers: bool) -> CircuitGraph:
-    return CircuitGraph(
-        num_layers=config["n_layers"],
-        num_heads=config["n_heads"],
-        num_kv_heads=config["n_heads"],
-        embedding_writers=Tracr.embedding_writers if embedding_writers else (),
-    )
-
-
 def random_pairs(config: dict[str, Any]) -> list[Pair]:
-    """Prompts of random tokens after BOS, as long as the model takes them."""
+    """Eight pairs of random prompts of the maximum length, for the parity check."""
     special = (config["bos_id"], config.get("pad_id"))
     tokens = [t for t in config["token_to_id"].values() if t not in special]
     draw = random.Random(0)

@@ -1,35 +1,42 @@
-"""How much memory pruning a model takes, told from its shape alone."""
+"""The memory that pruning a model takes, computed from shapes, and the memory that is free."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from edgeprune.engine.activations import Activations
+from edgeprune.engine.architecture import Block
 from edgeprune.engine.cache import MAX_KEPT, KeptPasses
-from edgeprune.engine.circuit_model import Activations, CircuitModel, lookaheads
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.lookahead import lookaheads
+from edgeprune.models.load import pick_device
 from edgeprune.prompts import Batch, Pair, collate
 
 MASK_COPIES = 8
-"""Numbers for each edge: log alpha, gradient, two moments; noise, gates and their gradients."""
+"""Float32 numbers per edge: log alpha, gradient, two moments; noise, gates, and two gradients."""
 
 WORKING_COPIES = 3
-"""Measured on the CPU: the peak is a few times one block's kept values above what is kept."""
+"""Size of a running block's temporary tensors, in saved blocks; measured on the CPU."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that each process needs at the peak of a step, the beginning of the backward pass.
+    """Bytes per process at the peak of a step, the beginning of the backward pass.
 
     Attributes:
-        weights: of the model; with shares, its own and one whole layer.
-        outboxes: the writers' deltas and their gradients, the readers' inputs, and what products
-            are put into on their way there.
-        blocks: what the blocks keep for the backward pass.
-        working: what comes and goes while one block runs or is differentiated.
-        corrupted: what closed edges carry, and the logits.
+        weights: the model's weights; if sharded, the process's shard and one whole layer.
+        outboxes: deltas and their gradients, the readers' inputs, and temporary products.
+        blocks: what the blocks save for the backward pass.
+        working: temporary tensors while one block runs or is differentiated.
+        corrupted: ablation values and logits.
         masks: log alphas, their gradients and the optimiser's state.
         kept: kept passes over the training set (see `KeptPasses`).
     """
@@ -64,114 +71,180 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan a step on the longest prompts.
 
-    The circuit's pass is run on the meta device, where tensors have a shape and no values, and what
-    it would keep is counted.
+    Runs the circuit pass on the meta device, where tensors have a shape and no values, and counts
+    what it saves.
 
     Args:
         model: from `load_meta_model`.
         pairs: the training set.
         batch_size: pairs that this process runs at a time.
-        recompute: whether the backward pass runs blocks again.
-        shares: processes over which the layers are split; 1: they are not.
-        offload: whether the shares lie elsewhere.
-        bits: of the layers' matrices; None: as the model's dtype.
-        corrupted_kept: whether kept passes are to hold activations on the corrupted prompts.
+        recompute: whether the backward pass recomputes the blocks.
+        shares: number of processes over which the layers are split; 1: not split.
+        offload: whether the shards are kept in the CPU's memory.
+        bits: bits per weight of the layers' matrices; None: as the model's dtype.
+        corrupted_kept: whether kept passes include activations on the corrupted prompts.
     """
     longest = max(pairs, key=lambda pair: len(pair.clean_ids))
     batch = collate([longest] * min(batch_size, len(pairs))).to("meta")
-    corrupted = _activations(model, batch)
-    weights = {
-        tensor.untyped_storage()._cdata: tensor
-        for module in (model.architecture.body, model.architecture.unembed)
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    in_layers = [_size_of_layer(block.layer, bits) for block in model.architecture.blocks]
-    outside = sum(tensor.nbytes for tensor in weights.values()) - sum(
-        _size_of_layer(block.layer, None) for block in model.architecture.blocks
-    )
-    if shares == 1:
-        held = sum(in_layers)
-    else:
-        held = max(in_layers) + (0 if offload else sum(in_layers) // shares)
-
-    known = {*weights, *_storages(corrupted)}
-    if bits is not None:  # heads unpack their matrices and keep them for the backward pass
-        known -= {
-            weight.untyped_storage()._cdata
-            for block in model.architecture.blocks
-            for weight in block.attention.parameters()
-        }
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage
-        return tensor
-
-    gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        logits = model.run_circuit(batch, gates, corrupted)
-        logits.sum().backward()  # takes buffers too
-    for buffer in model.workspace.buffers:
-        saved.pop(buffer.untyped_storage()._cdata, None)
-    blocks = sum(storage.nbytes() for storage in saved.values())
+    corrupted = _empty_activations(model, batch)
+    blocks = _saved_bytes(model, batch, corrupted, bits)
     working = WORKING_COPIES * blocks // model.graph.num_layers
-    if recompute:  # only one look-ahead's are there at a time, and the inputs that it reads
-        of_stretch = max(len(layers) for layers in lookaheads(model.graph))
-        blocks = blocks * of_stretch // model.graph.num_layers
+    if recompute:  # only the blocks and inputs of one look-ahead exist at a time
+        blocks = blocks * len(lookaheads(model.graph)[0]) // model.graph.num_layers
         model.release()
-        with torch.enable_grad():
-            model.run_circuit(batch, gates, corrupted, recompute=True).sum().backward()
-    buffers = model.workspace.buffers
+        _run_step(model, batch, corrupted, recompute=True)
+    # the reference, the circuit's logits, and log-probabilities of one of them
+    num_logits = 3 * len(batch.rows) * model.architecture.unembed.out_features
     kept = KeptPasses.size(model, pairs, corrupted=corrupted_kept)
     return MemoryPlan(
-        weights=outside + held,
-        outboxes=sum(buffer.nbytes for buffer in buffers),
+        weights=_weight_bytes(model, shares=shares, offload=offload, bits=bits),
+        outboxes=sum(buffer.nbytes for buffer in model.workspace.buffers),
         blocks=blocks,
         working=working,
-        corrupted=sum(s.nbytes() for s in _storages(corrupted).values())
-        + 3 * logits.numel() * 4,  # the reference, the circuit's, and one's log-probabilities
+        corrupted=sum(s.nbytes() for s in _storages(corrupted).values()) + 4 * num_logits,
         masks=MASK_COPIES * 4 * model.graph.num_edges,
         kept=kept if kept <= MAX_KEPT else 0,
     )
 
 
+def free_memory(device: str) -> int:
+    """Bytes that this process may still allocate, on its GPU or as its share of the machine.
+
+    A container's or batch job's limit is respected.
+
+    Args:
+        device: as for `load_model`.
+    """
+    device = pick_device(device)
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(psutil.virtual_memory().available, memory_allowed())) // num_processes
+
+
+def memory_allowed(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes that this process's control groups (version 2) still allow; infinity without a limit.
+
+    The limit of a container or a SLURM job is set on the process's group or one of its parents.
+    Cached files that are not in use can be freed, so they count as free.
+
+    Args:
+        root: where control groups are mounted.
+        own: the file that names this process's group, as "0::/path".
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return math.inf
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    group = root / path.strip("/")
+    parents = [folder for folder in group.parents if folder.is_relative_to(root)]
+    return min(_allowed_by(folder) for folder in (group, *parents))
+
+
+def _allowed_by(group: Path) -> float:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group: the root, or version 1
+        return math.inf
+
+
+def in_gb(size: int) -> str:
+    """A number of bytes for display, in GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"
+
+
+# --------------------------------------------------------------------------------------- counting
+
+
+def _weight_bytes(model: CircuitModel, *, shares: int, offload: bool, bits: int | None) -> int:
+    blocks = model.architecture.blocks
+    total = sum(tensor.nbytes for tensor in _weights(model).values())
+    outside_layers = total - sum(_layer_bytes(block, None) for block in blocks)
+    layers = [_layer_bytes(block, bits) for block in blocks]
+    if shares == 1:
+        return outside_layers + sum(layers)
+    return outside_layers + max(layers) + (0 if offload else sum(layers) // shares)
+
+
+def _layer_bytes(block: Block, bits: int | None) -> int:
+    return sum(
+        tensor.nbytes if bits is None or tensor.dim() < 2 else tensor.numel() * bits // 8
+        for tensor in (*block.layer.parameters(), *block.layer.buffers())
+    )
+
+
+def _weights(model: CircuitModel) -> dict[int, Tensor]:
+    """Parameters and buffers by the identity of their memory; tied ones count once."""
+    return {
+        tensor.untyped_storage()._cdata: tensor
+        for module in (model.architecture.body, model.architecture.unembed)
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+
+
+def _saved_bytes(
+    model: CircuitModel, batch: Batch, corrupted: Activations, bits: int | None
+) -> int:
+    """Bytes that the blocks save for the backward pass of a step."""
+    known = {*_weights(model), *_storages(corrupted)}
+    if bits is not None:  # heads dequantise their matrices and save them
+        for block in model.architecture.blocks:
+            known -= {weight.untyped_storage()._cdata for weight in block.attention.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        _run_step(model, batch, corrupted, recompute=False)
+    for buffer in model.workspace.buffers:
+        saved.pop(buffer.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def _run_step(
+    model: CircuitModel, batch: Batch, corrupted: Activations, *, recompute: bool
+) -> None:
+    gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
+    with torch.enable_grad():
+        model.run_circuit(batch, gates, corrupted, recompute=recompute).sum().backward()
+
+
 def _storages(activations: Activations) -> dict[int, torch.UntypedStorage]:
-    """The memory that activations take, by identity."""
+    """The memory of activations, by identity."""
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def add(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage
         return tensor
 
-    activations.map(note)
+    activations.map(add)
     return storages
 
 
-def _activations(model: CircuitModel, batch: Batch) -> Activations:
-    """What `run_pair` gives, by shape: the whole model's own code does not run on meta."""
+def _empty_activations(model: CircuitModel, batch: Batch) -> Activations:
+    """The activations of `run_pair`; the full model's own code does not run on the meta device."""
     arch, graph = model.architecture, model.graph
     embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
     stream = embeddings[0]
     values = stream.new_empty(*stream.shape[:2], graph.num_heads * arch.blocks[0].d_head)
 
-    def each(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    def empty(like: Tensor, count: int) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(like) for _ in range(count))
 
     layers = graph.num_layers
     return Activations(
-        embeddings, each(values, layers), each(stream, layers), each(stream, 2 * layers + 1)
+        embeddings, empty(values, layers), empty(stream, layers), empty(stream, 2 * layers + 1)
     )
-
-
-def _size_of_layer(layer: nn.Module, bits: int | None) -> int:
-    return sum(
-        tensor.nbytes if bits is None or tensor.dim() < 2 else tensor.numel() * bits // 8
-        for tensor in (*layer.parameters(), *layer.buffers())
-    )
-
-
-def in_gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"

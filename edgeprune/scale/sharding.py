@@ -1,83 +1,89 @@
-"""A model whose layers' weights are split over processes, and gathered while a layer runs (FSDP2).
+"""Sharding: splits the layers' weights over processes and gathers them while a layer runs (FSDP2).
 
-PyTorch gathers for a layer's own `forward`, which the whole model's pass calls. The circuit's pass
-calls what is inside of it, so it says itself where a layer begins and ends, backward too. Where
-blocks run again in the backward pass, they begin and end again; what is just being differentiated
-then stays.
+PyTorch gathers a layer's weights around the layer's own `forward`, which the full model calls. The
+circuit pass calls the parts of a layer instead, so hooks on the model gather and free the weights
+at the beginning and end of each layer, forward and backward. When blocks are recomputed in the
+backward pass, these hooks run again; a layer that is being differentiated then stays gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from edgeprune.engine.circuit_model import CircuitModel
 
-def shard_layers(
-    body: nn.Module,
-    layers: Sequence[nn.Module],
-    whole: nn.Module | None,
+
+def shard_model(
+    model: CircuitModel,
+    whole: CircuitModel | None,
     mesh: Any,
     device: str,
-    send: Callable[[Tensor], object],
     *,
+    send: Callable[[Tensor], object],
+    is_tied: bool,
     offload: bool,
 ) -> None:
-    """Give each process its share of the layers' weights, and all of the others.
+    """Give each process its shard of the layers' weights, and all other weights.
 
-    One tensor after another goes from the first process to all, so that no other ever holds more
-    than its share and one whole tensor.
+    Rank 0 sends one tensor after another to all processes, so no other process ever holds more
+    than its shard and one whole tensor.
 
     Args:
-        body: the model without its output projection, frozen, on the meta device.
-        layers: its decoder layers.
-        whole: in the first process, the same model on the CPU; None in the others.
-        mesh: of all the processes.
+        model: the model without weights (on the meta device); filled in place.
+        whole: on rank 0, the same model on the CPU; None on the others.
+        mesh: the device mesh of all processes.
         device: where this process runs.
-        send: see `receive`.
-        offload: whether its share stays in the CPU's memory while it is not used.
+        send: a collective that fills a tensor with rank 0's.
+        is_tied: whether the whole model is tied, as told by its weights, not its configuration.
+        offload: whether the shard stays in the CPU's memory while the layer does not run.
     """
+    arch, whole_arch = model.architecture, None if whole is None else whole.architecture
     policy = CPUOffloadPolicy(pin_memory=device != "cpu") if offload else OffloadPolicy()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
-        layer.to_empty(device="cpu" if offload else device)
-    body.to_empty(device=device, recurse=False)
-    for child in body.children():
-        if not isinstance(child, nn.ModuleList):  # the layers are where they belong
+    for block in arch.blocks:
+        fully_shard(block.layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        block.layer.to_empty(device="cpu" if offload else device)
+    arch.body.to_empty(device=device, recurse=False)
+    for child in arch.body.children():
+        if not isinstance(child, nn.ModuleList):  # the list of layers
             child.to_empty(device=device)
-    receive(body, whole, mesh, device, send)
+    _receive(arch.body, None if whole_arch is None else whole_arch.body, mesh, device, send)
+    if is_tied:
+        arch.unembed.weight = arch.body.get_input_embeddings().weight
+    else:
+        weight = torch.empty_like(arch.unembed.weight, device="meta")
+        arch.unembed.weight = nn.Parameter(weight, requires_grad=False)
+        arch.unembed.to_empty(device=device)
+        unembed = None if whole_arch is None else whole_arch.unembed
+        _receive(arch.unembed, unembed, mesh, device, send)
+    model.begin_layer, model.end_layer = _begin_layer, _end_layer
+    model.digest = None if whole is None else whole.fingerprint()  # shards have no fingerprint
 
 
-def receive(
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether a layer's weights are split over processes."""
+    return isinstance(layer, FSDPModule)
+
+
+def _receive(
     module: nn.Module,
     whole: nn.Module | None,
     mesh: Any,
     device: str,
     send: Callable[[Tensor], object],
 ) -> None:
-    """Fill parameters and buffers with the first process's, or with this process's share of them.
-
-    Args:
-        module: sharded or not, with memory of its own.
-        whole: in the first process, the same module on the CPU; None in the others.
-        mesh, device: see `shard_layers`.
-        send: fills a tensor with the first process's, when all call it.
-    """
-    of_first = {} if whole is None else dict(_tensors(whole))
+    """Fill parameters and buffers with rank 0's, or with this process's shards of them."""
+    sources = {} if whole is None else dict(_tensors(whole))
     for name, tensor in _tensors(module):
         received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if whole is not None:
-            received.copy_(of_first[name])
+            received.copy_(sources[name])
         send(received)
         if isinstance(tensor, DTensor):
             received = distribute_tensor(received, mesh, tensor.placements, src_data_rank=None)
@@ -91,42 +97,31 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def is_sharded(layer: nn.Module) -> bool:
-    return isinstance(layer, FSDPModule)
+_IN_BACKWARD: WeakSet[FSDPModule] = WeakSet()
+"""Layers whose backward pass has begun and has not ended."""
 
 
-_DIFFERENTIATED: WeakSet[FSDPModule] = WeakSet()
-"""Layers whose backward pass has begun and is not over."""
+def _begin_layer(layer: FSDPModule, x: Tensor) -> None:
+    """Gather the layer's weights; free them when the gradient of its first input is known."""
+    layer.unshard()
+    if x.requires_grad:
+        x.register_hook(lambda gradient: _end_backward(layer))
 
 
-def begin_layer(layer: nn.Module, x: Tensor) -> None:
-    """Have the weights of a layer here, until `end_layer`.
-
-    Args:
-        layer: nothing is done for one that is not sharded.
-        x: the layer's first input. Once its gradient is known, the layer's backward pass is over.
-    """
-    if isinstance(layer, FSDPModule):
-        layer.unshard()
-        if x.requires_grad:
-            x.register_hook(lambda gradient: _end_backward(layer))
-
-
-def end_layer(layer: nn.Module, output: Tensor) -> None:
-    """Let go of the weights again, until the gradient of the layer's last output is known."""
-    if isinstance(layer, FSDPModule):
-        if output.requires_grad:
-            output.register_hook(lambda gradient: _begin_backward(layer))
-        if layer not in _DIFFERENTIATED:
-            layer.reshard()
+def _end_layer(layer: FSDPModule, output: Tensor) -> None:
+    """Free the layer's weights; gather them when the gradient of its last output is known."""
+    if output.requires_grad:
+        output.register_hook(lambda gradient: _begin_backward(layer))
+    if layer not in _IN_BACKWARD:
+        layer.reshard()
 
 
 def _begin_backward(layer: FSDPModule) -> None:
-    _DIFFERENTIATED.add(layer)
+    _IN_BACKWARD.add(layer)
     with torch.no_grad():
         layer.unshard()
 
 
 def _end_backward(layer: FSDPModule) -> None:
-    _DIFFERENTIATED.discard(layer)
+    _IN_BACKWARD.discard(layer)
     layer.reshard()
