@@ -22,7 +22,7 @@ _HOME = {
     "load_dataset": "prompts",
     "load_model": "models.load",
     "prune": "api.prune",
-    "save_circuit": "formats",
+    "write_circuit": "formats",
 }
 """Public name -> module, imported on first use, so that `import edgeprune` is instant."""
 

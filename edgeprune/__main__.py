@@ -180,7 +180,6 @@ def _run(command: str, flags: list[str], overrides: list[str]) -> None:
     from edgeprune.commands.console import print_log
 
     register()
-    print_log()
     failures: list[Exception] = []
     run_dirs: set[str] = set()
     only_checks = False
@@ -190,6 +189,7 @@ def _run(command: str, flags: list[str], overrides: list[str]) -> None:
         if any(getattr(failure, "ends_sweep", False) for failure in failures):
             return
         register()  # again, where this runs as a job elsewhere
+        print_log()  # Hydra has disabled all loggers
         try:
             config: Any = OmegaConf.to_object(settings)
             if only_checks:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 
 import edgeprune
 from edgeprune.circuit import Circuit
-from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.evaluate import Metrics
 from edgeprune.models import CircuitModel

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_refused, run_cli
+from edgeprune.commands.shared import task_records
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -32,7 +33,6 @@ from tracr_builder import (
 
 from edgeprune import evaluate, load_model, prune
 from edgeprune.circuit import Circuit
-from edgeprune.commands.shared import task_records
 from edgeprune.config import COMMANDS, AblationConfig, AblationKind, TaskConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import ConfigError, DataError, ModelError

@@ -16,7 +16,8 @@ from edgeprune.config import CompareConfig, DrawConfig, ReportConfig
 from edgeprune.drawing import SUFFIXES, comparison_groups, draw_circuit
 from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
 from edgeprune.evaluation import compare as comparison
-from edgeprune.evaluation.report import Group, RunRecord, group_runs, write_report
+from edgeprune.evaluation.report import Group, RunRecord, group_runs
+from edgeprune.evaluation.report_files import write_report
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.runs import layout
@@ -240,7 +241,7 @@ def report(config: ReportConfig) -> Reported:
     groups = group_runs(records, config.split.name if config.split else None)
     title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
     with replace_folder(output, ".edgeprune-report") as new:
-        write_report(groups, new, title)
+        write_report(groups, new, title=title)
     return Reported(groups, len(records), output)
 
 

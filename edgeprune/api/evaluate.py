@@ -90,7 +90,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
     batch_size = batch_size or MAX_EVALUATION_BATCH
     evaluation = evaluate(
         model, circuit, prompts.pairs, batch_size=batch_size, head_permuted=config.head_permuted,
-        ablation=ablation_of(model, ablation, prompts.reference, batch_size), progress=True,
+        ablation=ablation_of(model, ablation, prompts.reference, batch_size),
     )  # fmt: skip
     is_own = is_own_model and prompts.are_own and to_dict(ablation) == source.origin.get("ablation")
     if output is None and is_own and source.path.name in (layout.CIRCUIT, layout.EDGES):

@@ -24,7 +24,7 @@ from edgeprune.config import (
     from_dict,
     to_dict,
 )
-from edgeprune.drawing.plots import draw_training
+from edgeprune.drawing import draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -33,6 +33,7 @@ from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import METHODS
+from edgeprune.methods.paper import warn_if_unfinished
 from edgeprune.models.load import load_meta_model
 from edgeprune.paths import CONF
 from edgeprune.prompts import Pair, PairDataset
@@ -42,14 +43,12 @@ from edgeprune.runs.run import Run, claim
 from edgeprune.scale.memory import free_memory, in_gb, plan_memory
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import training_progress
+from edgeprune.training.loop import train
+from edgeprune.training.progress import progress as progress_bar
 from edgeprune.training.tracker import Tracker
-from edgeprune.training.trainer import StepMetrics, Trainer, train
+from edgeprune.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger("edgeprune")
-
-MAX_OPEN = 2.0
-"""Expected ratio of open gates to edges of the circuit at the end of a successful run."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +158,13 @@ def _prune(
         run.begin(model, world)
     history: list[StepMetrics] = []
     with ExitStack() as stack:
-        show = stack.enter_context(training_progress(settings.steps, enabled=progress))
+        show = stack.enter_context(progress_bar(settings.steps, "step", enabled=progress))
         track = stack.enter_context(_tracker(config, run, world))
 
         def on_step(metrics: StepMetrics) -> None:
             history.append(metrics)
-            show(metrics)
-            track(metrics.to_dict())
+            show(metrics.step, metrics)
+            track(metrics)
 
         if run is not None and world.is_rank_zero:
             stack.callback(_plot, run)
@@ -176,8 +175,8 @@ def _prune(
     scores, state = method.scores(), method.state_dict()
     del trainer  # releases what it has cached
     model.release()
-    if history and asked is not None and history[-1].sparsity is not None:
-        _warn_if_open(history[-1].sparsity, asked)
+    if history and asked is not None and "sparsity" in history[-1].values:
+        warn_if_unfinished(history[-1].values["sparsity"], asked)
     circuit, chosen = choose(scores, state, config.sparsity, config.num_edges)
     if config.cleanup is not None:
         cleaned = clean_up(
@@ -212,14 +211,6 @@ def _plot(run: Run) -> None:
     except Exception as error:
         log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
 
-
-def _warn_if_open(sparsity: float, asked: float) -> None:
-    """Warn if the gates are far less sparse than the circuit that is cut from them."""
-    if 1 - sparsity > MAX_OPEN * (1 - asked):
-        log.warning(
-            f"the gates have only become {sparsity:.1%} sparse, so a circuit that is {asked:.1%} "
-            "sparse lacks edges that they rely on; take more steps, or use trainer=fast"
-        )
 
 
 @dataclass(frozen=True)

@@ -13,5 +13,5 @@ def compare(config: CompareConfig) -> None:
 
     done = compare(config)
     for table in comparison_tables(done.result):
-        print_table(*table)
+        print_table(table)
     print_result(f"-> {done.folder}: comparison.json, drawings, {', '.join(done.parts)}")

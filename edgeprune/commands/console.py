@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
+
+from edgeprune.evaluation.table import Table
 
 
 class _Console(Console):
@@ -36,6 +38,7 @@ def print_log() -> None:
     """Print the package's log messages on standard error."""
     logger = logging.getLogger("edgeprune")
     logger.setLevel(logging.INFO)
+    logger.disabled = False
     logger.handlers = [_Handler()]
     logger.propagate = False
 
@@ -65,13 +68,13 @@ class _Name:
         return Measurement(max(map(cell_len, parts)), cell_len(self.label))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(table: Table) -> None:
     """Print a table; columns without a heading hold names, which give way to numbers."""
-    table = Table(title=Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column),
+    shown = RichTable(title=Text(table.title), title_justify="left")
+    for column in table.columns:
+        shown.add_column(column, justify="right" if column else "left", no_wrap=bool(column),
                          overflow="fold")  # fmt: skip
-    for row in rows:
-        cells = zip(columns, row, strict=True)
-        table.add_row(*(Text(cell) if column else _Name(cell) for column, cell in cells))
-    OUT.print(table)
+    for row in table.rows:
+        cells = zip(table.columns, row, strict=True)
+        shown.add_row(*(Text(cell) if column else _Name(cell) for column, cell in cells))
+    OUT.print(shown)

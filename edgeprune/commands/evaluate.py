@@ -12,7 +12,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from edgeprune.evaluation.evaluate import describe, evaluation_table
 
     done = evaluate_circuit(config)
-    print_table(*evaluation_table(done.evaluation, done.title))
+    print_table(evaluation_table(done.evaluation, done.title))
     print_result(describe(done.evaluation, done.circuit))
     if done.output is None:
         print_result("not written, since it is not of the run's own; output=FILE writes it")

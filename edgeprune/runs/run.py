@@ -166,10 +166,8 @@ class Run:
         if step is None and (self.path / layout.SCORES).exists():
             return EdgeScores.load(self.path / layout.SCORES)
         found = self.checkpoint(step)
-        scores = scores_from_state(self.graph, found.state)
-        return EdgeScores(self.graph, scores.values, scores.by_magnitude, {
-            "method": self.config.trainer.method, "step": found.step,
-        })  # fmt: skip
+        origin = {"method": self.config.trainer.method, "step": found.step}
+        return scores_from_state(self.graph, found.state, origin)
 
     def circuit(self) -> CircuitFile:
         """The run's chosen circuit.
@@ -242,7 +240,10 @@ class Run:
             else:
                 evaluations[split] = evaluation
         settings = flatten(_portable(self.config))
-        return RunRecord(name or self.path.name, settings, file.circuit, evaluations, self.digests)
+        return RunRecord(
+            name or self.path.name, settings, file.circuit, evaluations, self.digests,
+            settings.keys() - settings_with("distinguishes", False), self.path,
+        )  # fmt: skip
 
     def _check_size(self, file: CircuitFile) -> None:
         """Raise ConfigError if the circuit, before any clean-up, is not of the size asked for."""
