@@ -6,23 +6,25 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Ablation": "ablation",
+    "Ablation": "engine.ablation",
     "Circuit": "circuit",
     "CircuitGraph": "graph",
-    "clean_up": "analysis.cleanup",
-    "Evaluation": "analysis.evaluate",
-    "compare": "analysis.compare",
-    "consensus": "analysis.compare",
+    "EdgeScores": "scores",
+    "Evaluation": "evaluation.evaluate",
+    "Run": "runs.run",
+    "clean_up": "evaluation.cleanup",
+    "compare": "evaluation.compare",
+    "consensus": "evaluation.compare",
     "draw_circuit": "drawing",
-    "encode_pair": "dataset",
-    "evaluate": "analysis.evaluate",
-    "export_circuit": "analysis.export",
-    "load_dataset": "dataset",
-    "load_masks": "training.run",
-    "load_model": "modeling",
-    "prune": "api",
+    "encode_pair": "prompts",
+    "evaluate": "evaluation.evaluate",
+    "load_circuit": "runs.source",
+    "load_dataset": "prompts",
+    "load_model": "models.load",
+    "prune": "api.prune",
+    "save_circuit": "formats",
 }
-"""Public name -> module, imported when first used, so that `import edgeprune` is instant."""
+"""Public name -> module, imported on first use, so that `import edgeprune` is instant."""
 
 __all__ = sorted(_HOME)
 

@@ -1,36 +1,44 @@
-"""Every setting, as dataclasses. Hydra fills them, `__main__` converts them once; no torch here."""
+"""Every setting, as dataclasses that validate themselves. Hydra fills them; torch is not imported.
+
+The string below a field is its help text. A field's metadata, set by `setting`, states its range,
+whether it may change when a run is resumed, and whether it distinguishes experiments in a report.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from edgeprune.errors import ConfigError
 
-MAX_EVALUATED = 64
-"""Pairs of a pass without gradients, unless more are asked for."""
+MAX_EVALUATION_BATCH = 64
+"""Default number of pairs per forward pass without gradients."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 CUSTOM = "custom"
-"""The task and the model that are one's own: `task.path`, `model.path`."""
+"""Name of the task and of the model for a user's own `task.path` or `model.path`."""
+
+LESS_MEMORY = (
+    "Run fewer examples at a time (trainer.micro_batch_size, or more processes; for evaluate: "
+    "batch_size), recompute blocks in the backward pass (trainer.recompute=true), store the "
+    "weights in fewer bits (model.dtype=bfloat16, model.bits=4), or split them over processes "
+    "(launcher.shard=true, launcher.offload=true)"
+)
+"""Advice for errors about memory."""
 
 
 class AblationKind(Enum):
     interchange = "interchange"
     zero = "zero"
     mean = "mean"
-
-
-class Constraint(Enum):
-    exact = "exact"
-    lagrangian = "lagrangian"
 
 
 class Warmup(Enum):
@@ -56,35 +64,111 @@ class Split(Enum):
 
 class CircuitFormat(Enum):
     edges = "edges"
+    circuit = "circuit"
     eap_json = "eap_json"
     eap_pt = "eap_pt"
+
+
+def setting(
+    default: Any,
+    *,
+    resumable: bool = False,
+    distinguishes: bool = True,
+    digest: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    choices: tuple = (),
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: its default value; a class or function is called to make one.
+        resumable: whether a run may be resumed with another value.
+        distinguishes: whether runs with different values are different experiments in a report.
+        digest: what identifies the value in place of its text: the digest of the run's `model` or
+            `data`, wherever these lie.
+        at_least, above: bounds of a number that is not None.
+        choices: the allowed values, if they are few.
+    """
+    metadata = {
+        "resumable": resumable, "distinguishes": distinguishes, "digest": digest,
+        "at_least": at_least, "above": above, "choices": choices,
+    }  # fmt: skip
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _check_ranges(config: Any, prefix: str) -> None:
+    """Check every field against its metadata.
+
+    Raises:
+        ConfigError: a value is out of range; names the setting with the prefix.
+    """
+    for entry in dataclasses.fields(config):
+        value, name = getattr(config, entry.name), f"{prefix}{entry.name}"
+        if value is None or not entry.metadata:
+            continue
+        choices = entry.metadata["choices"]
+        if choices and value not in choices:
+            raise ConfigError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be a finite number")
+        lowest, above = entry.metadata["at_least"], entry.metadata["above"]
+        if lowest is not None and not value >= lowest:
+            raise ConfigError(f"{name}={value} must be at least {lowest}")
+        if above is not None and not value > above:
+            raise ConfigError(f"{name}={value} must be greater than {above}")
+
+
+# ---------------------------------------------------------------------------------------- groups
 
 
 @dataclass
 class ModelConfig:
     """Which language model, and how it is loaded."""
 
-    name: str = ""
-    """For people and for the run directory."""
-    path: str = ""
+    name: str = setting("", resumable=True)
+    """Shown to people and part of the default run directory."""
+    path: str = setting("", digest="model")
     """Hub name; a folder with config.json, tokenizer.json and safetensors; a .gguf file; a Tracr
-    folder; or what comes with the project: `embedded`, `tracr/NAME`."""
-    device: str = "auto"
+    folder; or a model shipped with the project: `embedded`, `tracr/NAME`."""
+    device: str = setting("auto", resumable=True, distinguishes=False)
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    dtype: str = "float32"
+    dtype: str = setting("float32", choices=DTYPES)
     """float32, bfloat16 or float16."""
     attention: str = "auto"
     """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ...;
-    auto is sdpa, or eager where the model caps its scores."""
-    bits: int | None = None
-    """4 or 8: hold the weights in so many bits (bitsandbytes; Llama family)."""
+    auto is sdpa, or eager where the model caps its attention scores."""
+    bits: int | None = setting(None, choices=(4, 8))
+    """4 or 8: store the weights in that many bits (bitsandbytes; Llama family)."""
     fused: bool = False
-    """On a GPU, in bfloat16, norm and project what heads read in Triton kernels, which moves less
-    memory; does nothing elsewhere."""
+    """On a GPU, in bfloat16: normalise and project the heads' inputs in Triton kernels, which moves
+    less memory. No effect elsewhere."""
     embedding_writers: bool = True
-    """Whether the embeddings are writers with edges; without, they always flow."""
+    """Whether the embeddings are writers with edges; if not, they always flow."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "model.")
+        if self.fused and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"model.fused=true needs bfloat16, got model.dtype={self.dtype}; give "
+                "model.dtype=bfloat16 or leave it out"
+            )
+
+    @property
+    def title(self) -> str:
+        """Name for people; a user's own model is called by its folder or file."""
+        return Path(self.path).name if self.name == CUSTOM and self.path else self.name
+
+    def require_path(self) -> None:
+        """Raise ConfigError if no model is named."""
+        if not self.path:
+            raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
+        if self.path == "tracr/":
+            raise ConfigError("model=tracr needs the name of a program, such as model.name=reverse")
 
 
 @dataclass
@@ -92,19 +176,37 @@ class TaskConfig:
     """Where the clean/corrupted prompts come from."""
 
     name: str = ""
-    """One of the tasks that `edgeprune prepare` writes, or any name for a file of your own."""
-    path: str | None = None
-    """JSONL of prompts; null: the task's own are generated."""
-    train: int = 200
-    """Training prompts to generate."""
-    validation: int = 200
-    """Validation prompts to generate."""
-    test: int = 1000
-    """Test prompts to generate."""
-    max_length: int | None = None
-    """Leave out prompts of more tokens than this."""
+    """One of the tasks that `edgeprune prepare` writes, or any name for your own file."""
+    path: str | None = setting(None, digest="data")
+    """JSONL file of prompts; null: generate the task's prompts."""
+    train: int = setting(200, at_least=0)
+    """Number of training prompts to generate."""
+    validation: int = setting(200, at_least=0)
+    """Number of validation prompts to generate."""
+    test: int = setting(1000, at_least=0)
+    """Number of test prompts to generate."""
+    max_length: int | None = setting(None, at_least=1)
+    """Leave out prompts with more tokens than this."""
     seed: int = 0
-    """Of the generated prompts; apart from the run's seed, so that runs share their data."""
+    """Seed of the generated prompts; separate from the run's seed, so that runs share their data."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "task.")
+
+    @property
+    def title(self) -> str:
+        """Name for people; a user's own data is called by its file."""
+        return Path(self.path).stem if self.name == CUSTOM and self.path else self.name
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of prompts to generate per split."""
+        return {split.name: getattr(self, split.name) for split in Split}
+
+    def require_path(self) -> None:
+        """Raise ConfigError for a custom task without a file."""
+        if self.name == CUSTOM and self.path is None:
+            raise ConfigError(f"task.path is missing: task={CUSTOM} reads your own file")
 
 
 @dataclass
@@ -112,88 +214,192 @@ class AblationConfig:
     """What a closed edge carries."""
 
     kind: AblationKind = AblationKind.interchange
-    """interchange: the value on the corrupted prompt; zero: nothing, nor the share of the attention
-    output's bias that goes with each head; mean: a mean over prompts."""
+    """interchange: the value on the corrupted prompt; zero: nothing, not even the head's share of
+    the attention output's bias; mean: a mean over the training prompts."""
     per_position: bool = True
-    """For mean: one mean a position, or one over all positions."""
+    """For mean: one mean per position instead of one over all positions."""
 
 
 @dataclass
 class TrainerConfig:
-    """How the gates are learned."""
+    """Settings that all training methods share."""
 
-    steps: int = 600
+    method: str = setting("", choices=("", "lagrangian", "held", "priced"))
+    """The method, which `trainer=NAME` chooses together with its settings."""
+    steps: int = setting(600, at_least=1)
     """Optimisation steps."""
-    batch_size: int = 16
-    """Pairs a step."""
-    micro_batch_size: int | None = None
-    """Pairs run at a time, for less memory; null: the whole batch."""
-    recompute: bool = False
-    """Run blocks again in the backward pass: slower, for less memory."""
-    cuda_graph: bool = False
-    """On a GPU, record the circuit's pass, forward and backward, once for each shape of batch and
-    replay it, which saves what Python takes to start its many operations: for small models."""
-    learning_rate: float = 0.1
-    """Of log alpha."""
-    adam_epsilon: float = 1e-8
-    """Adam divides a gradient by its size plus this, so gradients far below this move slowly. With
-    constraint=exact gradients have a mean size of 1."""
-    weight_decay: float = 0.0
-    """AdamW's, of log alpha and the multipliers; a share of the learning rate by which they shrink
-    each step."""
-    constraint: Constraint = Constraint.lagrangian
-    """How gates are held at the target. lagrangian: by learned multipliers; exact: at each step one
-    number is added to all log alphas, so that the sampled gates are just so sparse (trainer=fast
-    has the settings for that)."""
-    multiplier_learning_rate: float = 3.0
-    """Of a Lagrangian's multipliers, which are maximised."""
-    lr_warmup_steps: int | None = None
-    """Both learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
-    start_sparsity: float = 0.25
-    """Target at step 0."""
-    target_sparsity: float | None = None
-    """Target after the warm-up; null: as follows from the sparsity asked for, see target_lead."""
-    target_lead: float = 0.07
-    """How far a target that is not set lies beyond the sparsity asked for, where multipliers hold
-    the gates and the warm-up is linear: gates lag behind, and above 1 a target pushes harder."""
-    sparsity_warmup_steps: int | None = None
-    """Steps over which the target rises; null: two thirds of all."""
-    edge_price: float | None = None
-    """In place of a target sparsity, where the circuit's size is to be found too: what each edge
-    that is expected to be open adds to the loss. null: there is a target."""
-    warmup: Warmup = Warmup.linear
-    """Shape of that rise: logarithmic in 1 - target, so that the number of open edges falls by the
-    same share each step; or linear."""
-    node_gates: bool = False
-    """Whether writers have gates too."""
-    start_node_sparsity: float = 0.25
-    """Target of the node gates at step 0."""
-    target_node_sparsity: float = 0.7
-    """Target of the node gates after the warm-up."""
-    init_mean: float = 1.0
+    batch_size: int = setting(16, at_least=1)
+    """Pairs per step."""
+    micro_batch_size: int | None = setting(None, resumable=True, distinguishes=False, at_least=1)
+    """Pairs run at a time, to save memory; null: the whole batch."""
+    recompute: bool = setting(False, resumable=True, distinguishes=False)
+    """Recompute blocks in the backward pass: slower, but needs less memory."""
+    cuda_graph: bool = setting(False, resumable=True, distinguishes=False)
+    """On a GPU: record the circuit's forward and backward pass once per batch shape and replay it,
+    which saves the time Python takes to launch many small operations. For small models."""
+    learning_rate: float = setting(0.1, above=0)
+    """Learning rate of log alpha."""
+    adam_epsilon: float = setting(1e-8, above=0)
+    """Adam divides a gradient by its size plus this; gradients far below it move slowly."""
+    lr_warmup_steps: int | None = setting(None, at_least=0)
+    """Learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
+    init_mean: float = setting(1.0)
     """Mean of log alpha at the start."""
-    init_std: float = 0.01
+    init_std: float = setting(0.01, at_least=0)
     """Standard deviation of log alpha at the start."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = setting(100, resumable=True, distinguishes=False, at_least=1)
     """Steps between checkpoints."""
-    log_every: int = 10
+    log_every: int = setting(10, resumable=True, distinguishes=False, at_least=1)
     """Steps between lines of metrics.jsonl."""
 
-    @property
-    def lr_warmup(self) -> int:
-        """`lr_warmup_steps`, or its default for this many steps."""
-        return self.steps // 60 if self.lr_warmup_steps is None else self.lr_warmup_steps
+    def __post_init__(self) -> None:
+        _check_ranges(self, "trainer.")
+        for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
+            given = getattr(self, name, None)
+            if given is not None and given > self.steps:
+                raise ConfigError(
+                    f"trainer.{name}={given} must be at most trainer.steps={self.steps}; with "
+                    f"trainer.{name}=null it follows from the steps"
+                )
 
-    @property
-    def sparsity_warmup(self) -> int:
-        """`sparsity_warmup_steps`, or its default for this many steps."""
-        given = self.sparsity_warmup_steps
-        return self.steps * 2 // 3 if given is None else given
+    def check_size(self, asked: float | None) -> None:
+        """Check that the method knows how sparse the circuit has to become.
+
+        Args:
+            asked: sparsity of the circuit asked for; None: none is.
+
+        Raises:
+            ConfigError: neither a size nor a setting of the method says so.
+        """
+
+    def method_settings(self, asked: float | None) -> dict[str, Any]:
+        """Keyword arguments of the method's constructor.
+
+        Args:
+            asked: sparsity of the circuit asked for; None: none is.
+        """
+        shared = ("method", "batch_size", "micro_batch_size", "recompute", "cuda_graph",
+                  "checkpoint_every", "log_every")  # fmt: skip
+        settings = {key: value for key, value in to_dict(self).items() if key not in shared}
+        if self.lr_warmup_steps is None:
+            settings["lr_warmup_steps"] = self.steps // 60
+        return settings
+
+
+def _target_settings(config: Any, target: float | None) -> dict[str, Any]:
+    """Settings of a target sparsity that rises over the run, with their defaults filled in."""
+    warmup = config.sparsity_warmup_steps
+    return {
+        "target_sparsity": target,
+        "sparsity_warmup_steps": config.steps * 2 // 3 if warmup is None else warmup,
+    }
+
+
+def _require_target(config: Any, asked: float | None) -> None:
+    if config.target_sparsity is None and asked is None:
+        raise ConfigError(
+            "nothing says how sparse the circuit is to become: give sparsity=, num_edges= or "
+            "trainer.target_sparsity="
+        )
+
+
+@dataclass
+class LagrangianConfig(TrainerConfig):
+    """Hard-concrete gates held at a rising sparsity by learned multipliers (Edge Pruning)."""
+
+    method: str = "lagrangian"
+    weight_decay: float = setting(0.0, at_least=0)
+    """Weight decay of AdamW, for log alpha and the multipliers."""
+    lambda_learning_rate: float = setting(3.0, above=0)
+    """Learning rate of the multipliers lambda_1 and lambda_2, which are maximised."""
+    start_sparsity: float = setting(0.25)
+    """Target sparsity at step 0."""
+    target_sparsity: float | None = setting(None)
+    """Target sparsity after the warm-up, which may exceed 1 to push harder; null: follows from the
+    size asked for, see target_lead."""
+    target_lead: float = setting(0.07)
+    """How far a target that is not set lies beyond the sparsity asked for, since gates lag behind
+    it; with warmup=logarithmic it does not."""
+    sparsity_warmup_steps: int | None = setting(None, at_least=0)
+    """Steps over which the target rises; null: two thirds of all."""
+    warmup: Warmup = Warmup.linear
+    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
+    falls by the same factor each step."""
+    node_gates: bool = False
+    """Whether writers have gates too."""
+    start_node_sparsity: float = setting(0.25)
+    """Target sparsity of the node gates at step 0."""
+    target_node_sparsity: float = setting(0.7)
+    """Target sparsity of the node gates after the warm-up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        targets = [self.start_sparsity, self.target_sparsity or 0.0]
+        if self.node_gates:
+            targets += [self.start_node_sparsity, self.target_node_sparsity]
+        if self.warmup is Warmup.logarithmic and max(targets) > 1:
+            raise ConfigError(
+                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets may be at "
+                f"most 1, got {max(targets)}; use trainer.warmup=linear"
+            )
+
+    def check_size(self, asked: float | None) -> None:
+        _require_target(self, asked)
+
+    def method_settings(self, asked: float | None) -> dict[str, Any]:
+        target = self.target_sparsity
+        if target is None and asked is not None:
+            target = asked + (self.target_lead if self.warmup is Warmup.linear else 0)
+        settings = super().method_settings(asked) | _target_settings(self, target)
+        del settings["target_lead"]
+        return settings
+
+
+@dataclass
+class HeldConfig(TrainerConfig):
+    """Hard-concrete gates held at a rising sparsity exactly, by one shift of all log alphas."""
+
+    method: str = "held"
+    start_sparsity: float = setting(0.0, at_least=0)
+    """Target sparsity at step 0."""
+    target_sparsity: float | None = setting(None, at_least=0)
+    """Target sparsity after the warm-up; null: the sparsity asked for."""
+    sparsity_warmup_steps: int | None = setting(None, at_least=0)
+    """Steps over which the target rises; null: two thirds of all."""
+    warmup: Warmup = Warmup.logarithmic
+    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
+    falls by the same factor each step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("start_sparsity", "target_sparsity"):
+            if (getattr(self, name) or 0) > 1:
+                raise ConfigError(f"trainer.{name}={getattr(self, name)} must be at most 1")
+
+    def check_size(self, asked: float | None) -> None:
+        _require_target(self, asked)
+
+    def method_settings(self, asked: float | None) -> dict[str, Any]:
+        target = asked if self.target_sparsity is None else self.target_sparsity
+        return super().method_settings(asked) | _target_settings(self, target)
+
+
+@dataclass
+class PricedConfig(TrainerConfig):
+    """Hard-concrete gates with a price per open edge, where the circuit's size is unknown."""
+
+    method: str = "priced"
+    edge_price: float = setting(0.01, above=0)
+    """What each edge that is expected to be open adds to the loss."""
+
+
+TRAINERS = {"lagrangian": LagrangianConfig, "held": HeldConfig, "priced": PricedConfig}
+"""Settings class per training method."""
 
 
 @dataclass
 class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     kind: TrackerKind = TrackerKind.none
     """none, or wandb (offline without an API key)."""
@@ -205,208 +411,254 @@ class TrackerConfig:
 class LauncherConfig:
     """The processes of a run."""
 
-    processes: int | None = 1
-    """Started on this machine by `accelerate launch`; null: one for each GPU."""
+    processes: int | None = setting(1, at_least=1)
+    """Number of processes that `accelerate launch` starts on this machine; null: one per GPU."""
     shard: bool = False
-    """Split the model's layers over the processes (FSDP2), where it is too large for one."""
+    """Split the model's layers over the processes (FSDP2), for models too large for one."""
     offload: bool = False
-    """With shard: keep what is not in use in the CPU's memory."""
-    timeout: int = 30
+    """With shard: keep weights that are not in use in CPU memory."""
+    timeout: int = setting(30, at_least=1)
     """Minutes after which a process that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "launcher.")
+        if self.offload and not self.shard:
+            raise ConfigError("launcher.offload=true needs launcher.shard=true")
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def check_size(sparsity: float | None, num_edges: int | None) -> None:
+    """Check that at most one of the two is given, and its range.
+
+    Raises:
+        ConfigError: both are given, or one is out of range.
+    """
+    if sparsity is not None and num_edges is not None:
+        raise ConfigError(
+            f"got sparsity={sparsity} and num_edges={num_edges}; give only one; where an "
+            "experiment sets the other, add sparsity=null or num_edges=null"
+        )
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ConfigError(
+            f"sparsity={sparsity} is out of range: it is the fraction of edges to remove, 0 to 1 "
+            "(to push harder than 1, set trainer.target_sparsity)"
+        )
+    if num_edges is not None and num_edges < 0:
+        raise ConfigError(f"num_edges={num_edges} is negative")
 
 
 @dataclass
 class PruneConfig:
     """Learn the gates of a model's edges on a task."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    sparsity: float | None = None
-    """The circuit keeps exactly this fraction less of the edges; null: see num_edges."""
-    num_edges: int | None = None
-    """The circuit keeps exactly so many edges; null, and no sparsity: found by binary search."""
-    cleanup: float | None = None
-    """At the end, remove edges as long as the circuit, on the training prompts, comes no farther
-    from the full model by all removals together than this: KL in nats above its own, or, where
-    outputs are values, an absolute error. null: no clean-up."""
-    seed: int = 0
-    """Of the start, the noise and the order of the data."""
-    run_dir: str = ""
-    """Everything of the run is written here."""
-    resume: Resume = Resume.never
-    """auto: go on from the last checkpoint in run_dir, if there is one."""
-    overwrite: bool = False
-    """Throw away what an earlier run left in run_dir, once model and data are loaded."""
+    model: ModelConfig = setting(ModelConfig)
+    task: TaskConfig = setting(TaskConfig)
+    ablation: AblationConfig = setting(AblationConfig)
+    trainer: TrainerConfig = setting(TrainerConfig)
+    tracker: TrackerConfig = setting(TrackerConfig, resumable=True, distinguishes=False)
+    launcher: LauncherConfig = setting(LauncherConfig, resumable=True, distinguishes=False)
+    sparsity: float | None = setting(None)
+    """Fraction of the edges to remove, exactly; null: see num_edges."""
+    num_edges: int | None = setting(None)
+    """Number of edges to keep, exactly; null, and no sparsity: found by binary search."""
+    cleanup: float | None = setting(None, at_least=0)
+    """At the end, remove edges as long as all removals together move the circuit, on the training
+    prompts, no farther from the full model than this: KL in nats above its own, or an absolute
+    error where outputs are values. null: no clean-up."""
+    seed: int = setting(0, distinguishes=False, at_least=0)
+    """Seed of the initial values, the noise and the order of the data."""
+    run_dir: str = setting("", resumable=True, distinguishes=False)
+    """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
+    resume: Resume = setting(Resume.never, resumable=True, distinguishes=False)
+    """auto: continue from the last checkpoint in run_dir, if there is one."""
+    overwrite: bool = setting(False, resumable=True, distinguishes=False)
+    """Replace the run in run_dir, as a whole, once model and data of the new one are loaded."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "")
+        check_size(self.sparsity, self.num_edges)
+        self.model.require_path()
+        self.task.require_path()
+        if not self.run_dir:
+            raise ConfigError("run_dir is empty; name a folder, such as run_dir=runs/mine")
+        if self.overwrite and self.resume is Resume.auto:
+            raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed={self.seed} must be less than {2**31}")
+        if self.task.path is None and self.task.train < 1:
+            raise ConfigError(f"task.train={self.task.train} must be at least 1")
+        size = self.sparsity if self.num_edges is None else self.num_edges
+        self.trainer.check_size(size)
+        if self.launcher.shard:
+            self._check_shard()
+
+    def _check_shard(self) -> None:
+        """Raise ConfigError for settings that a model split over processes cannot have."""
+        for is_set, name, reason in (
+            (self.cleanup is not None, "cleanup=", "one process cleans up (use `export` later)"),
+            (self.trainer.cuda_graph, "trainer.cuda_graph=true", "layers move between processes"),
+            (self.model.fused, "model.fused=true", "a sharded model is loaded on the CPU"),
+            (self.model.bits is not None, "model.bits=", "only whole weights can be split"),
+        ):
+            if is_set:
+                raise ConfigError(
+                    f"launcher.shard=true and {name} do not go together, since {reason}; leave "
+                    "out one of them"
+                )
+
+    @property
+    def title(self) -> str:
+        """Name for people, such as 'ioi in embedded'."""
+        return f"{self.task.title} in {self.model.title}"
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Pairs per pass without gradients, which needs half the memory of one with them."""
+        trainer = self.trainer
+        in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
+        return min(MAX_EVALUATION_BATCH, 2 * in_training)
 
 
 @dataclass
 class ExportConfig:
-    """Make a circuit of a run's checkpoint and write it as edges.json or as an EAP-IG graph."""
+    """Choose a circuit from a run's scores and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
-    """Run directory; or a circuit's file, to write it in another format, or, of a graph of EAP-IG
-    or MIB with scores, in another size: the edges of the largest scores by magnitude."""
+    """Run directory; or a circuit file, to convert it, or to cut another size from its scores."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
     sparsity: float | None = None
-    """Exactly this fraction less of the edges."""
+    """Fraction of the edges to remove, exactly."""
     num_edges: int | None = None
-    """Exactly so many edges. Neither: as the run asked for."""
+    """Number of edges to keep, exactly. With neither: as the run asked for."""
     threshold: bool = False
-    """By a threshold found by binary search, as where the run asked for no size."""
-    cleanup: float | None = None
-    """Then remove edges as long as the circuit, on the training prompts, comes no farther from the
-    full model by all removals together than this: KL in nats above its own, or, where outputs are
-    values, an absolute error. null: no clean-up."""
+    """Find a threshold by binary search, as where the run asked for no size."""
+    cleanup: float | None = setting(None, at_least=0)
+    """Then remove edges as long as all removals together move the circuit, on the training prompts,
+    no farther from the full model than this: KL in nats above its own, or an absolute error where
+    outputs are values. null: no clean-up."""
     format: CircuitFormat | None = None
-    """edges: [writer, reader] pairs; eap_json, eap_pt: the graphs of EAP-IG and MIB; null: eap_pt
-    where output ends in .pt, else edges."""
+    """edges: [writer, reader] pairs; circuit: these with graph and origin; eap_json, eap_pt: the
+    graphs of EAP-IG and MIB; null: eap_pt where output ends in .pt, else edges."""
     output: str | None = None
-    """File to write; null: edges.json, graph.json or graph.pt in the run directory. Beside one
-    elsewhere (as edges) lies FILE.origin, by which its model and run are known: keep both."""
+    """File to write, outside of run directories; null: the run's edges.json and circuit.json, or
+    its graph.json or graph.pt."""
+    model: ModelConfig | None = None
+    """The model of a circuit file that does not identify it."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "")
+        check_size(self.sparsity, self.num_edges)
+        if self.threshold and (self.sparsity, self.num_edges) != (None, None):
+            raise ConfigError("threshold=true finds the size itself; leave out sparsity, num_edges")
 
 
 @dataclass
 class EvaluateConfig:
-    """Measure a circuit beside the full model and the fully corrupted one."""
+    """Measure a circuit, the full model and the empty circuit on the same prompts."""
 
     circuit: str = ""
-    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
+    """Run directory or circuit file."""
     model: ModelConfig | None = None
-    """null: the run's."""
+    """null: the model in which the circuit was found."""
     task: TaskConfig | None = None
-    """null: the run's."""
+    """null: the task on which it was found."""
     ablation: AblationConfig | None = None
-    """null: the run's, or interchange."""
+    """null: the ablation with which it was found, or interchange."""
     split: Split = Split.test
     """Which prompts."""
-    batch_size: int | None = None
-    """Pairs a forward pass; null: twice as many as in the run's training, or 64."""
-    shuffled_circuits: int = 0
-    """Measure the circuit so many times between other heads, too: the heads of each layer change
-    places, so it has as many edges and is as well connected."""
+    batch_size: int | None = setting(None, at_least=1)
+    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
+    head_permuted: int = setting(0, at_least=0)
+    """Number of head-permuted circuits to measure for comparison: the heads of each layer change
+    places, so they have equally many edges and are equally well connected."""
     output: str | None = None
-    """JSON to write; null: evaluation-<split>.json beside the circuit. What is not the run's own
-    (another circuit's file, model, task or ablation) is named before the split, models and
-    prompts with the beginning of their SHA-256; where there is no run, all are."""
+    """JSON file to write. null: evaluation-<split>.json next to the circuit if model, prompts and
+    ablation are those of its run, otherwise none."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "")
+        for part in (self.model, self.task):
+            if part is not None:
+                part.require_path()
 
 
 @dataclass
 class DrawConfig:
-    """Draw a circuit by Graphviz."""
+    """Draw a circuit with Graphviz."""
 
     circuit: str = ""
-    """Run directory, or a circuit's file: edges.json, or a graph of EAP-IG or MIB."""
+    """Run directory or circuit file."""
     checkpoint: int | None = None
-    """Step of the run's checkpoint to draw; null: the exported circuit, or else the last."""
+    """Step of the run's checkpoint to draw; null: the run's circuit, or else the last."""
     sparsity: float | None = None
-    """Draw the circuit with exactly this fraction less of the edges."""
+    """Draw the circuit with exactly this fraction of the edges removed."""
     num_edges: int | None = None
-    """Draw the circuit with exactly so many edges."""
-    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """Draw the circuit with exactly this many edges."""
+    formats: list[str] = setting(lambda: ["pdf", "svg", "png", "dot"])
     """Files to write."""
     output: str | None = None
-    """Path without suffix; FOLDER/ is FOLDER/circuit; null: circuit beside edges.json, and beside
-    another file its name."""
+    """Path without suffix; FOLDER/ means FOLDER/circuit; null: circuit next to the circuit file,
+    or the file's own name."""
     dangling: bool = False
-    """Draw dangling edges too."""
+    """Also draw dangling edges."""
     title: str | None = None
     """null: the run's model and task."""
+    model: ModelConfig | None = None
+    """The model of a circuit file that does not identify it."""
+
+    def __post_init__(self) -> None:
+        check_size(self.sparsity, self.num_edges)
 
 
 @dataclass
 class CompareConfig:
-    """Compare circuits: what they share, what only one has, and how alike they are."""
+    """Compare circuits: what they share, what only one has, and how similar they are."""
 
-    circuits: list[str] = field(default_factory=list)
-    """Run directories, or circuits' files: edges.json, or graphs of EAP-IG or MIB."""
+    circuits: list[str] = setting(list)
+    """Run directories or circuit files."""
     reference: str | None = None
-    """A circuit by which the others' precision, recall and F1 are measured."""
-    formats: list[str] = field(default_factory=lambda: ["pdf", "svg", "png", "dot"])
+    """A circuit against which the others' precision, recall and F1 are measured."""
+    formats: list[str] = setting(lambda: ["pdf", "svg", "png", "dot"])
     """Drawings to write."""
     output: str = "comparison"
-    """Folder to write."""
+    """Folder to write; an earlier comparison there is replaced."""
+    model: ModelConfig | None = None
+    """The model of circuit files that do not identify it."""
 
 
 @dataclass
 class ReportConfig:
-    """Sum up all runs below a folder: frontiers, and stability over seeds."""
+    """Summarise all runs below a folder: frontiers, and stability over seeds."""
 
     folder: str = ""
-    """Run directories are looked for here, at any depth."""
+    """Run directories are searched here, at any depth."""
     split: Split | None = None
-    """Whose evaluations are shown; null: that which most runs have, test before validation."""
+    """Whose evaluations are shown; null: the one that most runs have, test before validation."""
     output: str | None = None
-    """Folder to write; null: report in that folder."""
+    """Folder to write; null: report in that folder. An earlier report there is replaced."""
 
 
 @dataclass
 class PrepareConfig:
     """Write a task's prompts as JSONL."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = setting(TaskConfig)
+    model: ModelConfig = setting(ModelConfig)
     """Its tokenizer decides which prompts fit."""
     output: str = ""
     """File to write."""
 
-
-LESS_MEMORY = (
-    "Take fewer examples at a time (trainer.micro_batch_size, or more processes; of evaluate: "
-    "batch_size), run blocks again (trainer.recompute=true), hold the weights in less "
-    "(model.dtype=bfloat16, model.bits=4), or split them over processes (launcher.shard=true, "
-    "launcher.offload=true)"
-)
-"""What to do where memory is short."""
-
-FREE_TO_CHANGE = ("resume", "overwrite", "run_dir", "tracker", "launcher", "model.device",
-                  "model.name", "trainer.log_every", "trainer.checkpoint_every",
-                  "trainer.cuda_graph")  # fmt: skip
-"""Settings that do not change what is computed, so a run may be resumed with others."""
-
-KNOWN_BY_DIGEST = {"model.path": "model", "task.path": "data"}
-"""Settings of what a run knows by a digest, wherever it lies, and what run.json calls it."""
-
-ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")
-"""What `edgeprune benchmark` can measure."""
-
-
-@dataclass
-class BenchmarkConfig:
-    """Time a step beside the published way and the model's own passes."""
-
-    shape: str = "gpt2"
-    """gpt2, smollm2, llama-8b, codellama-13b, or a folder with config.json; random weights."""
-    batch_size: int = 8
-    """Pairs a step."""
-    micro_batch_size: int | None = None
-    """Pairs run at a time; null: the whole batch."""
-    length: int = 32
-    """Tokens a prompt."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, ..."""
-    recompute: bool = False
-    """Run blocks again in the backward pass."""
-    fused: bool = False
-    """On a GPU, in bfloat16, ours with Triton kernels (see model.fused of prune)."""
-    engines: list[str] = field(default_factory=lambda: ["ours", "ours_kept", "naive", "stock"])
-    """What is measured, in turns: ours with all passes; ours with the unchanging ones kept from
-    before; the published way; the stock model's passes. On a GPU ours_graph too: ours_kept,
-    replayed from CUDA graphs."""
-    repetitions: int = 5
-    """Timed steps of each."""
-    compare_float32: bool = False
-    """Also compare the gate gradients with those in float32."""
-    growth: bool = False
-    """Measure instead how ours grows with layers, heads, tokens and batch, on a small Llama."""
-    output: str = "benchmark.json"
-    """File to write."""
+    def __post_init__(self) -> None:
+        self.model.require_path()
+        if self.task.name == CUSTOM or self.task.path is not None:
+            raise ConfigError(
+                "prepare writes the prompts of one of the project's tasks, such as task=ioi; your "
+                f"own file needs no preparation: edgeprune prune task={CUSTOM} "
+                f"task.path={self.task.path or 'FILE'}"
+            )
 
 
 COMMANDS = {
@@ -417,13 +669,15 @@ COMMANDS = {
     "compare": CompareConfig,
     "report": ReportConfig,
     "prepare": PrepareConfig,
-    "benchmark": BenchmarkConfig,
 }
-"""Each command's settings; its first docstring line is its help."""
+"""Settings class per command; the first line of its docstring is the command's help."""
+
+
+# ------------------------------------------------------------------------------------- functions
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, as written to config.yaml."""
+    """A settings object as JSON values, as written to config.yaml."""
 
     def plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: value.name if isinstance(value, Enum) else value for key, value in fields}
@@ -431,305 +685,82 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config, dict_factory=plain)
 
 
-def task_title(name: str, path: str | None) -> str:
-    """A task's name for people: one's own data (task=custom) goes by its file's name."""
-    return Path(path).stem if name == CUSTOM and path else name
-
-
-def model_title(name: str, path: str | None) -> str:
-    """A model's name for people: one's own (model=custom) goes by its folder's or file's name."""
-    return Path(path).name if name == CUSTOM and path else name
-
-
-def check_size(sparsity: float | None, num_edges: int | None) -> None:
-    """A circuit's size is asked for in one way, and is possible.
-
-    Raises:
-        ConfigError: both given, or out of range.
-    """
-    if sparsity is not None and num_edges is not None:
-        raise ConfigError(
-            f"got sparsity={sparsity} and num_edges={num_edges}; give only one; where an "
-            "experiment sets the other, add sparsity=null or num_edges=null"
-        )
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ConfigError(
-            f"sparsity={sparsity} is out of range: it is the fraction of edges left out, 0 to 1 "
-            "(to push harder than 1, set trainer.target_sparsity)"
-        )
-    if num_edges is not None and num_edges < 0:
-        raise ConfigError(f"num_edges={num_edges} is negative")
-
-
-def check_cleanup(tolerance: float | None) -> None:
-    """Raises ConfigError for a tolerance below 0."""
-    if tolerance is not None and not tolerance >= 0:
-        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, 0 or more")
-
-
-def check_run(config: PruneConfig) -> None:
-    """Raises ConfigError where `edgeprune prune` cannot run with these settings on any model."""
-    check_prune(config)
-    check_model(config.model)
-    if not config.run_dir:
-        raise ConfigError("run_dir is empty; name a folder for the run, such as run_dir=runs/mine")
-
-
-def check_prune(config: PruneConfig) -> None:
-    """Raises ConfigError where a setting is out of range or two contradict each other."""
-    check_size(config.sparsity, config.num_edges)
-    check_cleanup(config.cleanup)
-    if config.overwrite and config.resume is Resume.auto:
-        raise ConfigError(
-            "overwrite=true throws away what resume=auto would go on from; give one of them"
-        )
-    if not 0 <= config.seed < 2**31:
-        raise ConfigError(f"seed={config.seed} must lie between 0 and {2**31 - 1}")
-    check_task(config.task)
-    if config.task.path is None and config.task.train < 1:
-        raise ConfigError(f"task.train={config.task.train}: gates are learned on 1 prompt or more")
-    _check_numbers(config.trainer)
-    _check_launcher(config)
-    _check_targets(config)
-
-
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (
-        ("steps", "batch_size", "checkpoint_every", "log_every"),
-        lambda number: number >= 1,
-        "must be at least 1",
-    ),
-    (("micro_batch_size",), lambda number: number >= 1, "must be at least 1, or null"),
-    (
-        ("learning_rate", "multiplier_learning_rate", "adam_epsilon", "edge_price"),
-        lambda number: number > 0,
-        "must be positive",
-    ),
-    (("init_std", "weight_decay"), lambda number: number >= 0, "must be 0 or more"),
-)
-"""Settings of the trainer, what their numbers must fulfil where they are set, and that in words."""
-
-
-def _check_numbers(trainer: TrainerConfig) -> None:
-    """Each number by itself, and that schedules end within the run."""
-    for name, value in vars(trainer).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"trainer.{name}={value} must be a finite number")
-    for names, is_right, rule in _RANGES:
-        for name in names:
-            given = getattr(trainer, name)
-            if given is not None and not is_right(given):
-                raise ConfigError(f"trainer.{name}={given} {rule}")
-    for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
-        given = getattr(trainer, name)
-        if given is not None and not 0 <= given <= trainer.steps:
-            raise ConfigError(
-                f"trainer.{name}={given} must lie between 0 and trainer.steps={trainer.steps}; "
-                f"with trainer.{name}=null it follows from the steps"
-            )
-
-
-def _check_launcher(config: PruneConfig) -> None:
-    """The processes, and what does not go together with a model that is split over them."""
-    launcher = config.launcher
-    for name in ("processes", "timeout"):
-        given = getattr(launcher, name)
-        if given is not None and given < 1:
-            raise ConfigError(f"launcher.{name}={given} must be at least 1")
-    if launcher.offload and not launcher.shard:
-        raise ConfigError("launcher.offload=true needs launcher.shard=true")
-    if launcher.shard and config.cleanup is not None:
-        raise ConfigError(
-            "launcher.shard=true and cleanup= do not go together, since one process cleans up; do "
-            "that afterwards: edgeprune export RUN cleanup=..."
-        )
-    if launcher.shard and config.trainer.cuda_graph:
-        raise ConfigError(
-            "launcher.shard=true and trainer.cuda_graph=true do not go together, since layers are "
-            "gathered from other processes; leave out one of them"
-        )
-    if launcher.shard and config.model.fused:
-        raise ConfigError(
-            "launcher.shard=true and model.fused=true do not go together, since a sharded model is "
-            "loaded on the CPU; leave out one of them"
-        )
-    if launcher.shard and config.model.bits is not None:
-        raise ConfigError(
-            f"launcher.shard=true is for whole weights, got model.bits={config.model.bits}; "
-            "leave out one of them"
-        )
-
-
-def _check_targets(config: PruneConfig) -> None:
-    """What says how sparse the circuit shall be, and how the gates get there."""
-    trainer = config.trainer
-    if trainer.edge_price is not None:
-        if trainer.target_sparsity is not None:
-            raise ConfigError(
-                f"got trainer.edge_price={trainer.edge_price} and "
-                f"trainer.target_sparsity={trainer.target_sparsity}; give only one"
-            )
-        if trainer.constraint is Constraint.exact:
-            raise ConfigError(
-                f"got trainer.edge_price={trainer.edge_price} and trainer.constraint=exact, which "
-                "holds gates at a target; take trainer.constraint=lagrangian, or give sparsity= in "
-                "place of the price"
-            )
-    elif trainer.target_sparsity is None and config.sparsity is None and config.num_edges is None:
-        raise ConfigError(
-            "nothing says how sparse the circuit shall be: give sparsity=, num_edges=, "
-            "trainer.target_sparsity= or trainer.edge_price="
-        )
-    if trainer.constraint is Constraint.exact:
-        names = ["start_sparsity", "target_sparsity"]
-        if trainer.node_gates:
-            names += ["start_node_sparsity", "target_node_sparsity"]
-        for name in names:
-            given = getattr(trainer, name)
-            if given is not None and not 0 <= given <= 1:
-                raise ConfigError(
-                    f"trainer.{name}={given} must lie between 0 and 1, for that is where the gates "
-                    "are held; trainer.constraint=lagrangian may have targets beyond"
-                )
-    if trainer.warmup is Warmup.logarithmic:
-        targets = [trainer.start_sparsity, trainer.target_sparsity or config.sparsity or 0.0]
-        if trainer.node_gates:
-            targets += [trainer.start_node_sparsity, trainer.target_node_sparsity]
-        if max(targets) > 1:
-            raise ConfigError(
-                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets may be 1 at "
-                f"most, got {max(targets)}; use trainer.warmup=linear"
-            )
-
-
-def evaluation_batch_size(trainer: TrainerConfig | None) -> int:
-    """Pairs of a pass without gradients, which takes half of the memory of one with them.
+def from_dict(schema: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; also converts keyword arguments as the command line does.
 
     Args:
-        trainer: of the run; None where there is none.
-    """
-    if trainer is None:
-        return MAX_EVALUATED
-    in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-    return min(MAX_EVALUATED, 2 * in_training)
-
-
-def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError for a model without a path or of an unknown dtype."""
-    if not model.path:
-        raise ConfigError("model.path is empty; give a hub name or a folder, or model=<name>")
-    if model.path == "tracr/":
-        raise ConfigError("model=tracr is one of several programs; say which: model.name=reverse")
-    if model.dtype not in DTYPES:
-        raise ConfigError(f"model.dtype={model.dtype!r}; choose {', '.join(DTYPES)}")
-    if model.fused and model.dtype != "bfloat16":
-        raise ConfigError(
-            f"model.fused=true is for bfloat16, got model.dtype={model.dtype}; give "
-            "model.dtype=bfloat16 or leave it out"
-        )
-
-
-def check_task(task: TaskConfig) -> None:
-    """Raises ConfigError for a number out of range, or where a file of one's own is missing."""
-    for name in ("train", "validation", "test"):
-        if getattr(task, name) < 0:
-            raise ConfigError(f"task.{name}={getattr(task, name)} must be 0 or more")
-    if task.max_length is not None and task.max_length < 1:
-        raise ConfigError(f"task.max_length={task.max_length} must be at least 1, or null")
-    if task.name == CUSTOM and task.path is None:
-        raise ConfigError(
-            f"task.path is missing: task={CUSTOM} takes a file of your own; give task.path=FILE"
-        )
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Raises ConfigError for a number out of range, or a file that is missing."""
-    if config.task is not None:
-        check_task(config.task)
-    if config.batch_size is not None and config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
-    if config.shuffled_circuits < 0:
-        raise ConfigError(f"shuffled_circuits={config.shuffled_circuits} must be 0 or more")
-
-
-def check_benchmark(config: BenchmarkConfig) -> None:
-    """Raises ConfigError for an unknown engine or dtype, or a size out of range."""
-    if not config.engines:
-        raise ConfigError(f"engines is empty; choose of {', '.join(ENGINES)}")
-    for name in config.engines:
-        if name not in ENGINES:
-            raise ConfigError(f"unknown engine {name!r}; choose {', '.join(ENGINES)}")
-    for name in ("batch_size", "length", "repetitions"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
-    size = config.micro_batch_size
-    if size is not None and (size < 1 or config.batch_size % size):
-        raise ConfigError(f"micro_batch_size={size} must divide batch_size={config.batch_size}")
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"dtype={config.dtype!r}; choose {', '.join(DTYPES)}")
-
-
-def target_sparsity(config: PruneConfig, all_edges: int) -> float | None:
-    """Where the edges' sparsity is to end: as set, or as follows from what is asked for.
-
-    None where edges have a price instead.
+        schema: a settings class. For `TrainerConfig` the class that `values["method"]` names.
+        values: settings by name; missing ones keep their defaults.
 
     Raises:
-        ConfigError: more edges are asked for than the graph has.
-    """
-    check_num_edges(config.num_edges, all_edges)
-    if config.trainer.edge_price is not None:
-        return None
-    if config.trainer.target_sparsity is not None:
-        return config.trainer.target_sparsity
-    asked = asked_sparsity(config, all_edges)
-    how = (config.trainer.constraint, config.trainer.warmup)
-    lags = how == (Constraint.lagrangian, Warmup.linear)
-    return asked + config.trainer.target_lead if lags else asked
-
-
-def check_num_edges(num_edges: int | None, all_edges: int) -> None:
-    """Raises ConfigError where so many edges of a graph's cannot be chosen."""
-    if num_edges is not None and not 0 <= num_edges <= all_edges:
-        raise ConfigError(f"num_edges={num_edges} is out of range: the graph has {all_edges} edges")
-
-
-def edges_left(sparsity: float, all_edges: int) -> int:
-    """Of a circuit of this sparsity, to the nearest whole edge."""
-    return round((1 - sparsity) * all_edges)
-
-
-def asked_sparsity(config: PruneConfig, all_edges: int) -> float | None:
-    """The circuit's, where a size is asked for."""
-    if config.num_edges is not None:
-        return 1 - config.num_edges / all_edges
-    return config.sparsity
-
-
-def from_keywords(schema: type, settings: dict[str, Any]) -> Any:
-    """A config from keyword arguments, which are converted as those of the command line are.
-
-    Raises:
-        ConfigError: an unknown name, with the nearest right one; or a value of the wrong type.
+        ConfigError: an unknown name, with the nearest known one; or a value of the wrong type or
+            out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if schema is TrainerConfig:
+        schema = TRAINERS.get(values.get("method", ""), TrainerConfig)
+    hints, arguments = get_type_hints(schema), {}
     config = OmegaConf.structured(schema)
-    known = [f.name for f in dataclasses.fields(schema)]
-    for name, value in settings.items():
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-        try:  # numbers of numpy and torch have an item()
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, hints)}")
+        part = dataclass_of(hints[name])
+        if part is not None and isinstance(value, dict):
+            arguments[name] = from_dict(part, value)
+            continue
+        try:  # NumPy and torch numbers have an item()
             config[name] = value.item() if hasattr(value, "item") else value
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{name}={value!r} cannot be used: {reason}") from None
-    return OmegaConf.to_object(config)
+        arguments[name] = OmegaConf.to_container(config)[name]
+    return schema(**arguments)
+
+
+def dataclass_of(hint: Any) -> type | None:
+    """The settings class in a type hint, such as `ModelConfig | None`; None if there is none."""
+    return next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'trainer': {'steps': 600}} -> {'trainer.steps': 600}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@cache
+def settings_with(flag: str, value: Any, schema: type = PruneConfig, prefix: str = "") -> frozenset:
+    """Names of the settings whose metadata has a value, such as 'trainer.recompute'.
+
+    Args:
+        flag: name of the metadata, see `setting`.
+        value: of the metadata; a group with this value passes it on to all of its settings.
+        schema, prefix: the settings class and the prefix of its names.
+    """
+    names: set[str] = set()
+    for entry in dataclasses.fields(schema):
+        name, part = f"{prefix}{entry.name}", dataclass_of(get_type_hints(schema)[entry.name])
+        has_value = entry.metadata.get(flag) == value
+        if part is not None:
+            parts = TRAINERS.values() if part is TrainerConfig else (part,)
+            for one in parts:
+                if has_value:
+                    names |= {f"{name}.{inner.name}" for inner in dataclasses.fields(one)}
+                names |= settings_with(flag, value, one, f"{name}.")
+        elif has_value:
+            names.add(name)
+    return frozenset(names)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' with the nearest known name, or nothing."""
+    """'; did you mean ...?' with the nearest known name, or an empty string."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # "steps" for "trainer.steps"

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and removed only as they were listed."""
+"""Files are written whole or not at all; folders are replaced only if this program made them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from edgeprune.errors import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,13 +26,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, flush it to disk, and move it into place.
+    """Call `write` on a temporary path in the same folder, flush it to disk, and move it to `path`.
 
-    Whatever was at `path` stays untouched if anything fails. Where `path` is a link, what it points
-    to is replaced.
+    If anything fails, the file at `path` stays as it was. If `path` is a link, its target is
+    replaced.
 
     Raises:
-        OSError: it cannot be written; names `path`. See also `check_can_be_file`.
+        OSError: the file cannot be written; names `path`. See also `check_can_be_file`.
     """
     check_can_be_file(path)
     if path.is_symlink():
@@ -48,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_can_be_file(path: Path) -> None:
-    """Raises OSError where a path is a folder, a device or a pipe, or lies below a file."""
+    """Raise OSError if a path is a folder, a device or a pipe, or lies below a file."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
     is_device = str(path.absolute()).startswith(("/dev/", "/proc/"))
@@ -56,7 +60,7 @@ def check_can_be_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
-            reason = f"cannot be written, since {parent} is no folder; give another path"
+            reason = f"cannot be written, since {parent} is not a folder; give another path"
             raise NotADirectoryError(errno.ENOTDIR, reason, str(path))
 
 
@@ -66,26 +70,53 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def listed(note: Path) -> dict[str, str]:
-    """What a list of files has: each path, from the list's own folder, and its digest.
+@contextmanager
+def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """Build a folder next to `folder`, and put it in its place if the block succeeds.
 
-    Nothing if there is no list, or what is there is none.
+    If the block raises, the new folder is removed and the old one stays as it was.
+
+    Args:
+        folder: the result. It must be absent, empty, or contain the marker file.
+        marker: name of a file that is written into the new folder, which identifies it as a
+            result of the same command.
+
+    Yields:
+        The new folder, which contains only the marker file.
+
+    Raises:
+        ConfigError: `folder` is something else, which is then left untouched.
     """
+    folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
+    new, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
+    for path in (folder, new, old):
+        _check_replaceable(path, marker)
+    _remove(new)
+    new.mkdir(parents=True)
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        (new / marker).write_text("edgeprune replaces this folder when the command runs again\n")
+        yield new
+        _remove(old)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        _remove(new)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    _remove(old)
 
 
-def remove_listed(note: Path) -> None:
-    """Remove listed files that are as they were listed, then folders left empty, and the list."""
-    folder = note.parent
-    for name, digest in listed(note).items():
-        path = folder / name
-        if path.is_file() and file_digest(path) == digest:
-            path.unlink()
-            for parent in path.parents[: len(Path(name).parents) - 1]:  # below the list's folder
-                if not any(parent.iterdir()):
-                    parent.rmdir()
-    note.unlink(missing_ok=True)
+def _check_replaceable(folder: Path, marker: str) -> None:
+    is_ours = folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
+        raise ConfigError(
+            f"{folder} is not an earlier result of this command, so it is not replaced; choose "
+            "another output="
+        )
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edgeprune.__main__ import add_resolvers, main
+from edgeprune.__main__ import main, register
 from edgeprune.circuit import Circuit
 from edgeprune.models import CircuitModel, load_tokenizer, wrap_model
 from edgeprune.prompts import Pair
@@ -22,7 +22,7 @@ from edgeprune.prompts import Pair
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
-add_resolvers()  # for tests that compose settings without the command line
+register()  # for tests that compose settings without the command line
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edgeprune.evaluation.evaluate import _summarise
-from edgeprune.metrics import kl_per_token, mean_by_example, score
+from edgeprune.metrics import METRICS, ExampleMetrics, Metrics, kl_per_token, measure
+from edgeprune.metrics import mean_by_example as by_example
 from edgeprune.prompts import Pair, collate
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -24,28 +24,37 @@ def test_kl_by_hand():
     logits = torch.tensor([[0.0, LOG2, 0.0]])
     assert kl_per_token(reference, logits).item() == pytest.approx(LOG2 / 2, abs=1e-6)
     assert kl_per_token(reference, reference).item() == 0
-    shifted = kl_per_token(reference, logits + 7)  # logits are known up to a constant
+    shifted = kl_per_token(reference, logits + 7)  # adding a constant to logits changes nothing
     assert shifted.item() == pytest.approx(LOG2 / 2, abs=1e-6)
+
+
+def test_kl_has_the_bits_of_its_formula():
+    torch.manual_seed(0)
+    reference, logits = 5 * torch.randn(2, 40, 1000)
+    logits.requires_grad_()
+    log_p, log_q = (x.log_softmax(-1) for x in (reference, logits))
+    formula = (log_p.exp() * (log_p - log_q)).sum(-1)
+    got = kl_per_token(reference, logits)
+    assert torch.equal(got, formula)
+    grads = [torch.autograd.grad(kl.square().sum(), logits)[0] for kl in (got, formula)]
+    assert torch.equal(*grads)
 
 
 def test_means_are_over_tokens_and_then_over_examples():
     batch = collate([pair((1,)), pair((1, 2))])
-    assert mean_by_example(torch.tensor([1.0, 2.0, 4.0]), batch).tolist() == [1, 3]
+    assert by_example(torch.tensor([1.0, 2.0, 4.0]), batch).tolist() == [1, 3]
 
 
-def test_scores_by_hand():
+def test_examples_by_hand():
     batch = collate([pair((1,), (1,), (2,)), pair((1, 2), (2,), (0, 1), contrast=1)])
     reference = torch.tensor([[0, LOG3, 0], [0, 9, 0], [0, 0, LOG2]])
     logits = torch.tensor([[0, 0, LOG2], [0, 9, 0], [0, 0, LOG2]])
-    full, circuit = score(batch, reference, reference), score(batch, reference, logits)
-    assert full.correct.tolist() == [True, True]
-    assert full.exact_match.tolist() == [True, True]
-    assert full.logit_difference[0].item() == pytest.approx(LOG3)
-    # log 2 against log(1 + 1)
-    assert full.logit_difference[1].item() == pytest.approx(0, abs=1e-6)
+    full, circuit = measure(batch, reference, reference), measure(batch, reference, logits)
+    assert full.correct.tolist() == full.exact_match.tolist() == [True, True]
+    # the second: log 2 against log(1 + 1)
+    assert full.logit_difference.tolist() == pytest.approx([LOG3, 0], abs=1e-6)
     assert full.probability_difference.tolist() == pytest.approx([3 / 5 - 1 / 5, 0], abs=1e-6)
-    assert circuit.correct.tolist() == [False, True]
-    assert circuit.exact_match.tolist() == [False, True]
+    assert circuit.correct.tolist() == circuit.exact_match.tolist() == [False, True]
     assert circuit.logit_difference[0].item() == pytest.approx(-LOG2)
     assert circuit.probability_difference[0].item() == pytest.approx(1 / 4 - 1 / 2)
     assert [tokens.tolist() for tokens in circuit.predicted] == [[2], [1, 2]]
@@ -54,47 +63,71 @@ def test_scores_by_hand():
     assert circuit.kl.tolist() == pytest.approx([by_hand, 0], abs=1e-6)
 
 
-def test_one_wrong_token_of_several_is_wrong():
+def test_an_example_is_right_if_all_its_tokens_are():
     batch = collate([pair((1, 2))])
     logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
-    result = score(batch, logits, logits)
-    assert result.correct.tolist() == [False]
-    assert result.exact_match.tolist() == [True]
+    result = measure(batch, logits, logits)
+    assert (result.correct.tolist(), result.exact_match.tolist()) == ([False], [True])
 
 
 def test_any_of_several_answers_is_right():
     batch = collate([pair((1,), (0, 1), (2,))])
     logits = torch.tensor([[2.0, 1, 0]])
-    assert score(batch, logits, logits).correct.tolist() == [True]
+    assert measure(batch, logits, logits).correct.tolist() == [True]
 
 
-def test_answers_that_leave_the_target_elsewhere_are_right_there_alone():
+def test_an_answer_that_leaves_the_target_at_another_token_is_right_only_there():
     one = replace(pair((1, 2), (2,), (0,), contrast=1), also_right=((0, 2),))
     batch = collate([pair((1,)), one, one, one])
-    logits = torch.eye(3)[[1, 2, 2, 1, 2, 2, 1]]  # most likely: 1; 2 2, 1 2, 2 1
-    assert score(batch, logits, logits).correct.tolist() == [True, True, True, False]
+    logits = torch.eye(3)[[1, 2, 2, 1, 2, 2, 1]]  # predictions: 1; 2 2, 1 2, 2 1
+    assert measure(batch, logits, logits).correct.tolist() == [True, True, True, False]
 
 
-def test_without_distractors_there_is_no_difference():
+def measure_each(*logits: list[float]) -> list[ExampleMetrics]:
+    """One example each, whose answer is token 1 and whose distractor is token 2."""
+    batch = collate([pair((1,), (1,), (2,))])
+    return [measure(batch, torch.zeros(1, 3), torch.tensor([values])) for values in logits]
+
+
+def test_examples_without_distractors_do_not_count_where_these_are_needed():
     batch = collate([pair((1,)), pair((1,), (1,), (2,))])
     logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
-    assert score(batch, logits, logits).logit_difference.isnan().tolist() == [True, False]
+    examples = measure(batch, logits, logits)
+    metrics = Metrics.of(examples, examples, examples)
+    assert (metrics.accuracy, metrics.two_way_accuracy, metrics.logit_difference) == (1, 1, 1)
 
 
-def test_a_difference_is_recovered_on_the_way_from_every_edge_closed_to_the_full_model():
-    batch = collate([pair((1,), (1,), (2,))])
-    scores = score(batch, *[torch.tensor([[0.0, LOG3, 0.0]])] * 2)
-    recovered = _summarise(scores, -LOG3, 3 * LOG3).logit_difference_recovered
+def test_recovered_logit_difference_goes_from_the_empty_circuit_to_the_full_model():
+    examples, full, empty = measure_each([0.0, LOG3, 0.0], [0, 3 * LOG3, 0], [0, 0, LOG3])
+    recovered = Metrics.of(examples, full, empty).logit_difference_recovered
     assert recovered == pytest.approx(0.5)
-    assert math.isnan(_summarise(scores, LOG3, LOG3).logit_difference_recovered)
+    assert math.isnan(Metrics.of(examples, full, full).logit_difference_recovered)
 
 
-def test_a_tie_is_half_right_and_the_mean_has_a_standard_error():
-    batch = collate([pair((1,), (1,), (2,))] * 3)
-    reference = torch.zeros(3, 3)
-    logits = torch.tensor([[0.0, 0, 0], [0, LOG3, 0], [0, 0, LOG3]])
-    scores = _summarise(score(batch, reference, logits), 0.0, 1.0)
-    assert scores.two_way_accuracy == pytest.approx(0.5)
-    apart = math.log(5 / 3) - LOG3 / 3  # of (1, 3, 1) / 5 from three thirds; of a tie 0
-    assert scores.kl == pytest.approx(2 / 3 * apart)
-    assert scores.kl_standard_error == pytest.approx(apart / 3)
+def test_a_tie_counts_half_and_kl_has_a_standard_error():
+    examples = ExampleMetrics.concatenate(
+        measure_each([0.0, 0.0, 0.0], [0.0, LOG3, 0.0], [0.0, 0.0, LOG3])
+    )
+    metrics = Metrics.of(examples, examples, examples)
+    assert metrics.two_way_accuracy == pytest.approx(0.5)
+    kl = math.log(5 / 3) - LOG3 / 3  # of (1, 3, 1) / 5 from three thirds; 0 for the tie
+    assert metrics.kl == pytest.approx(2 / 3 * kl)
+    assert metrics.kl_standard_error == pytest.approx(kl / 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.107, "0.107"), (12.34, "12.3"), (1234.5, "1234"), (-0.5, "-0.500"), (1e-9, "0"),
+     (3e-6, "0.000003"), (0.0, "0"), (math.nan, "–"), (None, "–")],
+)  # fmt: skip
+def test_a_metric_without_a_fixed_format_shows_three_digits(value, text):
+    assert METRICS["kl"].text(value) == text
+
+
+def test_metrics_are_attributes_and_items():
+    (examples,) = measure_each([0.0, 1.0, 0.0])
+    metrics = Metrics.of(examples, examples, examples)
+    assert list(metrics) == list(METRICS)
+    assert all(getattr(metrics, name) is metrics[name] for name in METRICS)
+    with pytest.raises(AttributeError):
+        metrics.unknown  # noqa: B018

@@ -1,16 +1,16 @@
-"""A GPT-2 with hand-made weights whose circuit is known is found, edge for edge.
+"""The known circuit of a GPT-2 with hand-made weights is recovered edge for edge.
 
-The model does induction on eight tokens. The stream has room for the token (A), the token before
-(B), the answer (C), the position (P), and noise (N), in that order:
+The model does induction on eight tokens. The residual stream has five parts: the token (A), the
+previous token (B), the answer (C), the position (P) and noise (N), in that order:
 
-    a0.h1  attends from each position to the one before (by P alone) and copies A there to B here;
-    a1.h0  looks (q: A) for a position whose token before (k: B) is the present token, and copies
+    a0.h1  attends from each position to the previous one (by P alone) and copies A there to B here;
+    a1.h0  looks (q: A) for a position whose previous token (k: B) is the current token, and copies
            its token (v: A) to C;
-    unembedding reads C.
+    the unembedding reads C.
 
-All positions are the same in the clean and the corrupted prompt, so under interchange ablation an
-edge matters only if tokens flow through it: the five of CIRCUIT. The other heads and the MLPs write
-noise into N, which nothing reads.
+Positions are the same in the clean and the corrupted prompt, so under interchange ablation an edge
+matters only if tokens flow through it: the five edges of CIRCUIT. The other heads and the MLPs
+write noise into N, which nothing reads.
 """
 
 import random
@@ -19,11 +19,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edgeprune.api import prune
 from edgeprune.circuit import Circuit
+from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation.evaluate import evaluate
-from edgeprune.models import wrap_model
+from edgeprune.methods.paper import Lagrangian
+from edgeprune.models.load import wrap_model
 from edgeprune.prompts import Pair, collate
+from edgeprune.training.loop import train
+from edgeprune.training.trainer import Trainer
 
 TOKENS = 8
 A, B, C, P, N = (slice(start, start + 8) for start in range(0, 40, 8))
@@ -56,7 +59,7 @@ def micro_model():
     model.lm_head.weight.data[:, C] = 5 * eye
 
     def head(layer: int, head: int, q, k, v, out) -> None:
-        """Each of q, k, v and out is (place in the stream, 8 x 8 matrix)."""
+        """Each of q, k, v and out is (part of the stream, 8 x 8 matrix)."""
         attention = transformer.h[layer].attn
         for part, (place, matrix) in enumerate((q, k, v)):
             start = part * D_MODEL + head * D_HEAD
@@ -77,12 +80,12 @@ def micro_model():
 
 
 def induction_pairs(count: int, seed: int) -> list[Pair]:
-    """x0 ... x6 xj -> x(j+1), all x different."""
+    """x0 ... x6 xj -> x(j+1), all x distinct."""
     rng = random.Random(seed)
 
     def prompt() -> tuple[tuple[int, ...], int]:
         x = rng.sample(range(TOKENS), 7)
-        j = rng.randrange(1, 6)  # x0 has no token before it
+        j = rng.randrange(1, 6)  # x0 has no previous token
         return (*x, x[j]), x[j + 1]
 
     pairs = []
@@ -114,19 +117,15 @@ def test_the_circuit_suffices_and_every_edge_of_it_is_needed():
 @pytest.mark.parametrize("seed", range(3))
 def test_pruning_finds_the_circuit(seed):
     model = micro_model()
-    pruned = prune(
-        model,
-        induction_pairs(200, seed),
-        num_edges=len(CIRCUIT),
-        seed=seed,
-        progress=False,
-        steps=600,
-        sparsity_warmup_steps=400,
-        lr_warmup_steps=10,
-        batch_size=32,
-        learning_rate=0.1,
-        multiplier_learning_rate=1.0,
-        init_mean=0.0,
-        start_sparsity=0.5,
-    )
-    assert pruned.circuit.edge_set == CIRCUIT
+    pairs, graph = induction_pairs(200, seed), model.graph
+    method = Lagrangian(
+        graph, seed=seed, device=model.device, steps=600, learning_rate=0.1, weight_decay=0.0,
+        adam_epsilon=1e-8, lambda_learning_rate=1.0, lr_warmup_steps=10, start_sparsity=0.5,
+        target_sparsity=1 - len(CIRCUIT) / graph.num_edges + 0.07, sparsity_warmup_steps=400,
+        warmup="linear", node_gates=False, start_node_sparsity=0.0, target_node_sparsity=0.0,
+        init_mean=0.0, init_std=0.01,
+    )  # fmt: skip
+    ablation = Ablation(model, "interchange", pairs)
+    trainer = Trainer(model, pairs, method, steps=600, batch_size=32, seed=seed, ablation=ablation)
+    train(trainer)
+    assert trainer.scores().circuit(num_edges=len(CIRCUIT)).edge_set == CIRCUIT

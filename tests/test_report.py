@@ -1,24 +1,23 @@
-"""Reports over many runs: groups, series, points and spreads by hand, the files, the page."""
+"""Reports over many runs: groups, series, points and spreads by hand; the files; the page."""
 
 import csv
 import json
 import re
 import shutil
-import xml.dom.minidom
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from conftest import call, fake_run, run_cli
+from conftest import call, fake_run
 
 from edgeprune.circuit import Circuit
-from edgeprune.commands.report_page import spread_text
-from edgeprune.drawing.frontier import Curve, Panel, _figure, draw_frontier
-from edgeprune.evaluation.report import Run, Spread, group_runs
+from edgeprune.evaluation.report import RunRecord, Spread, frontier_table, group_runs
+from edgeprune.evaluation.report_files import write_report
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import METRICS
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 EDGES = GRAPH.edges
+DISTINGUISHING = {"trainer.steps", "ablation.kind", "model.dtype", "seed", "sparsity"}
 
 
 def first(count: int, *others: int) -> Circuit:
@@ -26,94 +25,80 @@ def first(count: int, *others: int) -> Circuit:
     return Circuit.from_edges(GRAPH, [*EDGES[:count], *(EDGES[other] for other in others)])
 
 
-ABLATION = {"kind": "interchange", "per_position": False}
-
-
-def evaluation(circuit: Circuit, kl: float, accuracy: float = 1.0) -> dict:
+def evaluation(kl: float, accuracy: float = 1.0, **metrics) -> dict:
     return {
-        "edges_sha256": circuit.digest(),
-        "ablation": ABLATION,
-        "model_sha256": "of the model",
-        "data_sha256": "of the data",
-        "num_edges": len(circuit),
-        "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy},
+        "circuit": {"kl": kl, "exact_match": accuracy, "accuracy": accuracy, **metrics},
         "full": {"kl": 0.0, "exact_match": 1.0, "accuracy": 0.9},
-        "corrupted": {"kl": 8.0, "exact_match": 0.1, "accuracy": 0.05},
+        "empty": {"kl": 8.0, "exact_match": 0.1, "accuracy": 0.05},
+        "head_permuted": None,
     }
 
 
-def a_run(name: str, circuit: Circuit, kl: float | None = None, split="test", **settings) -> Run:
-    flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange", **settings}
-    evaluations = {} if kl is None else {split: evaluation(circuit, kl)}
-    digests = {"model": f"of {flat.get('model.path')}", "data": f"of {flat.get('task.path')}"}
-    return Run(name, flat, circuit, evaluations, digests)
-
-
-# ---------------------------------------------------------------------------------------- by hand
+def run(
+    name: str, circuit: Circuit, kl: float | None = None, split="test", digest=None, **settings
+) -> RunRecord:
+    flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange"}
+    flat |= {key.replace("__", "."): value for key, value in settings.items()}
+    evaluations = {} if kl is None else {split: evaluation(kl)}
+    data = digest or f"{flat.get('task.path')} {flat.get('seed')}"
+    digests = {"model": f"of {flat.get('model.path')}", "data": data}
+    return RunRecord(name, flat, circuit, evaluations, digests, DISTINGUISHING)
 
 
 def test_seeds_of_one_size_are_a_point():
     runs = [
-        a_run("c", first(4), 0.9, seed=0, sparsity=0.98),
-        a_run("b", first(8, 9), 0.3, seed=10, sparsity=0.9),
-        a_run("a", first(8, 10), 0.1, seed=2, sparsity=0.9),
+        run("c", first(4), 0.9, seed=0, sparsity=0.98),
+        run("b", first(8, 9), 0.3, seed=10, sparsity=0.9),
+        run("a", first(8, 10), 0.1, seed=2, sparsity=0.9),
     ]
     (group,) = group_runs(runs)
-    assert group.title == "ioi in tiny, interchange ablation"
+    assert (group.task, group.model, group.ablation) == ("ioi", "tiny", "interchange")
     (series,) = group.series
     assert series.name == ""
     large, small = series.points
-    assert [run.name for run in large.runs] == ["a", "b"]  # by seed, as numbers
-    assert large.asked == "sparsity 0.9"
+    assert [one.name for one in large.runs] == ["a", "b"]  # by seed, as numbers
+    assert large.requested == "sparsity 0.9"
     assert large.num_edges == Spread(9, 9, 9)
     assert large.spread("kl") == Spread(0.2, 0.1, 0.3)
+    assert large.spread("edge_iou") == Spread(8 / 10, 8 / 10, 8 / 10)
+    assert large.consensus == first(8)
     assert small.spread("kl") == Spread(0.9, 0.9, 0.9)
-    assert small.stability is None
-    stability = large.stability
-    assert stability.edge_iou == Spread(8 / 10, 8 / 10, 8 / 10)
-    assert stability.consensus == first(8)
-    assert sorted(stability.times_kept.values()) == [1, 1, *[2] * 8]
-    assert group.reference("corrupted", "kl") == 8
-    assert group.reference("full", "accuracy") == 0.9
+    assert small.spread("edge_iou") is None
+    assert group.baseline("empty", "kl") == 8
+    assert group.baseline("full", "accuracy") == 0.9
 
 
-def test_targets_tell_points_of_one_size_apart():
+def test_a_target_sparsity_is_named_where_it_identifies_a_point():
     runs = [
-        a_run("a", first(4), seed=0, sparsity=0.98, **{"trainer.target_sparsity": 0.95}),
-        a_run("b", first(5), seed=0, sparsity=0.98, **{"trainer.target_sparsity": 1.0}),
-        a_run("c", first(6), seed=0, num_edges=1_234_567, **{"trainer.target_sparsity": 0.9}),
+        run("a", first(4), seed=0, sparsity=0.98, trainer__target_sparsity=0.95),
+        run("b", first(5), seed=0, sparsity=0.98, trainer__target_sparsity=1.0),
+        run("c", first(6), seed=0, num_edges=1_234_567, trainer__target_sparsity=0.9),
+        run("d", first(6), seed=0, trainer__target_sparsity=1.05),
+        run("e", first(8), seed=1, trainer__target_sparsity=1.05),
     ]
     (group,) = group_runs(runs)
-    assert {point.asked for point in group.series[0].points} == {
+    points = {point.requested: point for point in group.points}
+    assert set(points) == {
         "sparsity 0.98, target_sparsity 0.95",
         "sparsity 0.98, target_sparsity 1.0",
         "num_edges 1234567",
+        "target_sparsity 1.05",
     }
+    assert points["target_sparsity 1.05"].num_edges == Spread(7, 6, 8)
 
 
-def test_runs_that_differ_otherwise_are_other_series_and_groups():
-    base = {"seed": 0, "sparsity": 0.9, "trainer.steps": 10, "run_dir": "x", "tracker.kind": "none"}
+def test_runs_that_differ_in_other_settings_are_in_other_series_or_groups():
+    base = {"seed": 0, "sparsity": 0.9, "trainer__steps": 10, "run_dir": "x"}
     runs = [
-        a_run("a", first(4), 0.1, **base),
-        a_run("b", first(4), 0.2, **{**base, "trainer.steps": 20, "run_dir": "y"}),
-        a_run(
-            "c",
-            first(4),
-            0.3,
-            **{
-                **base,
-                "seed": 1,
-                "tracker.kind": "wandb",
-                "trainer.cuda_graph": True,
-                "trainer.recompute": True,
-            },
-        ),
-        a_run("d", first(4), 0.4, **{**base, "ablation.kind": "zero"}),
-        a_run("e", first(4), 0.5, **{**base, "model.name": "other"}),
-        a_run("f", Circuit(CircuitGraph(3, 2, 2, ()), frozenset()), 0.6, **base),
+        run("a", first(4), 0.1, **base),
+        run("b", first(4), 0.2, **{**base, "trainer__steps": 20, "run_dir": "y"}),
+        run("c", first(4), 0.3, **{**base, "seed": 1, "tracker__kind": "wandb"}),
+        run("d", first(4), 0.4, **{**base, "ablation__kind": "zero"}),
+        run("e", first(4), 0.5, **{**base, "model__name": "other"}),
+        run("f", Circuit(CircuitGraph(3, 2, 2, ()), frozenset()), 0.6, **base),
     ]
     groups = group_runs(runs)
-    assert [sorted(run.name for run in group.runs) for group in groups] == [
+    assert [sorted(one.name for one in group.runs) for group in groups] == [
         ["e"], ["a", "b", "c"], ["f"], ["d"],
     ]  # fmt: skip
     assert [(s.name, len(s.points[0].runs)) for s in groups[1].series] == [
@@ -121,83 +106,75 @@ def test_runs_that_differ_otherwise_are_other_series_and_groups():
     ]  # fmt: skip
 
 
-def test_ones_own_data_and_models_go_by_their_files():
-    own = {"task.name": "custom", "model.name": "custom", "model.path": "/m/one"}
+def test_custom_models_and_data_are_named_after_files_and_identified_by_digests():
+    custom = {"task__name": "custom", "model__name": "custom", "model__path": "/m/one"}
     runs = [
-        a_run("a", first(4), 0.1, **own, **{"task.path": "/d/sums.jsonl"}),
-        a_run("b", first(4), 0.2, **own, **{"task.path": "/d/names.jsonl"}),
-        a_run("c", first(4), 0.3, **{**own, "model.path": "/m/two"},
-              **{"task.path": "/d/names.jsonl"}),
-        a_run("d", first(4), 0.4, **{"task.path": "/d/ioi.jsonl"}),
-    ]  # fmt: skip
-    assert [group.title.split(",")[0] for group in group_runs(runs)] == [
-        "ioi in tiny", "names in one", "names in two", "sums in one",
-    ]  # fmt: skip
-    elsewhere = a_run("e", first(4), 0.5, **own, **{"task.path": "/e/sums.jsonl"})
-    assert [group.task for group in group_runs([runs[0], elsewhere])] == [
-        "/d/sums.jsonl", "/e/sums.jsonl",
-    ]  # fmt: skip
-    moved = replace(elsewhere, digests=runs[0].digests, settings={**elsewhere.settings, "seed": 1})
-    (group,) = group_runs([runs[0], moved])
-    assert group.title.startswith("sums in one")
-    (point,) = group.series[0].points
-    assert len(point.runs) == 2
-    changed = replace(runs[0], digests={**runs[0].digests, "data": "of other prompts"})
-    assert len(group_runs([runs[0], changed])) == 2
-
-
-def test_a_swept_target_is_a_size_and_by_threshold_sizes_spread():
-    runs = [
-        a_run(str(edges), first(edges), 0.1, seed=seed, **{"trainer.target_sparsity": 1.05})
-        for seed, edges in enumerate((6, 8))
+        run("a", first(4), **custom, task__path="/d/sums.jsonl", digest="sums", seed=0),
+        run("b", first(4), **custom, task__path="/d/names.jsonl"),
+        run("c", first(4), **{**custom, "model__path": "/m/two"}, task__path="/d/names.jsonl"),
     ]
-    (point,) = group_runs(runs)[0].series[0].points
-    assert point.asked == "target_sparsity 1.05"
-    assert point.num_edges == Spread(7, 6, 8)
+    titles = [(group.task, group.model) for group in group_runs(runs)]
+    assert titles == [("names", "one"), ("names", "two"), ("sums", "one")]
+    copy = run("d", first(4), **custom, task__path="/e/sums.jsonl", digest="sums", seed=1)
+    (group,) = group_runs([runs[0], copy])
+    assert len(group.points[0].runs) == 2
+    other = run("d", first(4), **custom, task__path="/d/sums.jsonl", digest="other", seed=1)
+    assert [group.task for group in group_runs([runs[0], other])] == [
+        "sums (other)", "sums (sums)",
+    ]  # fmt: skip
+    generated = [run(str(seed), first(4), seed=seed) for seed in range(2)]
+    file = run("file", first(4), task__path="/d/ioi.jsonl", digest="of the file", seed=2)
+    (group,) = group_runs([*generated, file])
+    assert [len(series.points[0].runs) for series in group.series] == [2, 1]
 
 
-def test_the_split_that_most_runs_have_is_shown():
+def test_the_most_frequent_split_is_shown():
     runs = [
-        a_run("a", first(4), 0.1, "validation"),
-        a_run("b", first(4), 0.2, "validation", seed=1),
-        a_run("c", first(4), 0.3, "test", seed=2),
+        run("a", first(4), 0.1, "validation"),
+        run("b", first(4), 0.2, "validation", seed=1),
+        run("c", first(4), 0.3, "test", seed=2),
     ]
     (group,) = group_runs(runs)
     assert group.split == "validation"
-    assert group.series[0].points[0].spread("kl").high == 0.2
+    assert group.points[0].spread("kl").high == 0.2
     (group,) = group_runs(runs, "test")
-    assert group.prompts == "test prompts"
-    assert group.series[0].points[0].spread("kl") == Spread(0.3, 0.3, 0.3)
-    assert group.series[0].points[0].num_evaluated == 1
-    (group,) = group_runs(runs, "train")
-    assert (group.prompts, group.evaluated) == ("not evaluated on train prompts", False)
-    (group,) = group_runs([a_run("a", first(4))])
-    assert (group.split, group.prompts) == (None, "not evaluated")
-    assert group.series[0].points[0].spread("kl") is None
+    assert group.points[0].spread("kl") == Spread(0.3, 0.3, 0.3)
+    assert group.points[0].num_evaluated == 1
+    (group,) = group_runs([run("a", first(4))])
+    assert (group.split, group.evaluated, group.points[0].spread("kl")) == (None, False, None)
 
 
-# -------------------------------------------------------------------------------------- the files
+def test_copies_of_a_run_are_reported(caplog):
+    group_runs([run(name, first(4), seed=0, num_edges=4) for name in ("a", "copy")])
+    assert "a, copy" in caplog.text
 
 
-def sweep(folder, task: str = "ioi") -> None:
-    """Two sizes, three seeds each, and one run of another model."""
-    for count in (12, 6):
-        for seed in range(3):
-            circuit = first(count, 30 + seed)
-            run = fake_run(
-                folder / f"e{count + 1}-{seed}", circuit,
-                task={"name": task}, ablation=ABLATION, seed=seed, num_edges=count + 1,
-            )  # fmt: skip
-            kl = (20 - count) / 10 + seed / 10
-            text = json.dumps(evaluation(circuit, kl, 1 - kl / 4))
-            (run / "evaluation-validation.json").write_text(text)
-    empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
-    other = fake_run(folder / "deep/other", empty, model={"name": "other"}, ablation=ABLATION)
-    (other / "evaluation-test.json").write_text(json.dumps(evaluation(empty, 5.0)))
+def test_tables_have_the_metrics_that_were_measured_between_full_model_and_empty_circuit():
+    runs = [run(f"{seed}", first(6), seed=seed, num_edges=6) for seed in range(2)]
+    for seed, kl in enumerate((0.0781, 0.14)):
+        runs[seed].evaluations["test"] = evaluation(kl, 0.8, logit_difference=2 + seed, error=None)
+    (group,) = group_runs(runs)
+    table = frontier_table(group, group.series[0])
+    all_edges = str(GRAPH.num_edges)
+    labels = [METRICS[name].label for name in ("kl", "exact_match", "accuracy")]
+    assert table.columns == ["", "runs", "edges", "sparsity", *labels, "edge IoU"]
+    assert [row[1:] for row in table.rows] == [
+        ["", all_edges, "0.0000", "0", "1.000", "0.900", ""],
+        ["2", "6", "0.9016", "0.109", "0.800", "0.800", "1.000"],
+        ["", "0", "1.0000", "8.00", "0.100", "0.050", ""],
+    ]
+    metrics = [METRICS[name] for name in ("kl", "logit_difference")]
+    table = frontier_table(group, group.series[0], metrics, ranges=True)
+    assert [row[4:6] for row in table.rows] == [
+        ["0", "–"], ["0.109 (0.078–0.140)", "2.50 (2.00–3.00)"], ["8.00", "–"],
+    ]  # fmt: skip
+
+
+HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
 
 
 class Page(HTMLParser):
-    """Tags, what they fetch, and the text."""
+    """Tags, what they load, and the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -217,328 +194,65 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_where_outputs_are_values_a_report_shows_their_error(tmp_path, capsys, monkeypatch):
-    circuit = first(3)
-    fake_run(tmp_path / "tracr", circuit, ablation=ABLATION, num_edges=3)
-    shown = evaluation(circuit, None)
-    shown["circuit"]["error"], shown["corrupted"]["error"] = 0.25, 2.0
-    (tmp_path / "tracr/evaluation-test.json").write_text(json.dumps(shown))
-    code, out, err = call(capsys, monkeypatch, "report", str(tmp_path))
-    assert code == 0, err
-    assert "error" in out and "0.25" in out and "KL" not in out
-    (row,) = rows(tmp_path / "report/frontier.csv")
-    assert (row["error_mean"], row["kl_mean"]) == ("0.25", "")
-    assert "error from the full model" in next(tmp_path.glob("report/*.svg")).read_text()
-
-
-def table_rows(text: str) -> list[list[str]]:
-    """Rows of a page's tables, or of tables on the console, as texts."""
-    if "</tr>" in text:
-        return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in text.split("</tr>")]
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-
-
-def test_tables_say_what_to_compare_with_and_what_distractors_say(tmp_path, capsys, monkeypatch):
-    for seed, kl in enumerate((0.0781, 0.14)):
-        run = fake_run(tmp_path / f"{seed}", first(6), ablation=ABLATION, seed=seed, num_edges=6)
-        shown = evaluation(first(6), kl, 0.8)
-        shown["circuit"] |= {"two_way_accuracy": 0.9, "logit_difference": 2 + seed}
-        shown["full"] |= {"two_way_accuracy": 1.0, "logit_difference": 12.34}
-        (run / "evaluation-test.json").write_text(json.dumps(shown))
-    code, out, err = call(capsys, monkeypatch, "report", str(tmp_path))
-    assert code == 0, err
-    size = str(GRAPH.num_edges)
-    printed = table_rows(out)
-    assert ["full model", "", size, "0", "1.000", "0.900", ""] in printed
-    assert ["num_edges 6", "2", "6", "0.109", "0.800", "0.800", "1.000"] in printed
-    assert ["every edge closed", "", "0", "8.00", "0.100", "0.050", ""] in printed
-    page = table_rows((tmp_path / "report/report.html").read_text())
-    assert page[0][3:8] == [
-        "KL", "exact match", "accuracy", "two-way accuracy", "logit difference",
+def test_the_files_of_a_report(tmp_path):
+    """Two sizes of three seeds each, of a task whose name looks like markup, and another model."""
+    runs = [
+        run(f"{count}-{seed}", first(count, 30 + seed), (20 - count) / 10 + seed / 10,
+            "validation", task__name=HOSTILE, seed=seed, num_edges=count + 1)
+        for count in (12, 6) for seed in range(3)
     ]  # fmt: skip
-    assert page[1:4] == [
-        ["full model", "", size, "0", "1.000", "0.900", "1.000", "12.3", "", "0.0000"],
-        ["num_edges 6", "2", "6", "0.109 (0.078–0.140)", "0.800", "0.800", "0.900",
-         "2.50 (2.00–3.00)", "1.000", "0.9016"],
-        ["every edge closed", "", "0", "8.00", "0.100", "0.050", "–", "–", "", "1.0000"],
-    ]  # fmt: skip
-    (row,) = rows(tmp_path / "report/frontier.csv")
-    names = ("two_way_accuracy_mean", "logit_difference_low", "logit_difference_high")
-    assert [row[name] for name in names] == ["0.9", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    ("spread", "text"),
-    [((0.107, 0.0781, 0.14), "0.107 (0.078–0.140)"), ((0.000559, 0.0005, 0.0021),
-     "0.000559 (0.000500–0.002100)"), ((12.34, 12.31, 12.33), "12.3"), ((1234.5, 9, 2000),
-     "1234 (9–2000)"), ((-0.5, -1, 0), "-0.500 (-1.000–0.000)"), ((1e-9, 0, 1e-9), "0"),
-     ((3e-6, 2e-6, 4e-6), "0.000003 (0.000002–0.000004)")],
-)  # fmt: skip
-def test_a_spread_has_as_many_decimals_as_its_mean(spread, text):
-    assert spread_text(Spread(*spread), None, ranges=True) == text
-
-
-HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
-
-
-def test_report_of_a_sweep(tmp_path):
-    """In a fresh process: every file, from a task whose name would like to be markup."""
-    sweep(tmp_path, HOSTILE)
-    done = run_cli("report", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "7 runs ->" in done.stdout
-    output = tmp_path / "report"
-    assert not list(output.glob(".*.tmp"))
-
-    runs = rows(output / "runs.csv")
-    assert len(runs) == 7
-    assert {row["task"] for row in runs} == {HOSTILE, "ioi"}
-    (frontier,) = [row for row in rows(output / "frontier.csv") if row["asked"] == "num_edges 7"]
-    assert float(frontier["num_edges"]) == 7
+    empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
+    runs.append(run("other", empty, 5.0, model__name="other"))
+    files = write_report(group_runs(runs), tmp_path)
+    assert set(files) == {path for path in tmp_path.rglob("*") if path.is_file()}
+    found = rows(tmp_path / "runs.csv")
+    assert len(found) == 7
+    assert {row["task"] for row in found} == {HOSTILE, "ioi"}
+    (frontier,) = [row for row in rows(tmp_path / "frontier.csv") if row["num_edges"] == "7.0"]
     assert float(frontier["kl_mean"]) == pytest.approx(1.5)
     assert [float(frontier[f"kl_{end}"]) for end in ("low", "high")] == pytest.approx([1.4, 1.6])
     assert float(frontier["edge_iou_mean"]) == pytest.approx(6 / 8)
-    assert len(rows(output / "stability.csv")) == 6
-    edges = [row for row in rows(output / "edges.csv") if row["asked"] == "num_edges 7"]
+    assert len(rows(tmp_path / "stability.csv")) == 6
+    edges = [row for row in rows(tmp_path / "edges.csv") if row["asked"] == "num_edges 7"]
     assert [int(row["times_kept"]) for row in edges] == [3] * 6 + [1] * 3
+    consensus = [json.loads(p.read_text()) for p in tmp_path.glob("consensus/*/edges.json")]
+    assert {len(circuit) for circuit in consensus} == {12, 6}
+    plots = [path.suffix for path in files if path.name.startswith("frontier-")]
+    assert sorted(plots) == sorted([".pdf", ".png", ".svg"] * 2)
 
-    consensus = sorted((output / "consensus").iterdir())
-    assert len(consensus) == 2
-    sizes = {len(Circuit.load(folder / "edges.json", GRAPH)) for folder in consensus}
-    assert sizes == {12, 6}
-    plots = sorted(output.glob("frontier-*"))
-    assert [plot.suffix for plot in plots] == [".pdf", ".png", ".svg"] * 2
-    magic = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml"}
-    assert all(plot.read_bytes().startswith(magic[plot.suffix]) for plot in plots)
-
-    text = (output / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert page.sources
     assert all(re.match(r"data:image/svg\+xml;base64,", source) for source in page.sources)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
     assert HOSTILE in "".join(page.text)
-    assert "two-way accuracy" not in page.text  # of prompts without distractors
-    for folder in consensus:
-        assert f"is in consensus/{folder.name}/edges.json." in "".join(page.text)
-    assert page.tags.count("img") == 4  # two frontiers, two consensus circuits
-
-    # a consensus circuit can be used as one's own
-    done = run_cli("draw", consensus[0], "formats=[dot]", "dangling=true")
-    assert "drew" in done.stdout
+    circuits = 2 if shutil.which("dot") else 0
+    assert page.tags.count("img") == 2 + circuits  # frontiers and consensus circuits
 
 
-def test_a_report_of_one_split(tmp_path, capsys, monkeypatch):
-    """Six runs have been evaluated on validation prompts, and one of another model on test ones."""
-    sweep(tmp_path)
-
-    def report(*arguments) -> tuple[int, str, str]:
-        return call(capsys, monkeypatch, "report", tmp_path, *arguments)
-
-    code, out, err = report("split=test")
-    assert code == 0, err
-    assert "not evaluated on test prompts" in " ".join(out.split())
-    assert "ioi in tiny, interchange ablation: no run has been evaluated on test prompts" in err
-    assert [plot.suffix for plot in tmp_path.glob("report/*.svg")] == [".svg"]
-    assert "not evaluated on test prompts" in (tmp_path / "report/report.html").read_text()
-    found = rows(tmp_path / "report/runs.csv")
-    assert sorted(row["split"] for row in found) == [""] * 6 + ["test"]
-    code, out, err = report("split=validation")
-    assert code == 0, err
-    assert "ioi in other, interchange ablation: no run has been evaluated on validation" in err
-    code, _, err = report("split=tests")
-    assert code == 2
-    assert "split" in err and "test" in err
+def test_a_group_without_evaluations_has_no_plot(tmp_path, caplog):
+    write_report(group_runs([run("a", first(4))]), tmp_path)
+    assert "no plot" in caplog.text
+    assert not list(tmp_path.glob("frontier-*"))
+    assert (tmp_path / "report.html").exists()
 
 
-def test_runs_that_cannot_be_used_are_named(tmp_path, capsys, monkeypatch):
-    sweep(tmp_path)
-    (tmp_path / "e13-0/edges.json").unlink()
-    (tmp_path / "e13-1/edges.json").write_text('[["a9.h0", "m0"]]')
-    (tmp_path / "e13-2/evaluation-validation.json").write_text("{")
-    of_another = evaluation(first(6, 33), 1.0)  # of as many edges
-    (tmp_path / "e7-0/evaluation-validation.json").write_text(json.dumps(of_another))
-    zero = {**evaluation(first(6, 32), 1.0), "ablation": {**ABLATION, "kind": "zero"}}
-    (tmp_path / "e7-2/evaluation-validation.json").write_text(json.dumps(zero))
-    (tmp_path / "e7-1/config.yaml").write_text("[")
-    code, out, err = call(capsys, monkeypatch, "report", tmp_path)
-    assert code == 0, err
-    assert "4 runs ->" in out
-    for wanted in (
-        "e13-0 is left out: it has no edges.json yet",
-        "e13-1 is left out",
-        "e13-2/evaluation-validation.json is passed over: JSONDecodeError",
-        "e7-0/evaluation-validation.json is passed over: it is of another circuit",
-        "e7-2/evaluation-validation.json is passed over: it is of another ablation",
-        "e7-1 is left out",
-    ):
-        assert wanted in err
-    assert [row["kl"] for row in rows(tmp_path / "report/runs.csv")].count("") == 3
-
-
-def test_a_second_report_leaves_nothing_of_the_first_but_what_was_changed(
-    tmp_path, capsys, monkeypatch
-):
-    sweep(tmp_path / "runs")
-    output = tmp_path / "out"
-
-    def files() -> set[str]:
-        code, _, err = call(capsys, monkeypatch, "report", tmp_path / "runs", f"output={output}")
-        assert code == 0, err
-        return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-
-    first = files()
-    gone = next((output / "consensus").glob("*num_edges-13"))
-    kept = next((output / "consensus").glob("*num_edges-7"))
-    (kept / "circuit.pdf").write_text("drawn by hand")
-    (output / "frontier-mine.png").write_text("drawn by hand")
-    for run in (tmp_path / "runs").iterdir():
-        if run.name != "deep":
-            shutil.rmtree(run)
-    second = files()
-    assert not gone.exists()
-    assert {name for name in second if name.startswith("consensus")} == {
-        str((kept / "circuit.pdf").relative_to(output))
-    }
-    assert second - first == {
-        str((kept / "circuit.pdf").relative_to(output)), "frontier-mine.png",
+def test_command_report_uses_only_evaluations_of_the_run_itself(tmp_path, capsys, monkeypatch):
+    """Same circuit, ablation, model and data; a report replaces the one before."""
+    ablation = {"kind": "interchange", "per_position": False}
+    own = {
+        **evaluation(1.0), "edges_sha256": first(4).digest(), "ablation": ablation,
+        "model_sha256": "of the model", "data_sha256": "of the data",
     }  # fmt: skip
-    assert len([name for name in second if name.startswith("frontier-")]) == 1 + 3
-    assert len(rows(output / "runs.csv")) == 1
-
-
-def test_evaluations_of_another_model_or_data_are_passed_over(tmp_path, capsys, monkeypatch):
-    own = evaluation(first(4), 1.0)
-    for name in ("ablation", "model", "data", "both"):
-        run = fake_run(tmp_path / name, first(4), ablation=ABLATION)
-        others = {f"{what}_sha256": "other" for what in ("model", "data") if name in (what, "both")}
-        (run / "evaluation-test.json").write_text(json.dumps({**own, **others}))
-    unsaid = {key: value for key, value in own.items() if key != "model_sha256"}
-    run = fake_run(tmp_path / "old", first(4), ablation=ABLATION)
-    (run / "evaluation-test.json").write_text(json.dumps(unsaid))
-    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
-    assert code == 0, err
-    for wanted in (
-        "model/evaluation-test.json is passed over: it is of another model than the run's",
-        "data/evaluation-test.json is passed over: it is of another data file than the run's",
-        "both/evaluation-test.json is passed over: it is of another model and data file than",
-        "old/evaluation-test.json is passed over: KeyError: 'model_sha256'; evaluate it again",
-    ):
-        assert wanted in err
+    others = {
+        "own": {}, "circuit": {"edges_sha256": "other"}, "model": {"model_sha256": "other"},
+        "data": {"data_sha256": "other"}, "ablation": {"ablation": {"kind": "zero"}},
+    }  # fmt: skip
+    for seed, (name, changes) in enumerate(others.items()):
+        folder = fake_run(tmp_path / name, first(4), ablation=ablation, seed=seed, num_edges=4)
+        (folder / "evaluation-test.json").write_text(json.dumps({**own, **changes}))
+    for _ in range(2):
+        code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+        assert code == 0, err
     found = {row["run"]: row["kl"] for row in rows(tmp_path / "report/runs.csv")}
-    assert found == {"ablation": "1.0", "model": "", "data": "", "both": "", "old": ""}
-
-
-def test_circuits_of_another_size_than_asked_are_left_out(tmp_path, capsys, monkeypatch):
-    """A later export leaves them; a clean-up does not count."""
-    for name, circuit in (("own", first(6)), ("later", first(20)), ("cleaned", first(4))):
-        fake_run(tmp_path / name, circuit, sparsity=0.9)
-    fake_run(tmp_path / "any", first(9), trainer={"target_sparsity": 1.05})
-    cleanup = {"tolerance": 0.01, "num_edges_before": 6}
-    for name in ("later", "cleaned"):  # the first's has been written over since
-        origin = json.dumps({"num_edges": 4, "cleanup": cleanup})
-        (tmp_path / name / "circuit.json").write_text(origin)
-    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
-    assert code == 0, err
-    assert {row["run"] for row in rows(tmp_path / "report/runs.csv")} == {"own", "cleaned", "any"}
-    (said,) = [line for line in err.splitlines() if "left out" in line]
-    assert "made with 20 edges, but sparsity=0.9 asks for 6; make that one again" in said
-
-
-def test_copies_of_a_run_are_said(tmp_path, capsys, monkeypatch):
-    for name in ("a", "copy"):
-        fake_run(tmp_path / name, first(4), seed=0, num_edges=4)
-    fake_run(tmp_path / "b", first(3), seed=0, num_edges=3)
-    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
-    assert code == 0, err
-    (said,) = [line for line in err.splitlines() if "same seed" in line]
-    assert "num_edges 4: runs of the same seed count as several seeds (a, copy)" in said
-
-
-@pytest.mark.parametrize(
-    ("make", "wanted"),
-    [
-        (lambda folder: None, "no such folder"),
-        (lambda folder: folder.mkdir(), "no finished run below"),
-        (lambda folder: folder.write_text("x"), "no such folder"),
-    ],
-)
-def test_without_runs_there_is_one_error(tmp_path, capsys, monkeypatch, make, wanted):
-    make(tmp_path / "runs")
-    code, _, err = call(capsys, monkeypatch, "report", tmp_path / "runs")
-    assert code == 2
-    assert err.startswith("edgeprune: ")
-    assert wanted in err
-    assert not (tmp_path / "runs/report").exists()
-
-
-# -------------------------------------------------------------------------------------- the plots
-
-
-@pytest.mark.parametrize("name", ["", "<b> $x_1$ & \\n {} %"])
-def test_plots_show_names_as_they_are_and_are_the_same_each_time(tmp_path, name):
-    curves = [
-        Curve(name, [10, 0], [0.1, 0.0], [0.0, 0.0], [0.2, 0.0]),
-        Curve("b", [5], [1], [1], [1]),
-    ]
-    panels = [
-        Panel("KL", curves, [("full", 1.0)], log=True), Panel("accuracy", curves, [], log=False),
-    ]  # fmt: skip
-    for number in (1, 2):
-        for suffix in ("svg", "pdf", "png"):
-            path = tmp_path / f"{number}.{suffix}"
-            draw_frontier(panels, path, title=name or "t", all_edges=100)
-    for suffix in ("svg", "pdf", "png"):
-        assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
-    document = xml.dom.minidom.parse(str(tmp_path / "1.svg"))
-    comments = [
-        node.data for group in document.getElementsByTagName("g") for node in group.childNodes
-        if node.nodeType == node.COMMENT_NODE
-    ]  # fmt: skip
-    if name:  # matplotlib notes the text that it drew as outlines
-        assert any("$x_1$" in comment for comment in comments)
-
-
-def test_a_plot_of_less_than_two_decades_has_labels_between_powers_of_ten():
-    panel = Panel("KL", [Curve("", [9, 5], [0.18, 0.9], [0.18, 0.9], [0.18, 0.9])], [], log=True)
-    figure = _figure([panel], "t", 100)
-    figure.draw_without_rendering()
-    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert {"0.2", "0.5", "1"} <= set(labels)
-
-
-def test_a_plot_from_no_edges_to_all_has_room_where_its_points_are():
-    """KL divergences of 0 come out a little below it, and sizes may be close to each other."""
-    sizes = [5524, 552, 276, 110, 55, 28, 6, 0]
-    kl = [-3e-9, 0.0009, 0.001, 2.0, 9.7, 13.8, 14.76, 14.76]
-    panel = Panel("KL", [Curve("", sizes, kl, kl, kl)], [("all corrupted", 14.76)], log=True)
-    figure = _figure([panel], "t", 5524)
-    figure.draw_without_rendering()
-    (ax,) = figure.axes
-    assert ax.get_ylim()[0] == 0
-    points = ax.transAxes.inverted().transform(
-        ax.transData.transform(list(zip(sizes, kl, strict=True)))
-    )
-    assert 0 < points[-1][0] < 0.1
-    assert 0.9 < points[0][0] < 1
-    assert max(y for _, y in points) < 1
-    ticks = ax.get_xticks()
-    assert {0, 5524} < set(ticks) < set(sizes)
-    places = ax.transAxes.inverted().transform(
-        ax.transData.transform([(x, 1) for x in ticks])
-    )[:, 0]  # fmt: skip
-    assert abs(places[:-1] - places[1:]).min() >= 0.1
-
-
-def test_names_of_levels_lie_where_curves_do_not():
-    def places(levels: list[float], values: list[float]) -> list[tuple[str, str]]:
-        curve = Curve("", [8, 4, 2, 1], values, values, values)
-        figure = _figure([Panel("", [curve], [("level", y) for y in levels], log=False)], "t", 9)
-        return [(text.get_ha(), text.get_va()) for text in figure.axes[0].texts]
-
-    assert places([0.5], [1, 1, 1, 1]) == [("right", "bottom")]
-    assert places([0.5], [0.55, 0.55, 0.2, 0]) == [("left", "bottom")]
-    assert places([0.5], [0.55, 0.55, 0.55, 0.55]) == [("right", "top")]
-    assert places([0.5], [0.5, 0.5, 0.5, 0.5]) == [("right", "bottom")]  # none is better
-    assert places([0.5, 0.5], [1, 1, 1, 1]) == [("right", "bottom"), ("left", "bottom")]
-    assert places([0], [1, 1, 1, 0.02]) == [("right", "bottom")]  # not on the axis
+    assert found == {name: "1.0" if name == "own" else "" for name in others}

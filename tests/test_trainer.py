@@ -1,403 +1,323 @@
+"""The trainer, the learned methods, and the loop around them."""
+
 import math
-import warnings
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_gpt2, random_pairs
 
-from edgeprune.api import prune
-from edgeprune.circuit import Circuit
-from edgeprune.config import (
-    AblationConfig,
-    AblationKind,
-    Constraint,
-    PruneConfig,
-    TrainerConfig,
-    Warmup,
-    target_sparsity,
-)
-from edgeprune.engine import cache as passes
+from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
-from edgeprune.engine.cache import KeptPasses
-from edgeprune.errors import ConfigError, DataError, TrainingError
-from edgeprune.evaluation.cleanup import clean_up
-from edgeprune.evaluation.evaluate import evaluate
-from edgeprune.methods.objective import (
-    SparsityConstraint,
-    learning_rate_factor,
-    scheduled_target,
-)
-from edgeprune.models import wrap_model
-from edgeprune.prompts import collate
+from edgeprune.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from edgeprune.methods.hard_concrete import probability_open
+from edgeprune.methods.held import Held
+from edgeprune.methods.learning import TargetSchedule, learning_rate_factor
+from edgeprune.methods.paper import Lagrangian, penalty
+from edgeprune.methods.priced import Priced
+from edgeprune.models.load import wrap_model
+from edgeprune.scores import EdgeScores
+from edgeprune.training.checkpoint import load_latest, save_checkpoint
+from edgeprune.training.loop import train
+from edgeprune.training.progress import progress
 from edgeprune.training.trainer import Trainer
 
-CONFIG = TrainerConfig(
-    steps=12, batch_size=4, learning_rate=0.5, lr_warmup_steps=2, sparsity_warmup_steps=8
-)
-EXACT = replace(CONFIG, constraint=Constraint.exact, adam_epsilon=10.0)
+STEPS = 12
+LEARNED = {"learning_rate": 0.5, "lr_warmup_steps": 2, "init_mean": 1.0, "init_std": 0.01}
+TARGET = {
+    "start_sparsity": 0.25, "target_sparsity": 0.9, "sparsity_warmup_steps": 8, "warmup": "linear",
+}  # fmt: skip
+NODES = {"start_node_sparsity": 0.25, "target_node_sparsity": 0.7}
+LAGRANGIAN = {
+    **LEARNED, **TARGET, **NODES, "node_gates": False, "weight_decay": 0.0, "adam_epsilon": 1e-8,
+    "lambda_learning_rate": 3.0,
+}  # fmt: skip
+METHODS = {
+    "lagrangian": (Lagrangian, LAGRANGIAN),
+    "nodes": (Lagrangian, {**LAGRANGIAN, "node_gates": True}),
+    "held": (Held, {**LEARNED, **TARGET, "adam_epsilon": 10.0}),
+    "priced": (Priced, {**LEARNED, "adam_epsilon": 1e-3, "edge_price": 0.01}),
+}
 
 
-def trainer(model, config: TrainerConfig = CONFIG, seed: int = 0) -> Trainer:
+def trainer(model, method: str = "lagrangian", seed: int = 0, of_trainer=None, **changes):
+    """A trainer of 12 steps; `changes` are settings of the method, `of_trainer` the trainer's."""
+    make, settings = METHODS[method]
     pairs = random_pairs(10)
+    made = make(model.graph, seed=seed, device=model.device, steps=STEPS, **{**settings, **changes})
     return Trainer(
-        model, pairs, config, target_sparsity=0.9, seed=seed,
-        ablation=Ablation(model, AblationConfig(), pairs),
+        model, pairs, made, steps=STEPS, batch_size=4, seed=seed,
+        ablation=Ablation(model, "interchange", pairs), **(of_trainer or {}),
     )  # fmt: skip
+
+
+def log_alpha(run: Trainer) -> torch.Tensor:
+    return run.method.state_dict()["edge_log_alpha"].clone()
+
+
+def assert_same_state(one: Trainer, other: Trainer) -> None:
+    left, right = one.method.state_dict(), other.method.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# -------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize(
     ("shape", "values"),
     [
-        (Warmup.linear, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]),
+        ("linear", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]),
         # 1 - t: 0.8 -> 0.0128, each step times (0.016) ** (1 / 4)
-        (Warmup.logarithmic, [1 - 0.8 * 0.016 ** (k / 4) for k in (0, 1, 2, 3, 4, 4)]),
+        ("logarithmic", [1 - 0.8 * 0.016 ** (k / 4) for k in (0, 1, 2, 3, 4, 4)]),
     ],
 )
 def test_targets_rise_and_stay(shape, values):
-    end = values[-1]
-    got = [scheduled_target(step, 0.2, end, 4, shape) for step in range(6)]
-    assert got == pytest.approx(values)
+    schedule = TargetSchedule(0.2, values[-1], 4, shape)
+    assert [schedule.at(step) for step in range(6)] == pytest.approx(values)
 
 
-def test_a_logarithmic_rise_to_1_is_at_once():
-    got = [scheduled_target(step, 0.25, 1.0, 2, Warmup.logarithmic) for step in range(4)]
-    assert got == [0.25, 1, 1, 1]
+def test_limits_of_schedules():
+    at_once = TargetSchedule(0.25, 1.0, 2, "logarithmic")
+    assert [at_once.at(step) for step in range(4)] == [0.25, 1, 1, 1]
+    assert TargetSchedule(0.0, 1.1, 0, "linear").at(0) == 1.1
 
 
-def test_without_warmup_the_target_is_there_at_once():
-    assert scheduled_target(0, 0.0, 1.1, 0, Warmup.linear) == 1.1
+def test_learning_rates_rise_and_fall_to_zero():
+    factors = [learning_rate_factor(step, steps=6, warmup_steps=2) for step in range(6)]
+    assert factors == pytest.approx([1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4])
 
 
-def test_learning_rates_rise_and_fall_to_nothing():
-    config = TrainerConfig(steps=6, lr_warmup_steps=2)
-    got = [learning_rate_factor(step, config) for step in range(6)]
-    assert got == pytest.approx([1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4])
+# ---------------------------------------------------------------------------------------- methods
 
 
-def test_warm_ups_follow_the_number_of_steps():
-    config = TrainerConfig(steps=1200)
-    assert (config.lr_warmup, config.sparsity_warmup) == (20, 800)
-    config = TrainerConfig(steps=5, lr_warmup_steps=0, sparsity_warmup_steps=4)
-    assert (config.lr_warmup, config.sparsity_warmup) == (0, 4)
-
-
-def test_constraint_by_hand():
-    constraint = SparsityConstraint()
-    with torch.no_grad():
-        constraint.lambda_1.fill_(2.0)
-        constraint.lambda_2.fill_(3.0)
-    loss = constraint(torch.tensor(0.5), 0.9)
+def test_penalty_by_hand():
+    lambdas = [torch.tensor(value, requires_grad=True) for value in (2.0, 3.0)]
+    loss = penalty(*lambdas, torch.tensor(0.5), 0.9)
     assert loss.item() == pytest.approx(2 * -0.4 + 3 * 0.16)
     loss.backward()
-    assert constraint.lambda_1.grad.item() == pytest.approx(-0.4)
-    assert constraint.lambda_2.grad.item() == pytest.approx(0.16)
+    assert [x.grad.item() for x in lambdas] == pytest.approx([-0.4, 0.16])
 
 
 def test_multipliers_are_maximised_and_gates_learn(model):
-    run = trainer(model, replace(CONFIG, init_mean=0.0, start_sparsity=0.9))
-    assert run.train_step().sparsity < 0.9
-    first = run.train_step()
-    assert first.lambda_1 < 0  # ascent along s - t < 0
-    assert first.lambda_2 > 0  # ascent along (s - t)^2 > 0
-    before = run.masks.edge_log_alpha.detach().clone()
+    run = trainer(model, init_mean=0.0, start_sparsity=0.9)
+    assert run.train_step().values["sparsity"] < 0.9
+    first = run.train_step().values
+    assert first["lambda_1"] < 0  # ascent along s - t < 0
+    assert first["lambda_2"] > 0  # ascent along (s - t)^2 > 0
+    before = log_alpha(run)
     for _ in range(5):
-        metrics = run.train_step()
-    assert metrics.lambda_2 > first.lambda_2
-    assert (run.masks.edge_log_alpha != before).float().mean() > 0.9
-
-
-def test_gates_are_as_sparse_as_the_target_at_every_step(model):
-    nodes = {"node_gates": True, "start_node_sparsity": 0.1, "target_node_sparsity": 0.5}
-    run = trainer(model, replace(EXACT, **nodes))
-    for _ in range(CONFIG.steps):
-        metrics = run.train_step()
-        assert metrics.lambda_1 is None
-        assert metrics.loss == metrics.kl
-        assert metrics.sparsity == pytest.approx(metrics.target, abs=1e-5)
-        assert metrics.node_sparsity == pytest.approx(metrics.node_target, abs=1e-5)
-    assert (metrics.target, metrics.node_target) == (0.9, 0.5)
-
-
-def test_a_gradient_that_is_no_number_changes_nothing(model, monkeypatch):
-    run = trainer(model)
-    run.train_step()
-    before = run.masks.edge_log_alpha.detach().clone()
-    differentiate = run._differentiate
-
-    def overflowing(pairs, gates):
-        distance, grad_gates = differentiate(pairs, gates)
-        grad_gates[3] = torch.inf
-        return distance, grad_gates
-
-    monkeypatch.setattr(run, "_differentiate", overflowing)
-    with pytest.raises(TrainingError, match="sum of its gradients by the gates inf"):
-        run.train_step()
-    assert run.step == 1
-    assert torch.equal(run.masks.edge_log_alpha, before)
+        last = run.train_step().values
+    assert last["lambda_2"] > first["lambda_2"]
+    assert (log_alpha(run) != before).float().mean() > 0.9
 
 
 def test_weight_decay_shrinks_log_alpha_by_its_share_of_the_learning_rate(model):
     """The first of two warm-up steps has half the rate: 0.25 of it times 10."""
-    with_decay, without = (
-        trainer(model, replace(CONFIG, init_mean=10.0, weight_decay=decay)) for decay in (0.1, 0.0)
-    )
-    for one in (with_decay, without):
-        one.train_step()
-    shrunk = without.masks.edge_log_alpha - with_decay.masks.edge_log_alpha
+    with_decay, without = (trainer(model, init_mean=10.0, weight_decay=w) for w in (0.1, 0.0))
+    for run in (with_decay, without):
+        run.train_step()
+    shrunk = log_alpha(without) - log_alpha(with_decay)
     torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("node_gates", [False, True])
-@pytest.mark.parametrize(("config", "stop"), [(CONFIG, 1), (CONFIG, 7), (EXACT, 7)])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model, config, node_gates, stop):
-    config = replace(config, node_gates=node_gates)
-    whole = trainer(model, config)
-    history = [whole.train_step() for _ in range(CONFIG.steps)]
-    broken = trainer(model, config)
+def test_held_gates_have_the_target_sparsity_in_every_step(model):
+    run = trainer(model, "held")
+    for _ in range(STEPS):
+        metrics = run.train_step()
+        assert metrics.loss == metrics.kl
+        assert metrics.values["sparsity"] == pytest.approx(metrics.values["target"], abs=1e-5)
+    assert metrics.values["target"] == 0.9
+
+
+def test_open_edges_have_a_price(model):
+    run = trainer(model, "priced")
+    expected = 0.01 * probability_open(log_alpha(run)).sum().item()
+    metrics = run.train_step()
+    assert metrics.loss - metrics.kl == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spoil", ["distance", "gradient"])
+def test_numbers_that_are_not_finite_change_nothing(model, monkeypatch, method, spoil):
+    run, untouched = trainer(model, method), trainer(model, method)
+    for one in (run, untouched):
+        one.train_step()
+
+    def overflowing(pairs, gates):
+        distance, grad_gates = untouched.differentiate(pairs, gates)
+        grad_gates[3] = torch.inf
+        return (distance * math.nan, grad_gates * 0 + 1) if spoil == "distance" else (
+            distance, grad_gates
+        )  # fmt: skip
+
+    monkeypatch.setattr(run, "differentiate", overflowing)
+    with pytest.raises(TrainingError, match="step 2: the loss is"):
+        run.train_step()
+    assert run.step == 1
+    assert_same_state(run, untouched)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model, tmp_path, method, stop):
+    whole, broken, resumed = (trainer(model, method) for _ in range(3))
+    history = [whole.train_step() for _ in range(STEPS)]
     for _ in range(stop):
         broken.train_step()
-    resumed = trainer(model, config, seed=0)
-    resumed.restore(broken.checkpoint())
-    assert [resumed.train_step() for _ in range(stop, CONFIG.steps)] == history[stop:]
-    for name, value in whole.masks.state_dict().items():
-        assert torch.equal(value, resumed.masks.state_dict()[name])
+    save_checkpoint(tmp_path, broken.checkpoint())
+    resumed.restore(load_latest(tmp_path))
+    assert [resumed.train_step() for _ in range(stop, STEPS)] == history[stop:]
+    assert_same_state(whole, resumed)
+    assert resumed.scores().origin["step"] == STEPS
+
+
+def test_a_checkpoint_of_another_graph_or_method_is_refused(model):
+    other = wrap_model(random_gpt2(n_layer=2))
+    with pytest.raises(CheckpointError, match="edge_log_alpha"):
+        trainer(model).restore(trainer(other).checkpoint())
+    with pytest.raises(CheckpointError, match="node_log_alpha"):
+        trainer(model, "nodes").restore(trainer(model).checkpoint())
 
 
 def test_seeds_differ(model):
     assert trainer(model, seed=0).train_step() != trainer(model, seed=1).train_step()
 
 
-def test_not_a_number_stops_the_run_and_keeps_the_state():
-    hf_model = random_gpt2()
-    run = trainer(wrap_model(hf_model))
-    run.train_step()
-    before = {name: value.clone() for name, value in run.checkpoint().masks.items()}
-    with torch.no_grad():
-        hf_model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(TrainingError, match="the loss is nan at step 2"):
-        run.train_step()
-    assert run.step == 1
-    for name, value in run.checkpoint().masks.items():
-        assert torch.equal(value, before[name])
+class Descent:
+    """A method of a few lines: gates are its parameters, and follow the gradient."""
+
+    def __init__(self, graph):
+        self.graph, self.values = graph, torch.full((graph.num_edges,), 0.5)
+
+    def gates(self, step):
+        return self.values.clone()
+
+    def update(self, step, distance, grad_gates):
+        self.values = (self.values - 10 * grad_gates).clamp(0, 1)
+        return {"loss": distance.item(), "distance": distance.item(), "mean": 0.25, "none": None}
+
+    def scores(self):
+        return EdgeScores(self.graph, self.values, origin={"method": "descent"})
 
 
-def test_the_library_finds_a_circuit_of_the_size_asked_for():
-    model = wrap_model(random_gpt2())
-    pairs = random_pairs(8)
-    settings = dict(steps=3, lr_warmup_steps=1, sparsity_warmup_steps=2, progress=False)
-    pruned = prune(model, pairs, num_edges=17, **settings)
-    assert len(pruned.circuit) == 17
-    assert [m.step for m in pruned.history] == [1, 2, 3]
-    assert pruned.circuit == prune(model, pairs, num_edges=17, **settings).circuit
-    for ablation in ("zero", "mean"):
-        pruned = prune(model, pairs, num_edges=17, ablation=ablation, **settings)
-        assert len(pruned.circuit) == 17
-        assert pruned.ablation.kind is AblationKind[ablation]
-    with pytest.raises(ConfigError, match="unknown setting 'stepz'; did you mean 'steps'"):
-        prune(model, pairs, num_edges=17, stepz=3)
-    with pytest.raises(ConfigError, match="nothing says how sparse"):
-        prune(model, pairs)
-    with pytest.raises(ConfigError, match="unknown ablation 'noise'; choose interchange"):
-        prune(model, pairs, num_edges=17, ablation="noise")
+def test_the_trainer_takes_any_method(model):
+    pairs = random_pairs(4)
+    run = Trainer(
+        model, pairs, Descent(model.graph), steps=20, batch_size=4, seed=0,
+        ablation=Ablation(model, "interchange", pairs),
+    )  # fmt: skip
+    history = []
+    train(run, on_step=history.append)
+    assert history[-1].kl < 0.7 * history[0].kl
+    assert history[0].to_dict() == {
+        "step": 1, "loss": history[0].loss, "kl": history[0].kl, "unexplained": None,
+        "mean": 0.25, "none": None,
+    }  # fmt: skip
+    assert run.scores().origin == {"method": "descent", "step": 20}
 
 
-def test_a_name_is_no_model(model):
-    circuit, pairs = Circuit.random(model.graph, 20, seed=0), random_pairs(2)
-    message = "got a str, expected a CircuitModel, from load_model"
-    with pytest.raises(TypeError, match=message):
-        prune("embedded", pairs, num_edges=17, progress=False)
-    with pytest.raises(TypeError, match=message):
-        evaluate("embedded", circuit, pairs)
-    with pytest.raises(TypeError, match=message):
-        clean_up("embedded", circuit, pairs, tolerance=1, ranking=range(model.graph.num_edges))
+# -------------------------------------------------------------------------------- the same results
 
 
-def test_prompts_that_are_none_or_too_long_are_refused(model):
-    circuit = Circuit.random(model.graph, 20, seed=0)
-    longest = random_pairs(2, length=32)
-    for pairs, message in [
-        ([], "got no prompts"),
-        ([*random_pairs(1), *random_pairs(1, length=33)], "33 tokens, but model takes at most 32"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            prune(model, pairs, num_edges=17, progress=False)
-        with pytest.raises(ValueError, match=message):
-            evaluate(model, circuit, pairs)
-        with pytest.raises(ValueError, match=message):
-            clean_up(model, circuit, pairs, tolerance=1, ranking=range(model.graph.num_edges))
-    assert evaluate(model, circuit, longest).num_examples == 2
-
-
-def test_corrupted_prompts_that_are_the_clean_ones_are_refused_where_they_matter(model):
-    same = [replace(pair, corrupted_ids=pair.clean_ids) for pair in random_pairs(3)]
-    settings = dict(num_edges=17, steps=2, progress=False)
-    with pytest.raises(DataError, match="all 3 corrupted prompts are the same as their clean ones"):
-        prune(model, same, **settings)
-    prune(model, [*same, *random_pairs(1)], **settings)
-    prune(model, same, ablation="zero", **settings)
-
-
-def test_settings_from_python_are_those_of_the_command_line(model):
-    pairs = random_pairs(8)
-    settings = dict(num_edges=17, steps=6, sparsity_warmup_steps=5, progress=False)
-    runs = [
-        prune(model, pairs, **{**settings, **change}).history
-        for change in (
-            {}, {"warmup": "linear", "steps": "6", "num_edges": "17"}, {"warmup": "logarithmic"},
-        )
-    ]  # fmt: skip
-    assert runs[0] == runs[1] != runs[2]
-    sizes = {"sparsity": torch.tensor(0.5).numpy()[()], "num_edges": None}
-    half = prune(model, pairs, **{**settings, **sizes}).circuit
-    assert len(half) == round(model.graph.num_edges / 2)
-    held = prune(model, pairs, constraint="exact", **settings).history
-    assert held[0].lambda_1 is None
-    for wrong, message in [
-        ({"warmup": "foo"}, r"warmup='foo' .*\[linear, logarithmic\]"),
-        ({"constraint": "soft"}, r"constraint='soft' .*\[exact, lagrangian\]"),
-        ({"steps": "many"}, "steps='many' cannot be used"),
-        ({"seed": "x"}, "seed='x' cannot be used"),
-        ({"seed": -1}, "seed=-1 must lie between 0 and 2147483647"),
-        ({"seed": 2**31}, "seed=2147483648 must lie between 0 and 2147483647"),
-        ({"num_edges": None, "sparsity": [0.5]}, "sparsity=.0.5. cannot be used"),
-        (
-            {"constraint": "exact", "edge_price": 0.01},
-            r"edge_price=0.01 and trainer\.constraint=exact",
-        ),
-        (
-            {"constraint": "exact", "node_gates": True, "target_node_sparsity": 1.2},
-            r"target_node_sparsity=1.2 must lie between 0 and 1",
-        ),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            prune(model, pairs, **{**settings, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("settings", "wanted"),
-    [
-        ({}, 0.97), ({"target_lead": 0.0}, 0.9), ({"target_lead": 0.2}, 1.1),
-        ({"target_sparsity": 0.5}, 0.5), ({"edge_price": 0.1}, None),
-        ({"constraint": Constraint.exact}, 0.9), ({"warmup": Warmup.logarithmic}, 0.9),
-    ],
-)  # fmt: skip
-def test_the_target_follows_from_what_is_asked_for(settings, wanted):
-    config = TrainerConfig(**settings)
-    for asked in ({"sparsity": 0.9}, {"num_edges": 3}):
-        found = target_sparsity(PruneConfig(trainer=config, **asked), all_edges=30)
-        assert found == (wanted if wanted is None else pytest.approx(wanted))
-
-
-def test_gates_far_from_the_size_asked_for_are_said(model):
-    pairs = random_pairs(8)
-    settings = dict(steps=3, batch_size=4, progress=False)
-    with pytest.warns(
-        UserWarning, match=r"gates have only become \d\d\.\d% sparse.*circuit.*98\.0%"
-    ):
-        prune(model, pairs, sparsity=0.98, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prune(model, pairs, sparsity=0.98, constraint="exact", sparsity_warmup_steps=1, **settings)
-        prune(model, pairs, target_sparsity=0.9, **settings)  # no size is asked for
-
-
-def test_what_is_no_circuit_or_prompt_is_refused_in_words(model):
-    pairs = random_pairs(3)
-    ablation = Ablation(model, "mean", pairs)
-    assert ablation.kind is AblationKind.mean
-    for wrong in ("edges.json", prune(model, pairs, num_edges=9, steps=1, progress=False)):
-        name = type(wrong).__name__
-        with pytest.raises(TypeError, match=f"got a {name}, expected a Circuit, such as `pruned"):
-            evaluate(model, wrong, pairs)
-        with pytest.raises(TypeError, match=f"got a {name}, expected a Circuit"):
-            clean_up(model, wrong, pairs, tolerance=0, ranking=[])
-    assert repr(wrong) == "Pruned(circuit=Circuit(9 of 302 edges))"
-    with pytest.raises(TypeError, match="prompts are of type dict, expected pairs of token ids"):
-        prune(model, [{"clean": "x"}], num_edges=9, progress=False)
-
-
-def test_a_circuit_of_another_graph_is_refused(model):
-    """Also where it has as many edges, or only edges that the model has."""
-    pairs, ranking = random_pairs(3), range(model.graph.num_edges)
-    fewer = wrap_model(random_gpt2(), embedding_writers=False).graph
-    renamed = replace(model.graph, embedding_writers=("embeds", "pos_embeds"))
-    for graph in (fewer, renamed):
-        other = Circuit.random(graph, 20, seed=0)
-        with pytest.raises(ValueError, match="another graph than the model's: .* embedding_writ"):
-            evaluate(model, other, pairs)
-        with pytest.raises(ValueError, match="another graph than the model's: .* embedding_writ"):
-            clean_up(model, other, pairs, tolerance=0.1, ranking=ranking)
-
-
-def test_kept_passes_are_those_of_the_model(model):
-    pairs = random_pairs(5) + random_pairs(4, 5, seed=1, predicted=2)
-    kept = KeptPasses(model, pairs, batch_size=4, corrupted=True)
-    batch = collate([pairs[i] for i in (7, 0, 8, 3)])
-    reference, activations = model.run_pair(batch)
-    got_reference, got = kept.run_pair(batch)
-    torch.testing.assert_close(got_reference, reference, atol=1e-6, rtol=1e-5)
-    real = torch.arange(batch.clean_ids.shape[1]) < batch.lengths[:, None]
-
-    def check(wanted, found):
-        torch.testing.assert_close(found[..., real, :], wanted[..., real, :], atol=1e-6, rtol=1e-5)
-        return found
-
-    activations.map(check, got)
-    stored = [kept._reference.nbytes]
-    kept._activations.map(lambda x: stored.append(x.nbytes) or x)
-    assert KeptPasses.size(model, pairs, corrupted=True) == sum(stored)
-    references = KeptPasses(model, pairs, batch_size=4, corrupted=False)
-    got_reference, nothing = references.run_pair(batch)
-    torch.testing.assert_close(got_reference, reference, atol=1e-6, rtol=1e-5)
-    assert nothing is None
-    assert KeptPasses.size(model, pairs, corrupted=False) == kept._reference.nbytes
-
-
-@pytest.mark.parametrize("ablation", ["zero", "mean"])
-def test_corrupted_prompts_are_run_only_where_they_are_needed(model, ablation, monkeypatch):
-    run_full, seen = model.run_full, []
-    monkeypatch.setattr(
-        model, "run_full", lambda ids, keep: seen.append(ids) or run_full(ids, keep)
-    )
-    pairs = random_pairs(5)
-    clean = {pair.clean_ids for pair in pairs}
-    assert clean.isdisjoint(pair.corrupted_ids for pair in pairs)
-    settings = {"steps": 2, "batch_size": 2, "progress": False, "cleanup": 0.1}
-    prune(model, pairs, num_edges=5, ablation=ablation, **settings)
-    evaluate(model, Circuit.from_edges(model.graph, []), pairs, ablation=ablation)
-    assert {tuple(row) for ids in seen for row in ids.tolist()} == clean
-
-
-def test_passes_without_gradients_take_twice_the_pairs_of_those_with_them(model, monkeypatch):
-    run_full, sizes = model.run_full, []
-    monkeypatch.setattr(
-        model, "run_full", lambda ids, keep: sizes.append(len(ids)) or run_full(ids, keep)
-    )
-    settings = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "progress": False}
-    prune(model, random_pairs(12), num_edges=5, cleanup=0.1, ablation="mean", **settings)
-    assert max(sizes) == 4
+def assert_similar(one: Trainer, other: Trainer) -> None:
+    for _ in range(6):
+        left, right = one.train_step(), other.train_step()
+        assert right.kl == pytest.approx(left.kl, rel=1e-4)
+        assert right.values["sparsity"] == pytest.approx(left.values["sparsity"], rel=1e-5)
+    torch.testing.assert_close(log_alpha(other), log_alpha(one), atol=1e-4, rtol=1e-4)
 
 
 def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):
-    kept = trainer(model)
-    history = [kept.train_step() for _ in range(6)]
-    monkeypatch.setattr(passes, "MAX_KEPT", 0)
-    other = trainer(model)
-    for mine in history:
-        theirs = other.train_step()
-        assert mine.kl == pytest.approx(theirs.kl, rel=1e-4)
-        assert mine.sparsity == pytest.approx(theirs.sparsity, rel=1e-5)
+    kept, other = trainer(model), trainer(model)
+    kept.differentiate(kept.pairs[:4], torch.ones(model.graph.num_edges))  # fills the cache
+    monkeypatch.setattr(cache, "MAX_KEPT", 0)
+    assert_similar(kept, other)
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 3}, {"recompute": True}], ids=str)
 def test_ways_to_save_memory_give_the_same_run(model, settings):
-    """Slices of 3 and 1 of a batch of 4: the KL is a mean over examples whatever the slices."""
-    whole, other = trainer(model), trainer(model, replace(CONFIG, **settings))
-    for _ in range(6):
-        one, two = whole.train_step(), other.train_step()
-        assert two.kl == pytest.approx(one.kl, rel=1e-4)
-        assert two.sparsity == pytest.approx(one.sparsity, rel=1e-5)
-    torch.testing.assert_close(
-        other.masks.edge_log_alpha, whole.masks.edge_log_alpha, atol=1e-4, rtol=1e-4
-    )
+    """Micro-batches of 3 and 1 of a batch of 4: the KL is a mean over examples either way."""
+    assert_similar(trainer(model), trainer(model, of_trainer=settings))
+
+
+def test_cuda_graphs_need_a_gpu(model):
+    if model.device.type != "cuda":
+        with pytest.raises(ConfigError, match="cuda_graph"):
+            trainer(model, of_trainer={"cuda_graph": True})
+
+
+# --------------------------------------------------------------------------------------- the loop
+
+
+class MemoryStore:
+    """A store that keeps everything in memory."""
+
+    path = "memory"
+
+    def __init__(self):
+        self.saved, self.lines = [], []
+
+    def latest(self):
+        return self.saved[-1] if self.saved else None
+
+    def save(self, checkpoint):
+        state = {name: value.clone() for name, value in checkpoint.state.items()}
+        self.saved.append(replace(checkpoint, state=state))
+
+    def log(self, metrics):
+        self.lines.append(metrics)
+
+    def truncate_log(self, step):
+        self.lines = [line for line in self.lines if line["step"] <= step]
+
+
+def test_checkpoints_and_log_lines_at_intervals_and_at_the_end(model):
+    store = MemoryStore()
+    train(trainer(model), store=store, checkpoint_every=5, log_every=4)
+    assert [checkpoint.step for checkpoint in store.saved] == [5, 10, 12]
+    assert [line["step"] for line in store.lines] == [4, 8, 12]
+
+
+def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model):
+    whole, store = MemoryStore(), MemoryStore()
+    train(trainer(model), store=whole, log_every=1)
+
+    def interrupt(metrics):
+        if metrics.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        train(trainer(model), store=store, on_step=interrupt, checkpoint_every=5, log_every=1)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert [checkpoint.step for checkpoint in store.saved] == [5, 7]
+    store.saved.pop()  # as if the machine had crashed before
+    resumed = trainer(model)
+    train(resumed, store=store, log_every=1)
+    assert store.lines == whole.lines
+    assert torch.equal(log_alpha(resumed), whole.saved[-1].state["edge_log_alpha"])
+
+
+def test_a_failure_saves_the_state_before_it(model, monkeypatch):
+    run, store = trainer(model), MemoryStore()
+    update = run.method.update
+
+    def fail(step, distance, grad_gates):
+        return update(step, distance * (math.nan if step == 3 else 1), grad_gates)
+
+    monkeypatch.setattr(run.method, "update", fail)
+    with pytest.raises(TrainingError):
+        train(run, store=store)
+    assert [checkpoint.step for checkpoint in store.saved] == [3]
+
+
+@pytest.mark.parametrize("total", [1, 3, 1000])
+def test_progress_without_a_terminal_is_a_few_lines(total, caplog):
+    caplog.set_level("INFO", "edgeprune")
+    with progress(total, "step") as show:
+        for done in range(1, total + 1):
+            show(done, "KL 0.1")
+    assert len(caplog.records) <= 5
+    assert f"step {total}/{total}  KL 0.1" in caplog.records[-1].message

@@ -1,1 +1,1 @@
-"""What each command does, given its settings: one file a command, one function of that name."""
+"""The commands: each calls the API with its settings and prints the result."""

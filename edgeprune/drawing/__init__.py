@@ -1,4 +1,4 @@
-"""Drawings of circuits. No torch here."""
+"""Drawings of circuits, plots and the HTML page of a report. Imports no torch."""
 
 from edgeprune.drawing.graphviz import (
     SUFFIXES,
@@ -7,13 +7,19 @@ from edgeprune.drawing.graphviz import (
     comparison_groups,
     draw_circuit,
 )
-from edgeprune.errors import GraphvizMissing
+from edgeprune.drawing.page import render_page
+from edgeprune.drawing.plots import COLORS, Curve, Panel, draw_frontier, draw_training
 
 __all__ = [
+    "COLORS",
     "SUFFIXES",
+    "Curve",
     "EdgeGroup",
-    "GraphvizMissing",
+    "Panel",
     "circuit_dot",
     "comparison_groups",
     "draw_circuit",
+    "draw_frontier",
+    "draw_training",
+    "render_page",
 ]

@@ -1,9 +1,9 @@
-"""Draw a circuit by Graphviz: embeddings at the bottom, the output at the top.
+"""Drawings of circuits with Graphviz: embeddings at the bottom, the output at the top.
 
-A head is one box with its Q, K and V inputs below its output; an MLP, an embedding and the output
-are one box each. Edges have the colour of the reader they end in. Small circuits are laid out by
-Graphviz; large ones, for which that takes minutes and comes out 50 screens wide, on a grid with a
-row a layer and a column a head.
+A head is one box, with its Q, K and V inputs below its output; an MLP, an embedding and the output
+are one box each. An edge has the colour of the reader in which it ends. Graphviz lays out small
+circuits. For large ones it would take minutes, and the result would be 50 screens wide, so they lie
+on a grid with one row per layer and one column per head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import graphviz
@@ -23,33 +24,36 @@ from edgeprune.files import write_atomically, write_text
 from edgeprune.graph import Edge
 
 SUFFIXES = ("pdf", "svg", "png", "dot")
+"""File formats of drawings."""
 
 FILL = {
     "tok_embeds": "#8FD0C5", "pos_embeds": "#C9E3B4", "embeds": "#8FD0C5", "mlp": "#F6D58A",
     "head": "#D9DCE3", "q": "#A9C9F0", "k": "#F3B5AE", "v": "#CDB5E6", "output": "#4A4E57",
 }  # fmt: skip
-"""Box colours by kind of node; light ones, which colour-blind readers can tell apart."""
+"""Box colour per kind of node: light, and distinguishable for colour-blind readers."""
 LINE = {"q": "#2F6FB7", "k": "#C0473B", "v": "#7A4BAA", "mlp": "#B07A0C", "output": "#4A4E57"}
-"""Edge colours by kind of reader."""
+"""Edge colour per kind of reader."""
 NAMES = {
     "tok_embeds": "Token embedding", "pos_embeds": "Position embedding", "embeds": "Embedding",
     "resid_post": "Output",
 }  # fmt: skip
-MANY = 120
-"""From so many edges on, nodes lie on a grid and lines are straight, and thinner the more."""
+"""Names shown for nodes other than heads and MLPs."""
+MAX_LAID_OUT = 119
+"""Circuits with more edges than this are drawn on a grid, with straight and thinner lines."""
 DPI = 110
-"""Of .png files."""
+"""Resolution of .png files."""
 COLUMN, ROW = 100, 95
-"""Distances of the grid, in points."""
+"""Distances on the grid, in points."""
 ZIGZAG = (-1.25, 1.25, -0.25, 1.25, -1.25, 0)
-"""Columns by which MLPs are shifted, layer by layer and over again: so that a line between two of
-them, up to five layers apart, passes beside those in between (found by trying)."""
-
+"""Shifts of the MLPs on the grid, in columns, repeated every six layers. A line between two MLPs up
+to five layers apart then passes the MLPs in between (found by trying)."""
 
 SHARED, PARTLY = "#4A4E57", "#A0A6B2"
+"""Colours of edges that all compared circuits have, and that several have."""
 ONLY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9")
-"""Colours of a comparison: what all circuits have, what some have, what one has."""
+"""Colours of edges that only one of the compared circuits has, per circuit."""
 OUTLINE = "#6B6F78"
+"""Colour of a box's outline."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class EdgeGroup:
     """Edges drawn in one colour.
 
     Attributes:
-        name: what the legend calls them.
+        name: shown in the legend.
         color: such as "#0072B2".
         edges: (writer, reader) names.
     """
@@ -68,23 +72,24 @@ class EdgeGroup:
 
 
 def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
-    """The edges that all circuits have, that several have, and that only one has.
+    """Groups of the edges that all circuits have, that several have, and that only one has.
 
     Args:
-        circuits: edges by the circuit's name. Of more than six, what only one has is one group.
+        circuits: edges per name of a circuit. For more than six circuits, the edges that only one
+            has are a single group.
     """
-    all_edges = set().union(*circuits.values())
-    holders = {edge: [n for n, edges in circuits.items() if edge in edges] for edge in all_edges}
-    groups = [
-        EdgeGroup(
-            "shared", SHARED, {e for e, names in holders.items() if len(names) == len(circuits)}
-        )
-    ]
-    some = {e for e, names in holders.items() if 1 < len(names) < len(circuits)}
-    if len(circuits) > 2:
-        groups.append(EdgeGroup("in several", PARTLY, some))
-    only = {e: names[0] for e, names in holders.items() if len(names) == 1 < len(circuits)}
-    if len(circuits) > len(ONLY):
+    holders: dict[Edge, list[str]] = {}
+    for name, edges in circuits.items():
+        for edge in edges:
+            holders.setdefault(edge, []).append(name)
+    count = len(circuits)
+    shared = {edge for edge, names in holders.items() if len(names) == count}
+    several = {edge for edge, names in holders.items() if 1 < len(names) < count}
+    only = {edge: names[0] for edge, names in holders.items() if len(names) == 1 < count}
+    groups = [EdgeGroup("shared", SHARED, shared)]
+    if count > 2:
+        groups.append(EdgeGroup("in several", PARTLY, several))
+    if count > len(ONLY):
         return [*groups, EdgeGroup("in one only", ONLY[1], set(only))]
     for name, color in zip(circuits, ONLY, strict=False):
         groups.append(EdgeGroup(f"only {name}", color, {e for e, n in only.items() if n == name}))
@@ -102,13 +107,14 @@ def draw_circuit(
 
     Args:
         circuit: all of its edges are drawn; see `Circuit.without_dangling`.
-        path: ends in .pdf, .svg, .png or .dot; only .dot needs no Graphviz on the machine.
-        title: a line of text above.
-        groups: colours for the edges, and a legend; none: the colour of the reader's kind.
+        path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
+        title: a line of text at the top.
+        groups: colours of the edges, with a legend; without groups, edges have the colour of their
+            kind of reader.
 
     Raises:
-        ValueError: another suffix, or a name which is none of a node.
-        GraphvizMissing: no `dot` on the machine; the DOT source is left beside `path`.
+        ValueError: another suffix, or an edge with an unknown name.
+        GraphvizMissing: `dot` is not installed; the DOT source is left next to `path`.
     """
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
@@ -125,15 +131,14 @@ def draw_circuit(
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
         raise GraphvizMissing(
-            f"cannot draw {path}: the program `dot` is not on this machine; install Graphviz "
-            "(Debian: apt-get install graphviz, macOS: brew install graphviz). Its source is in "
-            f"{fallback}"
+            f"cannot draw {path}: the program `dot` is not installed; install Graphviz (Debian: "
+            f"apt-get install graphviz, macOS: brew install graphviz). The source is in {fallback}"
         ) from None
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
 
 
 def _at_dpi(source: str, suffix: str) -> str:
-    """Pixels are asked for in pictures of pixels alone: with them Graphviz writes cropped SVGs."""
+    """Set the resolution of .png files only: with it, Graphviz writes cropped SVGs."""
     return source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
 
 
@@ -145,17 +150,18 @@ def circuit_dot(
 ) -> str:
     """The DOT source of a circuit's drawing, always the same for the same circuit.
 
-    Arguments and errors as `draw_circuit`.
+    Arguments and errors are those of `draw_circuit`.
     """
     Circuit.check(circuit)
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
-    many = len(edges) >= MANY
-    boxes = {w for w, _ in edges} | {n for _, r in edges for n in _boxes_of(r, circuit)}
-    nodes = sorted(boxes | {"resid_post"}, key=_order)
-    counts = _counts(len(edges), len(nodes) - 1, sum(len(_boxes_of(r, circuit)) for _, r in edges))
+    on_grid = len(edges) > MAX_LAID_OUT
+    arrows = [(edge, node) for edge in edges for node in _boxes(edge[1], circuit)]
+    nodes = sorted({w for w, _ in edges} | {n for _, n in arrows} | {"resid_post"}, key=_order)
+    colors = {edge: group.color for group in groups for edge in group.edges}
+    counts = _counts(len(edges), len(nodes) - 1, len(arrows))
     dot = graphviz.Digraph(
         graph_attr={
-            "layout": "neato" if many else "dot", "splines": "line" if many else "true",
+            "layout": "neato" if on_grid else "dot", "splines": "line" if on_grid else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
             "label": _title(title, counts, _legend(edges, groups)),
@@ -164,103 +170,88 @@ def circuit_dot(
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
-    inputs = _inputs(edges, circuit)
-    colors = {edge: group.color for group in groups for edge in group.edges}
-    outlines = _outlines(edges, colors, circuit)
-    labels = {
-        node: _label(node, inputs.get(node, ()), outlines.get(node, OUTLINE)) for node in nodes
-    }
-    if many:
+    labels = _labels(nodes, arrows, colors)
+    if on_grid:
         for node, (x, y) in _grid(nodes).items():
             dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
     else:
         _add_ranks(dot, nodes, labels)
     width, opacity = _stroke(len(edges))
-    for edge in edges:
-        writer, reader = edge
-        kind = _kind(reader)
-        color = colors.get(edge, LINE[kind])
-        if colors.get(edge) in (SHARED, *ONLY):  # what a comparison is made for stands out
-            style = {"color": f"{color}D0", "penwidth": f"{width + 0.3:.2f}"}
-        else:
-            style = {"color": f"{color}{opacity:02X}", "penwidth": f"{width:.2f}"}
-        for node in _boxes_of(reader, circuit):
-            head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
-            tail = _id(writer) if _kind(writer) != "head" else f"{_id(writer)}:out:n"
-            dot.edge(tail, head, **style)
+    for edge, node in arrows:
+        kind, color = _kind(edge[1]), colors.get(edge)
+        head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
+        tail = f"{_id(edge[0])}:out:n" if _kind(edge[0]) == "head" else _id(edge[0])
+        stands_out = color in (SHARED, *ONLY)  # the edges that a comparison is about
+        style = f"{width + 0.3:.2f}" if stands_out else f"{width:.2f}"
+        alpha = "D0" if stands_out else f"{opacity:02X}"
+        dot.edge(tail, head, color=f"{color or LINE[kind]}{alpha}", penwidth=style)
     return dot.source
 
 
 def _stroke(num_edges: int) -> tuple[float, int]:
-    """Width in points and opacity (of 255) of a line, both the lower the more there are."""
-    if num_edges < MANY:
+    """Line width in points and opacity (0 to 255), which decrease with the number of edges."""
+    if num_edges <= MAX_LAID_OUT:
         return 1.1, 0xC0
     share = min(max(math.log10(num_edges / 300), 0), 1)  # 0 up to 300 edges, 1 from 3,000 on
     return 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
 
 
 def _add_ranks(dot: graphviz.Digraph, nodes: list[str], labels: dict[str, str]) -> None:
-    """Nodes for Graphviz to lay out, one rank a layer's heads or MLP, the ranks in layer order."""
-    ranks = sorted({_rank(node) for node in nodes})
-    members = {rank: [node for node in nodes if _rank(node) == rank] for rank in ranks}
-    for rank in ranks:
+    """Add nodes for Graphviz to lay out: a layer's heads, or its MLP, are one rank."""
+    ranks: dict[tuple[int, bool], list[str]] = {}
+    for node in nodes:  # in the order of the ranks
+        ranks.setdefault(_rank(node), []).append(node)
+    for members in ranks.values():
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
-            for node in members[rank]:
+            for node in members:
                 row.node(_id(node), label=labels[node])
-    for lower, upper in zip(ranks, ranks[1:], strict=False):
-        first, second = members[lower][0], members[upper][0]
-        dot.edge(_id(first), _id(second), style="invis", weight="0")
+    firsts = [_id(members[0]) for members in ranks.values()]
+    for lower, upper in zip(firsts, firsts[1:], strict=False):
+        dot.edge(lower, upper, style="invis", weight="0")
 
 
 def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
-    """Positions in inches: rows from the bottom up, a head always in its own column.
+    """Positions in inches: rows from bottom to top, and each head always in the same column.
 
     Every second row is shifted by half a column, so that straight lines pass between boxes.
     """
     ranks = sorted({_rank(node) for node in nodes})
-    columns = 1 + max([_parse(node)[2] for node in nodes])
+    columns = 1 + max(_parse(node)[2] for node in nodes)
     places = {}
     for node in nodes:
         kind, layer, head = _parse(node)
-        row = ranks.index(_rank(node))
         if kind == "head":
             column = head + (0.0 if layer % 2 else 0.4)
         elif kind == "pos_embeds":
             column = columns * 2 / 3
+        elif kind == "tok_embeds":
+            column = columns / 3
         else:
-            column = columns / 3 if kind == "tok_embeds" else columns / 2 - 0.25
-            if kind == "mlp":
-                column += ZIGZAG[layer % len(ZIGZAG)]
-        places[node] = (column * COLUMN / 72, row * ROW / 72)
+            column = columns / 2 - 0.25 + (ZIGZAG[layer % len(ZIGZAG)] if kind == "mlp" else 0)
+        places[node] = (column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72)
     return places
 
 
-def _inputs(edges: list[Edge], circuit: Circuit) -> dict[str, set[str]]:
-    """For each head, which of q, k and v have an edge."""
-    inputs: dict[str, set[str]] = {}
-    for _, reader in edges:
-        if _kind(reader) in ("q", "k", "v"):
-            for node in _boxes_of(reader, circuit):
-                inputs.setdefault(node, set()).add(_kind(reader))
-    return inputs
-
-
-def _outlines(edges: list[Edge], colors: dict[Edge, str], circuit: Circuit) -> dict[str, str]:
-    """A box all of whose edges have one colour has that colour too."""
-    seen: dict[str, set[str]] = {}
-    for writer, reader in edges:
-        for node in (writer, *_boxes_of(reader, circuit)):
-            seen.setdefault(node, set()).add(colors.get((writer, reader), OUTLINE))
-    return {node: found.pop() for node, found in seen.items() if len(found) == 1}
+def _labels(
+    nodes: list[str], arrows: list[tuple[Edge, str]], colors: dict[Edge, str]
+) -> dict[str, str]:
+    """Boxes. A box whose edges all have one colour is outlined in it."""
+    inputs: dict[str, set[str]] = {node: set() for node in nodes}
+    seen: dict[str, set[str]] = {node: set() for node in nodes}
+    for edge, node in arrows:
+        inputs[node].add(_kind(edge[1]))
+        for end in (edge[0], node):
+            seen[end].add(colors.get(edge, OUTLINE))
+    outlines = {node: min(found) if len(found) == 1 else OUTLINE for node, found in seen.items()}
+    return {node: _label(node, inputs[node], outlines[node]) for node in nodes}
 
 
 def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
-    """What the colours mean, as an HTML-like label."""
+    """The meaning of the colours, as an HTML-like label."""
     kinds = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
     entries = [(LINE[kind], text) for kind, text in kinds]
     if groups:
-        drawn = set(edges)
-        counts = [(group, len(drawn & set(group.edges))) for group in groups]
+        counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
         entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
     marks = " ".join(
         f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
@@ -270,7 +261,7 @@ def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
 
 
 def _counts(num_edges: int, num_nodes: int, num_arrows: int) -> list[str]:
-    """Lines that say how much there is to see."""
+    """Lines that give the numbers of edges and nodes."""
     edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
     lines = [f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"]
     if num_arrows != num_edges:
@@ -285,15 +276,15 @@ def _title(title: str | None, counts: Sequence[str], legend: str) -> str:
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
-    small = '<FONT POINT-SIZE="13">'
-    lines = gap.join(f"{small}{line}</FONT>" for line in (*counts, legend))
+    lines = gap.join(f'<FONT POINT-SIZE="13">{line}</FONT>' for line in (*counts, legend))
     return f"<{first}{lines}{gap}&#160;>"
 
 
 def _label(node: str, inputs: Iterable[str], outline: str) -> str:
-    """A box; a head's has a cell for each of its inputs under its name."""
-    kind = _kind(node)
-    name = NAMES.get(node) or ("MLP " if kind == "mlp" else "Head ") + _number(node)
+    """A box; a head's has a cell for each of its inputs below its name."""
+    kind, layer, head = _parse(node)
+    number = f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}"
+    name = NAMES.get(node, number)
     font = ' COLOR="white"' if kind == "output" else ""
     width = 1 if outline == OUTLINE else 2
     start = (
@@ -315,18 +306,15 @@ def _label(node: str, inputs: Iterable[str], outline: str) -> str:
 # ------------------------------------------------------------------------------------------ names
 
 
+@cache
 def _parse(name: str) -> tuple[str, int, int]:
     """(kind, layer, head) of a node or a reader: 'a3.h1.q' -> ('q', 3, 1)."""
-    found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.([qkv]))?", name)
-    if found:
+    if found := re.fullmatch(r"a(\d+)\.h(\d+)(?:\.([qkv]))?", name):
         return found[3] or "head", int(found[1]), int(found[2])
-    found = re.fullmatch(r"m(\d+)", name)
-    if found:
+    if found := re.fullmatch(r"m(\d+)", name):
         return "mlp", int(found[1]), 0
-    if name == "resid_post":
-        return "output", 10**9, 0
     if name in NAMES:
-        return name, -1, 0
+        return ("output", 10**9, 0) if name == "resid_post" else (name, -1, 0)
     raise ValueError(
         f"{name!r} is not the name of a node; expected tok_embeds, pos_embeds, embeds, a0.h0, m0, "
         "a0.h0.q, a0.h0.k, a0.h0.v or resid_post, with any numbers"
@@ -337,13 +325,8 @@ def _kind(name: str) -> str:
     return _parse(name)[0]
 
 
-def _number(node: str) -> str:
-    kind, layer, head = _parse(node)
-    return str(layer) if kind == "mlp" else f"{layer}.{head}"
-
-
 def _rank(node: str) -> tuple[int, bool]:
-    """Embeddings, then layer by layer the heads and the MLP, then the output."""
+    """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
     kind, layer, _ = _parse(node)
     return layer, kind == "mlp"
 
@@ -353,11 +336,11 @@ def _order(name: str) -> tuple:
     return layer, kind == "mlp", head, kind != "tok_embeds", kind
 
 
-def _boxes_of(reader: str, circuit: Circuit) -> list[str]:
-    """The boxes that a reader belongs to: a key or value head's are its group's query heads."""
+def _boxes(reader: str, circuit: Circuit) -> list[str]:
+    """The boxes of a reader; a shared key or value is drawn in each of its query heads."""
     return circuit.nodes_fed_by(reader) or [reader]
 
 
 def _id(node: str) -> str:
-    """A DOT name; a dot or colon in it would need care with ports."""
+    """A DOT identifier; a dot or a colon would have to be quoted in ports."""
     return node.replace(".", "_")

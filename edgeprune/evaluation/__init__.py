@@ -1,1 +1,1 @@
-"""What is done with learned gates: circuits, and how good they are."""
+"""Measuring, cleaning up and comparing circuits, and reports over many runs."""

@@ -1,10 +1,11 @@
-"""Evaluate a circuit beside the full model and the fully corrupted one."""
+"""Evaluate a circuit, next to the full model and the empty circuit."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,53 +14,16 @@ from torch import Tensor
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.metrics import ExampleMetrics, Output, score
+from edgeprune.evaluation.table import Table
+from edgeprune.metrics import METRICS, ExampleMetrics, Metrics, Output, measure
 from edgeprune.prompts import Pair, iterate_batches
-
-OF_DISTRACTORS = (
-    "two_way_accuracy", "logit_difference", "logit_difference_recovered", "probability_difference",
-)  # fmt: skip
-"""Metrics that are means over the examples with distractors alone."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Means over the examples of a data set, or over those with distractors (`OF_DISTRACTORS`).
-
-    NaN where the data has none.
-
-    Attributes:
-        kl: faithfulness, KL from the full model, nats per predicted token; NaN where outputs are
-            values.
-        kl_standard_error: of that mean, over the examples; NaN where there is one.
-        error: the largest absolute difference from the full model's outputs in an example; NaN
-            where outputs are logits.
-        exact_match: share of examples with the full model's most likely tokens.
-        accuracy: share of examples whose most likely tokens are right.
-        two_way_accuracy: share of examples where the answers are likelier than the distractors; a
-            tie is half of one.
-        logit_difference: log-sum-exp of the answers' logits less that of the distractors'.
-        logit_difference_recovered: that, as a share of the way from every edge closed (0) to the
-            full model (1); NaN where these do not differ.
-        probability_difference: the answers' probability less the distractors'.
-    """
-
-    kl: float
-    kl_standard_error: float
-    error: float
-    exact_match: float
-    accuracy: float
-    two_way_accuracy: float
-    logit_difference: float
-    logit_difference_recovered: float
-    probability_difference: float
 
 
 @dataclass(frozen=True)
 class WorstExample:
-    """The example on which the circuit is least faithful, by `kl` or, for values, by `error`.
+    """The example on which the circuit is least faithful: largest `kl`, or `error` of values.
 
-    Predictions are all of its predicted tokens, as text.
+    Predictions are the text of all predicted tokens.
     """
 
     text: str
@@ -71,22 +35,21 @@ class WorstExample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit's scores and what to compare them with.
+    """Metrics of a circuit, and of the models to compare it with.
 
     Attributes:
-        circuit: the circuit.
-        full: the untouched model.
-        corrupted: every edge closed.
-        shuffled: the mean over the same circuit between other heads (`Circuit.shuffled`), or None.
-        worst: the circuit's least faithful example.
-        num_examples, num_edges, sparsity: of what was measured.
-        num_with_distractors: so many of the examples have distractors.
+        circuit, full, empty: the circuit, the full model, and the empty circuit.
+        head_permuted: mean over the same circuit between other heads, or None if not measured.
+        worst: the example on which the circuit is least faithful.
+        num_examples: number of prompts.
+        num_with_distractors: number of prompts with distractors.
+        num_edges, sparsity: size of the circuit.
     """
 
     circuit: Metrics
     full: Metrics
-    corrupted: Metrics
-    shuffled: Metrics | None
+    empty: Metrics
+    head_permuted: Metrics | None
     worst: WorstExample
     num_examples: int
     num_edges: int
@@ -94,8 +57,8 @@ class Evaluation:
     num_with_distractors: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN becomes None."""
-        return _without_nan(asdict(self))
+        """JSON values; NaN becomes None."""
+        return _nan_to_none(asdict(self))
 
 
 @torch.no_grad()
@@ -106,109 +69,150 @@ def evaluate(
     *,
     ablation: Ablation | str = "interchange",
     batch_size: int = 64,
-    shuffled_circuits: int = 0,
+    head_permuted: int = 0,
 ) -> Evaluation:
     """Measure how much of the model's behaviour a circuit keeps.
 
     Args:
-        model: the model the circuit was found in.
-        circuit: its kept edges; all others are ablated.
-        pairs: the prompts.
+        model: the model in which the circuit was found.
+        circuit: the edges to keep; all others are ablated.
+        pairs: prompts.
         ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
-            `mean` (over `pairs`, one a position).
-        batch_size: pairs a forward pass.
-        shuffled_circuits: the circuit is measured so many times between other heads, too.
+            `mean` (over `pairs`, per position).
+        batch_size: pairs per forward pass.
+        head_permuted: number of head-permuted circuits to measure too, with seeds 0, 1, ...
 
     Raises:
-        ValueError: the circuit is of another graph than the model's, there are no prompts, one is
-            too long for the model, or a number is too small.
+        ValueError: the circuit belongs to another graph than the model's, there are no prompts, one
+            is too long for the model, or a number is out of range.
     """
-    if shuffled_circuits < 0:
-        raise ValueError(f"shuffled_circuits={shuffled_circuits} must be 0 or more")
+    if head_permuted < 0:
+        raise ValueError(f"head_permuted={head_permuted} is out of range: it must be at least 0")
     CircuitModel.check(model)
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
-    shuffled = [circuit.shuffled(seed).mask() for seed in range(shuffled_circuits)]
-    masks = [circuit.mask(), [False] * model.graph.num_edges, *shuffled]
-    gates = [torch.tensor(mask, dtype=torch.float32, device=model.device) for mask in masks]
-    scores: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
-    texts: list[str] = []
-    for batch in iterate_batches(pairs, batch_size):
-        batch = batch.to(model.device)
-        reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
-        closed = ablation.values(batch, corrupted)
-        scores[0].append(score(batch, reference, reference, model.output))
-        for one, kept in zip(scores[1:], gates, strict=True):
-            outputs = model.run_circuit(batch, kept, closed)
-            one.append(score(batch, reference, outputs, model.output))
-        texts += [pair.text for pair in batch.pairs]
-    everything = [_concatenate(one) for one in scores]
-    full, of_circuit, corrupted, *_ = everything
-    differences = [one.logit_difference.nanmean().item() for one in (corrupted, full)]
-    summaries = [_summarise(one, *differences) for one in everything]
-    of_logits = model.output is Output.logits
-    worst = int((of_circuit.kl if of_logits else of_circuit.error).argmax())
+    empty = Circuit(model.graph, frozenset())
+    permuted = [circuit.head_permuted(seed) for seed in range(head_permuted)]
+    full, *others = _run(model, [circuit, empty, *permuted], pairs, ablation, batch_size)
+    metrics = [Metrics.of(examples, full, others[1]) for examples in (full, *others)]
     return Evaluation(
-        circuit=summaries[1],
-        full=summaries[0],
-        corrupted=summaries[2],
-        shuffled=_mean_scores(summaries[3:]) if shuffled else None,
-        worst=WorstExample(
-            text=texts[worst],
-            kl=of_circuit.kl[worst].clamp(min=0).item(),
-            error=of_circuit.error[worst].item(),
-            full_prediction=_decode(model, full.predicted[worst]),
-            circuit_prediction=_decode(model, of_circuit.predicted[worst]),
-        ),
-        num_examples=len(texts),
+        circuit=metrics[1],
+        full=metrics[0],
+        empty=metrics[2],
+        head_permuted=Metrics.mean(metrics[3:]) if permuted else None,
+        worst=_worst_example(model, pairs, others[0], full, batch_size),
+        num_examples=len(pairs),
         num_edges=len(circuit),
         sparsity=circuit.sparsity,
         num_with_distractors=int((~full.logit_difference.isnan()).sum()),
     )
 
 
-def _concatenate(scores: list[ExampleMetrics]) -> ExampleMetrics:
-    names = [f.name for f in fields(ExampleMetrics) if f.name != "predicted"]
-    return ExampleMetrics(
-        **{name: torch.cat([getattr(s, name).cpu() for s in scores]) for name in names},
-        predicted=tuple(tokens for s in scores for tokens in s.predicted),
-    )
+def _run(
+    model: CircuitModel,
+    circuits: Sequence[Circuit],
+    pairs: Sequence[Pair],
+    ablation: Ablation,
+    batch_size: int,
+) -> list[ExampleMetrics]:
+    """Measure the full model and then each circuit, in the order of `iterate_batches`."""
+    gates = [torch.tensor(c.mask(), dtype=torch.float32, device=model.device) for c in circuits]
+    parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
+    for batch in iterate_batches(pairs, batch_size):
+        batch = batch.to(model.device)
+        reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
+        values = ablation.values(batch, corrupted)
+        parts[0].append(measure(batch, reference, reference, model.output))
+        for part, circuit_gates in zip(parts[1:], gates, strict=True):
+            outputs = model.run_circuit(batch, circuit_gates, values)
+            part.append(measure(batch, reference, outputs, model.output))
+    return [ExampleMetrics.concatenate(part) for part in parts]
 
 
-def _summarise(scores: ExampleMetrics, corrupted: float, full: float) -> Metrics:
-    """Means, given the mean logit differences with every edge closed and of the full model."""
-    difference, kl = scores.logit_difference, scores.kl.double()
-    two_way = torch.heaviside(difference, torch.tensor(0.5)).double()
-    two_way[difference.isnan()] = math.nan
-    mean_difference, way = difference.nanmean().item(), full - corrupted
-    return Metrics(
-        kl=kl.mean().clamp(min=0).item(),  # rounding may leave it below 0
-        kl_standard_error=kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else math.nan,
-        error=scores.error.double().mean().item(),
-        exact_match=scores.exact_match.double().mean().item(),
-        accuracy=scores.correct.double().mean().item(),
-        two_way_accuracy=two_way.nanmean().item(),
-        logit_difference=mean_difference,
-        logit_difference_recovered=(mean_difference - corrupted) / way if way else math.nan,
-        probability_difference=scores.probability_difference.nanmean().item(),
-    )
-
-
-def _mean_scores(scores: list[Metrics]) -> Metrics:
-    return Metrics(
-        *(sum(getattr(s, f.name) for s in scores) / len(scores) for f in fields(Metrics))
+def _worst_example(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    circuit: ExampleMetrics,
+    full: ExampleMetrics,
+    batch_size: int,
+) -> WorstExample:
+    worst = int((circuit.kl if model.output is Output.logits else circuit.error).argmax())
+    texts = [pair.text for batch in iterate_batches(pairs, batch_size) for pair in batch.pairs]
+    return WorstExample(
+        text=texts[worst],
+        kl=circuit.kl[worst].clamp(min=0).item(),
+        error=circuit.error[worst].item(),
+        full_prediction=_decode(model, full.predicted[worst]),
+        circuit_prediction=_decode(model, circuit.predicted[worst]),
     )
 
 
 def _decode(model: CircuitModel, predicted: Tensor) -> str:
-    """The predicted tokens as text, or the numbers."""
+    """The predicted tokens as text; numbers as they are."""
     if model.output is Output.number:
         return " ".join(f"{number:.4g}" for number in predicted.tolist())
     return "" if model.tokenizer is None else model.tokenizer.decode(predicted.tolist())
 
 
-def _without_nan(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _nan_to_none(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------- for the reader
+
+
+def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+    """Metrics by model; metrics that do not apply to the prompts are left out."""
+    models = {
+        f"circuit,\n{evaluation.num_edges:,} edges": evaluation.circuit,
+        "full\nmodel": evaluation.full,
+        "empty\ncircuit": evaluation.empty,
+    }
+    if evaluation.head_permuted is not None:
+        models["head-\npermuted"] = evaluation.head_permuted
+    some_lack_distractors = evaluation.num_with_distractors < evaluation.num_examples
+    rows = []
+    for metric in METRICS.values():
+        values = [metrics[metric.name] for metrics in models.values()]
+        if not all(map(math.isnan, values)):
+            label = metric.label
+            if metric.needs_distractors and some_lack_distractors:
+                label += f" ({evaluation.num_with_distractors:,} prompts)"
+            rows.append([label, *map(metric.text, values)])
+    return Table(["", *models], rows, title)
+
+
+def describe(evaluation: Evaluation, circuit: Circuit) -> str:
+    """Describe in a few sentences how well a circuit does and what it consists of."""
+    permuted = evaluation.head_permuted
+    return (
+        f"The circuit has {len(circuit):,} of {circuit.graph.num_edges:,} edges and gives the full "
+        f"model's answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit "
+        f"does so on {evaluation.empty.exact_match:.1%}"
+        + (f", head-permuted circuits on {permuted.exact_match:.1%}" if permuted else "")
+        + f". The full model is right on {evaluation.full.accuracy:.1%}. "
+        + _describe_structure(circuit.without_dangling())
+    )
+
+
+def _describe_structure(connected: Circuit) -> str:
+    """Describe a circuit without dangling edges."""
+    if not len(connected):
+        return "None of its edges lies on a path from the input to the output."
+    graph = connected.graph
+    edges_at = Counter(writer for writer, _ in connected.edges)
+    for _, reader in connected.edges:
+        edges_at.update(connected.nodes_fed_by(reader))
+    kinds = Counter(node[0] for node in connected.nodes)
+    busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(4))
+    last = [writer for writer, reader in connected.edges if reader == "resid_post"]
+    more = f" and {len(last) - 8} more" if len(last) > 8 else ""
+    return (
+        f"{len(connected):,} of its edges lie on paths from the input to the output, through "
+        f"{kinds['a']} of {graph.num_layers * graph.num_heads} heads and {kinds['m']} of "
+        f"{graph.num_layers} MLPs. The output reads from {', '.join(last[:8])}{more}; the nodes "
+        f"with the most edges are {busiest}."
+    )

@@ -1,50 +1,52 @@
-"""What many runs say together: frontiers of size against faithfulness, and stability over seeds.
+"""Sum up many runs: frontiers of size against faithfulness, and stability over seeds.
 
-Runs of one model on one task under one ablation are a group. In it, runs whose settings differ only
-in seed and in how sparse they are asked to be are a series, one curve; and those of a series that
-are asked for the same size are a point, whose spread is that over seeds.
+Runs with the same task, model and ablation form a group. Within a group, runs whose settings differ
+only in seed and requested size form a series, which is one curve. Within a series, runs with the
+same requested size form a point, whose spread is over seeds.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import CUSTOM, FREE_TO_CHANGE, KNOWN_BY_DIGEST, model_title, task_title
-from edgeprune.evaluation.compare import Overlap, consensus, times_kept
-from edgeprune.graph import Edge
+from edgeprune.evaluation.compare import Overlap, consensus
+from edgeprune.evaluation.table import Table
+from edgeprune.metrics import METRICS, Metric
+from edgeprune.prompts import SPLITS
+
+log = logging.getLogger("edgeprune")
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
-"""Settings that say how sparse a circuit shall be."""
-IGNORED = (*SIZE, "seed", "trainer.micro_batch_size", "trainer.recompute",
-           *(name for name in FREE_TO_CHANGE if name != "model.name"))  # fmt: skip
-"""Settings which do not make another series."""
-SPLITS = ("test", "validation", "train")
-"""Whose evaluation is preferred."""
-DISTANCES = ("kl", "error")
-"""From the full model: of logits, and of values."""
-SHARES = ("exact_match", "accuracy")
-SHOWN_OF_DISTRACTORS = ("two_way_accuracy", "logit_difference")
-"""Of the scores that are of examples with distractors alone, those that a report shows."""
-METRICS = (*DISTANCES, *SHARES, *SHOWN_OF_DISTRACTORS)
-"""What a frontier says."""
+"""Settings that request a size."""
+REPORTED = tuple(metric for metric in METRICS.values() if metric.better)
+"""The metrics that rank circuits."""
+HEADLINES = tuple(metric for metric in REPORTED if metric.headline)
+"""The metrics of plots and of the console's tables."""
+BASELINES = {"full": "full model", "empty": "empty circuit"}
+"""Models in an evaluation to compare circuits with, and their labels."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A finished run.
 
     Attributes:
-        name: its directory, for people.
-        settings: its config.yaml, flattened: 'trainer.steps' -> 600.
-        circuit: its edges.json.
-        evaluations: by split, as evaluation-<split>.json has them.
-        digests: of its `data` and `model`, by which they are known wherever they lie.
+        name: name of its directory.
+        settings: flattened settings, such as {'trainer.steps': 600}.
+        circuit: the circuit it found.
+        evaluations: `Evaluation.to_dict()` by split, all of this circuit, model, data and ablation.
+        digests: SHA-256 of its `model` and `data`.
+        distinguishing: names of the settings that tell experiments apart. `SIZE`, `seed` and the
+            name and path of model and task have a meaning of their own and are ignored here.
+        folder: its directory; consensus circuits refer to it.
     """
 
     name: str
@@ -52,20 +54,26 @@ class Run:
     circuit: Circuit
     evaluations: Mapping[str, Mapping[str, Any]]
     digests: Mapping[str, str]
+    distinguishing: Set[str] = frozenset()
+    folder: Path | None = None
 
     @property
     def size(self) -> tuple:
-        """What was asked for."""
+        """The requested size, one value per setting in `SIZE`."""
         return tuple(self.settings.get(key) for key in SIZE)
 
     @property
-    def seed(self) -> Any:
+    def seed(self) -> int | None:
         return self.settings.get("seed")
+
+    def metric(self, split: str | None, model: str, name: str) -> float | None:
+        """A metric of the `circuit`, `full` model or `empty` circuit; None if not measured."""
+        return (self.evaluations.get(split or "", {}).get(model) or {}).get(name)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, lowest and highest of a number over seeds."""
+    """Mean, minimum and maximum of a number over seeds."""
 
     mean: float
     low: float
@@ -73,79 +81,61 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """None where there are no values."""
+        """The spread of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
         return cls(sum(known) / len(known), min(known), max(known)) if known else None
 
-
-@dataclass(frozen=True)
-class Stability:
-    """How alike the circuits of several seeds are.
-
-    Attributes:
-        edge_iou, node_iou: over every two circuits.
-        pairs: (run, run, overlap) of every two.
-        times_kept: for each edge that any keeps, how many keep it.
-        consensus: the edges that more than half keep.
-    """
-
-    edge_iou: Spread
-    node_iou: Spread
-    pairs: tuple[tuple[str, str, Overlap], ...]
-    times_kept: Mapping[Edge, int]
-    consensus: Circuit
-
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> Stability:
-        pairs = tuple(
-            (a.name, b.name, Overlap.of(a.circuit, b.circuit)) for a, b in combinations(runs, 2)
-        )
-        circuits = [run.circuit for run in runs]
-        return cls(
-            edge_iou=Spread.of(overlap.edge_iou for *_, overlap in pairs),
-            node_iou=Spread.of(overlap.node_iou for *_, overlap in pairs),
-            pairs=pairs,
-            times_kept=times_kept(circuits),
-            consensus=consensus(circuits),
-        )
+    def text(self, format: Callable[[float], str], ranges: bool) -> str:
+        """Such as '0.061 (0.055–0.070)', or the mean alone."""
+        mean, low, high = map(format, (self.mean, self.low, self.high))
+        return f"{mean} ({low}–{high})" if ranges and low != high else mean
 
 
 @dataclass(frozen=True)
 class Point:
-    """Runs of a series that were asked for one size.
+    """The runs of a series with the same requested size.
 
     Attributes:
-        runs: by seed.
-        split: whose evaluations are shown.
-        asked: the size asked for, in words.
+        runs: sorted by seed.
+        split: the split whose evaluations are shown.
+        requested: the requested size as text.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     split: str | None
-    asked: str
+    requested: str
+
+    @property
+    def num_evaluated(self) -> int:
+        return sum(self.split in run.evaluations for run in self.runs)
 
     @property
     def num_edges(self) -> Spread:
         return Spread.of(len(run.circuit) for run in self.runs)
 
-    @property
-    def num_evaluated(self) -> int:
-        """Runs with an evaluation on the split."""
-        return sum(self.split in run.evaluations for run in self.runs)
-
-    def spread(self, metric: str) -> Spread | None:
-        """Of a metric of the evaluated runs' circuits; None where there are none."""
-        return Spread.of(score(run, self.split, "circuit", metric) for run in self.runs)
+    def spread(self, name: str) -> Spread | None:
+        """Spread of a metric over runs, or of `edge_iou` or `node_iou` over pairs of runs."""
+        if name in ("edge_iou", "node_iou"):
+            return Spread.of(getattr(overlap, name) for overlap in self.overlaps.values())
+        return Spread.of(run.metric(self.split, "circuit", name) for run in self.runs)
 
     @cached_property
-    def stability(self) -> Stability | None:
-        """None for a single run."""
-        return Stability.of(self.runs) if len(self.runs) > 1 else None
+    def overlaps(self) -> dict[tuple[str, str], Overlap]:
+        """Overlap of the circuits of each pair of runs, by their names."""
+        return {
+            (a.name, b.name): Overlap.of(a.circuit, b.circuit)
+            for a, b in combinations(self.runs, 2)
+        }
+
+    @cached_property
+    def consensus(self) -> Circuit:
+        """The edges that more than half of the runs keep."""
+        return consensus([run.circuit for run in self.runs])
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: points by size, largest circuit first, and what sets the series apart."""
+    """One curve: its points, largest circuits first, and the settings that set it apart."""
 
     name: str
     points: tuple[Point, ...]
@@ -153,13 +143,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that can be shown in one plot.
+    """Runs that are shown in one plot.
 
     Attributes:
-        task, model, ablation: their names; one's own data and models go by their files' names.
-        num_edges: of the whole graph.
-        split: whose evaluations are shown, if there are any; None: no run has been evaluated.
-        series: curves.
+        task, model, ablation: what they have in common.
+        num_edges: number of edges of the whole graph.
+        split: the split whose evaluations are shown; None if no run has been evaluated.
+        series: the curves.
     """
 
     task: str
@@ -174,144 +164,111 @@ class Group:
         return f"{self.task} in {self.model}, {self.ablation} ablation"
 
     @property
-    def runs(self) -> list[Run]:
-        return [run for series in self.series for point in series.points for run in point.runs]
+    def points(self) -> list[Point]:
+        return [point for series in self.series for point in series.points]
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        return [run for point in self.points for run in point.runs]
 
     @property
     def evaluated(self) -> bool:
-        """Whether any run has been, on the split."""
+        """Whether any run has been evaluated on the split."""
         return any(self.split in run.evaluations for run in self.runs)
 
     @property
     def prompts(self) -> str:
-        """Whose evaluations are shown, in words, and whether they are of training prompts."""
+        """Which evaluations are shown, as text."""
         if not self.evaluated:
-            return "not evaluated" + (f" on {self.split} prompts" if self.split else "")
+            return f"not evaluated on {self.split} prompts" if self.split else "not evaluated"
         shown = [run.evaluations.get(self.split, {}) for run in self.runs]
-        among = any(evaluation.get("training_prompts") for evaluation in shown)
-        return f"{self.split} prompts" + (", training prompts among them" if among else "")
+        trained_on = any(evaluation.get("training_prompts") for evaluation in shown)
+        return f"{self.split} prompts" + (", including training prompts" if trained_on else "")
 
-    @property
-    def distance(self) -> str:
-        """Which of `DISTANCES` its outputs have."""
-        return "kl" if self.reference("circuit", "error") is None else "error"
+    def baseline(self, model: str, metric: str) -> float | None:
+        """A metric of the `full` model or the `empty` circuit, averaged over runs."""
+        spread = Spread.of(run.metric(self.split, model, metric) for run in self.runs)
+        return spread and spread.mean
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Those of `METRICS` that its tables show: of distractors only what any run has."""
-        others = [
-            name for name in SHOWN_OF_DISTRACTORS if self.reference("circuit", name) is not None
-        ]
-        return (self.distance, *SHARES, *others)
-
-    def reference(self, of: str, metric: str) -> float | None:
-        """A metric of the `circuit`, `full` or `corrupted` model, averaged over the runs."""
-        found = Spread.of(score(run, self.split, of, metric) for run in self.runs)
-        return None if found is None else found.mean
+    def has(self, metric: Metric) -> bool:
+        """Whether a metric has been measured for any circuit."""
+        return any(point.spread(metric.name) for point in self.points)
 
 
-def score(run: Run, split: str | None, of: str, metric: str) -> float | None:
-    """A metric of a run's `circuit`, `full` or `corrupted` model; None where it has none."""
-    scores = run.evaluations.get(split or "", {}).get(of, {})
-    value = scores.get(metric) if isinstance(scores, Mapping) else None
-    return value if isinstance(value, (int, float)) else None
-
-
-def group_runs(runs: Sequence[Run], split: str | None = None) -> list[Group]:
+def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Group]:
     """Sort runs into groups, series and points.
 
     Args:
-        runs: all of them.
-        split: whose evaluations are shown; None: in each group that which most runs have.
+        runs: all runs.
+        split: whose evaluations are shown; None for the most frequent split of each group.
     """
-    runs = _in_one_place(runs)
-    groups = defaultdict(list)
-    tasks, models = _titles(runs, "task", task_title), _titles(runs, "model", model_title)
+    tasks, models = _titles(runs, "task", "data"), _titles(runs, "model", "model")
+    members = defaultdict(list)
     for run, task, model in zip(runs, tasks, models, strict=True):
         ablation = run.settings.get("ablation.kind", "")
-        groups[(task, model, ablation, run.circuit.graph)].append(run)
-    return [
-        Group(*key[:3], key[3].num_edges, shown := split or _split(members),
-              _series(members, shown))
-        for key, members in sorted(groups.items(), key=lambda item: str(item[0]))
-    ]  # fmt: skip
+        members[task, model, ablation, run.circuit.graph].append(run)
+    groups = []
+    for (*names, graph), some in sorted(members.items(), key=lambda item: str(item[0])):
+        shown = split or _most_frequent_split(some)
+        groups.append(Group(*names, graph.num_edges, shown, _series(some, shown)))
+    return groups
 
 
-def _in_one_place(runs: Sequence[Run]) -> list[Run]:
-    """The runs, as if the same model or data had always lain where the first of them has it.
+def _titles(runs: Sequence[RunRecord], part: str, digest: str) -> list[str]:
+    """The name of each run's `task` or `model`.
 
-    What was changed in its place since has the beginning of its digest added.
+    A custom one is named after its file or folder. Different ones of the same name show the start
+    of their digests, except that generated data differ by seed, and models by dtype and bits.
     """
-    places, digests, moved = {}, defaultdict(list), []
+    keys, digests = [], defaultdict(set)
     for run in runs:
-        settings = dict(run.settings)
-        held_in = (settings.get("model.dtype"), settings.get("model.bits"))  # other digests
-        for key, part in KNOWN_BY_DIGEST.items():
-            digest = run.digests[part]
-            if settings.get(key):
-                place = places.setdefault((key, digest), settings[key])
-                known = digests[key, place, held_in]
-                if digest not in known:
-                    known.append(digest)
-                settings[key] = place if digest == known[0] else f"{place} ({digest[:8]})"
-        moved.append(replace(run, settings=settings))
-    return moved
+        name, path = (run.settings.get(f"{part}.{key}") for key in ("name", "path"))
+        if name == "custom" and path:
+            name = Path(path).stem if part == "task" else Path(path).name
+        dtype = (run.settings.get("model.dtype"), run.settings.get("model.bits"))
+        keys.append((name or "", part == "task" and not path, dtype))
+        digests[keys[-1]].add(run.digests[digest])
+    titles = []
+    for (name, is_generated, dtype), run in zip(keys, runs, strict=True):
+        is_ambiguous = not is_generated and len(digests[name, is_generated, dtype]) > 1
+        titles.append(f"{name} ({run.digests[digest][:8]})" if is_ambiguous else name)
+    return titles
 
 
-def _titles(runs: Sequence[Run], part: str, title: Callable[[str, str | None], str]) -> list[str]:
-    """What each run's `task` or `model` is called: where two of one's own share a title, its path.
-
-    Args:
-        runs: all of them.
-        part: `task` or `model`.
-        title: of a name and a path.
-    """
-    given = [
-        (run.settings.get(f"{part}.name", ""), run.settings.get(f"{part}.path")) for run in runs
-    ]
-    paths = defaultdict(set)
-    for name, path in given:
-        paths[title(name, path)].add(path)
-    return [
-        str(path) if path and name == CUSTOM and len(paths[title(name, path)]) > 1
-        else title(name, path)
-        for name, path in given
-    ]  # fmt: skip
-
-
-def _split(runs: Sequence[Run]) -> str | None:
-    """The split that most runs were evaluated on, `test` before `validation`."""
+def _most_frequent_split(runs: Sequence[RunRecord]) -> str | None:
     counts = Counter(split for run in runs for split in run.evaluations)
-    return max(SPLITS, key=lambda split: counts[split]) if counts else None
+    return max(reversed(SPLITS), key=lambda split: counts[split]) if counts else None
 
 
-def _series(runs: Sequence[Run], split: str | None) -> tuple[Series, ...]:
-    """Runs by the settings in which they differ, apart from size and seed."""
-    keys = sorted({key for run in runs for key in run.settings if not _ignored(key)})
-    differing = [k for k in keys if len({str(run.settings.get(k)) for run in runs}) > 1]
+def _series(runs: Sequence[RunRecord], split: str | None) -> tuple[Series, ...]:
+    own_meaning = {*SIZE, "seed", "model.name", "model.path", "task.name"}
+    keys = {"task.path", *(key for run in runs for key in run.distinguishing)} - own_meaning
+    keys = sorted(key for key in keys if len({_setting_text(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        name = ", ".join(f"{key}={run.settings.get(key)}" for key in differing)
+    for run in sorted(runs, key=lambda run: (run.seed or 0, run.name)):
+        name = ", ".join(f"{key}={_setting_text(run, key)}" for key in keys)
         members[name][run.size].append(run)
-    return tuple(
-        Series(
-            name,
-            tuple(
-                sorted(
-                    (
-                        Point(tuple(sorted(some, key=_by_seed)), split, _asked(size, by_size))
-                        for size, some in by_size.items()
-                    ),
-                    key=lambda point: -point.num_edges.mean,
-                )
-            ),
-        )
-        for name, by_size in sorted(members.items())
-    )
+    series = []
+    for name, by_size in sorted(members.items()):
+        points = [Point(tuple(some), split, _size_text(size, by_size))
+                  for size, some in by_size.items()]  # fmt: skip
+        series.append(Series(name, tuple(sorted(points, key=lambda p: -p.num_edges.mean))))
+    for point in (point for one in series for point in one.points):
+        if len({run.seed for run in point.runs}) < len(point.runs):
+            names = ", ".join(run.name for run in point.runs)
+            log.warning("%s: runs of the same seed count as several seeds: %s; leave out copies",
+                        point.requested, names)  # fmt: skip
+    return tuple(series)
 
 
-def _asked(size: tuple, sizes: Iterable[tuple]) -> str:
-    """A size in words; its target sparsity only where no other setting tells it from the others."""
+def _setting_text(run: RunRecord, key: str) -> str:
+    """A setting as text; for the path of data, the start of their digest."""
+    value = run.settings.get(key)
+    return run.digests["data"][:8] if key == "task.path" and value else str(value)
+
+
+def _size_text(size: tuple, sizes: Iterable[tuple]) -> str:
+    """A size as text; without its target sparsity if another setting identifies it."""
     named = zip((key.split(".")[-1] for key in SIZE), size, strict=True)
     given = {key: value for key, value in named if value is not None}
     if len(given) > 1 and sum(other[:-1] == size[:-1] for other in sizes) == 1:
@@ -319,9 +276,47 @@ def _asked(size: tuple, sizes: Iterable[tuple]) -> str:
     return ", ".join(f"{key} {value}" for key, value in given.items()) or "by threshold"
 
 
-def _by_seed(run: Run) -> tuple:
-    return (run.seed if isinstance(run.seed, int) else 0, run.name)
+# ----------------------------------------------------------------------------------------- tables
 
 
-def _ignored(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in IGNORED)
+def frontier_table(
+    group: Group, series: Series, metrics: Sequence[Metric] = HEADLINES, *, ranges: bool = False
+) -> Table:
+    """One row per point, between the full model and the empty circuit.
+
+    Args:
+        group, series: what to show.
+        metrics: columns; those that no run has are left out.
+        ranges: whether minimum and maximum over seeds are shown too.
+    """
+    metrics = [metric for metric in metrics if group.has(metric)]
+    rows = [_frontier_row(group, point, metrics, ranges) for point in series.points]
+    if group.evaluated:
+        full = _baseline_row(group, metrics, "full", group.num_edges)
+        rows = [full, *rows, _baseline_row(group, metrics, "empty", 0)]
+    columns = ["", "runs", "edges", "sparsity", *(metric.label for metric in metrics), "edge IoU"]
+    name = f"; {series.name}" if series.name else ""
+    title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
+    return Table(columns, rows, title)
+
+
+def _frontier_row(group: Group, point: Point, metrics: list[Metric], ranges: bool) -> list[str]:
+    runs, evaluated, cells = len(point.runs), point.num_evaluated, []
+    for metric in metrics:
+        spread = point.spread(metric.name)
+        cells.append(spread.text(partial(metric.text, like=spread.mean), ranges) if spread else "–")
+    iou = point.spread("edge_iou")
+    return [
+        point.requested,
+        f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)",
+        point.num_edges.text("{:,.0f}".format, ranges),
+        f"{1 - point.num_edges.mean / group.num_edges:.4f}",
+        *cells,
+        iou.text("{:.3f}".format, ranges) if iou else "–",
+    ]
+
+
+def _baseline_row(group: Group, metrics: list[Metric], model: str, num_edges: int) -> list[str]:
+    values = [metric.text(group.baseline(model, metric.name)) for metric in metrics]
+    sparsity = f"{1 - num_edges / group.num_edges:.4f}"
+    return [BASELINES[model], "", f"{num_edges:,}", sparsity, *values, ""]

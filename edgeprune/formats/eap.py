@@ -1,24 +1,21 @@
-"""Circuit files: `edges.json`, and the graphs of EAP-IG and MIB as JSON or `.pt`.
+"""Graphs of EAP-IG and MIB, as JSON and as `.pt`.
 
-`edges.json`, the published format of Edge Pruning, is a list of [writer, reader] pairs.
+The format (github.com/hannamw/EAP-IG, `Graph.to_json` and `Graph.to_pt`; MIB's circuit track reads
+the same) gives every edge a score and a flag `in_graph`. Its graph differs from ours:
 
-The graph files (github.com/hannamw/EAP-IG, `Graph.to_json` and `Graph.to_pt`; the circuit track of
-MIB reads the same) give every edge a score and a flag `in_graph`. Their graph is coarser and finer
-than ours:
+- All embeddings together are one node, `input`. An edge from it is in the graph if an edge from
+  any of our embedding writers is; when read, it stands for all of them. For a model without
+  embedding writers, all `input` edges are in the graph, and are ignored when read.
+- Every query head has its own key and value. An edge into a shared key/value head is written for
+  every query head of its group; when read, it is kept if any of them is.
+- Only edges matter. Flags and scores of nodes are written but not read: EAP-IG too derives them
+  from the edges. Circuits of single neurons are refused.
 
-- All embeddings together are one node, `input`. An edge from it is in the graph if any of our
-  embedding writers' is; read back, it stands for all of them. Where a model's embeddings are no
-  writers, its `input` edges are all in the graph, and are passed over when read.
-- Keys and values exist once per query head. A key/value head's edge is written for every query
-  head of its group; read back, it is kept if any of them is.
-- Only edges count. Flags and scores of nodes are written but not read: EAP-IG too works them out
-  from the edges. Graphs of single neurons are refused.
+What the format cannot represent (our graph, the embeddings that an `input` edge does not stand
+for, and exact scores) is stored under our own key, which other programs ignore. Circuits and
+scores that we wrote are therefore read back exactly.
 
-What `input` cannot say, how heads are grouped, and every edge's own score are kept under a key of
-our own, `edgeprune`, which others pass over; so a circuit that we wrote is read back exactly, and
-one cut from it by score is the one that the scores would have given. In a file that someone else
-wrote, or wrote anew, circuits that differ only in which of two embeddings a node reads are the
-same.
+Functions that read raise ValueError with a message, or whatever error damaged content leads to.
 """
 
 from __future__ import annotations
@@ -27,177 +24,49 @@ import io
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
-from edgeprune.config import CircuitFormat
-from edgeprune.errors import CircuitError
-from edgeprune.files import write_atomically, write_text
-from edgeprune.graph import CircuitGraph, Edge
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from edgeprune.circuit import Circuit
+from edgeprune.files import write_atomically
+from edgeprune.formats.circuit_file import UNKNOWN_MODEL, CircuitFile
+from edgeprune.graph import CircuitGraph
+from edgeprune.scores import EdgeScores
 
-FORMATS = tuple(format.name for format in CircuitFormat)
 INPUT, LOGITS = "input", "logits"
-OURS = "edgeprune"
-"""Key of what the graph formats have no room for."""
+OWN_KEY = "edgeprune"
+"""Key of what the format cannot represent."""
+NO_NEURONS = "some nodes keep only some of their neurons; circuits of neurons are not supported"
+"""Message for a circuit of single neurons."""
 
 
 @dataclass(frozen=True)
-class CircuitFile:
-    """What a circuit file says.
+class _Content:
+    """What both kinds of file hold.
 
     Attributes:
-        edges: kept, by our names; unchecked where the file is an `edges.json`.
-        graph: the one the edges belong to; None for an `edges.json`, which does not say, unless it
-            was given.
-        sure: False if `graph` is unknown, or its embeddings and the grouping of heads are a guess.
-        notes: what was lost or decided in reading, for people.
-        scores: [edge], in the graph's order, of a graph file that has one for every edge.
-        d_model: width of the model, where the file names it.
+        config: `cfg`.
+        theirs: the format's graph. Its readers have our names; see `_their_reader`.
+        kept: [edge] of the format's graph, bool.
+        scores: [edge] of the format's graph, float64; NaN where the file has no number.
+        own: what is under our own key.
     """
 
-    edges: list[Edge]
-    graph: CircuitGraph | None
-    sure: bool = True
-    notes: tuple[str, ...] = ()
-    scores: list[float] | None = None
-    d_model: int | None = None
-
-    def largest(self, num_edges: int) -> list[Edge]:
-        """So many edges of the largest scores by magnitude; ties by the graph's order."""
-        edges = self.graph.edges
-        ranking = sorted(range(len(edges)), key=lambda index: -abs(self.scores[index]))
-        return [edges[index] for index in ranking[:num_edges]]
+    config: dict[str, Any]
+    theirs: CircuitGraph
+    kept: Tensor
+    scores: Tensor
+    own: dict[str, Any] | None
 
 
-def read_circuit_file(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
-    """Read a circuit in any of the formats, which is told by the content.
-
-    Args:
-        path: the file.
-        graph: that of the model, if known. Graph files are translated to it; without one, to the
-            graph they were written from, or else to one with a single embedding writer, `embeds`,
-            and as many key/value heads as heads.
-
-    Raises:
-        CircuitError: no such file, damaged, of no known format, or of another graph.
-    """
-    path = Path(path)
-    try:
-        start = path.open("rb").read(4)
-    except OSError as error:
-        raise CircuitError(f"cannot read {path}: {error.strerror}") from None
-    if start == b"PK\x03\x04" or path.suffix == ".pt":
-        return _read_pt(path, graph)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CircuitError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, dict) and {"cfg", "edges"} <= content.keys():
-        return _read_eap_json(path, content, graph)
-    if isinstance(content, dict) and isinstance(content.get("edges"), list):
-        content = content["edges"]  # as Tracr folders' ground_truth_edges.json have them
-    if not isinstance(content, list) or not all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in content
-    ):
-        raise CircuitError(
-            f"{path} is not a list of [writer, reader] pairs of names, nor a graph of EAP-IG or "
-            "MIB with keys 'cfg' and 'edges'"
-        )
-    edges = [(writer, reader) for writer, reader in content]
-    return CircuitFile(edges, graph, sure=graph is not None)
-
-
-def write_circuit_file(
-    graph: CircuitGraph,
-    edges: Collection[Edge],
-    path: Path | str,
-    format: str = "edges",
-    *,
-    scores: Sequence[float] | None = None,
-    d_model: int | None = None,
-) -> None:
-    """Write a circuit.
-
-    Args:
-        graph: the circuit's.
-        edges: kept, in the graph's order.
-        path: the file.
-        format: one of `FORMATS`.
-        scores: [edge], in the graph's order, of larger magnitude for what matters more; None: 1 for
-            kept edges, 0 for others. Graph files alone hold them.
-        d_model: width of the model, which graph files name; None: unknown, written as 0.
-
-    Raises:
-        CircuitError: a .pt file is asked for in a format that is JSON.
-    """
-    path = Path(path)
-    if path.suffix == ".pt" and format in ("edges", "eap_json"):
-        raise CircuitError(
-            f"{path}: a .pt file holds tensors, but format {format!r} is JSON; give "
-            "format='eap_pt', or a name that ends in .json"
-        )
-    if format == "edges":
-        lines = ",\n".join(json.dumps(list(edge)) for edge in edges)
-        write_text(path, f"[\n{lines}\n]\n")
-        return
-    exported = _Exported.of(graph, frozenset(edges), scores, d_model)
-    if format == "eap_json":
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w", encoding="utf-8") as file:
-                _write_eap_json(exported, file)
-
-        write_atomically(path, write)
-    elif format == "eap_pt":
-        import torch
-
-        buffer = io.BytesIO()  # torch reports a failed write without saying why
-        torch.save(_as_tensors(exported), buffer)
-        write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-    else:
-        raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
-
-
-# ----------------------------------------------------------------------------------- edges.json
-
-
-def infer_graph(edges: list[Edge], where: str) -> CircuitGraph:
-    """The smallest graph without grouped-query attention that has these edges.
-
-    For an `edges.json` of which nothing else is known.
-
-    Raises:
-        CircuitError: a name that is none of a node, or numbers beyond any model's.
-    """
-    layer, head = 0, 0
-    embeddings = set()
-    for name in {name for edge in edges for name in edge}:
-        found = re.fullmatch(r"a(\d+)\.h(\d+)(?:\.[qkv])?|m(\d+)", name)
-        if found:
-            layer = max(layer, int(found[1] or found[3]))
-            head = max(head, int(found[2] or 0))
-        elif name in ("embeds", "tok_embeds", "pos_embeds"):
-            embeddings.add(name)
-        elif name != "resid_post":
-            raise CircuitError(f"{where}: {name!r} is not the name of a node")
-    order = ("embeds",) if "embeds" in embeddings else ("tok_embeds", "pos_embeds")
-    try:
-        return CircuitGraph(layer + 1, head + 1, head + 1, order if embeddings else ())
-    except ValueError as error:
-        raise CircuitError(f"{where}: {error}") from None
-
-
-# ------------------------------------------------------------------------------- names and graphs
+# ------------------------------------------------------------------------------ the two graphs
 
 
 def _their_graph(graph: CircuitGraph) -> CircuitGraph:
-    """The graph as those formats have it, in our terms."""
     return replace(graph, num_kv_heads=graph.num_heads, embedding_writers=(INPUT,))
 
 
@@ -209,418 +78,276 @@ def _their_reader(reader: str) -> str:
     return f"{node}<{kind}>" if node else reader
 
 
-def _our_reader(reader: str) -> str:
-    """The inverse of `_their_reader`."""
-    if reader == LOGITS:
-        return "resid_post"
-    found = re.fullmatch(r"(a\d+\.h\d+)<([qkv])>", reader)
-    return f"{found[1]}.{found[2]}" if found else reader
+def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
+    """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
+    theirs, embeddings = _their_graph(graph), graph.embedding_writers
+    expanded = {  # a shared key or value -> those of its query heads
+        reader: [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
+        if "." in reader
+        else [reader]
+        for reader in graph.readers
+    }
+    ours, paired = [], []
+    for index, (writer, shared) in enumerate(graph.edges):
+        for reader in expanded[shared]:
+            ours.append(index)
+            paired.append(theirs.edge_index((INPUT if writer in embeddings else writer, reader)))
+    return torch.tensor(ours), torch.tensor(paired)
 
 
-def _grouped(reader: str, graph: CircuitGraph) -> str:
-    """The reader of our graph which a query head's key or value input is part of."""
-    node, _, kind = reader.rpartition(".")
-    if kind not in ("k", "v"):
-        return reader
-    layer, _, head = node.partition(".h")
-    return f"{layer}.h{int(head) // graph.heads_per_kv_head}.{kind}"
-
-
-def _our_edges(edge: Edge, graph: CircuitGraph) -> list[Edge]:
-    """What an edge of `_their_graph(graph)` stands for: several, one, or none of the graph."""
-    writer, reader = edge
-    ours = _grouped(reader, graph)
-    return [
-        (source, ours) for source in (graph.embedding_writers if writer == INPUT else (writer,))
-    ]
-
-
-def _largest_score(edge: Edge, scores: Sequence[float], graph: CircuitGraph) -> float | None:
-    """The largest by magnitude of what an edge of theirs stands for; None if that is nothing."""
-    ours = _our_edges(edge, graph)
-    return max((scores[graph.edge_index(one)] for one in ours), key=abs, default=None)
-
-
-def _translate(theirs: list[Edge], graph: CircuitGraph) -> tuple[list[Edge], list[str]]:
-    """Edges of `_their_graph(graph)` as edges of the graph, in its order, and notes."""
-    kept: Counter[Edge] = Counter()
-    for edge in theirs:
-        kept.update(_our_edges(edge, graph))
-    notes = []
-    size = graph.heads_per_kv_head
-    partly = sum(r.endswith((".k", ".v")) and count < size for (_, r), count in kept.items())
-    if partly:
-        notes.append(
-            f"{partly:,} edges into a shared key or value head are in the graph for some of its "
-            f"{size} query heads only; they are kept"
-        )
-    if not graph.embedding_writers:
-        readers = len(_their_graph(graph).readers)
-        from_input = sum(writer == INPUT for writer, _ in theirs)
-        if from_input < readers:
-            notes.append(
-                f"{readers - from_input:,} edges from the input are left out there, but this "
-                "model's embeddings always flow (model.embedding_writers=false)"
-            )
-    return sorted(kept, key=graph.edge_index), notes
-
-
-def _translate_scores(theirs: dict[Edge, Any], graph: CircuitGraph) -> list[float] | None:
-    """Metrics of their edges in our order, where several are one of ours the largest by magnitude.
-
-    None where an edge has no score that is a number.
-    """
-    scores = [0.0] * graph.num_edges
-    for edge in _their_graph(graph).edges:
-        score = theirs.get(edge)
-        if not _is_score(score):
-            return None
-        for one in _our_edges(edge, graph):
-            index = graph.edge_index(one)
-            scores[index] = max(scores[index], score, key=abs)
-    return scores
-
-
-def _is_score(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """[size], the value of largest magnitude among those with the same index; 0 without any."""
+    zeros = values.new_zeros(size)
+    high = zeros.scatter_reduce(0, index, values, "amax")
+    low = zeros.scatter_reduce(0, index, values, "amin")
+    return torch.where(high >= -low, high, low)
 
 
 def _merged(graph: CircuitGraph) -> list[int]:
-    """Numbers of the edges that are one edge there with others: those from several embeddings."""
-    if len(graph.embedding_writers) < 2:
-        return []
-    of_embeddings = graph.embedding_writers
-    return [i for i, (writer, _) in enumerate(graph.edges) if writer in of_embeddings]
+    """Indices of our edges that share one edge of the format: those from several embeddings."""
+    embeddings = graph.embedding_writers if len(graph.embedding_writers) > 1 else ()
+    return [index for index, (writer, _) in enumerate(graph.edges) if writer in embeddings]
 
 
-def _with_own(scores: list[float], own: list[float], graph: CircuitGraph) -> list[float]:
-    """Metrics with our own in their places: of all edges, or of `_merged`."""
-    if len(own) == len(scores):
-        return own
-    scores = list(scores)
-    for index, score in zip(_merged(graph), own, strict=True):
-        scores[index] = score
-    return scores
+def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
+    """[edge] each: the row (writer) and column (reader) of an edge in the format's matrices."""
+    num_writers = torch.tensor([site.num_writers for site in theirs.sites for _ in site.readers])
+    columns = torch.arange(len(num_writers)).repeat_interleave(num_writers)
+    return torch.tensor(theirs.edge_writers()), columns
 
 
-def _still_hold(own: list[float], theirs: dict[Edge, Any], graph: CircuitGraph) -> bool:
-    """Whether a file's scores are still those written with our own, but for rounding."""
-    for edge in _their_graph(graph).edges:
-        score, written = theirs.get(edge), _largest_score(edge, own, graph)
-        if not _is_score(score):
-            return False
-        if written is not None and not math.isclose(score, written, rel_tol=1e-6, abs_tol=1e-30):
-            return False
-    return True
+# -------------------------------------------------------------------------------------- reading
 
 
-def _finish(
-    path: Path,
-    content: dict,
-    theirs: CircuitGraph,
-    kept: list[Edge],
-    scores: dict[Edge, Any],
-    graph: CircuitGraph | None,
-) -> CircuitFile:
-    """Edges of a graph file as edges of the model's graph, or of the one they were written from."""
-    written_from, left_out, own_scores = _read_ours(path, content.get(OURS), theirs)
-    target = graph or written_from or replace(theirs, embedding_writers=("embeds",))
-    if _their_graph(target) != theirs:
-        raise CircuitError(
-            f"{path} is no circuit of this model: it has {theirs.num_layers} layers of "
-            f"{theirs.num_heads} heads, the model {target.num_layers} of {target.num_heads}"
-        )
-    edges, notes = _translate(kept, target)
-    if target == written_from:
-        edges = [edge for edge in edges if edge not in left_out]
-    elif len(target.embedding_writers) > 1 and any(writer == INPUT for writer, _ in kept):
-        notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
-    our_scores = _translate_scores(scores, target)
-    if target == written_from and own_scores and our_scores:
-        exact = _with_own(our_scores, own_scores, target)
-        our_scores = exact if _still_hold(exact, scores, target) else our_scores
-    if not edges:
-        choose = "; choose edges by score: `edgeprune export FILE num_edges=... output=...`"
-        notes.append(f"no edge is in the graph{choose if our_scores else ''}")
-    d_model = content["cfg"].get("d_model")
-    return CircuitFile(
-        edges,
-        target,
-        sure=bool(graph or written_from),
-        notes=tuple(f"{path}: {note}" for note in notes),
-        scores=our_scores,
-        d_model=d_model if type(d_model) is int and d_model > 0 else None,
-    )
+def read_json(name: str, content: dict[str, Any], graph: CircuitGraph | None) -> CircuitFile:
+    """Read a graph in JSON. Edges that it does not list are not in the graph."""
+    theirs = _parse_config(content["cfg"])
+    nodes = [node for node in content.get("nodes", {}).values() if isinstance(node, dict)]
+    if any(node.get("in_graph") and not all(node.get("neurons") or ()) for node in nodes):
+        raise ValueError(NO_NEURONS)
+    readers = {_their_reader(reader): reader for reader in theirs.readers}
+    kept, scores = [False] * theirs.num_edges, [math.nan] * theirs.num_edges
+    for edge, entry in content["edges"].items():
+        writer, _, reader = edge.partition("->")
+        try:
+            index = theirs.edge_index((writer, readers.get(reader)))
+        except ValueError:
+            raise ValueError(
+                f"there is no edge {edge!r} in a model of {_counts(theirs)}; expected names such "
+                "as 'input->a0.h0<q>', 'a0.h0->m0' and 'm0->logits'"
+            ) from None
+        if entry["in_graph"] not in (True, False):
+            raise ValueError(f"'in_graph' of edge {edge!r} is neither true nor false")
+        kept[index] = bool(entry["in_graph"])
+        if type(entry.get("score")) in (int, float):
+            scores[index] = float(entry["score"])
+    flags, values = torch.tensor(kept), torch.tensor(scores, dtype=torch.float64)
+    return _read(name, _Content(content["cfg"], theirs, flags, values, content.get(OWN_KEY)), graph)
 
 
-def _read_ours(
-    path: Path, ours: Any, theirs: CircuitGraph
-) -> tuple[CircuitGraph | None, set[Edge], list[float] | None]:
-    """(graph, edges of embeddings left out, own scores), the last not in older files."""
-    if ours is None:
-        return None, set(), None
+def read_pt(name: str, data: bytes, graph: CircuitGraph | None) -> CircuitFile:
+    """Read a graph in tensors. Cells that belong to no edge may be set, and are ignored."""
     try:
-        left_out = {(writer, reader) for writer, reader in ours["left_out"]}
-        graph, scores = CircuitGraph.from_dict(ours["graph"]), ours.get("scores")
-        if _their_graph(graph) != theirs:  # before its edges are gone through
-            raise ValueError("'graph' has not the layers and heads of 'cfg'")
-        if scores is not None:
-            scores = scores if isinstance(scores, list) else scores.tolist()  # of a .pt
-            sizes = (len(_merged(graph)), graph.num_edges)
-            if len(scores) not in sizes or any(type(s) not in (int, float) for s in scores):
-                raise ValueError(f"'scores' are not {sizes[0]} or {sizes[1]} numbers")
-        return graph, left_out, scores
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CircuitError(
-            f"{path}: what stands under {OURS!r} cannot be read ({type(error).__name__}: {error}); "
-            "remove that key, or export the circuit again"
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # depends on how the file is damaged
+        reason = re.split(r"\n|\. ", str(error).strip())[0][:200]
+        raise ValueError(
+            "not a .pt file of plain values and tensors; no others are loaded, since they can run "
+            f"code ({type(error).__name__}: {reason})"
         ) from None
+    theirs = _parse_config(content["cfg"])
+    writers, readers = list(theirs.writers), [_their_reader(reader) for reader in theirs.readers]
+    if [list(content["src_nodes"]), list(content["dst_nodes"])] != [writers, readers]:
+        raise ValueError(f"src_nodes and dst_nodes are not those of {_counts(theirs)}, in order")
+    nodes, neurons = content.get("nodes_in_graph"), content.get("neurons_in_graph")
+    if nodes is not None and neurons is not None:
+        partly = neurons.bool().any(dim=1) & ~neurons.bool().all(dim=1)
+        if (nodes.bool() & partly).any():
+            raise ValueError(NO_NEURONS)
+    shape, cells = (len(writers), len(readers)), _cells(theirs)
+    kept = _tensor(content, "edges_in_graph", shape)[cells]
+    if not ((kept == 0) | (kept == 1)).all():
+        raise ValueError("edges_in_graph has values other than true and false (or 1 and 0)")
+    scores = torch.full((theirs.num_edges,), torch.nan, dtype=torch.float64)
+    if content.get("edges_scores") is not None:
+        scores = _tensor(content, "edges_scores", shape)[cells].double()
+    own = content.get(OWN_KEY)
+    return _read(name, _Content(content["cfg"], theirs, kept.bool(), scores, own), graph)
 
 
-def _read_config(path: Path, config: Any) -> CircuitGraph:
-    """Their graph, by `cfg`."""
-    if not isinstance(config, dict):
-        raise CircuitError(f"{path}: 'cfg' is {type(config).__name__}, expected a dictionary")
+def _counts(graph: CircuitGraph) -> str:
+    return f"{graph.num_layers} layers of {graph.num_heads} heads"
+
+
+def _parse_config(config: dict[str, Any]) -> CircuitGraph:
     if config.get("parallel_attn_mlp"):
-        raise CircuitError(
-            f"{path}: parallel_attn_mlp is set; models whose MLP does not read its own layer's "
-            "heads are not supported"
+        raise ValueError(
+            "parallel_attn_mlp is set; models whose MLP does not read the heads of its own layer "
+            "are not supported"
         )
     layers, heads = config.get("n_layers"), config.get("n_heads")
-    try:
-        return CircuitGraph(layers, heads, heads, (INPUT,))
-    except ValueError as error:
-        raise CircuitError(
-            f"{path}: 'cfg' has n_layers={layers!r} and n_heads={heads!r}: {error}"
-        ) from None
+    return CircuitGraph(layers, heads, heads, (INPUT,))
 
 
-# ---------------------------------------------------------------------------------- graph as JSON
-
-
-def _all_kept(neurons: Any) -> bool:
-    return all(neurons) if isinstance(neurons, list) else True
-
-
-def _read_eap_json(path: Path, content: dict, graph: CircuitGraph | None) -> CircuitFile:
-    theirs = _read_config(path, content["cfg"])
-    nodes = content.get("nodes")
-    for name, node in nodes.items() if isinstance(nodes, dict) else ():
-        if isinstance(node, dict) and node.get("in_graph") and not _all_kept(node.get("neurons")):
-            raise CircuitError(
-                f"{path}: node {name} is in the graph with some of its neurons only; circuits of "
-                "neurons are not supported"
-            )
-    if not isinstance(content["edges"], dict):
-        kind = type(content["edges"]).__name__
-        raise CircuitError(f"{path}: 'edges' is {kind}, expected a dictionary of names")
-    kept, scores = [], {}
-    for name, entry in content["edges"].items():
-        writer, _, reader = name.partition("->")
-        edge = (writer, _our_reader(reader))
-        try:
-            theirs.edge_index(edge)
-            if _their_reader(edge[1]) != reader:
-                raise ValueError("one of our names")
-        except ValueError:
-            raise CircuitError(
-                f"{path}: there is no edge {name!r} in a model of {theirs.num_layers} layers of "
-                f"{theirs.num_heads} heads; expected names such as 'input->a0.h0<q>', "
-                "'a0.h0->m0' and 'm0->logits'"
-            ) from None
-        if not isinstance(entry, dict) or entry.get("in_graph") not in (True, False):
-            raise CircuitError(f"{path}: edge {name!r} has no 'in_graph' that is true or false")
-        if entry["in_graph"]:
-            kept.append(edge)
-        scores[edge] = entry.get("score")
-    return _finish(path, content, theirs, kept, scores, graph)
-
-
-def _write_eap_json(exported: _Exported, file: TextIO) -> None:
-    """Edge by edge: a model of 13 B parameters has four million."""
-    nodes = {name: {"in_graph": kept} for name, kept in exported.nodes.items()}
-    file.write(f'{{"cfg": {json.dumps(exported.config)},\n"nodes": {json.dumps(nodes)},\n')
-    own = [exported.scores[index] for index in _merged(exported.graph)]  # others are exact there
-    ours = {**exported.ours, "scores": own}
-    file.write(f'"{OURS}": {json.dumps(ours)},\n"edges": {{')
-    end = "\n"
-    for (writer, reader), kept, score in exported.entries():
-        entry = json.dumps({"score": score, "in_graph": kept})
-        file.write(f'{end}"{writer}->{_their_reader(reader)}": {entry}')
-        end = ",\n"
-    file.write("\n}}\n")
-
-
-# ------------------------------------------------------------------------------------ graph as .pt
-
-
-def _read_pt(path: Path, graph: CircuitGraph | None) -> CircuitFile:
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of a damaged or foreign file
-        reason = re.split(r"\n|\. ", str(error).strip())[0][:200]
-        raise CircuitError(
-            f"{path} cannot be read as a .pt of plain values and tensors, which alone are loaded "
-            f"since others may run code: {type(error).__name__}: {reason}"
-        ) from None
-    needed = ("cfg", "src_nodes", "dst_nodes", "edges_in_graph")
-    missing = [k for k in needed if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise CircuitError(
-            f"{path} is no graph of EAP-IG or MIB: it lacks {', '.join(missing)}; expected a "
-            f"dictionary with {', '.join(needed)}"
-        )
-    theirs = _read_config(path, content["cfg"])
-    writers, readers = content["src_nodes"], content["dst_nodes"]
-    expected = [*theirs.writers], [_their_reader(reader) for reader in theirs.readers]
-    are_lists = all(isinstance(names, (list, tuple)) for names in (writers, readers))
-    if not are_lists or ([*writers], [*readers]) != expected:
-        raise CircuitError(
-            f"{path}: src_nodes and dst_nodes are not those of a model of {theirs.num_layers} "
-            f"layers of {theirs.num_heads} heads, in their order"
-        )
-    if all(content.get(f"{name}_in_graph") is not None for name in ("neurons", "nodes")):
-        neurons = _flags(path, content, "neurons_in_graph", (len(writers), None))
-        nodes = _flags(path, content, "nodes_in_graph", (len(writers),))
-        if (nodes & neurons.any(dim=-1) & ~neurons.all(dim=-1)).any():
-            raise CircuitError(
-                f"{path} keeps some nodes with some of their neurons only; circuits of neurons "
-                "are not supported"
-            )
-    shape = (len(writers), len(readers))
-    flags = _flags(path, content, "edges_in_graph", shape)
-    exists = torch.zeros(shape, dtype=torch.bool)
-    row = 0
-    for site in theirs.sites:  # cells of no edge may be set there, and mean nothing
-        exists[: site.num_writers, row : row + len(site.readers)] = True
-        row += len(site.readers)
-    kept = (flags & exists).nonzero().tolist()
-    edges = [(theirs.writers[column], theirs.readers[row]) for column, row in kept]
-    scores = {}
-    if content.get("edges_scores") is not None:
-        rows = _tensor(path, content, "edges_scores", shape).T.tolist()
-        scores = {
-            (writer, reader): score
-            for reader, row in zip(theirs.readers, rows, strict=True)
-            for writer, score in zip(theirs.writers, row, strict=True)
-        }
-    return _finish(path, content, theirs, edges, scores, graph)
-
-
-def _tensor(
-    path: Path, content: dict[str, Any], name: str, shape: tuple[int | None, ...]
-) -> Tensor:
-    """A tensor of a .pt file, if its numbers are there, are real and have the shape (None: any)."""
-    import torch
-
+def _tensor(content: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
     found = content[name]
-    if not isinstance(found, torch.Tensor):
-        got = type(found).__name__
-    elif found.layout is not torch.strided or found.is_meta or found.is_quantized:
-        got = "a sparse, quantised or meta tensor"
-    elif found.is_complex():
-        got = "complex"
-    else:
-        got = str(tuple(found.shape))
-        pairs = zip(found.shape, shape, strict=False)
-        if found.ndim == len(shape) and all(want in (None, size) for size, want in pairs):
-            return found
-    wanted = str(shape).replace("None", "any")
-    raise CircuitError(f"{path}: {name} is {got}, expected a tensor of shape {wanted}")
-
-
-def _flags(path: Path, content: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> Tensor:
-    """As `_tensor`, of bool or nothing but 0 and 1."""
-    found = _tensor(path, content, name, shape)
-    if not ((found == 0) | (found == 1)).all():
-        raise CircuitError(f"{path}: {name} has other values than true and false (or 1 and 0)")
-    return found.bool()
-
-
-def _as_tensors(exported: _Exported) -> dict[str, Any]:
-    import torch
-
-    theirs = exported.theirs
-    columns = {writer: column for column, writer in enumerate(theirs.writers)}
-    rows = {reader: row for row, reader in enumerate(theirs.readers)}
-    shape = (len(columns), len(rows))
-    scores, flags = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    entries = list(exported.entries())
-    at = (
-        torch.tensor([columns[writer] for (writer, _), _, _ in entries]),
-        torch.tensor([rows[reader] for (_, reader), _, _ in entries]),
-    )
-    scores[at] = torch.tensor([score for _, _, score in entries], dtype=torch.float32)
-    flags[at] = torch.tensor([kept for _, kept, _ in entries])
-    return {
-        "cfg": exported.config,
-        "src_nodes": list(theirs.writers),
-        "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
-        "edges_scores": scores,
-        "edges_in_graph": flags,
-        "nodes_in_graph": torch.tensor([exported.nodes[writer] for writer in theirs.writers]),
-        OURS: {**exported.ours, "scores": torch.tensor(exported.scores, dtype=torch.float64)},
-    }
-
-
-@dataclass(frozen=True)
-class _Exported:
-    """A circuit in the terms of the graph formats."""
-
-    graph: CircuitGraph
-    theirs: CircuitGraph
-    kept: frozenset[Edge]
-    scores: Sequence[float]
-    config: dict[str, Any]
-    nodes: dict[str, bool]
-    ours: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        graph: CircuitGraph,
-        kept: frozenset[Edge],
-        scores: Sequence[float] | None,
-        d_model: int | None,
-    ) -> _Exported:
-        writes = {INPUT if writer in graph.embedding_writers else writer for writer, _ in kept}
-        reads = {node for _, reader in kept for node in graph.nodes_fed_by(reader)}
-        if not graph.embedding_writers:
-            writes, reads = writes | {INPUT}, reads | set(graph.writers)
-        theirs = _their_graph(graph)
-        nodes = {w: w in writes and (w == INPUT or w in reads) for w in theirs.writers}
-        embedding_edges = [(w, r) for w, r in kept if w in graph.embedding_writers]
-        from_input = {reader for _, reader in embedding_edges}
-        left_out = [
-            (writer, reader)
-            for reader in from_input
-            for writer in graph.embedding_writers
-            if (writer, reader) not in kept
-        ]
-        return cls(
-            graph=graph,
-            theirs=theirs,
-            kept=kept,
-            scores=[float(edge in kept) for edge in graph.edges] if scores is None else scores,
-            config={
-                "n_layers": graph.num_layers,
-                "n_heads": graph.num_heads,
-                "parallel_attn_mlp": False,
-                "d_model": d_model or 0,
-            },
-            nodes={**nodes, LOGITS: True},
-            ours={
-                "graph": graph.to_dict(),
-                "left_out": [list(e) for e in sorted(left_out, key=graph.edge_index)],
-            },
+    if found.shape != shape or found.is_complex() or found.layout is not torch.strided:
+        raise ValueError(
+            f"{name} is a tensor of shape {list(found.shape)}, {found.dtype} and {found.layout}, "
+            f"expected a dense one of real numbers of shape {list(shape)}"
         )
+    return found
 
-    def entries(self) -> Iterator[tuple[Edge, bool, float]]:
-        """((writer, reader), kept, score) of each of their edges, readers by our kind of name."""
-        for edge in self.theirs.edges:
-            ours = _our_edges(edge, self.graph)
-            kept = not ours or any(one in self.kept for one in ours)
-            score = _largest_score(edge, self.scores, self.graph)
-            yield edge, kept, float(kept) if score is None else score
+
+def _read(name: str, content: _Content, graph: CircuitGraph | None) -> CircuitFile:
+    """The circuit and scores in our graph: the given one, or the one under our own key."""
+    theirs, own = content.theirs, content.own
+    written_from = None if own is None else CircuitGraph.from_dict(own["graph"])
+    target = graph or written_from
+    if target is None:
+        raise ValueError(UNKNOWN_MODEL)
+    for model in (target, written_from or target):
+        if _their_graph(model) != theirs:
+            raise ValueError(
+                f"not a circuit of this model: the file has {_counts(theirs)}, the model "
+                f"{_counts(model)}"
+            )
+    ours, paired = _pairs(target)
+    kept = torch.zeros(target.num_edges, dtype=torch.bool)
+    kept[ours[content.kept[paired]]] = True
+    scores, notes = None, _losses(content, target, ours, paired)
+    if content.scores.isfinite().all():
+        scores = _largest(content.scores[paired], ours, target.num_edges)
+    if target == written_from:
+        for writer, reader in own["left_out"]:
+            kept[target.edge_index((writer, reader))] = False
+        if scores is not None and own.get("scores") is not None:  # older files have none
+            scores = _own_scores(own["scores"], scores, content, ours, paired, target)
+    elif kept[_merged(target)].any():
+        notes.append(f"edges from the input are kept from {' and '.join(target.embedding_writers)}")
+    if not kept.any():
+        choose = "" if scores is None else "; choose edges by score with num_edges= or sparsity="
+        notes.append(f"no edge is in the graph{choose}")
+    if scores is not None:
+        scores = EdgeScores(
+            target, scores, by_magnitude=True, origin={"method": "file", "file": name}
+        )
+    circuit, d_model = Circuit.from_mask(target, kept.tolist()), content.config.get("d_model")
+    d_model = d_model if type(d_model) is int and d_model > 0 else None
+    return CircuitFile(circuit, notes=tuple(notes), scores=scores, d_model=d_model)
+
+
+def _own_scores(
+    own: Any, scores: Tensor, content: _Content, ours: Tensor, paired: Tensor, graph: CircuitGraph
+) -> Tensor:
+    """[edge], our exact scores, unless the format's were changed since they were written."""
+    merged, exact = _merged(graph), scores.clone()
+    exact[merged if len(own) == len(merged) else slice(None)] = torch.as_tensor(
+        own, dtype=torch.float64
+    )
+    written = _largest(exact[ours], paired, len(content.scores))[paired]
+    agree = torch.isclose(content.scores[paired], written, rtol=1e-6, atol=1e-30).all()
+    return exact if agree else scores
+
+
+def _losses(content: _Content, graph: CircuitGraph, ours: Tensor, paired: Tensor) -> list[str]:
+    """Notes on kept or left-out edges that our graph cannot represent."""
+    num_kept = ours[content.kept[paired]].bincount(minlength=graph.num_edges)
+    partly = int(((num_kept > 0) & (num_kept < ours.bincount())).sum())
+    always = int((~content.kept.index_fill(0, paired, True)).sum())
+    notes = []
+    if partly:
+        notes.append(
+            f"{partly:,} edges into a shared key or value head are in the graph for only some of "
+            f"its {graph.heads_per_kv_head} query heads; they are kept"
+        )
+    if always:
+        notes.append(
+            f"{always:,} edges from the input are not in the graph, but the embeddings of this "
+            "model always flow (model.embedding_writers=false)"
+        )
+    return notes
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def write_json(
+    circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None
+) -> None:
+    """Write a graph as JSON, edge by edge: a model of 13B parameters has four million."""
+    content = _to_content(circuit, scores, d_model)
+    nodes = {name: {"in_graph": kept} for name, kept in _nodes(content).items()}
+    own = content.own | {"scores": content.own["scores"][_merged(circuit.graph)].tolist()}
+    kept, values = content.kept.tolist(), content.scores.tolist()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(f'{{"cfg": {json.dumps(content.config)},\n"nodes": {json.dumps(nodes)},\n')
+            file.write(f'"{OWN_KEY}": {json.dumps(own)},\n"edges": {{')
+            end = "\n"
+            for edge, flag, score in zip(content.theirs.edges, kept, values, strict=True):
+                entry = json.dumps({"score": score, "in_graph": flag})
+                file.write(f'{end}"{edge[0]}->{_their_reader(edge[1])}": {entry}')
+                end = ",\n"
+            file.write("\n}}\n")
+
+    write_atomically(path, write)
+
+
+def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None) -> None:
+    """Write a graph as tensors."""
+    content = _to_content(circuit, scores, d_model)
+    theirs, nodes, cells = content.theirs, _nodes(content), _cells(content.theirs)
+    flags = torch.zeros(theirs.num_writers, len(theirs.readers), dtype=torch.bool)
+    values = torch.zeros(flags.shape)
+    flags[cells], values[cells] = content.kept, content.scores.float()
+    buffer = io.BytesIO()  # torch does not say why writing to a file failed
+    torch.save(
+        {
+            "cfg": content.config,
+            "src_nodes": list(theirs.writers),
+            "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
+            "edges_scores": values,
+            "edges_in_graph": flags,
+            "nodes_in_graph": torch.tensor([nodes[writer] for writer in theirs.writers]),
+            OWN_KEY: content.own,
+        },
+        buffer,
+    )
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+
+
+def _to_content(circuit: Circuit, scores: EdgeScores | None, d_model: int | None) -> _Content:
+    graph, theirs = circuit.graph, _their_graph(circuit.graph)
+    ours, paired = _pairs(graph)
+    kept = torch.tensor(circuit.mask(), dtype=torch.float64)
+    values = kept if scores is None else scores.magnitudes()
+    always = torch.ones(theirs.num_edges, dtype=torch.bool).index_fill(0, paired, False)
+    embeddings = graph.embedding_writers
+    from_input = {reader for writer, reader in circuit.edge_set if writer in embeddings}
+    left_out = [
+        [writer, reader]
+        for writer, reader in graph.edges
+        if writer in embeddings and reader in from_input and (writer, reader) not in circuit
+    ]
+    return _Content(
+        config={
+            "n_layers": graph.num_layers,
+            "n_heads": graph.num_heads,
+            "parallel_attn_mlp": False,
+            "d_model": d_model or 0,
+        },
+        theirs=theirs,
+        kept=_largest(kept[ours], paired, theirs.num_edges).bool() | always,
+        scores=_largest(values[ours], paired, theirs.num_edges).masked_fill(always, 1.0),
+        own={"graph": graph.to_dict(), "left_out": left_out, "scores": values},
+    )
+
+
+def _nodes(content: _Content) -> dict[str, bool]:
+    """Whether each node of the format's graph is in it: nodes that both read and write."""
+    edges = [edge for edge, kept in zip(content.theirs.edges, content.kept.tolist()) if kept]  # noqa: B905
+    writes = {writer for writer, _ in edges}
+    reads = {node for _, reader in edges for node in content.theirs.nodes_fed_by(reader)} | {INPUT}
+    return {w: w in writes and w in reads for w in content.theirs.writers} | {LOGITS: True}

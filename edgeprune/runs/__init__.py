@@ -1,1 +1,1 @@
-""""""
+"""Run directories."""

@@ -1,4 +1,4 @@
-"""Starting the processes of a run, and the words in which a job elsewhere fails."""
+"""Starting the processes of a run on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeprune.errors import ConfigError, JobFailed
 
 
 def stop_signals() -> list[int]:
-    """Signals that stop a run; a SIGHUP that is ignored, as under nohup, stays so."""
+    """Signals that stop a run; SIGHUP only if it is not ignored (as it is under nohup)."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return numbers if is_ignored else [*numbers, signal.SIGHUP]
@@ -24,10 +24,13 @@ def in_processes() -> bool:
 
 
 def check_launched(count: int | None) -> None:
-    """In a process that a launcher started: refuse another count than it started.
+    """In a process started by a launcher, check the number of processes in the settings.
+
+    Args:
+        count: `launcher.processes`; 1 (the default) and None accept any number.
 
     Raises:
-        ConfigError: `count` is neither 1 (not asked for) nor None nor what was started.
+        ConfigError: it differs from the number that was started.
     """
     started = os.environ["WORLD_SIZE"]
     if count not in (None, 1) and str(count) != started:
@@ -38,16 +41,16 @@ def check_launched(count: int | None) -> None:
 
 
 def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
-    """Run `edgeprune prune` in processes of this machine, by `accelerate launch`.
+    """Run `edgeprune prune` in several processes on this machine, with `accelerate launch`.
 
-    Signals to this process go on to them.
+    Signals to this process are forwarded to them.
 
     Args:
-        count: how many; None: as many as there are GPUs.
+        count: number of processes; None: one per GPU.
         overrides: the settings of the run.
 
     Raises:
-        JobFailed: they did not end well.
+        JobFailed: a process failed or was stopped.
     """
     if count is None:
         import torch
@@ -75,7 +78,7 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
             signal.signal(number, handler)
     if code != 0:
         raise JobFailed(
-            f"the {count} processes of the run ended with code {code}; what they said is above. "
-            "Go on with the same command and resume=auto",
-            128 + received[0] if received else None,
+            f"the run's {count} processes exited with code {code}; see their messages above. "
+            "Continue with the same command and resume=auto",
+            received[0] if received else None,
         )

@@ -1,1 +1,1 @@
-"""Learning the gates: objective, trainer, checkpoints."""
+"""The training loop, its checkpoints, and where its numbers are shown."""

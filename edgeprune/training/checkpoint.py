@@ -1,142 +1,112 @@
-"""Checkpoints: masks and optimiser state as safetensors, written whole or not at all.
+"""Checkpoints: the state of a method after a step, one safetensors file each.
 
-A checkpoint is a folder `step-00000500` with `masks.safetensors`, `optimizer.safetensors` and
-`checkpoint.json`, which holds the step and the SHA-256 of the other two. It is written under
-another name, flushed to disk and then renamed, so a folder of that name is complete unless the
-disk lies.
+`step-00000500.safetensors` holds the tensors of `Method.state_dict`; its metadata holds the step
+and a SHA-256 over the names and bytes of all tensors.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import os
+import hashlib
+import logging
 import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeprune.errors import CheckpointError
-from edgeprune.files import file_digest
+from edgeprune.files import write_atomically
 
-MASKS, OPTIMIZER, CHECKPOINT_NOTE = "masks.safetensors", "optimizer.safetensors", "checkpoint.json"
+log = logging.getLogger("edgeprune")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training goes on from.
+    """What training continues from.
 
     Attributes:
-        step: optimisation steps done.
-        masks: log alphas, by parameter name.
-        optimizer: multipliers and optimiser state, by name.
+        step: number of optimisation steps done.
+        state: see `Method.state_dict`.
     """
 
     step: int
-    masks: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    state: Mapping[str, Tensor]
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.safetensors"
 
 
-def list_checkpoints(run_dir: Path) -> list[int]:
-    """Steps of the run's checkpoints, ascending; unfinished ones are not among them."""
-    return sorted(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
+def list_checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending."""
+    return sorted(int(p.stem[5:]) for p in folder.glob("step-" + "[0-9]" * 8 + ".safetensors"))
 
 
-def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint folder.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically.
 
     Raises:
         CheckpointError: the disk is full or read-only; earlier checkpoints are untouched.
     """
-    target = checkpoint_dir(run_dir, checkpoint.step)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    state = {name: x.detach().cpu().contiguous() for name, x in checkpoint.state.items()}
+    metadata = {"step": str(checkpoint.step), "sha256": _digest(state)}
+    path = checkpoint_path(folder, checkpoint.step)
     try:
-        for leftover in target.parent.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        save_file(_on_cpu(checkpoint.masks), temporary / MASKS)
-        save_file(_on_cpu(checkpoint.optimizer), temporary / OPTIMIZER)
-        note = {
-            "step": checkpoint.step,
-            "sha256": {name: file_digest(temporary / name) for name in (MASKS, OPTIMIZER)},
-        }
-        (temporary / CHECKPOINT_NOTE).write_text(json.dumps(note, indent=1) + "\n")
-        for name in (MASKS, OPTIMIZER, CHECKPOINT_NOTE):
-            with (temporary / name).open("rb+") as file:
-                os.fsync(file.fileno())
-        if target.exists():  # an unreadable one that is being replaced
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync_directory(target.parent)
+        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        remedy = "free some space" if _is_full(error) else "mend that"
+        remedy = "free some space" if _is_disk_full(error) else "remove the cause"
         raise CheckpointError(
-            f"cannot save the checkpoint of step {checkpoint.step} in {target.parent}: {error}. "
-            f"Earlier checkpoints are intact; {remedy} and start again with resume=auto"
+            f"cannot save the checkpoint of step {checkpoint.step} in {folder}: {error}. Earlier "
+            f"checkpoints are intact; {remedy} and continue with resume=auto"
         ) from None
-    return target
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether a disk or what one may use of it is; safetensors says the number in words alone."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT)
-
-
-def load_checkpoint(run_dir: Path, step: int) -> Checkpoint:
-    """Read a checkpoint and verify its checksums.
+def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Read a checkpoint and verify its checksum.
 
     Raises:
         CheckpointError: missing, truncated or altered.
     """
-    folder = checkpoint_dir(run_dir, step)
-    if not folder.is_dir():
-        have = ", ".join(map(str, list_checkpoints(run_dir))) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has: {have}")
+    path = checkpoint_path(folder, step)
+    if not path.is_file():
+        available = ", ".join(map(str, list_checkpoints(folder))) or "none"
+        raise CheckpointError(f"no checkpoint of step {step} in {folder}; available: {available}")
     try:
-        note = json.loads((folder / CHECKPOINT_NOTE).read_text())
-        for name, digest in note["sha256"].items():
-            if file_digest(folder / name) != digest:
-                raise CheckpointError(f"checkpoint {folder} is damaged: {name} was altered or cut")
-        if note["step"] != step:
-            raise CheckpointError(f"checkpoint {folder} is damaged: it says step {note['step']}")
-        return Checkpoint(step, load_file(folder / MASKS), load_file(folder / OPTIMIZER))
-    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged: {CHECKPOINT_NOTE}: {error}"
-        ) from None
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
+    if metadata != {"step": str(step), "sha256": _digest(state)}:
+        raise CheckpointError(f"checkpoint {path} is damaged: it was altered after it was written")
+    return Checkpoint(step, state)
 
 
-def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is intact, and a message for each damaged one passed over."""
-    damaged = []
-    for step in reversed(list_checkpoints(run_dir)):
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint; None if there is none. Warns of damaged ones."""
+    for step in reversed(list_checkpoints(folder)):
         try:
-            return load_checkpoint(run_dir, step), damaged
+            return load_checkpoint(folder, step)
         except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
+            log.warning(f"{error}; using an earlier checkpoint")
+    return None
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + b"\0")
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_disk_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full; safetensors gives the number only within its message."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT)

@@ -1,30 +1,35 @@
-"""Trackers: where metrics go besides metrics.jsonl."""
+"""Sends metrics to Weights & Biases."""
 
 from __future__ import annotations
 
 import netrc
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeprune.config import TrackerConfig, TrackerKind
 from edgeprune.training.trainer import StepMetrics
 
 
 class Tracker:
-    """Sends metrics to wandb, or nowhere. Used as a context manager and called each step."""
+    """A wandb run as a context manager, called after each step; without a project it does nothing.
 
-    def __init__(self, config: TrackerConfig, run_dir: Path, settings: dict[str, Any]) -> None:
+    Args:
+        project: wandb project, or None.
+        run_dir: where wandb keeps its files; its name is the name of the wandb run.
+        settings: recorded with the run.
+    """
+
+    def __init__(self, project: str | None, run_dir: Path, settings: Mapping[str, Any]) -> None:
         self._run = None
-        if config.kind is TrackerKind.wandb:
+        if project is not None:
             import wandb
 
             self._run = wandb.init(
-                project=config.project,
+                project=project,
                 name=run_dir.name,
                 dir=run_dir,
-                config=settings,
+                config=dict(settings),
                 mode=None if "WANDB_MODE" in os.environ or _has_key() else "offline",
             )
 
@@ -36,8 +41,9 @@ class Tracker:
             self._run.finish(exit_code=1 if kind else 0)
 
     def __call__(self, metrics: StepMetrics) -> None:
+        """Log the numbers of a step."""
         if self._run is not None:
-            values = {k: v for k, v in asdict(metrics).items() if v is not None}
+            values = {k: v for k, v in metrics.to_dict().items() if v is not None}
             self._run.log(values, step=metrics.step)
 
 

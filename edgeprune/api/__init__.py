@@ -1,0 +1,1 @@
+"""What the commands and notebooks call. A command parses its settings, calls this, and prints."""

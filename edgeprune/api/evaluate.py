@@ -1,0 +1,165 @@
+"""Measuring circuits that are named by their run directory or file."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
+from edgeprune.circuit import Circuit
+from edgeprune.config import (
+    MAX_EVALUATION_BATCH,
+    AblationConfig,
+    AblationKind,
+    EvaluateConfig,
+    Split,
+    TaskConfig,
+    to_dict,
+)
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.evaluate import Evaluation, evaluate
+from edgeprune.files import file_digest, write_json
+from edgeprune.prompts import PairDataset
+from edgeprune.runs import layout
+from edgeprune.runs.data import data_of, first_split, load_pairs
+from edgeprune.runs.source import Source, find
+
+log = logging.getLogger("edgeprune")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation of a circuit.
+
+    Attributes:
+        evaluation: the measurement.
+        circuit: what was measured.
+        title: model, prompts and ablation, for people.
+        output: the file in which it was written, if any.
+    """
+
+    evaluation: Evaluation
+    circuit: Circuit
+    title: str
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts to measure on.
+
+    Attributes:
+        pairs: of the split.
+        reference: prompts over which means are taken.
+        digest: SHA-256 of their file.
+        are_own: whether they are those of the circuit's run.
+    """
+
+    pairs: PairDataset
+    reference: PairDataset
+    digest: str
+    are_own: bool
+
+
+def evaluate_circuit(config: EvaluateConfig) -> Measured:
+    """Measure a circuit that is named by its run directory or file.
+
+    Raises:
+        ConfigError: nothing says which model and task it belongs to, or the run's prompts are gone
+            or have changed.
+    """
+    source = find(config.circuit)
+    model_config, task = source.model(config.model), source.task(config.task)
+    ablation = source.ablation(config.ablation)
+    output = Path(config.output) if config.output else None
+    if output:
+        check_output(output, [source.path, model_config.path, task.path])
+    model = load_model_of(model_config)
+    circuit = read(source, model.graph).circuit
+    is_own_model = model.fingerprint() == source.origin.get("model", {}).get("sha256")
+    if config.model is None and not is_own_model:
+        log.warning(
+            f"{model.name} differs from the model in which the circuit was found, in its weights, "
+            "configuration or tokenizer"
+        )
+    prompts = _load_prompts(source, task, ablation, model, config)
+    batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
+    batch_size = batch_size or MAX_EVALUATION_BATCH
+    evaluation = evaluate(
+        model, circuit, prompts.pairs, batch_size=batch_size, head_permuted=config.head_permuted,
+        ablation=ablation_of(model, ablation, prompts.reference, batch_size), progress=True,
+    )  # fmt: skip
+    is_own = is_own_model and prompts.are_own and to_dict(ablation) == source.origin.get("ablation")
+    if output is None and is_own and source.path.name in (layout.CIRCUIT, layout.EDGES):
+        output = source.path.with_name(layout.evaluation(config.split.name))
+    if output is not None:
+        record = evaluation_record(
+            model, circuit, prompts.pairs, config.split, ablation, evaluation,
+            data_digest=prompts.digest, is_own=prompts.are_own,
+        )  # fmt: skip
+        write_json(output, {"circuit_file": str(source.path), **record})
+    title = f"{model_config.title}, {prompts.pairs.name}, {ablation.kind.name} ablation"
+    return Measured(evaluation, circuit, title, output)
+
+
+def _load_prompts(
+    source: Source,
+    task: TaskConfig,
+    ablation: AblationConfig,
+    model: CircuitModel,
+    config: EvaluateConfig,
+) -> _Prompts:
+    """The prompts of a split: those of the circuit's run, or others where a task is given."""
+    own_digest = source.origin.get("data", {}).get("sha256")
+    with ExitStack() as stack:
+        if config.task is None and source.run is not None:
+            path = source.run.data_path
+        else:
+            path = stack.enter_context(data_of(task, model.tokenizer))
+        if config.task is None:
+            own_data(path, own_digest)
+        pairs = load_pairs(path, task, model, config.split)
+        reference = pairs
+        if ablation.kind is AblationKind.mean:
+            reference = load_pairs(path, task, model, first_split(path, Split.train))
+        digest = file_digest(path)
+    are_own = digest == own_digest
+    if are_own and not pairs.has_splits:
+        log.warning(
+            f"{path} has lines without a split, so the prompts measured are training prompts; "
+            'give each line "split": "train", "validation" or "test" to hold some out'
+        )
+    return _Prompts(pairs, reference, digest, are_own)
+
+
+def evaluation_record(
+    model: CircuitModel,
+    circuit: Circuit,
+    pairs: PairDataset,
+    split: Split,
+    ablation: AblationConfig,
+    evaluation: Evaluation,
+    *,
+    data_digest: str,
+    is_own: bool,
+) -> dict[str, Any]:
+    """An evaluation and what it is of, as JSON values.
+
+    Args:
+        data_digest: SHA-256 of the prompts' file.
+        is_own: whether that is the file on which the circuit was found.
+    """
+    return {
+        "edges_sha256": circuit.digest(),
+        "model": model.name,
+        "model_sha256": model.fingerprint(),
+        "data": pairs.name,
+        "data_sha256": data_digest,
+        "split": split.name,
+        "training_prompts": is_own and (split is Split.train or not pairs.has_splits),
+        "ablation": to_dict(ablation),
+        **evaluation.to_dict(),
+    }

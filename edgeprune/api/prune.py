@@ -1,0 +1,331 @@
+"""Pruning: from a model and prompts to scores, a circuit, and with a run directory to a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from edgeprune.api.evaluate import evaluation_record
+from edgeprune.api.export import choose, cleaned_up
+from edgeprune.api.shared import ablation_of, load_model_of
+from edgeprune.circuit import Circuit
+from edgeprune.config import (
+    LESS_MEMORY,
+    AblationKind,
+    PruneConfig,
+    Split,
+    TrackerKind,
+    TrainerConfig,
+    from_dict,
+    to_dict,
+)
+from edgeprune.drawing.plots import draw_training
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.cleanup import clean_up
+from edgeprune.evaluation.evaluate import Evaluation, evaluate
+from edgeprune.files import file_digest, write_json
+from edgeprune.graph import CircuitGraph
+from edgeprune.methods import METHODS
+from edgeprune.models.load import load_meta_model
+from edgeprune.paths import CONF
+from edgeprune.prompts import Pair, PairDataset
+from edgeprune.runs import layout
+from edgeprune.runs.data import held_out_pairs, load_pairs, make_data
+from edgeprune.runs.run import Run, claim
+from edgeprune.scale.memory import free_memory, in_gb, plan_memory
+from edgeprune.scale.world import World
+from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import training_progress
+from edgeprune.training.tracker import Tracker
+from edgeprune.training.trainer import StepMetrics, Trainer, train
+
+log = logging.getLogger("edgeprune")
+
+MAX_OPEN = 2.0
+"""Expected ratio of open gates to edges of the circuit at the end of a successful run."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning found.
+
+    Attributes:
+        circuit: the circuit of the size asked for, cleaned up if that was asked for.
+        scores: of all edges; `scores.circuit(num_edges=...)` gives circuits of other sizes.
+        history: one entry per step.
+        ablation: what closed edges carried, for `evaluate` and `clean_up`.
+        origin: how the circuit was chosen, as JSON values.
+    """
+
+    circuit: Circuit
+    scores: EdgeScores = field(repr=False)
+    history: list[StepMetrics] = field(repr=False)
+    ablation: Ablation = field(repr=False)
+    origin: Mapping[str, Any] = field(repr=False)
+
+
+def prune(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    *,
+    sparsity: float | None = None,
+    num_edges: int | None = None,
+    cleanup: float | None = None,
+    seed: int = 0,
+    ablation: Ablation | str = "interchange",
+    trainer: str = "default",
+    progress: bool = True,
+    **settings: Any,
+) -> Pruned:
+    """Find the circuit with which a model does a task.
+
+    Args:
+        model: from `load_model`.
+        pairs: training prompts, from `load_dataset`.
+        sparsity: fraction of the edges to remove, exactly.
+        num_edges: or number of edges to keep, exactly.
+        cleanup: then remove edges that the circuit does not need; the tolerance of `clean_up`.
+        seed: of the initial values, the noise and the order of the data.
+        ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one mean per
+            position), or an `Ablation`.
+        trainer: settings to start from, as `trainer=` on the command line.
+        progress: whether to show a progress bar.
+        settings: changes to these, such as `steps=300`.
+
+    Raises:
+        ConfigError: a setting is unknown, of the wrong type or out of range.
+        ValueError: there are no prompts, or one is too long for the model.
+        TrainingError: the loss is not finite.
+    """
+    config = trainer_config(trainer, settings)
+    CircuitModel.check(model)
+    model.check_prompts(pairs)
+    whole = from_dict(PruneConfig, {
+        "model": {"path": model.name}, "run_dir": "-", "sparsity": sparsity,
+        "num_edges": num_edges, "cleanup": cleanup, "seed": seed, "trainer": to_dict(config),
+    })  # fmt: skip
+    ablation = Ablation.of(model, ablation, pairs, whole.evaluation_batch_size)
+    return _prune(model, pairs, whole, ablation, progress=progress)
+
+
+def trainer_config(name: str, settings: Mapping[str, Any]) -> TrainerConfig:
+    """The settings of conf/trainer/NAME.yaml with changes.
+
+    Raises:
+        ConfigError: an unknown name or setting, or a value out of range.
+    """
+    from omegaconf import OmegaConf
+
+    folder = CONF / "trainer"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ConfigError(f"unknown trainer {name!r}; choose {known}")
+    given = OmegaConf.to_container(OmegaConf.load(path))
+    method = given.pop("defaults")[0]
+    return from_dict(TrainerConfig, {"method": method, **given, **settings})
+
+
+def _prune(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    config: PruneConfig,
+    ablation: Ablation,
+    *,
+    run: Run | None = None,
+    world: World | None = None,
+    progress: bool = True,
+) -> Pruned:
+    """Train, choose the circuit and clean it up; with a run, files are written there."""
+    graph, settings, world = model.graph, config.trainer, world or World()
+    asked = _asked_sparsity(config, graph)
+    method = METHODS[settings.method](
+        graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
+    )
+    trainer = Trainer(
+        model, pairs, method, steps=settings.steps, batch_size=settings.batch_size,
+        seed=config.seed, ablation=ablation, world=world,
+        micro_batch_size=settings.micro_batch_size, recompute=settings.recompute,
+        cuda_graph=settings.cuda_graph,
+    )  # fmt: skip
+    if run is not None:
+        run.begin(model, world)
+    history: list[StepMetrics] = []
+    with ExitStack() as stack:
+        show = stack.enter_context(training_progress(settings.steps, enabled=progress))
+        track = stack.enter_context(_tracker(config, run, world))
+
+        def on_step(metrics: StepMetrics) -> None:
+            history.append(metrics)
+            show(metrics)
+            track(metrics.to_dict())
+
+        if run is not None and world.is_rank_zero:
+            stack.callback(_plot, run)
+        train(
+            trainer, store=run, on_step=on_step, checkpoint_every=settings.checkpoint_every,
+            log_every=settings.log_every,
+        )  # fmt: skip
+    scores, state = method.scores(), method.state_dict()
+    del trainer  # releases what it has cached
+    model.release()
+    if history and asked is not None and history[-1].sparsity is not None:
+        _warn_if_open(history[-1].sparsity, asked)
+    circuit, chosen = choose(scores, state, config.sparsity, config.num_edges)
+    if config.cleanup is not None:
+        cleaned = clean_up(
+            model, circuit, pairs, tolerance=config.cleanup, scores=scores, ablation=ablation,
+            batch_size=config.evaluation_batch_size,
+        )  # fmt: skip
+        circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
+    return Pruned(circuit, scores, history, ablation, {"scores": dict(scores.origin), **chosen})
+
+
+def _asked_sparsity(config: PruneConfig, graph: CircuitGraph) -> float | None:
+    if config.num_edges is None:
+        return config.sparsity
+    graph.check_num_edges(config.num_edges)
+    return 1 - config.num_edges / graph.num_edges
+
+
+def _tracker(config: PruneConfig, run: Run | None, world: World) -> Tracker:
+    is_on = run is not None and world.is_rank_zero and config.tracker.kind is TrackerKind.wandb
+    return Tracker(
+        config.tracker.project if is_on else None, run.path if run else None, to_dict(config)
+    )
+
+
+def _plot(run: Run) -> None:
+    """Plot the training. A failure here must neither hide how it ended nor cost the circuit."""
+    try:
+        metrics = run.metrics()
+        if metrics:
+            title = f"{run.config.title}, seed {run.config.seed}"
+            draw_training(metrics, run.path / layout.PLOT, title=title)
+    except Exception as error:
+        log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
+
+
+def _warn_if_open(sparsity: float, asked: float) -> None:
+    """Warn if the gates are far less sparse than the circuit that is cut from them."""
+    if 1 - sparsity > MAX_OPEN * (1 - asked):
+        log.warning(
+            f"the gates have only become {sparsity:.1%} sparse, so a circuit that is {asked:.1%} "
+            "sparse lacks edges that they rely on; take more steps, or use trainer=fast"
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, its circuit, and how it does on prompts it was not trained on."""
+
+    run: Run
+    pruned: Pruned
+    split: Split
+    evaluation: Evaluation
+
+
+def prune_run(config: PruneConfig) -> Finished | None:
+    """Prune as a run: load model and prompts, train, choose the circuit and measure it.
+
+    Under several processes all call this; rank 0 writes the files and gets the result.
+    """
+    with World.join(config.model.device, config.launcher.timeout) as world:
+        world.check_same("the settings", str(config))
+        if not world.is_rank_zero:
+            log.setLevel(logging.ERROR)
+        with claim(config, world) as run:
+            model, train_pairs, split, held_out = _load(run, world)
+            ablation = ablation_of(
+                model, config.ablation, train_pairs, config.evaluation_batch_size
+            )
+            pruned = _prune(
+                model, train_pairs, config, ablation,
+                run=run, world=world, progress=world.is_rank_zero,
+            )  # fmt: skip
+            if not config.launcher.shard:  # a sharded model needs all processes to the end
+                world.close()
+                if not world.is_rank_zero:
+                    return None
+            if world.is_rank_zero:
+                pruned.scores.save(run.path / layout.SCORES)
+                run.write_circuit(pruned.circuit, pruned.origin)
+            evaluation = evaluate(
+                model, pruned.circuit, held_out, ablation=pruned.ablation,
+                batch_size=config.evaluation_batch_size,
+            )  # fmt: skip
+            if not world.is_rank_zero:
+                return None
+            record = evaluation_record(
+                model, pruned.circuit, held_out, split, config.ablation, evaluation,
+                data_digest=run.digests["data"], is_own=True,
+            )  # fmt: skip
+            write_json(run.path / layout.evaluation(split.name), record)
+            return Finished(run, pruned, split, evaluation)
+
+
+def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, Split, PairDataset]:
+    """The model, the training prompts, and the split and prompts on which the run is measured."""
+    config = run.config
+    settings = {
+        "dtype": config.model.dtype, "bits": config.model.bits,
+        "embedding_writers": config.model.embedding_writers,
+        "trust_remote_code": config.model.trust_remote_code,
+    }  # fmt: skip
+    meta = load_meta_model(config.model.path, **settings)
+    world.on_rank_zero(lambda: make_data(config.task, meta.tokenizer, run.path))
+    path = make_data(config.task, meta.tokenizer, run.path)
+    pairs = load_pairs(path, config.task, meta, Split.train)
+    split, held_out = held_out_pairs(path, config.task, config.ablation, meta, pairs)
+    _plan_memory(config, meta, pairs, world)
+    world.check_same("the data", file_digest(path))
+    log.info(
+        f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training and "
+        f"{len(held_out):,} {split.name} prompts, {config.trainer.steps:,} steps"
+        + (f", {world.count} processes" if world.count > 1 else "")
+    )
+    if config.launcher.shard:
+        meta = load_meta_model(config.model.path, attention=config.model.attention, **settings)
+        on_cpu = partial(load_model_of, replace(config.model, device="cpu"))
+        model = world.shard(on_cpu, meta, offload=config.launcher.offload)
+    else:
+        model = load_model_of(replace(config.model, device=world.device))
+        world.check_same("the models", model.fingerprint())
+    return model, pairs, split, held_out
+
+
+def _plan_memory(config: PruneConfig, meta: CircuitModel, pairs: PairDataset, world: World) -> None:
+    """Report how much memory a process will need, before the weights are loaded.
+
+    Raises:
+        ConfigError: there is less, or a sharded model's batch cannot be divided evenly.
+    """
+    trainer, shard = config.trainer, config.launcher.shard
+    batch_size = min(trainer.batch_size, len(pairs))
+    per_process = math.ceil(batch_size / world.count)
+    at_a_time = min(per_process, trainer.micro_batch_size or per_process)
+    if shard and trainer.micro_batch_size and batch_size % (world.count * at_a_time):
+        raise ConfigError(
+            f"launcher.shard=true gathers weights for all processes at once, so the {batch_size} "
+            f"pairs of a step must divide evenly into parts of {at_a_time} on {world.count} "
+            "processes; change trainer.batch_size or trainer.micro_batch_size"
+        )
+    plan = plan_memory(
+        meta, pairs, at_a_time, recompute=trainer.recompute, shares=world.count if shard else 1,
+        offload=config.launcher.offload, bits=config.model.bits,
+        corrupted_kept=config.ablation.kind is AblationKind.interchange,
+    )  # fmt: skip
+    free = free_memory(world.device)
+    log.info(f"memory per process: about {in_gb(plan.total)} of {in_gb(free)} that are free")
+    if world.any(plan.total > free):
+        raise ConfigError(
+            f"{config.model.title} needs about {plan} per process, but {in_gb(free)} are free. "
+            f"{LESS_MEMORY}"
+        )

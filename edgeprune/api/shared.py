@@ -1,0 +1,122 @@
+"""What several functions of the API need: models, ablations, a run's prompts, output paths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeprune.config import AblationConfig, ModelConfig, PrepareConfig
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import ConfigError
+from edgeprune.files import file_digest
+from edgeprune.formats import CircuitFile
+from edgeprune.graph import CircuitGraph
+from edgeprune.prompts import Pair
+from edgeprune.prompts.tasks import generate_records
+from edgeprune.runs.data import write_records
+from edgeprune.runs.run import run_of
+from edgeprune.runs.source import Source
+
+log = logging.getLogger("edgeprune")
+
+
+def load_model_of(config: ModelConfig) -> CircuitModel:
+    """Load the model that settings name."""
+    from edgeprune.models.load import load_model, pick_device  # transformers takes a second
+
+    config.require_path()
+    device = pick_device(config.device)
+    return load_model(
+        config.path, device=device, dtype=config.dtype, attention=config.attention,
+        bits=config.bits, fused=config.fused and device.startswith("cuda"),
+        embedding_writers=config.embedding_writers, trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
+    """The graph of the given model, or else the one that identifies a circuit; None if none does."""
+    if model is None:
+        return source.graph
+    from edgeprune.models.load import load_meta_model
+
+    model.require_path()
+    return load_meta_model(
+        model.path, embedding_writers=model.embedding_writers,
+        trust_remote_code=model.trust_remote_code,
+    ).graph  # fmt: skip
+
+
+def read(source: Source, graph: CircuitGraph | None) -> CircuitFile:
+    """Read a circuit and report what was lost in reading."""
+    file = source.read(graph)
+    for note in file.notes:
+        log.warning(note)
+    return file
+
+
+def ablation_of(
+    model: CircuitModel, config: AblationConfig, pairs: Sequence[Pair], batch_size: int
+) -> Ablation:
+    """The ablation that settings name, with means over the pairs."""
+    return Ablation(
+        model, config.kind.name, pairs, per_position=config.per_position, batch_size=batch_size
+    )
+
+
+def check_output(output: Path, reads: Sequence[str | Path | None] = ()) -> None:
+    """Check before any work that a command may write a file or folder.
+
+    Raises:
+        ConfigError: it lies in a run directory, or is one of the files that the command reads.
+    """
+    run = run_of(output)
+    if run is not None:
+        raise ConfigError(
+            f"output={output} lies in the run directory {run}, which only its own run writes to; "
+            "choose another place"
+        )
+    for path in reads:
+        if path is not None and Path(path).resolve() == output.resolve():
+            raise ConfigError(f"output={output} is an input of the command; choose another file")
+
+
+def own_data(path: Path, digest: str) -> Path:
+    """The file of a run's prompts.
+
+    Args:
+        path: the file.
+        digest: its SHA-256 when the run began.
+
+    Raises:
+        ConfigError: the file is gone or has changed.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}, which holds the prompts of the run, is gone; restore it, or measure on "
+            "others: task=custom task.path=FILE"
+        )
+    if file_digest(path) != digest:
+        raise ConfigError(
+            f"{path} has changed since the run began; restore it, or measure its present content "
+            f"as other prompts: task=custom task.path={path}"
+        )
+    return path
+
+
+def prepare_prompts(config: PrepareConfig) -> tuple[int, str]:
+    """Write a task's prompts for a model's tokenizer.
+
+    Returns:
+        How many lines were written, and what was left out, for people.
+    """
+    from edgeprune.models.load import load_tokenizer
+
+    output = Path(config.output)
+    check_output(output, [config.model.path])
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    task = config.task
+    records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    write_records(records, output)
+    return len(records), report or "as they come with the model"

@@ -1,0 +1,183 @@
+"""Help texts, made from the settings' own docstrings and from what lies in conf/."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+from enum import Enum
+from functools import cache
+from typing import Any, get_type_hints
+
+import yaml
+
+from edgeprune.config import COMMANDS, TRAINERS, TrainerConfig, dataclass_of
+from edgeprune.paths import CONF
+
+GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
+
+POSITIONAL = {
+    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
+    "report": "folder",
+}  # fmt: skip
+"""Commands whose bare argument is a path, and the setting that it fills."""
+
+SEVERAL = ("compare",)
+"""Commands that take any number of paths."""
+
+EXAMPLES = {
+    "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
+              "task.path=my.jsonl model.path=gpt2 sparsity=0.95",
+              "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun",
+              "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun",
+              "experiment=tracr/reverse ablation=interchange"),
+    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json",
+               "RUN cleanup=0.01", "RUN sparsity=0.97 format=eap_json output=graph.json",
+               "graph.pt output=edges.json model=embedded"),
+    "evaluate": ("RUN", "RUN split=validation head_permuted=5",
+                 "edges.json model=embedded task=ioi"),
+    "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
+    "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
+                "RUN reference=edges.json"),
+    "report": ("runs", "runs/ioi-embedded output=report"),
+    "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
+                "task=greater_than output=gt.jsonl model.path=gpt2"),
+}  # fmt: skip
+
+
+def overview() -> str:
+    """The help of `edgeprune --help`."""
+    lines = [
+        "usage: edgeprune <command> [name=value ...]",
+        "",
+        "Finds the circuit with which a language model does a task, by pruning its edges.",
+        "",
+        *(f"  {name:<10}{_summary(config)}" for name, config in COMMANDS.items()),
+        "",
+        "Begin with:  edgeprune prune experiment=ioi run_dir=runs/ioi",
+        "             edgeprune evaluate runs/ioi",
+        "             edgeprune draw runs/ioi",
+        "",
+        "`edgeprune <command> --help` lists a command's settings.",
+        "Exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.",
+    ]
+    return "\n".join(lines)
+
+
+def usage(command: str) -> str:
+    """How a command is called, in one line."""
+    paths = " PATH PATH ..." if command in SEVERAL else " PATH" if command in POSITIONAL else ""
+    return f"edgeprune {command}{paths} [name=value ...]"
+
+
+def command_help(command: str, arguments: Sequence[str] = ()) -> str:
+    """The help of one command: settings with their defaults and meanings, choices, examples.
+
+    Args:
+        command: its name.
+        arguments: the other arguments; `trainer=NAME` among them chooses whose settings are listed.
+    """
+    given = [a.removeprefix("trainer=") for a in arguments if a.startswith("trainer=")]
+    trainer = given[-1] if given and given[-1] in choices_of("trainer") else "default"
+    config = COMMANDS[command]
+    lines = [f"usage: {usage(command)}", "", _summary(config), "", "Settings:"]
+    for name, text in _described(config, "", trainer):
+        lines += [f"  {name}", textwrap.indent(text, "      ")]
+    groups = [g for g in GROUPS if g in setting_names(command) and (CONF / g).is_dir()]
+    if groups:
+        lines += ["", "Choices:"]
+        lines += [f"  {group}={'|'.join(choices_of(group))}" for group in groups]
+    if command == "prune":
+        lines += ["", "trainer=NAME --help lists the settings of that trainer."]
+    lines += ["", "Examples:"]
+    lines += [f"  edgeprune {command} {example}" for example in EXAMPLES[command]]
+    return "\n".join(lines)
+
+
+@cache
+def setting_names(command: str) -> frozenset[str]:
+    """Every name that a command's overrides may set, config groups included."""
+    groups = {f.name for f in dataclasses.fields(COMMANDS[command]) if f.name in GROUPS}
+    if command == "prune":
+        groups.add("experiment")
+    return frozenset(groups | set(_names(COMMANDS[command], "")))
+
+
+def _names(config: type, prefix: str) -> list[str]:
+    names = []
+    for name, hint in get_type_hints(config).items():
+        part = dataclass_of(hint)
+        if part is None:
+            names.append(f"{prefix}{name}")
+        for one in TRAINERS.values() if part is TrainerConfig else [part] if part else []:
+            names += _names(one, f"{prefix}{name}.")
+    return names
+
+
+def choices_of(group: str) -> list[str]:
+    """The values of a config group."""
+    folder = CONF / group
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+
+
+def _described(
+    config: type, prefix: str, trainer: str, given: dict[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """('trainer.steps=3000', 'Optimisation steps.') for every setting, nested ones included.
+
+    Args:
+        config: settings class.
+        prefix: of its names.
+        trainer: whose settings are listed.
+        given: values in place of the class's defaults.
+    """
+    rows = []
+    hints, docs = get_type_hints(config), _field_docs(config)
+    for field in dataclasses.fields(config):
+        name, part = f"{prefix}{field.name}", dataclass_of(hints[field.name])
+        if part is TrainerConfig:
+            values = yaml.safe_load((CONF / f"trainer/{trainer}.yaml").read_text())
+            part = TRAINERS[values.pop("defaults")[0]]
+            rows += _described(part, f"{name}.", trainer, values)
+        elif part is not None:
+            rows += _described(part, f"{name}.", trainer)
+        elif name != "trainer.method":
+            value = (given or {}).get(field.name, _default(field))
+            rows.append((f"{name}={_as_text(value)}", docs.get(field.name, "")))
+    return rows
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def _as_text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return "null" if value is None else str(value)
+
+
+def _summary(config: type) -> str:
+    return str(config.__doc__).splitlines()[0]
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The string that follows each field in the source, base classes included."""
+    docs: dict[str, str] = {}
+    for base in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for statement, following in zip(body, body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = inspect.cleandoc(following.value.value)
+    return docs

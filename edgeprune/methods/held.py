@@ -1,0 +1,174 @@
+"""Gates held exactly at the target sparsity of every step (trainer=fast)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from edgeprune.graph import CircuitGraph
+from edgeprune.methods import hard_concrete
+from edgeprune.methods.hard_concrete import BETA, GAMMA, ZETA
+from edgeprune.methods.learning import (
+    TargetSchedule,
+    initial_log_alpha,
+    learning_rate_factor,
+    load_state,
+    read_finite,
+    state_of,
+)
+from edgeprune.scores import EdgeScores
+
+MAX_SHIFT = 64.0
+"""Largest shift of log alpha that is tried to reach a sparsity."""
+NUM_BISECTIONS = 24
+"""Number of bisection steps in the search for that shift."""
+NUM_QUADRATURE_POINTS = 16
+"""Number of points of the integral over a gate's values."""
+MIN_TOTAL_GRADIENT = 0.01
+"""Gradients whose absolute values sum to less than this (nats) are not scaled up to unit size."""
+
+
+class Held:
+    """Minimises the distance at a sparsity that is exactly the target in every step.
+
+    Before each step one number is added to all log alphas, so that the sampled gates have the
+    target sparsity; the gradient is projected accordingly (see `project`).
+
+    Args:
+        target_sparsity: in [0, 1].
+        adam_epsilon: AdamW's epsilon; the projected gradients have a mean absolute value of 1.
+
+    The other arguments are those of `Lagrangian`.
+    """
+
+    def __init__(
+        self,
+        graph: CircuitGraph,
+        *,
+        seed: int,
+        device: torch.device | str,
+        steps: int,
+        learning_rate: float,
+        adam_epsilon: float,
+        lr_warmup_steps: int,
+        start_sparsity: float,
+        target_sparsity: float,
+        sparsity_warmup_steps: int,
+        warmup: str,
+        init_mean: float,
+        init_std: float,
+    ) -> None:
+        self.graph, self.seed = graph, seed
+        self._steps, self._lr_warmup_steps = steps, lr_warmup_steps
+        self._learning_rate = learning_rate
+        self._target = TargetSchedule(
+            start_sparsity, target_sparsity, sparsity_warmup_steps, warmup
+        )
+        generator = torch.Generator().manual_seed(seed)
+        self._log_alpha = initial_log_alpha(graph.num_edges, init_mean, init_std, generator, device)
+        self._optimizer = torch.optim.AdamW(
+            [self._log_alpha], lr=learning_rate, eps=adam_epsilon, weight_decay=0.0
+        )
+        self._shift(0)
+
+    @torch.no_grad()
+    def gates(self, step: int) -> Tensor:
+        """See `Method.gates`."""
+        self._sampled = hard_concrete.sample(self._log_alpha, self._noise(step))
+        return self._sampled
+
+    def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
+        """See `Method.update`."""
+        sparsity = hard_concrete.sparsity(self._sampled)
+        read = read_finite(grad_gates, loss=distance, distance=distance, sparsity=sparsity)
+        learning_rate = self._learning_rate * learning_rate_factor(
+            step, self._steps, self._lr_warmup_steps
+        )
+        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self._log_alpha.grad = project(grad_gates, self._log_alpha.detach())
+        self._optimizer.step()
+        self._shift(step + 1)
+        return {**read, "target": self._target.at(step), "learning_rate": learning_rate}
+
+    def _noise(self, step: int) -> Tensor:
+        (noise,) = hard_concrete.uniform_noise(self.seed, step, (self.graph.num_edges,))
+        return noise.to(self._log_alpha.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _shift(self, step: int) -> None:
+        """Bring the gates to the target of the step that comes next."""
+        target = self._target.at(step)
+        self._log_alpha.add_(shift_to_sparsity(self._log_alpha, self._noise(step), target))
+
+    def scores(self) -> EdgeScores:
+        """Log alpha, the log odds of the gate."""
+        return EdgeScores(self.graph, self._log_alpha, origin={"method": "held"})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Method.state_dict`."""
+        return state_of({"edge_log_alpha": self._log_alpha}, self._optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `Method.load_state_dict`."""
+        load_state({"edge_log_alpha": self._log_alpha}, self._optimizer, state)
+
+
+def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tensor:
+    """The smallest shift of all log alphas at which the sampled gates have the target sparsity.
+
+    By bisection, hence without waiting for the device; a Newton step would be of little use where
+    nearly all gates are 0 or 1.
+
+    Args:
+        log_alpha, uniform: see `hard_concrete.sample`.
+        target: sparsity, in [0, 1].
+
+    Returns:
+        A scalar of either sign.
+    """
+
+    def missing(shift: Tensor) -> Tensor:
+        return hard_concrete.sparsity(hard_concrete.sample(log_alpha + shift, uniform)) - target
+
+    low, high = log_alpha.new_zeros(()), log_alpha.new_full((), MAX_SHIFT)
+    sign = torch.sign(missing(low))
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        reaches = sign * missing(sign * middle) <= 0
+        low, high = torch.where(reaches, low, middle), torch.where(reaches, middle, high)
+    return sign * high
+
+
+def mean_slope(log_alpha: Tensor) -> Tensor:
+    """Derivative of the expected gate with respect to log alpha; any shape.
+
+    The expected gate is the integral over t from 0 to 1 of P(gate > t).
+    """
+    n = NUM_QUADRATURE_POINTS
+    t = (torch.arange(n, device=log_alpha.device, dtype=log_alpha.dtype) + 0.5) / n
+    needed = BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA))  # log alpha + noise at gate = t
+    above = torch.sigmoid(log_alpha[..., None] - needed)
+    return (above * (1 - above)).mean(-1)
+
+
+def project(grad_gates: Tensor, log_alpha: Tensor) -> Tensor:
+    """Gradient with respect to log alphas whose common shift keeps the sparsity constant.
+
+    With mean slopes instead of the sample's, gates learn in every step, not only when they happen
+    to be half open. The Lagrange multiplier of a fixed sparsity, i.e. what one more open gate is
+    worth, is subtracted from each gate's gradient.
+
+    Args:
+        grad_gates: [edge], gradient of the loss with respect to the gates, in nats.
+        log_alpha: [edge].
+
+    Returns:
+        [edge]; sums to 0, with a mean absolute value of 1, or less where the absolute values sum to
+        less than `MIN_TOTAL_GRADIENT` before scaling.
+    """
+    slopes = mean_slope(log_alpha)
+    price = (grad_gates * slopes).sum() / slopes.sum().clamp(min=torch.finfo(slopes.dtype).tiny)
+    gradient = slopes * (grad_gates - price)
+    return gradient / gradient.abs().mean().clamp(min=MIN_TOTAL_GRADIENT / len(gradient))

@@ -1,0 +1,96 @@
+"""The prompts of a task: generated into a folder, or the user's file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from edgeprune.config import AblationConfig, AblationKind, Split, TaskConfig
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import ConfigError, NoneUsableError
+from edgeprune.files import write_text
+from edgeprune.prompts import PairDataset, iterate_records, load_dataset
+from edgeprune.prompts.tasks import generate_records
+from edgeprune.runs import layout
+
+log = logging.getLogger("edgeprune")
+
+
+def write_records(records: list[dict], path: Path) -> None:
+    """Write a JSONL file."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_data(task: TaskConfig, tokenizer: Any, folder: Path) -> Path:
+    """The task's JSONL file, generated into a folder if it is not the user's and not there yet."""
+    if task.path is not None:
+        return Path(task.path)
+    path = folder / layout.DATA
+    if not path.exists():
+        records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
+        if report:
+            log.info(f"{task.name}: {report}")
+        write_records(records, path)
+    return path
+
+
+@contextmanager
+def data_of(task: TaskConfig, tokenizer: Any) -> Iterator[Path]:
+    """The task's JSONL file, where it is not a run's; what is generated is deleted at the end."""
+    with TemporaryDirectory() as scratch:
+        yield make_data(task, tokenizer, Path(scratch))
+
+
+def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: Split) -> PairDataset:
+    """One split of a task's file, as far as its prompts are short enough."""
+    limit = min(model.max_length, task.max_length or model.max_length)
+    return load_dataset(path, model.tokenizer, split.name, max_length=limit)
+
+
+def first_split(path: Path, wanted: Split) -> Split:
+    """The wanted split if the file has it (or has no splits at all), else the first it has."""
+    found = {record.get("split", wanted.name) for record in iterate_records(path)}
+    return wanted if wanted.name in found else next(split for split in Split if split.name in found)
+
+
+def held_out_pairs(
+    path: Path, task: TaskConfig, ablation: AblationConfig, model: CircuitModel, train: PairDataset
+) -> tuple[Split, PairDataset]:
+    """The split on which a run is measured, and its pairs: validation, if the file has it.
+
+    Called before training, so that unusable prompts are found at once.
+
+    Args:
+        train: the training prompts.
+
+    Raises:
+        DataError: a line is malformed, or none of the prompts can be used.
+        ConfigError: the mean ablation over the training prompts does not cover all positions.
+    """
+    split = first_split(path, Split.validation)
+    pairs = load_pairs(path, task, model, split)
+    if split is not Split.train and train.has_splits:
+        held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in pairs)
+        seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in train)
+        if seen:
+            log.warning(f"{seen:,} of {len(pairs):,} {split.name} prompts are training prompts")
+    if split is not Split.test and first_split(path, Split.test) is Split.test:
+        try:
+            load_pairs(path, task, model, Split.test)
+        except NoneUsableError as error:
+            log.warning(f"the run cannot be measured on its test prompts: {error}")
+    if ablation.kind is AblationKind.mean and ablation.per_position:
+        known, needed = (max(len(p.clean_ids) for p in those) for those in (train, pairs))
+        if needed > known:
+            raise ConfigError(
+                f"a {split.name} prompt has {needed} tokens, but the mean of each position is "
+                f"taken over training prompts of at most {known}; leave longer ones out "
+                f"(task.max_length={known}), or set ablation.per_position=false"
+            )
+    return split, pairs

@@ -1,0 +1,130 @@
+"""Which run, model, data and ablation a circuit that the user names belongs to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.circuit import Circuit
+from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict
+from edgeprune.errors import ConfigError
+from edgeprune.formats import CircuitFile, read_circuit
+from edgeprune.graph import CircuitGraph
+from edgeprune.runs import layout
+from edgeprune.runs.run import Run, is_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """A circuit file and what identifies it.
+
+    Attributes:
+        path: the file.
+        run: the run in whose directory it lies, if any.
+        graph: its graph, where the run or a circuit.json next to it knows it.
+        origin: what it belongs to, as `Run.origin` has it; empty where nothing identifies it.
+    """
+
+    path: Path
+    run: Run | None
+    graph: CircuitGraph | None
+    origin: dict[str, Any]
+
+    def read(self, graph: CircuitGraph | None = None) -> CircuitFile:
+        """Read the file.
+
+        Args:
+            graph: the model's graph; None: the one that is known.
+        """
+        return read_circuit(self.path, graph or self.graph)
+
+    def model(self, given: ModelConfig | None = None) -> ModelConfig:
+        """The given settings, or those of the model in which the circuit was found."""
+        return given or self._settings("model", ModelConfig)
+
+    def task(self, given: TaskConfig | None = None) -> TaskConfig:
+        """The given settings, or those of the task on which the circuit was found."""
+        if given is not None:
+            return given
+        task = self._settings("data", TaskConfig)
+        if self.run is None and Path(self.origin["data"]["path"]).is_file():
+            task.path = self.origin["data"]["path"]  # what was generated lies in the run
+        return task
+
+    def ablation(self, given: AblationConfig | None = None) -> AblationConfig:
+        """The given settings, or those with which the circuit was found, or interchange."""
+        return given or from_dict(AblationConfig, self.origin.get("ablation") or {})
+
+    @property
+    def title(self) -> str | None:
+        """Task and model for people, such as 'ioi in embedded'; None where unknown."""
+        try:
+            parts = (self._settings("data", TaskConfig), self._settings("model", ModelConfig))
+        except ConfigError:
+            return None
+        return " in ".join(part.title for part in parts)
+
+    def _settings(self, part: str, schema: type) -> Any:
+        try:
+            return from_dict(schema, self.origin[part]["settings"])
+        except (KeyError, TypeError):
+            group = {
+                "model": "model=embedded, or model.path=...",
+                "data": "task=ioi, or task.path=...",
+            }
+            raise ConfigError(
+                f"nothing next to {self.path} identifies its {part}; give {group[part]}"
+            ) from None
+
+
+def find(given: str | Path) -> Source:
+    """Find a circuit by a run directory, a folder with a circuit.json, or a file.
+
+    Raises:
+        ConfigError: there is nothing, or a run that has no circuit yet.
+    """
+    path = Path(given)
+    if not path.exists():
+        raise ConfigError(
+            f"no such file or directory: {path}; give a run directory, an edges.json, a "
+            "circuit.json, or a graph of EAP-IG or MIB"
+        )
+    if path.is_dir():
+        names = [n for n in (layout.CIRCUIT, layout.EDGES) if (path / n).is_file()]
+        if not names:
+            Run.open(path).circuit()  # says why there is none
+        path = path / names[0]
+    run = Run.open(path.parent) if is_run(path.parent) else None
+    origin, graph = (run.origin, run.graph) if run else ({}, None)
+    note = path.with_name(layout.CIRCUIT)
+    if path.name in (layout.CIRCUIT, layout.EDGES) and note.is_file():
+        found = read_circuit(note)
+        origin, graph = {**origin, **found.origin}, found.circuit.graph
+    elif run is None:
+        origin = _own_origin(path)
+    return Source(path, run, graph, origin)
+
+
+def _own_origin(path: Path) -> dict[str, Any]:
+    """The origin in a circuit.json by another name, or nothing."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content["origin"] if content.get("format") == "edgeprune/circuit" else {}
+    except (OSError, ValueError, AttributeError, KeyError):
+        return {}
+
+
+def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit:
+    """Read a circuit from a run directory or a file of any format.
+
+    Args:
+        path: a run directory, edges.json, circuit.json, or a graph of EAP-IG or MIB.
+        graph: `model.graph`, for a file that nothing next to it identifies.
+
+    Raises:
+        ConfigError: there is no such file.
+        CircuitError: it is damaged, of another graph, or of an unknown one.
+    """
+    return find(path).read(graph).circuit

@@ -1,0 +1,143 @@
+"""Plots: what they show, that they are reproducible, and that any values can be drawn."""
+
+import xml.dom.minidom
+
+import pytest
+
+from edgeprune.drawing import Curve, Panel, draw_frontier, draw_training
+from edgeprune.drawing.plots import frontier_figure, training_figure
+
+# ------------------------------------------------------------------------------------- training
+
+
+def lines(*distances: float, **more) -> list[dict]:
+    """Steps 10, 20, ... with sparsity .1, .2, ... and targets .05 above."""
+    return [
+        {
+            "step": 10 * i, "kl": distance, "unexplained": None, "sparsity": i / 10,
+            "target": i / 10 + 0.05, "node_sparsity": None, "node_target": None, **more,
+        }
+        for i, distance in enumerate(distances, 1)
+    ]  # fmt: skip
+
+
+def shown(metrics: list[dict]) -> list[list[tuple]]:
+    """Per panel: label, colour, whether dashed, and points of each line."""
+    return [
+        [
+            (line.get_label(), line.get_color(), line.is_dashed(), line.get_xydata().tolist())
+            for line in ax.lines
+        ]
+        for ax in training_figure(metrics, "t").axes
+    ]
+
+
+def test_distance_and_sparsity_are_drawn():
+    left, right = shown(lines(2.0, 0.5, 0.01))
+    assert [points for *_, points in left] == [[[10, 2.0], [20, 0.5], [30, 0.01]]]
+    gates, target = right
+    assert gates[-1] == [[10, 0.1], [20, 0.2], [30, 0.3]]
+    assert [y for _, y in target[-1]] == pytest.approx([0.15, 0.25, 0.35])
+
+
+def test_targets_are_dashed_in_the_colour_of_their_gates():
+    _, right = shown(lines(2.0, 1.0, node_sparsity=0.4, node_target=0.5))
+    assert [line[0] for line in right][::2] == ["edge gates", "node gates"]
+    assert [line[2] for line in right] == [False, True, False, True]
+    colors = [line[1] for line in right]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    assert right[2][-1] == [[10, 0.4], [20, 0.4]]
+    assert right[3][-1] == [[10, 0.5], [20, 0.5]]
+
+
+def test_unexplained_variance_replaces_the_kl_and_a_target_may_be_missing():
+    metrics = lines(0.5, 0.25, kl=None, target=None)
+    for line, unexplained in zip(metrics, (0.5, 0.25), strict=True):
+        line["unexplained"] = unexplained
+    left, right = shown(metrics)
+    assert [points for *_, points in left] == [[[10, 0.5], [20, 0.25]]]
+    assert [line[0] for line in right] == ["edge gates"]
+    assert training_figure(metrics, "t").axes[0].get_ylabel() == "unexplained variance"
+
+
+def test_rounding_errors_are_not_magnified():
+    left, right = training_figure(lines(-1e-8, 3e-9), "t").axes
+    assert left.lines[0].get_ydata().tolist() == [1e-6, 1e-6]
+    assert right.get_ylim()[0] <= 0 < 1 <= right.get_ylim()[1]
+
+
+@pytest.mark.parametrize("distances", [[0.0], [0.5], [0.0, 0.0], [1e-9, 3.0, -1e-8], [1e30, 2.0]])
+def test_any_distances_can_be_drawn(tmp_path, distances):
+    path = tmp_path / "training.png"
+    draw_training(lines(*distances), path, title="a_$b in {c}\\")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------- frontier
+
+
+@pytest.mark.parametrize("name", ["", "<b> $x_1$ & \\n {} %"])
+def test_names_are_not_parsed_and_the_same_plot_is_the_same_file(tmp_path, name):
+    curves = [
+        Curve(name, [10, 0], [0.1, 0.0], [0.0, 0.0], [0.2, 0.0]),
+        Curve("b", [5], [1], [1], [1]),
+    ]
+    panels = [
+        Panel("KL", curves, [("full", 1.0)], log=True), Panel("accuracy", curves, [], log=False),
+    ]  # fmt: skip
+    for suffix in ("svg", "pdf", "png"):
+        first, second = (tmp_path / f"{number}.{suffix}" for number in (1, 2))
+        for path in (first, second):
+            draw_frontier(panels, path, title=name or "t", all_edges=100)
+        assert first.read_bytes() == second.read_bytes()
+    document = xml.dom.minidom.parse(str(tmp_path / "1.svg"))
+    comments = [
+        node.data
+        for group in document.getElementsByTagName("g")
+        for node in group.childNodes
+        if node.nodeType == node.COMMENT_NODE
+    ]
+    if name:  # matplotlib writes the text that it draws as outlines into comments
+        assert any("$x_1$" in comment for comment in comments)
+
+
+def test_less_than_two_decades_have_labels_between_powers_of_ten():
+    panel = Panel("KL", [Curve("", [9, 5], [0.18, 0.9], [0.18, 0.9], [0.18, 0.9])], [], log=True)
+    figure = frontier_figure([panel], "t", 100)
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0.2", "0.5", "1"} <= set(labels)
+
+
+def test_axes_from_no_edges_to_all_hold_all_points_and_few_ticks():
+    """KL divergences of 0 come out slightly negative, and sizes may be close to each other."""
+    sizes = [5524, 552, 276, 110, 55, 28, 6, 0]
+    kl = [-3e-9, 0.0009, 0.001, 2.0, 9.7, 13.8, 14.76, 14.76]
+    panel = Panel("KL", [Curve("", sizes, kl, kl, kl)], [("all corrupted", 14.76)], log=True)
+    figure = frontier_figure([panel], "t", 5524)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    in_axes = (ax.transData - ax.transAxes).transform
+    points = in_axes(list(zip(sizes, kl, strict=True)))
+    assert ax.get_ylim()[0] == 0
+    assert 0 < points[-1][0] < 0.1
+    assert 0.9 < points[0][0] < 1
+    assert max(y for _, y in points) < 1
+    ticks = ax.get_xticks()
+    assert {0, 5524} < set(ticks) < set(sizes)
+    places = in_axes([(x, 1) for x in ticks])[:, 0]
+    assert abs(places[:-1] - places[1:]).min() >= 0.1
+
+
+def test_names_of_levels_avoid_the_curves():
+    def places(levels: list[float], values: list[float]) -> list[tuple[str, str]]:
+        curve = Curve("", [8, 4, 2, 1], values, values, values)
+        panel = Panel("", [curve], [("level", y) for y in levels], log=False)
+        return [(t.get_ha(), t.get_va()) for t in frontier_figure([panel], "t", 9).axes[0].texts]
+
+    assert places([0.5], [1, 1, 1, 1]) == [("right", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.2, 0]) == [("left", "bottom")]
+    assert places([0.5], [0.55, 0.55, 0.55, 0.55]) == [("right", "top")]
+    assert places([0.5], [0.5, 0.5, 0.5, 0.5]) == [("right", "bottom")]  # none is better
+    assert places([0.5, 0.5], [1, 1, 1, 1]) == [("right", "bottom"), ("left", "bottom")]
+    assert places([0], [1, 1, 1, 0.02]) == [("right", "bottom")]  # not on the axis
