@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeprune import Circuit, load_model
+from edgeprune.models import load_model
 from edgeprune.prompts import iterate_records
-from edgeprune.runs.run import DATA, EDGES, read_config
+from edgeprune.runs.run import Run
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")
 MIN_ATTENTION = 0.3
@@ -84,10 +84,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to average over")
     args = parser.parse_args()
 
-    config = read_config(args.run)
-    model = load_model(config["model"]["path"], device="cpu", attention="eager")
-    records = [r for r in iterate_records(args.run / DATA) if r["split"] == "test"][: args.prompts]
-    circuit = Circuit.load(args.run / EDGES, model.graph).without_dangling()
+    run = Run.open(args.run)
+    model = load_model(run.config.model.path, device="cpu", attention="eager")
+    records = [r for r in iterate_records(run.data_path) if r["split"] == "test"][: args.prompts]
+    circuit = run.circuit().circuit.without_dangling()
     scores = attention_to_kinds(model, records)
 
     kind_of, in_circuit = {}, [node for node in circuit.nodes if node.startswith("a")]
