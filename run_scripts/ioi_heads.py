@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Name the heads of an ioi circuit by what they attend to, and say which kinds feed which.
+"""Classify the heads of an ioi circuit by what they attend to, and count edges between the kinds.
 
     python run_scripts/ioi_heads.py runs/ioi-smollm2/...       # a run of task ioi or ioi_t1
 
-The attention is the whole model's, on clean test prompts. With S the name that comes twice, IO the
-other one and END the last token, the kinds are those of Wang et al. 2023 (arXiv:2211.00593):
+Attention is that of the full model on clean test prompts. With S the name that occurs twice, IO the
+other name and END the last token, the kinds are those of Wang et al. 2023 (arXiv:2211.00593):
 
     previous token    from every token to the one before it
     duplicate token   from the second S to the first
@@ -12,7 +12,7 @@ other one and END the last token, the kinds are those of Wang et al. 2023 (arXiv
     S-inhibition      from END to the second S
     name mover        from END to IO
 
-A head is of the kind with the largest mean attention, if that is at least 0.3. Prints Markdown.
+A head's kind is the one with the largest mean attention, if that is at least 0.3. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeprune import Circuit, load_model
+from edgeprune.models import load_model
 from edgeprune.prompts import iterate_records
-from edgeprune.runs.run import DATA, EDGES, read_config
+from edgeprune.runs.run import Run
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")
-ENOUGH = 0.3
-"""Least mean attention, a fraction, for a head to be of a kind."""
+MIN_ATTENTION = 0.3
+"""Minimum mean attention, a fraction, for a head to have a kind."""
 
 
 def positions(record: dict, tokenizer: object) -> tuple[Tensor, dict[str, int]]:
-    """Token ids of the prompt, [1, pos], and where IO, both S and END are."""
+    """Return the token ids of the prompt, [1, pos], and the positions of IO, both S and END."""
     prompt, answer = record["clean"].removesuffix("</predict>").split("<predict>")
     encoded = tokenizer(prompt, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
 
     def token_of(name: str, start: int) -> tuple[int, int]:
-        """(token that holds the name's last character, the character after it)."""
+        """Return the token that contains a name's last character, and the next character."""
         end = prompt.index(name.strip(), start) + len(name.strip())
         return next(i for i, e in enumerate(ends) if e >= end), end
 
@@ -54,7 +54,7 @@ def positions(record: dict, tokenizer: object) -> tuple[Tensor, dict[str, int]]:
 
 @torch.no_grad()
 def attention_to_kinds(model: object, records: list[dict]) -> Tensor:
-    """Mean attention of every head by kind, [layer, head, kind]."""
+    """Average the attention that defines each kind over the prompts: [layer, head, kind]."""
     totals = torch.zeros(model.graph.num_layers, model.graph.num_heads, len(KINDS))
     for record in records:
         ids, at = positions(record, model.tokenizer)
@@ -63,7 +63,9 @@ def attention_to_kinds(model: object, records: list[dict]) -> Tensor:
             weights = weights[0]  # [head, query, key]
             totals[layer] += torch.stack(
                 [
-                    weights.diagonal(-1, 1, 2)[:, 1:].mean(-1),  # the first token has no choice
+                    weights.diagonal(-1, 1, 2)[:, 1:].mean(
+                        -1
+                    ),  # without the first token, which attends to itself
                     weights[:, at["S2"], at["S1"]],
                     weights[:, at["S2"], at["S1"] + 1],
                     weights[:, at["END"], at["S2"]],
@@ -82,10 +84,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to average over")
     args = parser.parse_args()
 
-    config = read_config(args.run)
-    model = load_model(config["model"]["path"], device="cpu", attention="eager")
-    records = [r for r in iterate_records(args.run / DATA) if r["split"] == "test"][: args.prompts]
-    circuit = Circuit.load(args.run / EDGES, model.graph).without_dangling()
+    run = Run.open(args.run)
+    model = load_model(run.config.model.path, device="cpu", attention="eager")
+    records = [r for r in iterate_records(run.data_path) if r["split"] == "test"][: args.prompts]
+    circuit = run.circuit().circuit.without_dangling()
     scores = attention_to_kinds(model, records)
 
     kind_of, in_circuit = {}, [node for node in circuit.nodes if node.startswith("a")]
@@ -97,7 +99,7 @@ def main() -> None:
         for head in range(model.graph.num_heads):
             name = f"a{layer}.h{head}"
             best = int(scores[layer, head].argmax())
-            if scores[layer, head, best] < ENOUGH:
+            if scores[layer, head, best] < MIN_ATTENTION:
                 continue
             kind_of[name] = KINDS[best]
             if name in in_circuit:

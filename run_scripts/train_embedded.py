@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Train the small GPT-2 of data/embedded, and its tokenizer, on all tasks mixed.
+"""Train the small GPT-2 of data/embedded and its tokenizer on a mixture of all tasks.
 
     python run_scripts/train_embedded.py            # about 21 minutes on two CPU cores
 
-Two-way accuracy and top-1 accuracy are then measured on prompts that were kept out of training
-(HELD_OUT). Fails if a task's two-way accuracy is below 0.97.
+Then measure two-way and top-1 accuracy on prompts that were kept out of training (HELD_OUT). Fails
+if a task's two-way accuracy is below 0.97.
 
-These are not all of the test prompts that `edgeprune prepare` writes with seed 0, since that draws
-its training prompts first: of those of greater_than 83 of 1,000 were trained on, of
-gendered_pronoun 23 of 378, of the others none.
+The held-out prompts are not the test prompts which `edgeprune prepare` writes with seed 0, because
+that draws its training prompts first. Of those test prompts the model was trained on 83 of 1,000
+(greater_than), 23 of 378 (gendered_pronoun) and none of the other tasks.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from edgeprune.metrics import score
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.prompts import collate, encode_records, iterate_batches
-from edgeprune.prompts.tasks import TASKS, make_records
+from edgeprune.prompts.tasks import TASKS, generate_records
 from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES
 
 END = "<|endoftext|>"
 PRE_TOKENS = r" ?\p{N}{1,2}| ?\p{L}+|'\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
-"""What may become one token: a word or at most two digits, with the space before it."""
+"""Regular expression of possible tokens: a word or at most two digits, with a leading space."""
 HELD_OUT = {"train": 0, "validation": 200, "test": 1000}
+"""Number of prompts per split that are kept out of training and then measured."""
 HELD_OUT_OF = {"gendered_pronoun": {"train": 0, "validation": 150, "test": 378}}
+"""The same for tasks with fewer distinct prompts."""
 POOL = {
     "ioi": 40_000,
     "ioi_t1": 10_000,
     "greater_than": 30_000,
     "gendered_pronoun": 20_000,
-    "induction": 100_000,  # the slowest to be learned
+    "induction": 100_000,  # is learned most slowly
 }
-"""The tasks it learns, and how many training prompts are drawn of each."""
+"""Number of training prompts drawn per task."""
 LM_WEIGHT = 0.2
-"""Weight of the other tokens beside the one to predict."""
+"""Weight in the loss of the tokens other than the one to predict."""
 REQUIRED = 0.97
+"""Minimum two-way accuracy on every task."""
 CARD = """\
 # The embedded model
 
-A GPT-2 of {layers} layers, {heads} heads a layer and width {d_model} ({weights:,} parameters,
+A GPT-2 of {layers} layers, {heads} heads per layer and width {d_model} ({weights:,} parameters,
 {tokens:,} tokens), for demonstrations and tests of edgeprune; it knows nothing else. MIT licence,
 like the project.
 
@@ -68,7 +71,7 @@ of training.
 
 
 def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the tasks and every two digits are one token."""
+    """Train a byte-level BPE with one token per word of the tasks and per two digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -81,11 +84,11 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
         re.sub("</?predict>", "", TASKS[task](rng)["clean"]) for task in POOL for _ in range(4000)
     )
     words = sorted(set(re.findall(r" ?[A-Za-z]+|'[a-z]+|[.,]", text)))
-    words += MALE_NAMES + FEMALE_NAMES  # where they begin a text
+    words += MALE_NAMES + FEMALE_NAMES  # at the beginning of a text
     words += [f"{space}{n:02}" for n in range(100) for space in ("", " ")]
     words += [f"{space}{n}" for n in range(10) for space in ("", " ")]
     trainer = trainers.BpeTrainer(
-        vocab_size=4000,  # more than needed: merging stops when every word is one token
+        vocab_size=4000,  # an upper bound: merging stops when every word is one token
         min_frequency=2,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -100,24 +103,25 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def held_out(task: str, tokenizer: PreTrainedTokenizerFast) -> list[dict]:
-    return make_records(task, tokenizer, HELD_OUT_OF.get(task, HELD_OUT), seed=0)[0]
+    """Return the prompts of a task that are kept out of training."""
+    return generate_records(task, tokenizer, HELD_OUT_OF.get(task, HELD_OUT), seed=0)[0]
 
 
 def training_sequences(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Tensor]:
-    """Token ids of prompt and prediction, mixed as POOL says, none of them held out."""
+    """Draw POOL and return the token ids of prompt and prediction, without held-out prompts."""
     texts = []
     for task in POOL:
-        kept_out = {record["clean"].split("<predict>")[0] for record in held_out(task, tokenizer)}
+        excluded = {record["clean"].split("<predict>")[0] for record in held_out(task, tokenizer)}
         for _ in range(POOL[task]):
             text = TASKS[task](rng)["clean"].removesuffix("</predict>")
             prompt, prediction = text.split("<predict>")
-            if prompt not in kept_out:
+            if prompt not in excluded:
                 texts.append(prompt + prediction)
     return [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def batches(sequences: list[Tensor], size: int, rng: random.Random) -> Iterator[list[Tensor]]:
-    """Endless; sequences of like length together, in random order."""
+    """Yield batches of similar length in random order, forever."""
     while True:
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), rng.random()))
         starts = list(range(0, len(order) - size + 1, size))
@@ -127,7 +131,7 @@ def batches(sequences: list[Tensor], size: int, rng: random.Random) -> Iterator[
 
 
 def loss_of(model: GPT2LMHeadModel, batch: list[Tensor]) -> Tensor:
-    """Cross entropy of the last token, plus a little of all others."""
+    """Cross entropy of the last token, plus LM_WEIGHT times that of the others."""
     lengths = torch.tensor([len(sequence) for sequence in batch])
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
     logits = model(ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
@@ -141,6 +145,7 @@ def loss_of(model: GPT2LMHeadModel, batch: list[Tensor]) -> Tensor:
 def train_model(
     tokenizer: PreTrainedTokenizerFast, sequences: list[Tensor], args: argparse.Namespace
 ) -> GPT2LMHeadModel:
+    """Train a new model and return it in evaluation mode."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=64,
@@ -181,7 +186,7 @@ def train_model(
 def accuracies(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, records: list[dict]
 ) -> tuple[float, float]:
-    """(two-way, top-1) accuracy."""
+    """Return two-way and top-1 accuracy."""
     pairs, _ = encode_records(records, tokenizer)
     two_way, top_1 = [], []
     for batch in iterate_batches(pairs, 256):
@@ -199,13 +204,13 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder to write")
     parser.add_argument("--steps", type=int, default=12000, help="optimisation steps")
-    parser.add_argument("--batch-size", type=int, default=128, help="prompts a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
-    parser.add_argument("--layers", type=int, default=4, help="blocks")
-    parser.add_argument("--heads", type=int, default=16, help="heads a block")
-    parser.add_argument("--d-model", type=int, default=128, help="width")
-    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    parser.add_argument("--batch-size", type=int, default=128, help="prompts per step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="weight decay of AdamW")
+    parser.add_argument("--layers", type=int, default=4, help="number of blocks")
+    parser.add_argument("--heads", type=int, default=16, help="heads per block")
+    parser.add_argument("--d-model", type=int, default=128, help="width of the residual stream")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
 
     began = time.perf_counter()

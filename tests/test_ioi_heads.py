@@ -1,21 +1,20 @@
-"""The script that names an ioi circuit's heads: where it looks, and how it scores."""
+"""run_scripts/ioi_heads.py: which positions it finds and how it averages attention."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from edgeprune import load_model
+from edgeprune.models import load_model
 
-PATH = Path(__file__).parents[1] / "run_scripts/ioi_heads.py"
-spec = importlib.util.spec_from_file_location("ioi_heads", PATH)
-ioi_heads = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ioi_heads)
+sys.path.append(str(Path(__file__).parents[1] / "run_scripts"))
+
+import ioi_heads
 
 PROMPTS = (
     ("When Mary and John got to the park, John gave a ring to<predict> Mary</predict>", " John"),
-    ("John and Mary left. John gave a ring to<predict> Mary</predict>", " John"),  # S begins it
+    ("John and Mary left. John gave a ring to<predict> Mary</predict>", " John"),  # S comes first
 )
 
 
@@ -27,8 +26,8 @@ def test_names_are_found_in_the_prompt(tokenizer, clean, subject):
     assert at["S1"] < at["S2"] < at["END"]
 
 
-def test_attention_is_summed_over_the_right_places():
-    """A model whose heads' attention is known: nothing but the mask, so uniform over the past."""
+def test_attention_is_averaged_over_the_right_positions():
+    """Without queries and keys attention is uniform over the past."""
     model = load_model("embedded", device="cpu", attention="eager")
     for block in model.architecture.blocks:
         block.attention.c_attn.weight.data.zero_()

@@ -94,7 +94,7 @@ def generate_records(
             if unused > MAX_UNUSED:
                 raise selection.exhausted(name, sum(sizes.values()))
     counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
-    return selection.records, f"{name}: {counts}{selection.skipped()}"
+    return selection.records, counts + selection.skipped()
 
 
 def _fit_to(tokenizer: Any, name: str) -> Draw:
