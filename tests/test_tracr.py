@@ -39,7 +39,7 @@ from edgeprune.errors import ConfigError, DataError, ModelError
 from edgeprune.metrics import Output, score, unexplained_variance
 from edgeprune.models import load_meta_model, load_tokenizer
 from edgeprune.paths import CONF, TRACR_MODELS
-from edgeprune.prompts.encode import collate, encode_ids, encode_records
+from edgeprune.prompts import collate, encode_ids, encode_records
 from edgeprune.prompts.tasks.tracr import make_records
 
 ROOT = Path(__file__).parents[1]
