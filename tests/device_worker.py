@@ -9,6 +9,7 @@ import sys
 
 import torch
 from conftest import random_gpt2, random_pairs
+from edgeprune.methods.paper import Lagrangian
 from test_llama import FAMILIES, random_llama
 from test_trainer import LAGRANGIAN
 from torch import nn
@@ -16,20 +17,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from edgeprune.engine.ablation import Ablation
-from edgeprune.methods.paper import Lagrangian
 from edgeprune.models import wrap_model
 from edgeprune.training.trainer import Trainer
 
 
+def moved(value):
+    """Tensors, also those in a dictionary, with their shapes alone on the device."""
+    if isinstance(value, dict):
+        return {key: moved(item) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    there = torch.empty(value.shape, dtype=value.dtype, device="gpu")
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(there, requires_grad=value.requires_grad)
+    return there.requires_grad_(value.requires_grad)
+
+
 def move(module: nn.Module) -> None:
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device="gpu")
-                    if isinstance(tensor, nn.Parameter):
-                        there = nn.Parameter(there, requires_grad=tensor.requires_grad)
-                    tensors[name] = there
+        part._parameters.update(moved(part._parameters))
+        part._buffers.update(moved(part._buffers))
 
 
 family, micro_batch_size = sys.argv[1], int(sys.argv[2])
@@ -38,12 +45,13 @@ hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
 model = wrap_model(hf_model.to(torch.bfloat16))
 pairs = random_pairs(6, 7) + random_pairs(6, 8)
 ablation = Ablation(model, "interchange", pairs)
+method = Lagrangian(model.graph, seed=0, device="cpu", steps=9, **LAGRANGIAN)
 # The engine's own threads may abort on a device without a library of its own.
 one_thread = torch.autograd.set_multithreading_enabled(False)
 with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
     for module in (model.architecture.body, model.architecture.unembed):
         move(module)
-    method = Lagrangian(model.graph, seed=0, device="gpu", steps=9, **LAGRANGIAN)
+    vars(method).update(moved(vars(method)))
     trainer = Trainer(
         model, pairs, method, steps=9, batch_size=8, seed=0, ablation=ablation,
         micro_batch_size=micro_batch_size,

@@ -48,7 +48,7 @@ def test_code_llama_13b():
     assert four.outboxes == 4 * plan.outboxes
     assert (
         plan.blocks < four.blocks < 4.1 * plan.blocks
-    )  # folded weights do not depend on the batch
+    )  # the folded weights are the same
     shared = plan_memory(model, pairs, 1, shares=8)
     assert shared.weights == pytest.approx(6 * layer + rest, abs=rotation)
     away = plan_memory(model, pairs, 1, shares=8, offload=True)

@@ -1,6 +1,6 @@
-"""The whole path on a trained Llama with a SentencePiece tokenizer and BOS: stories260k.
+"""All commands on a trained Llama with a SentencePiece tokenizer and BOS: stories260k.
 
-Skipped where the model is absent; the environment variable EDGEPRUNE_STORIES says where it is.
+Skipped without the model; the environment variable EDGEPRUNE_STORIES names its folder.
 """
 
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import run_cli, write_jsonl
 
-from edgeprune import load_dataset, load_model
-from edgeprune.prompts import encode_pair
+from edgeprune.models import load_tokenizer
+from edgeprune.prompts import encode_pair, load_dataset
 
-BESIDE = Path(__file__).parents[2] / "shared/models/stories260k"
-FOLDER = Path(os.environ.get("EDGEPRUNE_STORIES", BESIDE))
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="stories260k is not here")
+DEFAULT = Path(__file__).parents[2] / "shared/models/stories260k"
+FOLDER = Path(os.environ.get("EDGEPRUNE_STORIES", DEFAULT))
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="stories260k is missing")
 
 STORIES = (
     "Once upon a time, there was a little {child} named {name}.",
@@ -33,7 +33,7 @@ def edges_of(path: Path) -> list:
 
 
 def records() -> list[dict]:
-    """A girl's story against a boy's of the same length, and the other way round."""
+    """A girl's story with a boy's of the same length, and the reverse."""
 
     def prompt(story: str, pronoun: str, number: int) -> str:
         child, names = CHILDREN[pronoun]
@@ -57,7 +57,7 @@ def data(tmp_path):
 
 
 def test_prompts_begin_with_bos_and_predictions_are_one_token(data):
-    tokenizer = load_model(FOLDER, device="cpu").tokenizer
+    tokenizer = load_tokenizer(FOLDER)
     for pair in load_dataset(data, tokenizer, "train"):
         assert pair.clean_ids.count(tokenizer.bos_token_id) == 1
         assert pair.clean_ids[0] == tokenizer.bos_token_id
@@ -65,9 +65,9 @@ def test_prompts_begin_with_bos_and_predictions_are_one_token(data):
         assert tokenizer.convert_ids_to_tokens(list(pair.distractor_ids)) in (["▁He"], ["▁She"])
 
 
-def test_no_space_is_put_into_a_word():
-    tokenizer = load_model(FOLDER, device="cpu").tokenizer
-    line = "Once upon a ga<predict>me</predict>"  # in one piece it ends in g, am, e
+def test_no_space_is_inserted_into_a_word():
+    tokenizer = load_tokenizer(FOLDER)
+    line = "Once upon a ga<predict>me</predict>"  # tokenised whole, it ends in g, am, e
     pair = encode_pair(tokenizer, {"clean": line, "corrupted": line, "distractor": " She"})
     assert tokenizer.convert_ids_to_tokens(list(pair.target_ids)) == ["m", "e"]
     assert tokenizer.convert_ids_to_tokens(list(pair.distractor_ids)) == ["▁She"]

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_refused, run_cli
-from edgeprune.commands.shared import task_records
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -33,7 +32,8 @@ from tracr_builder import (
 
 from edgeprune import evaluate, load_model, prune
 from edgeprune.circuit import Circuit
-from edgeprune.config import COMMANDS, AblationConfig, AblationKind, TaskConfig
+from edgeprune.commands.shared import task_records
+from edgeprune.config import COMMANDS, TaskConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import ConfigError, DataError, ModelError
 from edgeprune.metrics import Output, score, unexplained_variance
@@ -131,7 +131,7 @@ def check_recovery(folder: Path, ablation: str, seed: int) -> None:
         progress=False,
         **asdict(config.trainer),
     ).circuit.without_dangling()
-    closed = Ablation(model, AblationConfig(AblationKind[ablation]), pairs)
+    closed = Ablation(model, ablation, pairs)
     scores = evaluate(model, found, pairs, ablation=closed)
     assert scores.circuit.exact_match == 1
     assert scores.worst.error <= SAME
@@ -198,10 +198,10 @@ def test_circuits_agree_with_a_pass_written_from_the_definition(folder, script, 
     noise = torch.Generator().manual_seed(0)
     masks = (torch.rand(6, edges, generator=noise) < 0.8).double()
     whole = torch.ones(1, edges, dtype=torch.double)
-    closed = None
+    ablated = None
     if interchange:
-        closed = [x[0] for x in script.run_masks(config, weights, batch.corrupted_ids, whole)[1]]
-    wanted, _ = script.run_masks(config, weights, batch.clean_ids, masks, closed)
+        ablated = [x[0] for x in script.run_masks(config, weights, batch.corrupted_ids, whole)[1]]
+    wanted, _ = script.run_masks(config, weights, batch.clean_ids, masks, ablated)
     for mask, outputs in zip(masks, wanted, strict=True):
         got = model.run_circuit(batch, mask.float(), corrupted if interchange else None)
         torch.testing.assert_close(
@@ -218,9 +218,9 @@ def test_padding_is_refused_where_it_would_be_attended_to():
             short = model.run_pair(batch)[0][:2]
             assert torch.equal(short, model.run_pair(collate(pairs[:1]))[0])
             continue
-        with pytest.raises(ValueError, match="prompts of 3 to 4 tokens"):
+        with pytest.raises(ValueError, match="3 to 4 tokens"):
             model.run_pair(batch)
-        with pytest.raises(ValueError, match="equal length"):
+        with pytest.raises(ValueError, match="3 to 4 tokens"):
             model.run_circuit(batch, torch.ones(model.graph.num_edges), None)
 
 
@@ -228,7 +228,7 @@ def test_masks_by_mean_ablation_and_without_embedding_writers():
     model = load_model("tracr/xproportion", embedding_writers=False)
     assert model.graph.num_edges < load_model("tracr/xproportion").graph.num_edges
     pairs = read_pairs(model)
-    mean = Ablation(model, AblationConfig(AblationKind.mean, per_position=True), pairs)
+    mean = Ablation(model, "mean", pairs, per_position=True)
     whole = Circuit.from_mask(model.graph, [True] * model.graph.num_edges)
     assert evaluate(model, whole, pairs, ablation=mean).worst.error < 1e-5
 
@@ -379,12 +379,12 @@ def test_damaged_folders_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_meta_model])
-def test_a_program_that_is_none_is_refused_at_once(load, tmp_path):
-    with pytest.raises(ModelError, match=r"no compiled model 'nope' .* choose brackets, neighbou"):
+def test_a_name_or_folder_without_a_model_is_refused(load, tmp_path):
+    with pytest.raises(ModelError, match=r"'nope'.* brackets, neighbours"):
         load("tracr/nope")
-    with pytest.raises(ModelError, match=r"has several in it; choose brackets, .*models/brackets"):
+    with pytest.raises(ModelError, match="choose brackets"):  # a folder of models
         load(TRACR_MODELS)
-    with pytest.raises(ModelError, match="cannot load model"):
+    with pytest.raises(ModelError, match=str(tmp_path)):
         load(tmp_path)
 
 

@@ -127,7 +127,7 @@ def training_figure(metrics: Sequence[dict[str, Any]], title: str) -> Figure:
     marker = "o" if len(steps) == 1 else None  # a line through a single point is invisible
 
     def draw(ax: Axes, name: str, label: str, **style: Any) -> list[float]:
-        values = [line[name] for line in metrics]
+        values = [line.get(name) for line in metrics]
         if any(value is None for value in values):
             return []
         if ax is left:

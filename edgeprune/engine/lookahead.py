@@ -18,10 +18,10 @@ def lookaheads(graph: CircuitGraph) -> list[range]:
 def lookahead_length(graph: CircuitGraph) -> int:
     """The number of layers per look-ahead that moves the least memory.
 
-    In units of one [token, d_model] array, counting forward and backward: a look-ahead goes four
-    times through the outboxes written before it (or their gradients). What is written during the
-    look-ahead is then added in four passes over the readers' inputs (or their gradients); the layer
-    with index i takes part in as many such passes as i has one bits.
+    Counts arrays of [token, d_model]. Forward and backward, a look-ahead moves four times what was
+    written before it (deltas or their gradients). Adding what is written during it moves four times
+    the inputs of its readers (or their gradients): those of its layer with index i as often as the
+    binary form of i has ones.
     """
     num_readers = len(graph.sites[0].readers) + 1
 

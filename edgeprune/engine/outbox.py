@@ -65,12 +65,12 @@ class Workspace:
         return tuple(self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor, valid until the same name is taken again.
+        """An uninitialised tensor in a named buffer, valid until the same name is taken again.
 
         Args:
-            name: of the buffer, which grows if it is too small.
-            shape: of the tensor.
-            like: has its dtype and device.
+            name: name of the buffer, which grows if it is too small.
+            shape: shape of the tensor.
+            like: a tensor of the same dtype and device.
         """
         size = math.prod(shape)
         buffer = self._buffers.get(name)
@@ -85,13 +85,7 @@ class Workspace:
         return buffer[:size].view(shape)
 
     def take_outboxes(self, name: str, count: int, like: Tensor) -> Tensor:
-        """An uninitialised [token, count, d_model], in the faster layout.
-
-        Args:
-            name: of the buffer.
-            count: number of writers or readers.
-            like: [token, d_model].
-        """
+        """An uninitialised [token, count, d_model] in the faster layout; like: [token, d_model]."""
         num_tokens, d_model = like.shape
         if _prefers_writer_major(like):
             return self.take(name, (count, num_tokens, d_model), like).transpose(0, 1)
@@ -144,15 +138,11 @@ class Outboxes:
         self._inputs = self.delta[:, :0]  # [token, reader, d_model], of the current look-ahead
         self._num_read = 0  # readers of the current look-ahead that have been read
         self._num_inputs = 0  # readers of all look-aheads so far
-        self._mixed: list[_Mixed] = []
+        self._mixed: list[_Mixed] = []  # of the current look-ahead, the innermost last
         self._link = _Begin.apply(gates, grad_gates)
 
     def write(self, delta: Tensor) -> None:
-        """Append the deltas of the next writers.
-
-        Args:
-            delta: [writer, batch, pos, d_model].
-        """
+        """Append the deltas of the next writers, [writer, batch, pos, d_model]."""
         writers = slice(self.num_written, self.num_written + len(delta))
         self.num_written = writers.stop
         if self.gradients is None or delta.requires_grad:
@@ -200,7 +190,7 @@ class Outboxes:
         first_writer = 0
         if is_new:
             self._begin_lookahead(num_readers)
-        else:
+        else:  # find the innermost earlier mix that includes the next reader
             while self._mixed[-1].stop_reader <= self._num_read:
                 self._mixed.pop()
             first_writer = self._mixed[-1].num_writers
@@ -274,15 +264,11 @@ class _DeltaGradients:
 
     Where a product into a whole buffer is faster than into a part of one, each buffer has the
     writers between the beginnings of two look-aheads.
-
-    Args:
-        workspace: holds the buffers.
-        delta: [token, writer, d_model].
     """
 
     def __init__(self, workspace: Workspace, delta: Tensor) -> None:
         self._workspace = workspace
-        self._delta = delta
+        self._delta = delta  # [token, writer, d_model]
         self._starts = [0]  # the first writer of each buffer
 
     def leave_out(self, writers: slice) -> None:
@@ -360,12 +346,7 @@ def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
 
 
 def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Split a flat [edge] into one [reader, writer] view per site.
-
-    Args:
-        gates: [edge], in the graph's order.
-        sites: number of readers and writers of each site.
-    """
+    """Split [edge] into one [reader, writer] view per site, given the size of each."""
     parts = gates.split([readers * writers for readers, writers in sites])
     return [part.view(site) for part, site in zip(parts, sites, strict=True)]
 
@@ -541,12 +522,7 @@ def _add_mixed(
 
 
 def _grad_gates(workspace: Workspace, grad_inputs: Tensor, values: Tensor) -> Tensor:
-    """The gradient of the gates, [reader, writer], summed over tokens in float32.
-
-    Args:
-        grad_inputs: [token, reader, d_model].
-        values: [token, writer, d_model].
-    """
+    """[token, reader, d_model] and [token, writer, d_model] -> [reader, writer], in float32."""
     if _is_writer_major(values):
         return (_flatten(grad_inputs) @ _flatten(values).T).float()
     shape = (len(values), grad_inputs.shape[1], values.shape[1])
