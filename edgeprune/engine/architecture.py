@@ -34,43 +34,24 @@ class Block(Protocol):
     fused: bool
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
-        """Compute the heads' values from a separate input per query, key and value reader.
+        """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
 
         Args:
-            x: [reader, batch, pos, d_model], queries, then keys, then values. Must have zero mean
+            x: [reader, batch, pos, d_model], for queries, then keys, then values; with zero mean
                 over d_model if the norm is a LayerNorm. The backward pass may overwrite it with its
                 gradient.
             inputs: the result of `Architecture.attention_inputs`.
-
-        Returns:
-            [batch, pos, head * d_head], after `scale`.
         """
         ...
 
     def scale(self, values: Tensor) -> Tensor:
-        """Scale the heads' values so that the heads' outboxes are linear in them.
-
-        Args:
-            values: [batch, pos, head * d_head].
-
-        Returns:
-            The same shape; `values` itself if the outboxes are already linear in them.
-        """
+        """Scale the heads' values so that the heads' outboxes are linear in them."""
         ...
 
     def head_delta(
         self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
     ) -> Tensor:
-        """Compute the heads' deltas: their outboxes minus what ablated edges carry.
-
-        Args:
-            values: [..., head * d_head].
-            ablation_values: [..., head * d_head]; None means that ablated edges carry zeros.
-            centred: whether to subtract the mean over d_model.
-
-        Returns:
-            [head, ..., d_model].
-        """
+        """The heads' deltas, [head, ..., d_model]; see `heads.project_from_heads`."""
         ...
 
 
