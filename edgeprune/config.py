@@ -188,7 +188,7 @@ class TaskConfig:
     max_length: int | None = setting(None, at_least=1)
     """Leave out prompts with more tokens than this."""
     seed: int = 0
-    """Seed of the generated prompts; separate from the run's seed, so that runs share their data."""
+    """Seed of the generated prompts; separate from the run's seed, so that runs share data."""
 
     def __post_init__(self) -> None:
         _check_ranges(self, "task.")

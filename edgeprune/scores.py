@@ -78,11 +78,12 @@ class EdgeScores:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, which also holds graph and origin."""
-        metadata = {
-            "graph": json.dumps(self.graph.to_dict()),
-            "by_magnitude": json.dumps(self.by_magnitude),
-            "origin": json.dumps(dict(self.origin)),
+        about = {
+            "graph": self.graph.to_dict(),
+            "by_magnitude": self.by_magnitude,
+            "origin": dict(self.origin),
         }
+        metadata = {"edgeprune": json.dumps(about)}  # several keys would come in any order
         write_atomically(
             Path(path), lambda temporary: save_file({"scores": self.values}, temporary, metadata)
         )
@@ -100,10 +101,9 @@ class EdgeScores:
         try:
             with safe_open(path, "pt") as file:
                 metadata, values = file.metadata() or {}, file.get_tensor("scores")
-            graph = CircuitGraph.from_dict(json.loads(metadata["graph"]))
-            return cls(
-                graph, values, json.loads(metadata["by_magnitude"]), json.loads(metadata["origin"])
-            )
+            about = json.loads(metadata["edgeprune"])
+            graph = CircuitGraph.from_dict(about["graph"])
+            return cls(graph, values, about["by_magnitude"], about["origin"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CircuitError(
                 f"{path} is not a readable scores file ({type(error).__name__}: {error}); expected "

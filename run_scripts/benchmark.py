@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # edgeprune need n
 
 import published
 
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.engine.lookahead import lookaheads
@@ -49,7 +50,8 @@ from edgeprune.errors import UserError
 from edgeprune.files import write_json
 from edgeprune.methods import hard_concrete
 from edgeprune.metrics import kl_per_token
-from edgeprune.models import CircuitModel, fuse, pick_device, random_batch, wrap_model
+from edgeprune.models.load import fuse, pick_device, wrap_model
+from edgeprune.models.parity import random_batch
 from edgeprune.prompts import Batch, collate
 
 ENGINES = ("ours", "ours_kept", "ours_graph", "naive", "stock")

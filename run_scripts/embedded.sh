@@ -13,7 +13,7 @@ for task in ioi ioi_t1 greater_than gendered_pronoun induction; do
     run=runs/embedded/$task-$seed
     [ -e "$run/evaluation-test.json" ] && continue
     "$edgeprune" prune "experiment=$task" "seed=$seed" "run_dir=$run" resume=auto
-    "$edgeprune" evaluate "$run" shuffled_circuits=5
+    "$edgeprune" evaluate "$run" head_permuted=5
   done
 done
 "$edgeprune" report runs/embedded

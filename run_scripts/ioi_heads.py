@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeprune.models import load_model
+from edgeprune.models.load import load_model
 from edgeprune.prompts import iterate_records
 from edgeprune.runs.run import Run
 

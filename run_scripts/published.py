@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.graph import Site
-from edgeprune.models import CircuitModel
 from edgeprune.prompts import Batch
 
 

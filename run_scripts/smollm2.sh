@@ -15,7 +15,7 @@ circuit() { # name, experiment and settings
   local run=runs/smollm2/$1
   [ -e "$run/evaluation-test.json" ] && return
   "$edgeprune" prune "experiment=smollm2/$2" "${model[@]}" "run_dir=$run" resume=auto "${@:3}"
-  "$edgeprune" evaluate "$run" shuffled_circuits=5
+  "$edgeprune" evaluate "$run" head_permuted=5
   "$edgeprune" draw "$run"
 }
 

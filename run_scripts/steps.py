@@ -24,9 +24,9 @@ from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 
 import edgeprune
 from edgeprune.circuit import Circuit
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.evaluate import Metrics
-from edgeprune.models import CircuitModel
 from edgeprune.prompts import collate
 from edgeprune.runs.run import EDGES, load_masks
 

@@ -15,8 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgeprune.__main__ import main, register
 from edgeprune.circuit import Circuit
-from edgeprune.models import CircuitModel, load_tokenizer, wrap_model
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.models.load import load_tokenizer, wrap_model
 from edgeprune.prompts import Pair
+from edgeprune.runs.run import Run
 
 # The tests run beside each other; and the same bits need the same number of threads.
 torch.set_num_threads(1)
@@ -90,9 +92,9 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
 def fake_run(folder: Path, circuit: Circuit, data: str = "of the data", **settings) -> Path:
     """What a finished run leaves, as far as comparing goes; `data` is its data's digest."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        json.dumps({"model": {"name": "tiny"}, "task": {"name": "ioi"}, **settings})
-    )
+    config = {"model": {"name": "tiny", "path": "tiny"}, "task": {"name": "ioi"}, "sparsity": None,
+              "trainer": {"method": "priced", "steps": 3}, **settings}  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "run.json").write_text(
         json.dumps({
             "graph": circuit.graph.to_dict(),
@@ -100,7 +102,7 @@ def fake_run(folder: Path, circuit: Circuit, data: str = "of the data", **settin
             "data": {"sha256": data},
         })
     )  # fmt: skip
-    circuit.save(folder / "edges.json")
+    Run.open(folder).write_circuit(circuit, {"scores": {"method": "priced", "step": 3}})
     return folder
 
 

@@ -9,7 +9,6 @@ import sys
 
 import torch
 from conftest import random_gpt2, random_pairs
-from edgeprune.methods.paper import Lagrangian
 from test_llama import FAMILIES, random_llama
 from test_trainer import LAGRANGIAN
 from torch import nn
@@ -17,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from edgeprune.engine.ablation import Ablation
-from edgeprune.models import wrap_model
+from edgeprune.methods.paper import Lagrangian
+from edgeprune.models.load import wrap_model
 from edgeprune.training.trainer import Trainer
 
 

@@ -1,9 +1,9 @@
 """What run_scripts/benchmark.py compares and counts; times are not tested."""
 
 import json
-import sys
-from pathlib import Path
 
+import benchmark
+import published
 import pytest
 import torch
 from conftest import random_gpt2, random_pairs
@@ -11,13 +11,8 @@ from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
 from edgeprune.metrics import kl_per_token
-from edgeprune.models import wrap_model
+from edgeprune.models.load import wrap_model
 from edgeprune.prompts import collate
-
-sys.path.append(str(Path(__file__).parents[1] / "run_scripts"))
-
-import benchmark
-import published
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

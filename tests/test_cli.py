@@ -259,7 +259,8 @@ def test_other_ablations_node_gates_and_own_data(tmp_path, ablation, command):
         ),
     )  # fmt: skip
     command("prune", "num_edges=60", f"task.path={data}", f"ablation={ablation}",
-            "trainer.node_gates=true", "trainer.steps=20", f"run_dir={tmp_path / 'run'}")  # fmt: skip
+            "trainer.node_gates=true", "trainer.steps=20",
+            f"run_dir={tmp_path / 'run'}")  # fmt: skip
     line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["node_sparsity"] is not None
     assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
@@ -330,7 +331,7 @@ def test_text_of_prompts_is_never_markup(tmp_path):
     done = run_cli("prune", f"task.path='{data}'", "trainer.steps=4", "num_edges=60",
                    f"run_dir={run_dir}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "[red]data[-].jsonl [without splits]: left out 1 of 3" in done.stderr
+    assert "[red]data[-].jsonl [without splits]: skipped 1 of 3" in done.stderr
     shown = run_cli("evaluate", run_dir)
     assert "[red]data[-].jsonl [without splits]" in shown.stdout
     assert "[bold red]1[/bold red] + \\x1b[31m 2 [link=x]" in shown.stdout

@@ -24,7 +24,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.errors import ConfigError
-from edgeprune.models import wrap_model
+from edgeprune.models.load import wrap_model
 from edgeprune.prompts import collate
 
 

@@ -10,7 +10,7 @@ from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.models.load import load_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.prompts import encode_records
-from edgeprune.prompts.tasks import TASKS, make_records
+from edgeprune.prompts.tasks import TASKS, generate_records
 
 NOT_LEARNED = ("induction_list", "boolean_expressions_instruction", "boolean_expressions_few_shot")
 LEARNED = [task for task in TASKS if task not in NOT_LEARNED]
@@ -28,7 +28,7 @@ def test_the_model_is_small():
 @pytest.mark.parametrize("task", LEARNED)
 def test_the_model_does_every_task_on_prompts_it_was_not_trained_on(embedded, task):
     """Validation prompts of seed 0, which the training script holds out."""
-    records = make_records(task, embedded.tokenizer, {"train": 0, "validation": 150}, seed=0)[0]
+    records = generate_records(task, embedded.tokenizer, {"train": 0, "validation": 150}, 0)[0]
     pairs = encode_records(records, embedded.tokenizer)[0]
     all_edges = Circuit.from_mask(embedded.graph, [True] * embedded.graph.num_edges)
     result = evaluate(embedded, all_edges, pairs)

@@ -16,13 +16,8 @@ from edgeprune.engine.heads import project_to_heads
 from edgeprune.errors import ConfigError, DataError, ModelError
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import kl_per_token
-from edgeprune.models import (
-    load_meta_model,
-    load_model,
-    pick_device,
-    verify_parity,
-    wrap_model,
-)
+from edgeprune.models.load import load_meta_model, load_model, pick_device, wrap_model
+from edgeprune.models.parity import verify_parity
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.prompts import collate
 

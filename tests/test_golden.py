@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN
-from edgeprune.methods.paper import Thresholds, circuit_above, deterministic_gates, penalty
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from edgeprune.circuit import Circuit
 from edgeprune.methods import hard_concrete
+from edgeprune.methods.paper import Thresholds, circuit_above, deterministic_gates, penalty
 from edgeprune.metrics import kl_per_token
-from edgeprune.models import wrap_model
+from edgeprune.models.load import wrap_model
 from edgeprune.prompts import Pair, collate
 
 KINDS = ("edge", "node")

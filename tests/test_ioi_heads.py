@@ -1,16 +1,10 @@
 """run_scripts/ioi_heads.py: which positions it finds and how it averages attention."""
 
-import sys
-from pathlib import Path
-
+import ioi_heads
 import pytest
 import torch
 
-from edgeprune.models import load_model
-
-sys.path.append(str(Path(__file__).parents[1] / "run_scripts"))
-
-import ioi_heads
+from edgeprune.models.load import load_model
 
 PROMPTS = (
     ("When Mary and John got to the park, John gave a ring to<predict> Mary</predict>", " John"),

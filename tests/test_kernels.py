@@ -14,7 +14,7 @@ from test_engine import gate_gradient, mixed_lengths, random_gates
 from test_llama import FAMILIES, random_llama
 
 from edgeprune.errors import ModelError
-from edgeprune.models import fuse, load_model, wrap_model
+from edgeprune.models.load import fuse, load_model, wrap_model
 from edgeprune.prompts import collate
 
 if find_spec("triton") is None:

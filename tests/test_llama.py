@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from edgeprune.errors import ModelError
-from edgeprune.models import load_model, verify_parity, wrap_model
+from edgeprune.models.load import load_model, wrap_model
+from edgeprune.models.parity import verify_parity
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -8,7 +8,7 @@ from conftest import random_gpt2, random_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from edgeprune.engine.cache import KeptPasses
-from edgeprune.models import wrap_model
+from edgeprune.models.load import wrap_model
 from edgeprune.scale import memory
 from edgeprune.scale.memory import free_memory, memory_allowed, plan_memory
 
@@ -46,9 +46,7 @@ def test_code_llama_13b():
 
     four = plan_memory(model, pairs, 4)
     assert four.outboxes == 4 * plan.outboxes
-    assert (
-        plan.blocks < four.blocks < 4.1 * plan.blocks
-    )  # the folded weights are the same
+    assert plan.blocks < four.blocks < 4.1 * plan.blocks  # the folded weights are the same
     shared = plan_memory(model, pairs, 1, shares=8)
     assert shared.weights == pytest.approx(6 * layer + rest, abs=rotation)
     away = plan_memory(model, pairs, 1, shares=8, offload=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import edgeprune
 from edgeprune.config import COMMANDS, DTYPES
-from edgeprune.models.parity import TOLERANCE
+from edgeprune.models.load import DTYPES as MODEL_DTYPES
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.prompts.tasks import FROM_MODEL, TASKS
 
@@ -44,16 +44,20 @@ def part_of(module: str) -> str:
 
 def imports() -> dict[str, set[str]]:
     """Of every module of the package, what it imports anywhere in its code, by full name."""
+    paths = {
+        ".".join(("edgeprune", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    paths = {module.removesuffix(".__init__"): path for module, path in paths.items()}
     names = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = ("edgeprune", *path.relative_to(PACKAGE).with_suffix("").parts)
-        found = set()
+    for module, path in paths.items():
+        names[module] = found = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        names[".".join(parts).removesuffix(".__init__")] = found
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {name if name in paths else node.module for name in full}
     return names
 
 
@@ -99,7 +103,7 @@ def test_heavy_libraries_are_imported_only_when_needed(module, heavy):
 
 def test_dtypes_are_those_in_which_models_load():
     """Two lists, since `config` may not import torch, nor `models` the settings."""
-    assert set(DTYPES) == {str(dtype).removeprefix("torch.") for dtype in TOLERANCE}
+    assert set(DTYPES) == set(MODEL_DTYPES)
 
 
 def test_public_names_exist():

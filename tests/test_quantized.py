@@ -6,7 +6,7 @@ from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
 from edgeprune.errors import ModelError
-from edgeprune.models import load_model
+from edgeprune.models.load import load_model
 from edgeprune.prompts import collate, encode_pair
 
 TOKENS = [chr(code) for code in range(ord("!"), ord("!") + 48)] + ["Ġ", "ĠA"]

@@ -1,4 +1,4 @@
-"""Run directories: what is protected, what goes wrong for real (kills, full disks, NaN), resuming."""
+"""Run directories: what is protected, resuming, and real faults: kills, full disks, NaN."""
 
 import json
 import os
@@ -23,7 +23,8 @@ from edgeprune.methods import METHODS
 from edgeprune.models.load import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.scale.launch import stop_signals
-from edgeprune.training.trainer import Trainer, train
+from edgeprune.training.loop import train
+from edgeprune.training.trainer import Trainer
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
@@ -477,13 +478,23 @@ def test_an_unfinished_run_is_left_out_of_reports(a_run, tmp_path, capsys, monke
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    data = write_jsonl(tmp_path / "sums.jsonl", *[PAIR] * 4)
-    run_dir = tmp_path / "run"
-    done = run_cli("prune", f"task.path={data}", "num_edges=60", "trainer.steps=50",
-                   "trainer.learning_rate=1e30", "trainer.batch_size=4",
+    """A model whose weights are damaged from position 30 on, and one prompt of that length."""
+    model, run_dir = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), tmp_path / "run"
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"][30:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    sums = [" + ".join(["1"] * count) + " =" for count in (*range(2, 14), 20)]
+    data = write_jsonl(
+        tmp_path / "sums.jsonl",
+        *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"2{sum[1:]} <predict>4</predict>"}
+          for sum in sums),
+    )  # fmt: skip
+    done = run_cli("prune", f"model.path={model}", f"task.path={data}", "trainer.steps=6",
+                   "trainer.batch_size=2", "seed=1", "num_edges=60",
                    f"run_dir={run_dir}")  # fmt: skip
-    assert_refused(done, 1, "trainer.learning_rate")
+    assert_refused(done, 1, "'1 + 1", "trainer.learning_rate")
     (step,) = steps(run_dir)
+    assert f"step {step + 1}" in done.stderr
     assert load_file(checkpoint(run_dir, step))["edge_log_alpha"].isfinite().all()
 
 

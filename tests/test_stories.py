@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import run_cli, write_jsonl
 
-from edgeprune.models import load_tokenizer
+from edgeprune.models.load import load_tokenizer
 from edgeprune.prompts import encode_pair, load_dataset
 
 DEFAULT = Path(__file__).parents[2] / "shared/models/stories260k"
@@ -87,10 +87,10 @@ def test_prune_resume_export_evaluate_draw(tmp_path, data):
 
     run(*prune, f"run_dir={whole}")
     assert len(edges_of(whole / "edges.json")) == 170
-    run("evaluate", whole, "shuffled_circuits=2")
+    run("evaluate", whole, "head_permuted=2")
     result = json.loads((whole / "evaluation-test.json").read_text())
-    assert result["circuit"]["two_way_accuracy"] >= 0.9 > result["corrupted"]["two_way_accuracy"]
-    assert result["circuit"]["kl"] < result["corrupted"]["kl"] / 3
+    assert result["circuit"]["two_way_accuracy"] >= 0.9 > result["empty"]["two_way_accuracy"]
+    assert result["circuit"]["kl"] < result["empty"]["kl"] / 3
 
     run("export", whole, "num_edges=300", f"output={tmp_path / 'edges.json'}")
     assert len(edges_of(tmp_path / "edges.json")) == 300

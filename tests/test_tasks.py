@@ -11,7 +11,7 @@ import yaml
 from test_dataset import byte_tokenizer
 
 from edgeprune.errors import ConfigError
-from edgeprune.models import load_tokenizer
+from edgeprune.models.load import load_tokenizer
 from edgeprune.paths import CONF
 from edgeprune.prompts import SPLITS, encode_pair
 from edgeprune.prompts.tasks import FROM_MODEL, TASKS, boolean_expressions, generate_records
@@ -68,7 +68,7 @@ def test_prompts_are_paired_token_by_token(task, records, tokenizer):
 
 def test_records_follow_from_the_seed_in_any_process(task, records, tokenizer):
     code = (
-        "import json, sys; from edgeprune.models import load_tokenizer;"
+        "import json, sys; from edgeprune.models.load import load_tokenizer;"
         "from edgeprune.prompts.tasks import generate_records;"
         f"r = generate_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
         "json.dump(r, sys.stdout)"

@@ -9,14 +9,13 @@ import importlib.util
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_refused, run_cli
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tracr_builder import (
@@ -32,14 +31,13 @@ from tracr_builder import (
 
 from edgeprune import evaluate, load_model, prune
 from edgeprune.circuit import Circuit
-from edgeprune.commands.shared import task_records
-from edgeprune.config import COMMANDS, TaskConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import ConfigError, DataError, ModelError
-from edgeprune.metrics import Output, score, unexplained_variance
-from edgeprune.models import load_meta_model, load_tokenizer
+from edgeprune.metrics import Output, measure, unexplained_variance
+from edgeprune.models.load import load_meta_model, load_tokenizer
 from edgeprune.paths import CONF, TRACR_MODELS
 from edgeprune.prompts import collate, encode_ids, encode_records
+from edgeprune.prompts.tasks import generate_records
 from edgeprune.prompts.tasks.tracr import make_records
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +73,6 @@ def script():
 
 
 def experiment(name: str):
-    ConfigStore.instance().store(name="prune_schema", node=COMMANDS["prune"])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_object(compose("prune", [f"experiment=tracr/{name}"]))
 
@@ -129,7 +126,7 @@ def check_recovery(folder: Path, ablation: str, seed: int) -> None:
         cleanup=config.cleanup,
         seed=seed,
         progress=False,
-        **asdict(config.trainer),
+        trainer="tracr",
     ).circuit.without_dangling()
     closed = Ablation(model, ablation, pairs)
     scores = evaluate(model, found, pairs, ablation=closed)
@@ -164,8 +161,8 @@ def test_programs_differ_in_name_alone():
     configs = {path.name: experiment(path.name) for path in TRACR_MODELS.iterdir()}
     for name, config in configs.items():
         assert (config.model.name, config.model.path) == (name, f"tracr/{name}")
-        same = replace(config, model=configs["reverse"].model, run_dir="")
-        assert same == replace(configs["reverse"], run_dir="")
+        same = replace(config, model=configs["reverse"].model, run_dir="x")
+        assert same == replace(configs["reverse"], run_dir="x")
 
 
 # ------------------------------------------------------------------------------- the forward pass
@@ -182,7 +179,7 @@ def test_outputs_are_right_on_every_input(folder):
             model.run_circuit(batch, opened, None),
             model.run_circuit(batch, opened, corrupted),
         ):
-            assert score(batch, reference, outputs, model.output).correct.all()
+            assert measure(batch, reference, outputs, model.output).correct.all()
             assert (outputs - reference).abs().max() < SAME
 
 
@@ -253,12 +250,12 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
     reference, _ = model.run_pair(batch)
     off = reference.clone()
     off[0] += 1
-    result = score(batch, reference, off, Output.number)
+    result = measure(batch, reference, off, Output.number)
     assert (result.correct.item(), result.exact_match.item()) == (True, False)
     record = {"clean_ids": [0, 1], "corrupted_ids": [0, 2], "target_ids": [-1, 1]}
     batch = collate([encode_ids(record, 10)])
     outputs = torch.eye(2)
-    assert score(batch, outputs, outputs, Output.one_hot).correct.item()
+    assert measure(batch, outputs, outputs, Output.one_hot).correct.item()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +272,7 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
         ({"target_ids": [-2]}, "'target_ids' has ids outside of 0 to 3"),
         ({"target_ids": [2**64]}, "'target_ids' has ids outside of 0 to 3"),
         ({"clean_ids": [0, 2**64]}, "ids outside of 0 to 9"),
-        ({"target_values": [10**400]}, "'target_values' has whole numbers of more than 64 bits"),
+        ({"target_values": [10**400]}, "'target_values'"),
     ],
 )
 def test_lines_of_ids_are_checked(change, message):
@@ -309,8 +306,8 @@ def test_a_program_takes_no_text():
 
 
 def test_the_prompts_of_a_program_need_a_program(tokenizer):
-    with pytest.raises(ConfigError, match="this model is none"):
-        task_records(TaskConfig(name="tracr"), tokenizer)
+    with pytest.raises(ConfigError):
+        generate_records("tracr", tokenizer, {}, 0)
 
 
 def test_no_input_of_that_length():
@@ -338,7 +335,7 @@ def test_values_are_scored_by_their_largest_error():
     outputs = reference.clone()
     outputs[1, 0] += 0.25  # still the same answer
     outputs[4] = 1 - outputs[4]
-    result = score(batch, reference, outputs, model.output)
+    result = measure(batch, reference, outputs, model.output)
     assert result.error.tolist() == pytest.approx([0.25, 1], abs=1e-6)
     assert result.exact_match.tolist() == [True, False]
     assert result.kl.isnan().all()
@@ -471,12 +468,12 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     _, (wanted,) = true_edges(TRACR_MODELS / "neighbours", "interchange")
     assert set(load_edges(run / "edges.json")) == wanted
-    report = json.loads((run / "circuit.json").read_text())["cleanup"]
+    report = json.loads((run / "circuit.json").read_text())["origin"]["cleanup"]
     assert report["num_edges_after"] == len(wanted) and report["tolerance"] == 0.001
     result = json.loads((run / "evaluation-validation.json").read_text())
     assert result["circuit"]["kl"] is None
-    assert result["circuit"]["error"] < 1e-5 < result["corrupted"]["error"]
-    shutil.rmtree(run / "checkpoints/step-00000060")
+    assert result["circuit"]["error"] < 1e-5 < result["empty"]["error"]
+    (run / "checkpoints/step-00000060.safetensors").unlink()
     (run / "edges.json").unlink()
     again = run_cli(
         "prune", "experiment=tracr/neighbours", "ablation=interchange", *quick, "resume=auto"

@@ -212,7 +212,6 @@ def _plot(run: Run) -> None:
         log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
 
 
-
 @dataclass(frozen=True)
 class Finished:
     """A finished run, its circuit, and how it does on prompts it was not trained on."""

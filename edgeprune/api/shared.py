@@ -36,7 +36,7 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
 
 
 def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
-    """The graph of the given model, or else the one that identifies a circuit; None if none does."""
+    """The graph of the given model, or else the one that is known, if any."""
     if model is None:
         return source.graph
     from edgeprune.models.load import load_meta_model

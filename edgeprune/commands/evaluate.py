@@ -14,6 +14,11 @@ def evaluate(config: EvaluateConfig) -> None:
     done = evaluate_circuit(config)
     print_table(evaluation_table(done.evaluation, done.title))
     print_result(describe(done.evaluation, done.circuit))
+    worst = done.evaluation.worst
+    print_result(
+        f"The least faithful prompt is {worst.text!r}, where the full model predicts "
+        f"{worst.full_prediction!r} and the circuit {worst.circuit_prediction!r}."
+    )
     if done.output is None:
         print_result("not written, since it is not of the run's own; output=FILE writes it")
     else:

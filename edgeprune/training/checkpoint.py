@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: the disk is full or read-only; earlier checkpoints are untouched.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in checkpoint.state.items()}
-    metadata = {"step": str(checkpoint.step), "sha256": _digest(state)}
+    metadata = {"checkpoint": _label(checkpoint.step, state)}  # several would come in any order
     path = checkpoint_path(folder, checkpoint.step)
     try:
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
@@ -82,7 +82,7 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
-    if metadata != {"step": str(step), "sha256": _digest(state)}:
+    if metadata.get("checkpoint") != _label(step, state):
         raise CheckpointError(f"checkpoint {path} is damaged: it was altered after it was written")
     return Checkpoint(step, state)
 
@@ -97,12 +97,13 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def _label(step: int, state: Mapping[str, Tensor]) -> str:
+    """The step and a digest of names and bytes of the tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode() + b"\0")
         digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return f"step {step}, sha256 {digest.hexdigest()}"
 
 
 def _is_disk_full(error: Exception) -> bool:
