@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -34,8 +35,10 @@ LESS_MEMORY = (
 )
 """Advice for errors about memory."""
 
-
 SPLITS = ("train", "validation", "test")
+
+FREE = {"resumable": True, "distinguishes": False}
+"""Metadata of settings that do not change what is learned, see `setting`."""
 
 
 def setting(
@@ -45,6 +48,7 @@ def setting(
     distinguishes: bool = True,
     digest: str | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     choices: tuple = (),
 ) -> Any:
@@ -56,11 +60,12 @@ def setting(
         distinguishes: whether runs with different values are different experiments in a report.
         digest: what identifies the value in place of its text: the digest of the run's `model` or
             `data`, wherever these lie.
-        at_least, above: bounds of a number that is not None.
+        at_least, at_most, above: bounds of a number that is not None.
         choices: the allowed values, if they are few.
     """
     metadata = {"resumable": resumable, "distinguishes": distinguishes, "digest": digest,
-                "at_least": at_least, "above": above, "choices": choices}  # fmt: skip
+                "at_least": at_least, "at_most": at_most, "above": above,
+                "choices": choices}  # fmt: skip
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -78,15 +83,18 @@ class Settings:
             value, name = getattr(self, entry.name), f"{self.prefix}{entry.name}"
             if value is None or not entry.metadata:
                 continue
-            choices, lowest, above = (entry.metadata[k] for k in ("choices", "at_least", "above"))
-            if choices and value not in choices:
-                raise ConfigError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{name}={value} must be a finite number")
-            if lowest is not None and not value >= lowest:
-                raise ConfigError(f"{name}={value} must be at least {lowest}")
-            if above is not None and not value > above:
-                raise ConfigError(f"{name}={value} must be greater than {above}")
+            allowed, rule = True, ""
+            if entry.metadata["choices"]:
+                allowed = value in entry.metadata["choices"]
+                rule = f"one of {', '.join(map(str, entry.metadata['choices']))}"
+            elif isinstance(value, float) and not math.isfinite(value):
+                allowed, rule = False, "finite"
+            for bound, holds in (("at_least", ge), ("at_most", le), ("above", gt)):
+                limit = entry.metadata[bound]
+                if allowed and limit is not None and not holds(value, limit):
+                    allowed, rule = False, f"{bound.replace('_', ' ')} {limit}"
+            if not allowed:
+                raise ConfigError(f"{name}={value} is out of range: it must be {rule}")
 
 
 # ---------------------------------------------------------------------------------------- groups
@@ -103,7 +111,7 @@ class ModelConfig(Settings):
     path: str = setting("", digest="model")
     """Hub name; a folder with config.json, tokenizer.json and safetensors; a .gguf file; a Tracr
     folder; or a model shipped with the project: `embedded`, `tracr/NAME`."""
-    device: str = setting("auto", resumable=True, distinguishes=False)
+    device: str = setting("auto", **FREE)
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = setting("float32", choices=DTYPES)
     """float32, bfloat16 or float16."""
@@ -203,11 +211,11 @@ class TrainerConfig(Settings):
     """Optimisation steps."""
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
-    micro_batch_size: int | None = setting(None, resumable=True, distinguishes=False, at_least=1)
+    micro_batch_size: int | None = setting(None, **FREE, at_least=1)
     """Pairs run at a time, to save memory; null: the whole batch."""
-    recompute: bool = setting(False, resumable=True, distinguishes=False)
+    recompute: bool = setting(False, **FREE)
     """Recompute blocks in the backward pass: slower, but needs less memory."""
-    cuda_graph: bool = setting(False, resumable=True, distinguishes=False)
+    cuda_graph: bool = setting(False, **FREE)
     """On a GPU: record the circuit's forward and backward pass once per batch shape and replay it,
     which saves the time Python takes to launch many small operations. For small models."""
     learning_rate: float = setting(0.1, above=0)
@@ -220,9 +228,9 @@ class TrainerConfig(Settings):
     """Mean of log alpha at the start."""
     init_std: float = setting(0.01, at_least=0)
     """Standard deviation of log alpha at the start."""
-    checkpoint_every: int = setting(100, resumable=True, distinguishes=False, at_least=1)
+    checkpoint_every: int = setting(100, **FREE, at_least=1)
     """Steps between checkpoints."""
-    log_every: int = setting(10, resumable=True, distinguishes=False, at_least=1)
+    log_every: int = setting(10, **FREE, at_least=1)
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
@@ -235,45 +243,25 @@ class TrainerConfig(Settings):
                     f"trainer.{name}=null it follows from the steps"
                 )
 
-    def check_size(self, asked: float | None) -> None:
-        """Check that the method knows how sparse the circuit has to become.
-
-        Args:
-            asked: sparsity of the circuit asked for; None: none is.
-
-        Raises:
-            ConfigError: neither a size nor a setting of the method says so.
-        """
-
     def method_settings(self, asked: float | None) -> dict[str, Any]:
         """Keyword arguments of the method's constructor.
 
         Args:
-            asked: sparsity of the circuit asked for; None: none is.
+            asked: sparsity of the circuit asked for, from which the target follows if it is not
+                set; None: none is.
         """
         shared = ("method", "batch_size", "micro_batch_size", "recompute", "cuda_graph",
                   "checkpoint_every", "log_every")  # fmt: skip
         settings = {key: value for key, value in to_dict(self).items() if key not in shared}
         if self.lr_warmup_steps is None:
             settings["lr_warmup_steps"] = self.steps // 60
+        if "target_sparsity" in settings:
+            lead = settings.pop("target_lead", 0.0)
+            if settings["target_sparsity"] is None and asked is not None:
+                settings["target_sparsity"] = asked + (lead if self.warmup == "linear" else 0.0)
+            if settings["sparsity_warmup_steps"] is None:
+                settings["sparsity_warmup_steps"] = self.steps * 2 // 3
         return settings
-
-
-def _target_settings(config: Any, target: float | None) -> dict[str, Any]:
-    """Settings of a target sparsity that rises over the run, with their defaults filled in."""
-    warmup = config.sparsity_warmup_steps
-    return {
-        "target_sparsity": target,
-        "sparsity_warmup_steps": config.steps * 2 // 3 if warmup is None else warmup,
-    }
-
-
-def _require_target(config: Any, asked: float | None) -> None:
-    if config.target_sparsity is None and asked is None:
-        raise ConfigError(
-            "nothing says how sparse the circuit is to become: give sparsity=, num_edges= or "
-            "trainer.target_sparsity="
-        )
 
 
 @dataclass
@@ -316,45 +304,21 @@ class LagrangianConfig(TrainerConfig):
                 f"most 1, got {max(targets)}; use trainer.warmup=linear"
             )
 
-    def check_size(self, asked: float | None) -> None:
-        _require_target(self, asked)
-
-    def method_settings(self, asked: float | None) -> dict[str, Any]:
-        target = self.target_sparsity
-        if target is None and asked is not None:
-            target = asked + (self.target_lead if self.warmup == "linear" else 0)
-        settings = super().method_settings(asked) | _target_settings(self, target)
-        del settings["target_lead"]
-        return settings
-
 
 @dataclass
 class HeldConfig(TrainerConfig):
     """Hard-concrete gates held at a rising sparsity exactly, by one shift of all log alphas."""
 
     method: str = "held"
-    start_sparsity: float = setting(0.0, at_least=0)
+    start_sparsity: float = setting(0.0, at_least=0, at_most=1)
     """Target sparsity at step 0."""
-    target_sparsity: float | None = setting(None, at_least=0)
+    target_sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Target sparsity after the warm-up; null: the sparsity asked for."""
     sparsity_warmup_steps: int | None = setting(None, at_least=0)
     """Steps over which the target rises; null: two thirds of all."""
     warmup: str = setting("logarithmic", choices=WARMUPS)
     """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
     falls by the same factor each step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("start_sparsity", "target_sparsity"):
-            if (getattr(self, name) or 0) > 1:
-                raise ConfigError(f"trainer.{name}={getattr(self, name)} must be at most 1")
-
-    def check_size(self, asked: float | None) -> None:
-        _require_target(self, asked)
-
-    def method_settings(self, asked: float | None) -> dict[str, Any]:
-        target = asked if self.target_sparsity is None else self.target_sparsity
-        return super().method_settings(asked) | _target_settings(self, target)
 
 
 @dataclass
@@ -406,24 +370,13 @@ class LauncherConfig(Settings):
 # -------------------------------------------------------------------------------------- commands
 
 
-def check_size(sparsity: float | None, num_edges: int | None) -> None:
-    """Check that at most one of the two is given, and its range.
-
-    Raises:
-        ConfigError: both are given, or one is out of range.
-    """
-    if sparsity is not None and num_edges is not None:
+def _check_one_size(config: Any) -> None:
+    """Raise ConfigError if both sparsity and num_edges are given."""
+    if config.sparsity is not None and config.num_edges is not None:
         raise ConfigError(
-            f"got sparsity={sparsity} and num_edges={num_edges}; give only one; where an "
-            "experiment sets the other, add sparsity=null or num_edges=null"
+            f"got sparsity={config.sparsity} and num_edges={config.num_edges}; give only one; "
+            "where an experiment sets the other, add sparsity=null or num_edges=null"
         )
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ConfigError(
-            f"sparsity={sparsity} is out of range: it is the fraction of edges to remove, 0 to 1 "
-            "(to push harder than 1, set trainer.target_sparsity)"
-        )
-    if num_edges is not None and num_edges < 0:
-        raise ConfigError(f"num_edges={num_edges} is negative")
 
 
 @dataclass
@@ -434,11 +387,11 @@ class PruneConfig(Settings):
     task: TaskConfig = setting(TaskConfig)
     ablation: AblationConfig = setting(AblationConfig)
     trainer: TrainerConfig = setting(TrainerConfig)
-    tracker: TrackerConfig = setting(TrackerConfig, resumable=True, distinguishes=False)
-    launcher: LauncherConfig = setting(LauncherConfig, resumable=True, distinguishes=False)
-    sparsity: float | None = setting(None)
+    tracker: TrackerConfig = setting(TrackerConfig, **FREE)
+    launcher: LauncherConfig = setting(LauncherConfig, **FREE)
+    sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly; null: see num_edges."""
-    num_edges: int | None = setting(None)
+    num_edges: int | None = setting(None, at_least=0)
     """Number of edges to keep, exactly; null, and no sparsity: found by binary search."""
     cleanup: float | None = setting(None, at_least=0)
     """At the end, remove edges as long as all removals together move the circuit, on the training
@@ -446,16 +399,16 @@ class PruneConfig(Settings):
     error where outputs are values. null: no clean-up."""
     seed: int = setting(0, distinguishes=False, at_least=0)
     """Seed of the initial values, the noise and the order of the data."""
-    run_dir: str = setting("", resumable=True, distinguishes=False)
+    run_dir: str = setting("", **FREE)
     """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
-    resume: str = setting("never", resumable=True, distinguishes=False, choices=("never", "auto"))
+    resume: str = setting("never", **FREE, choices=("never", "auto"))
     """auto: continue from the last checkpoint in run_dir, if there is one."""
-    overwrite: bool = setting(False, resumable=True, distinguishes=False)
+    overwrite: bool = setting(False, **FREE)
     """Replace the run in run_dir, as a whole, once model and data of the new one are loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size(self.sparsity, self.num_edges)
+        _check_one_size(self)
         self.model.require_path()
         self.task.require_path()
         if not self.run_dir:
@@ -466,8 +419,12 @@ class PruneConfig(Settings):
             raise ConfigError(f"seed={self.seed} must be less than {2**31}")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
-        size = self.sparsity if self.num_edges is None else self.num_edges
-        self.trainer.check_size(size)
+        sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
+        if sizes == (None, None, None):
+            raise ConfigError(
+                "nothing says how sparse the circuit is to become: give sparsity=, num_edges= or "
+                "trainer.target_sparsity="
+            )
         if self.launcher.shard:
             self._check_shard()
 
@@ -506,9 +463,9 @@ class ExportConfig(Settings):
     """Run directory; or a circuit file, to convert it, or to cut another size from its scores."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
-    sparsity: float | None = None
+    sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly."""
-    num_edges: int | None = None
+    num_edges: int | None = setting(None, at_least=0)
     """Number of edges to keep, exactly. With neither: as the run asked for."""
     threshold: bool = False
     """Find a threshold by binary search, as where the run asked for no size."""
@@ -527,7 +484,7 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size(self.sparsity, self.num_edges)
+        _check_one_size(self)
         if self.threshold and (self.sparsity, self.num_edges) != (None, None):
             raise ConfigError("threshold=true finds the size itself; leave out sparsity, num_edges")
 
@@ -570,9 +527,9 @@ class DrawConfig(Settings):
     """Run directory or circuit file."""
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the run's circuit, or else the last."""
-    sparsity: float | None = None
+    sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Draw the circuit with exactly this fraction of the edges removed."""
-    num_edges: int | None = None
+    num_edges: int | None = setting(None, at_least=0)
     """Draw the circuit with exactly this many edges."""
     formats: list[str] = setting(lambda: ["pdf", "svg", "png", "dot"])
     """Files to write."""
@@ -588,7 +545,7 @@ class DrawConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size(self.sparsity, self.num_edges)
+        _check_one_size(self)
 
 
 @dataclass
