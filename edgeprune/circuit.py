@@ -25,16 +25,7 @@ class Circuit:
 
     @staticmethod
     def check(circuit: Any, graph: CircuitGraph | None = None) -> None:
-        """Check an argument.
-
-        Args:
-            circuit: the argument.
-            graph: the model's graph, if the circuit is to run in a model.
-
-        Raises:
-            TypeError: it is not a circuit.
-            ValueError: it belongs to another graph.
-        """
+        """Raise TypeError unless it is a circuit, ValueError unless it is of a given graph."""
         if not isinstance(circuit, Circuit):
             raise TypeError(
                 f"got a {type(circuit).__name__}, expected a Circuit, such as `pruned.circuit` or "
@@ -42,17 +33,13 @@ class Circuit:
             )
         if graph is not None and circuit.graph != graph:
             raise ValueError(
-                f"the circuit belongs to another graph than the model: {circuit.graph} and "
-                f"{graph}; load the model in which it was found, with the same embedding_writers"
+                f"the circuit belongs to {circuit.graph}, expected {graph}; use the model in which "
+                "it was found, with the same embedding_writers"
             )
 
     @classmethod
     def from_edges(cls, graph: CircuitGraph, edges: Iterable[Edge]) -> Circuit:
-        """A circuit from (writer, reader) names.
-
-        Raises:
-            ValueError: the graph does not have one of the edges.
-        """
+        """A circuit from (writer, reader) names; raises ValueError for an unknown edge."""
         edges = [(writer, reader) for writer, reader in edges]
         for edge in edges:
             graph.edge_index(edge)
@@ -67,13 +54,9 @@ class Circuit:
 
     @classmethod
     def random(cls, graph: CircuitGraph, num_edges: int, seed: int) -> Circuit:
-        """A circuit of `num_edges` edges drawn at random.
-
-        Raises:
-            ConfigError: `num_edges` is negative or greater than the graph's number of edges.
-        """
-        graph.check_num_edges(num_edges)
-        return cls(graph, frozenset(random.Random(seed).sample(graph.edges, num_edges)))
+        """A circuit of `num_edges` edges drawn at random."""
+        size = graph.resolve_size(num_edges)
+        return cls(graph, frozenset(random.Random(seed).sample(graph.edges, size)))
 
     def head_permuted(self, seed: int) -> Circuit:
         """The same circuit between other heads: equally many edges, equally well connected.
@@ -118,7 +101,7 @@ class Circuit:
         """The edges, in the graph's order."""
         return iter(self.edges)
 
-    def __contains__(self, edge: Sequence[str]) -> bool:
+    def __contains__(self, edge: Edge) -> bool:
         return tuple(edge) in self.edge_set
 
     @property
@@ -192,9 +175,7 @@ class Circuit:
         return Circuit(self.graph, self.edge_set - self._same_graph(other).edge_set)
 
     def _same_graph(self, other: Circuit) -> Circuit:
-        self.check(other)
-        if other.graph != self.graph:
-            raise ValueError(f"circuits of different graphs: {self.graph} and {other.graph}")
+        self.check(other, self.graph)
         return other
 
 

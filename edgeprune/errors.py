@@ -29,11 +29,7 @@ class DataError(UserError, ValueError):
 
 
 class MisfitError(DataError):
-    """A pair that does not fit the tokenizer.
-
-    Clean and corrupted prompts differ in their number of tokens, or a prediction has no tokens that
-    continue its prompt.
-    """
+    """A pair that does not fit the tokenizer, such as prompts of unequal lengths."""
 
 
 class NoneUsableError(DataError):
@@ -74,19 +70,13 @@ class JobFailed(UserError, RuntimeError):
     def __init__(self, message: str, signal_number: int | None = None) -> None:
         super().__init__(message)
         if signal_number is not None:
-            self.exit_code = 128 + signal_number
-            self.ends_sweep = True
+            self.exit_code, self.ends_sweep = 128 + signal_number, True
 
 
-class Interrupted(UserError):
+class Interrupted(JobFailed):
     """A signal stopped the run after a checkpoint was saved."""
 
     on_every_rank = True
-    ends_sweep = True
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
 
 
 class GraphvizMissing(UserError, RuntimeError):

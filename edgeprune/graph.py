@@ -8,8 +8,10 @@ without copying, into one dense [reader, writer] block per site.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from edgeprune.errors import ConfigError
@@ -18,7 +20,7 @@ Edge = tuple[str, str]
 """(writer, reader), by name."""
 
 MAX_HEADS = 100_000
-"""Layers times heads of a graph; more is a mistake in a file, and would fill the memory."""
+"""Maximum of layers times heads; more is an error in a file, and would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class CircuitGraph:
     """Nodes and edges of a transformer whose residual stream is split into one outbox per node.
 
     Args:
-        num_layers: blocks.
-        num_heads: attention (query) heads a block.
-        num_kv_heads: key/value heads a block; equal to `num_heads` without grouped-query attention.
+        num_layers: number of blocks.
+        num_heads: number of attention (query) heads per block.
+        num_kv_heads: number of key/value heads per block; equal to `num_heads` without
+            grouped-query attention.
         embedding_writers: names of the embedding writers, in order; empty when the embeddings
             always flow.
 
     Raises:
-        ValueError: a count is no whole number above 0 or beyond any model's, or `num_heads` is no
+        ValueError: a count is not a positive integer, or too large, or `num_heads` is not a
             multiple of `num_kv_heads`.
     """
 
@@ -70,23 +73,18 @@ class CircuitGraph:
     embedding_writers: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "num_kv_heads"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}={count!r} must be a whole number above 0")
+        counts = (self.num_layers, self.num_heads, self.num_kv_heads)
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"layers, heads, key/value heads are {counts}, not positive integers")
         if self.num_layers * self.num_heads > MAX_HEADS:
-            raise ValueError(
-                f"a model of {self.num_layers:,} layers of {self.num_heads:,} heads has more than "
-                f"the {MAX_HEADS:,} heads of any that is known; check its numbers"
-            )
+            raise ValueError(f"{self.num_layers * self.num_heads:,} heads exceed {MAX_HEADS:,}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads: "
-                "the first must be a multiple of the second"
+                f"{self.num_heads} heads are not a multiple of {self.num_kv_heads} key/value heads"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """JSON values."""
         return {**asdict(self), "embedding_writers": list(self.embedding_writers)}
 
     @classmethod
@@ -155,37 +153,23 @@ class CircuitGraph:
         last = self.sites[-1]
         return last.offset + last.num_edges
 
-    def check_num_edges(self, num_edges: int) -> None:
-        """Raise ConfigError unless a circuit of this graph can have `num_edges` edges."""
-        if not 0 <= num_edges <= self.num_edges:
-            raise ConfigError(
-                f"num_edges={num_edges} is out of range: the graph has {self.num_edges:,} edges"
-            )
-
     def resolve_size(self, num_edges: int | None = None, sparsity: float | None = None) -> int:
         """The number of edges of a circuit, given exactly one of its two measures.
 
         Args:
             num_edges: number of edges to keep.
-            sparsity: fraction of the edges to remove, in [0, 1]; the number of edges is rounded to
-                the nearest integer.
+            sparsity: fraction of the edges to remove, in [0, 1]; rounded to the nearest edge.
 
         Raises:
             ConfigError: not exactly one is given, or it is out of range.
         """
         if (num_edges is None) == (sparsity is None):
-            raise ConfigError(
-                f"got num_edges={num_edges} and sparsity={sparsity}; give exactly one of them"
-            )
-        if sparsity is not None:
-            if not 0 <= sparsity <= 1:
-                raise ConfigError(
-                    f"sparsity={sparsity} is out of range: it is the fraction of edges to remove, "
-                    "0 to 1"
-                )
-            return round((1 - sparsity) * self.num_edges)
-        self.check_num_edges(num_edges)
-        return num_edges
+            raise ConfigError(f"give either num_edges or sparsity, got {num_edges} and {sparsity}")
+        size = round((1 - sparsity) * self.num_edges) if num_edges is None else num_edges
+        if not 0 <= size <= self.num_edges:
+            given = f"sparsity={sparsity}" if num_edges is None else f"num_edges={num_edges}"
+            raise ConfigError(f"{given} is out of range: the graph has {self.num_edges:,} edges")
+        return size
 
     @cached_property
     def _reader_place(self) -> dict[str, tuple[int, int]]:
@@ -201,22 +185,15 @@ class CircuitGraph:
         return {writer: index for index, writer in enumerate(self.writers)}
 
     def edge_index(self, edge: Edge) -> int:
-        """The number of an edge given by name.
-
-        Raises:
-            ValueError: unknown writer or reader, or the writer does not come before the reader.
-        """
+        """The number of an edge given by name; raises ValueError if there is no such edge."""
         writer, reader = edge
-        column = self._writer_index.get(writer)
-        place = self._reader_place.get(reader)
-        if column is None:
-            raise ValueError(f"unknown writer {writer!r}; this graph has {_sample(self.writers)}")
-        if place is None:
-            raise ValueError(f"unknown reader {reader!r}; this graph has {_sample(self.readers)}")
-        offset, num_writers = place
-        if column >= num_writers:
-            raise ValueError(f"no edge {writer} -> {reader}: {writer} writes after {reader} reads")
-        return offset + column
+        column, place = self._writer_index.get(writer), self._reader_place.get(reader)
+        if column is None or place is None or column >= place[1]:
+            raise ValueError(
+                f"there is no edge {writer} -> {reader} in a graph of {self.num_layers} layers of "
+                f"{self.num_heads} heads with writers {', '.join(self.writers[:3])}, ..."
+            )
+        return place[0] + column
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""
@@ -229,26 +206,13 @@ class CircuitGraph:
 
     def gate_groups(self) -> list[slice]:
         """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""
-        slices = []
-        for site in self.sites:
-            start = site.offset
-            for num_readers in site.groups:
-                stop = start + num_readers * site.num_writers
-                if stop > start:
-                    slices.append(slice(start, stop))
-                start = stop
-        return slices
+        counts = [readers * site.num_writers for site in self.sites for readers in site.groups]
+        return _slices(counts)
 
     def node_groups(self) -> list[slice]:
         """Writers rounded together for node gates: the embeddings; per layer heads, MLP."""
         counts = [len(self.embedding_writers)] + [self.num_heads, 1] * self.num_layers
-        slices = []
-        start = 0
-        for count in counts:
-            if count:
-                slices.append(slice(start, start + count))
-            start += count
-        return slices
+        return _slices(counts)
 
     def nodes_fed_by(self, reader: str) -> list[str]:
         """The writers whose output depends on this reader (several heads under GQA).
@@ -267,7 +231,7 @@ class CircuitGraph:
         return [f"{layer_name}.h{h}" for h in range(head * group, (head + 1) * group)]
 
 
-def _sample(names: tuple[str, ...]) -> str:
-    if len(names) <= 8:
-        return ", ".join(names)
-    return ", ".join(names[:3]) + ", ..., " + ", ".join(names[-3:])
+def _slices(counts: Sequence[int]) -> list[slice]:
+    """Consecutive slices of these lengths, without empty ones."""
+    ends = accumulate(counts)
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True) if count]

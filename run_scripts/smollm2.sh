@@ -24,5 +24,5 @@ circuit ioi-98 ioi sparsity=0.98
 circuit greater_than-95 greater_than
 circuit gendered_pronoun-95 gendered_pronoun
 circuit induction_list-95 induction_list
-"$edgeprune" draw runs/smollm2/ioi-98 num_edges=150 output=runs/smollm2/ioi-98/strongest
+"$edgeprune" draw runs/smollm2/ioi-98 num_edges=150 output=runs/smollm2/strongest
 .venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-98

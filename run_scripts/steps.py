@@ -20,15 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from edgeprune.drawing.frontier import Curve, Panel, draw_frontier
 
 import edgeprune
-from edgeprune.circuit import Circuit
+from edgeprune.drawing import Curve, Panel, draw_frontier
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import StepInputs, differentiate
-from edgeprune.evaluation.evaluate import Metrics
+from edgeprune.metrics import Metrics
 from edgeprune.prompts import collate
-from edgeprune.runs.run import EDGES, load_masks
+from edgeprune.runs import layout
+from edgeprune.runs.run import Run
+from edgeprune.scores import EdgeScores
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/steps"
@@ -109,7 +110,7 @@ STUDIES = {
 
 
 def prune(study: Study, run: Path, settings: str) -> None:
-    if (run / EDGES).exists():
+    if (run / layout.EDGES).exists():
         return
     begin = time.monotonic()
     own = [f"experiment={study.experiment}", f"run_dir={run}", "resume=auto"]
@@ -123,20 +124,16 @@ def prune(study: Study, run: Path, settings: str) -> None:
 def measure(study: Study, runs: Sequence[Path]) -> list[dict[int, Metrics]]:
     """Circuits of each size, of each run."""
     model = edgeprune.load_model(study.model, dtype=study.dtype)
-    found = []
-    for run in runs:
-        masks = load_masks(run, None)[0]
-        found.append(evaluate(model, run, {s: masks.circuit_of_size(s) for s in study.sizes}))
-    return found
+    return [evaluate(model, run, study, Run.open(run).scores()) for run in runs]
 
 
 def attribute(study: Study, run: Path) -> dict[int, Metrics]:
     """Circuits of each size, of the edges with the largest attribution scores by magnitude.
 
-    A score is the gradient of the KL divergence by an edge's gate, summed over a run's training
-    prompts and over openings of all gates between corrupted and clean: edge attribution patching
-    (Syed et al. 2023, arXiv:2310.10348), integrated as by Hanna et al. 2024 (arXiv:2403.17806),
-    but along the gates.
+    A score is the gradient of the KL divergence with respect to an edge's gate, summed over a run's
+    training prompts and over openings of all gates between corrupted and clean: edge attribution
+    patching (Syed et al. 2023, arXiv:2310.10348), integrated as by Hanna et al. 2024
+    (arXiv:2403.17806), but along the gates.
     """
     begin = time.monotonic()
     model = edgeprune.load_model(study.model, dtype=study.dtype)
@@ -149,15 +146,15 @@ def attribute(study: Study, run: Path) -> dict[int, Metrics]:
             gates = torch.full_like(scores, opening).requires_grad_()
             scores += differentiate(model, StepInputs(batch, reference, corrupted, gates))[1]
     print(f"attribution: {time.monotonic() - begin:.0f} s with start-up")
-    ranking = scores.abs().argsort(descending=True).tolist()
-    edges = [model.graph.edges[index] for index in ranking]
-    circuits = {s: Circuit.from_edges(model.graph, edges[:s]) for s in study.sizes}
-    return evaluate(model, run, circuits)
+    return evaluate(model, run, study, EdgeScores(model.graph, scores, by_magnitude=True))
 
 
-def evaluate(model: CircuitModel, run: Path, circuits: dict[int, Circuit]) -> dict[int, Metrics]:
-    """On a run's test prompts."""
+def evaluate(
+    model: CircuitModel, run: Path, study: Study, scores: EdgeScores
+) -> dict[int, Metrics]:
+    """Circuits of each size on a run's test prompts."""
     test = edgeprune.load_dataset(run / "data.jsonl", model.tokenizer, "test")
+    circuits = {size: scores.circuit(num_edges=size) for size in study.sizes}
     return {s: edgeprune.evaluate(model, c, test).circuit for s, c in circuits.items()}
 
 

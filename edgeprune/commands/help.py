@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import textwrap
 from collections.abc import Sequence
-from enum import Enum
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -130,8 +130,8 @@ def _described(
     Args:
         config: settings class.
         prefix: of its names.
-        trainer: whose settings are listed.
-        given: values in place of the class's defaults.
+        trainer: the trainer whose settings are listed.
+        given: values that replace the class's defaults.
     """
     rows = []
     hints, docs = get_type_hints(config), _field_docs(config)
@@ -144,24 +144,19 @@ def _described(
         elif part is not None:
             rows += _described(part, f"{name}.", trainer)
         elif name != "trainer.method":
-            value = (given or {}).get(field.name, _default(field))
+            value = field.default
+            if value is dataclasses.MISSING:
+                value = field.default_factory()
+            value = (given or {}).get(field.name, value)
             rows.append((f"{name}={_as_text(value)}", docs.get(field.name, "")))
     return rows
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
 def _as_text(value: Any) -> str:
     """A value as it is written on the command line."""
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(value)}]"
-    return "null" if value is None else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _summary(config: type) -> str:
