@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 
 from edgeprune.circuit import Circuit
+from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation import cleanup
 from edgeprune.evaluation.cleanup import clean_up
@@ -124,5 +125,5 @@ def test_activations_that_do_not_fit_into_memory_are_recomputed(monkeypatch):
     model, pairs = micro_model(), induction_pairs(40, seed=3)
     given, scores = full_circuit(model), in_order(model)
     one = clean_up(model, given, pairs, tolerance=0.01, scores=scores)
-    monkeypatch.setattr(cleanup, "MAX_KEPT", 0)
+    monkeypatch.setattr(cache, "MAX_KEPT", 0)
     assert clean_up(model, given, pairs, tolerance=0.01, scores=scores) == one
