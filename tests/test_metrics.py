@@ -116,5 +116,3 @@ def test_a_tie_counts_half_and_kl_has_a_standard_error():
 )  # fmt: skip
 def test_a_metric_without_a_fixed_format_shows_three_digits(value, text):
     assert METRICS["kl"].text(value) == text
-
-
