@@ -1,10 +1,8 @@
-"""Metrics as functions of logits, and the one table of them.
+"""Metrics as functions of logits, and the one table of them, `METRICS`.
 
 Logits are [predicted, vocabulary], one row per predicted token; `Batch` says which example each row
 belongs to. Compiled transformers output values instead of logits (see `Output`).
-
-To add a metric, add an entry to `METRICS`, and a field to `ExampleMetrics` if none has what it
-needs. Summaries, tables, plots and files are made from the table.
+Summaries, tables, plots and files of an evaluation are made from the table.
 """
 
 from __future__ import annotations
@@ -97,13 +95,12 @@ class ExampleMetrics:
     """How one model does on each example; every tensor is [example], on the CPU.
 
     Attributes:
-        kl: KL from the reference in nats per predicted token; NaN if outputs are values.
-        error: largest absolute difference from the reference; NaN if outputs are logits.
+        kl, error: `distance_by_example` of logits and of values; the other one is NaN.
         exact_match: 1 if every most likely token is the reference's, else 0.
         correct: 1 if every most likely token is the target or belongs to another right answer.
         logit_difference: log-sum-exp of the answers' logits minus that of the distractors', at the
             token where they differ; NaN without distractors.
-        probability_difference: the same of their probabilities' sums.
+        probability_difference: the same for the sums of their probabilities.
         predicted: [predicted] per example, the most likely tokens, or the numbers output.
     """
 
@@ -129,7 +126,6 @@ def measure(
     """Compare a model's outputs with the full model's on the clean prompts and the right answers.
 
     Args:
-        batch: the prompts.
         reference, outputs: [predicted, vocabulary], of the full model and of the model to measure.
         output: the kind of both.
     """
@@ -183,8 +179,7 @@ class Metric:
     """An entry of `METRICS`.
 
     Attributes:
-        name: key in `Metrics` and in files.
-        label: short name in tables.
+        name, label: key in `Metrics` and in files, and short name in tables.
         description: what it measures, with its unit; also the label of an axis.
         summary: the metric over all examples, given those of the model, of the full model and of
             the empty circuit.
@@ -266,13 +261,9 @@ class Metrics(dict[str, float]):
     """
 
     def __getattr__(self, name: str) -> float:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"unknown metric {name!r}; choose {', '.join(self)}") from None
-
-    def __repr__(self) -> str:
-        return f"Metrics({', '.join(f'{name}={value:.4g}' for name, value in self.items())})"
+        if name not in self:
+            raise AttributeError(f"unknown metric {name!r}; choose {', '.join(self)}")
+        return self[name]
 
     @classmethod
     def of(cls, model: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Metrics:

@@ -52,14 +52,6 @@ def test_good_scores_save_passes():
     assert result.passes < model.graph.num_edges / 2
 
 
-def test_a_circuit_of_needed_edges_is_kept():
-    model, pairs = micro_model(), induction_pairs(40, seed=3)
-    true = Circuit.from_edges(model.graph, CIRCUIT)
-    result = clean_up(model, true, pairs, tolerance=0.01, scores=in_order(model))
-    assert result.circuit == true
-    assert result.passes <= 2 + len(true) + 2
-
-
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -103,12 +95,6 @@ def test_a_distance_that_is_not_finite_is_an_error():
     model.architecture.blocks[0].layer.mlp.c_fc.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         clean_up(model, full_circuit(model), pairs, tolerance=0.1, scores=in_order(model))
-
-
-def test_scores_of_another_graph_are_an_error(model):
-    with pytest.raises(ValueError, match="scores"):
-        clean_up(model, full_circuit(model), random_pairs(2), tolerance=0.1,
-                 scores=in_order(micro_model()))  # fmt: skip
 
 
 def test_edges_are_added_to_a_circuit_that_lacks_some():

@@ -49,15 +49,6 @@ def test_overlap_and_agreement_by_hand():
     assert overlap(circuit(), a)["edge_iou"] == 0
 
 
-def test_heads_that_share_a_key_count_as_nodes():
-    grouped = CircuitGraph(1, 4, 2, ("embeds",))
-    a = Circuit.from_edges(grouped, {("embeds", "a0.h1.k")})  # embeds, a0.h2, a0.h3
-    b = Circuit.from_edges(grouped, {("embeds", "a0.h3.q")})  # embeds, a0.h3
-    found = overlap(a, b)
-    assert (found["shared_edges"], found["edge_iou"]) == (0, 0.0)
-    assert (found["shared_nodes"], found["node_iou"]) == (2, 2 / 3)
-
-
 def test_iou_by_chance_is_that_of_random_circuits():
     some, others = (
         [Circuit.random(GRAPH, number, seed) for seed in range(first, first + 300)]

@@ -1,11 +1,11 @@
 """Clean-up: remove the edges that a circuit does not need, and add what it lacks.
 
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
-The clean-up actually cuts them and measures the resulting circuit. It tries the least important
-edges first, several at once: twice as many after a success, half as many after a failure. It goes
-down to single edges in a small circuit and to 1/256 of the edges of a large one, so a sweep takes a
-few hundred passes over the data at most. A pass stops as soon as it is known to fail. Sweeps of a
-small circuit are repeated until one removes nothing.
+The clean-up cuts edges and measures the circuit that is left. It tries the least important edges
+first, several at once: twice as many after a success, half as many after a failure. It goes down to
+single edges in a small circuit and to 1/256 of the edges of a large one, so a sweep takes a few
+hundred passes over the data at most. A pass stops as soon as it is known to fail. Sweeps of a small
+circuit are repeated until one removes nothing.
 """
 
 from __future__ import annotations
@@ -34,13 +34,9 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class CleanUp:
-    """The result of a clean-up.
+    """A cleaned-up circuit, its size and distance from the full model before and after.
 
-    Attributes:
-        circuit: the cleaned-up circuit.
-        num_edges_before, num_edges_after: number of edges.
-        distance_before, distance_after: distance from the full model, see `clean_up`.
-        passes: number of circuits that were run over the data.
+    `passes` is the number of circuits that were run over the data. See `clean_up` for the distance.
     """
 
     circuit: Circuit
@@ -140,19 +136,20 @@ class _Search:
         elif distance > self.limit:
             self._add_missing_edges()
         self._try(self.circuit.without_dangling())
-        improved = True
-        while improved:
-            improved = self._sweep()
-            improved = self._try(self.circuit.without_dangling()) or improved
-            improved = improved and len(self.circuit) <= SMALL
+        while True:
+            before = len(self.circuit)
+            self._sweep()
+            self._try(self.circuit.without_dangling())
+            if len(self.circuit) == before or len(self.circuit) > SMALL:
+                return
 
     def distance(self, circuit: Circuit, limit: float = math.inf) -> float:
         """Distance of a circuit from the full model; infinity as soon as it exceeds the limit."""
         self.passes += 1
         model, total = self.model, 0.0
+        num_examples = sum(len(batch.pairs) for batch in self.batches)
         gates = torch.zeros(model.graph.num_edges, device=model.device)
         gates[[model.graph.edge_index(edge) for edge in circuit.edge_set]] = 1
-        num_examples = sum(len(batch.pairs) for batch in self.batches)
         for batch in self.batches:
             reference, corrupted = self.run_pair(batch)
             outputs = model.run_circuit(batch, gates, self.ablation.values(batch, corrupted))
@@ -167,12 +164,10 @@ class _Search:
 
     def _try(self, candidate: Circuit) -> bool:
         """Accept a smaller circuit if it is within the limit; whether it was accepted."""
-        if len(candidate) == len(self.circuit):
-            return False
-        if not self.distance(candidate, self.limit) <= self.limit:
-            return False
-        self.circuit = candidate
-        return True
+        if candidate != self.circuit and self.distance(candidate, self.limit) <= self.limit:
+            self.circuit = candidate
+            return True
+        return False
 
     def _add_missing_edges(self) -> None:
         """Add 1, 2, 4, ... edges by rank until the circuit is within the limit, or complete."""
@@ -183,23 +178,19 @@ class _Search:
             self.circuit = Circuit(self.circuit.graph, edges)
             missing, count = missing[count:], 2 * count
 
-    def _sweep(self) -> bool:
-        """Try to remove every edge once, the least important first; whether any was removed."""
+    def _sweep(self) -> None:
+        """Try to remove every edge once, the least important first."""
         edges = [edge for edge in reversed(self.ranked) if edge in self.circuit.edge_set]
-        before = len(edges)
-        fewest, count = max(1, before // SMALL), max(1, before // 4)
+        fewest, count = max(1, len(edges) // SMALL), max(1, len(edges) // 4)
         while edges:
-            if self._remove(edges[:count]):
+            kept = self.circuit.edge_set.difference(edges[:count])
+            candidate = Circuit(self.circuit.graph, kept)
+            if self.ablation.kind == "interchange":
+                candidate = candidate.without_dangling()  # which changes no output
+            if self._try(candidate):
                 edges = [edge for edge in edges[count:] if edge in self.circuit.edge_set]
                 count *= 2
             elif min(count, len(edges)) <= fewest:
                 edges = edges[fewest:]
             else:
                 count = max(fewest, min(count, len(edges)) // 2)
-        return len(self.circuit) < before
-
-    def _remove(self, edges: list[Edge]) -> bool:
-        candidate = Circuit(self.circuit.graph, self.circuit.edge_set.difference(edges))
-        if self.ablation.kind == "interchange":
-            candidate = candidate.without_dangling()  # which changes no output
-        return self._try(candidate)

@@ -168,21 +168,12 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
 def describe(evaluation: Evaluation, circuit: Circuit) -> str:
     """Describe in a few sentences how well a circuit does and what it consists of."""
     graph, connected = circuit.graph, circuit.without_dangling()
-    permuted = evaluation.head_permuted
-    text = (
+    kinds = [node[0] for node in connected.nodes]
+    return (
         f"The circuit has {len(circuit):,} of {graph.num_edges:,} edges and gives the full model's "
         f"answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit does so "
-        f"on {evaluation.empty.exact_match:.1%}"
-        + (f", head-permuted circuits on {permuted.exact_match:.1%}" if permuted else "")
-        + f". The full model is right on {evaluation.full.accuracy:.1%}. "
-    )
-    if not connected:
-        return text + "None of its edges lies on a path from the input to the output."
-    kinds = [node[0] for node in connected.nodes]
-    last = [writer for writer, reader in connected.edges if reader == "resid_post"]
-    return text + (
-        f"{len(connected):,} of its edges lie on paths from the input to the output, through "
-        f"{kinds.count('a')} of {graph.num_layers * graph.num_heads} heads and {kinds.count('m')} "
-        f"of {graph.num_layers} MLPs. The output reads from {', '.join(last[:8])}"
-        + (f" and {len(last) - 8} more." if len(last) > 8 else ".")
+        f"on {evaluation.empty.exact_match:.1%}. The full model is right on "
+        f"{evaluation.full.accuracy:.1%}. Of the edges {len(connected):,} lie on paths from the "
+        f"input to the output, through {kinds.count('a')} of {graph.num_layers * graph.num_heads} "
+        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs."
     )

@@ -38,11 +38,13 @@ REPORTED = [metric for metric in METRICS.values() if metric.better]
 """The metrics that rank circuits."""
 HEADLINES = [metric for metric in REPORTED if metric.headline]
 """The metrics of plots and of the console's tables."""
+DESCRIPTIONS = "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED)
 NOTE = (
     "Lines and numbers are means over seeds; bands and the ranges in brackets go from the lowest "
     "seed to the highest. Edge IoU is the intersection over union of the edges of two seeds, "
-    "averaged over all pairs of seeds. "
-) + "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED)
+    f"averaged over all pairs of seeds. {DESCRIPTIONS}."
+)
+"""What the page begins with."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,7 @@ class RunRecord:
     """A finished run.
 
     Attributes:
-        name: name of its directory.
         settings: flattened settings, such as {'trainer.steps': 600}.
-        circuit: the circuit it found.
         evaluations: `Evaluation.to_dict()` by split, all of this circuit, model, data and ablation.
         digests: SHA-256 of its `model` and `data`.
         distinguishing: names of the settings that tell experiments apart. `SIZE`, `seed` and the
@@ -160,7 +160,6 @@ def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Grou
     """Sort runs into groups, series and points.
 
     Args:
-        runs: all runs.
         split: whose evaluations are shown; None for the most frequent split of each group.
     """
     members = defaultdict(list)
@@ -170,8 +169,7 @@ def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Grou
     groups = []
     for (*names, graph), some in sorted(members.items(), key=lambda item: str(item[0])):
         counts = Counter(name for run in some for name in run.evaluations)
-        most_frequent = max(reversed(SPLITS), key=counts.__getitem__) if counts else None
-        shown = split or most_frequent
+        shown = split or (max(reversed(SPLITS), key=counts.__getitem__) if counts else None)
         groups.append(Group(*names, graph.num_edges, shown, _series(some, shown)))
     return groups
 
@@ -221,7 +219,6 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
     """One row per point of a series, between the full model and the empty circuit.
 
     Args:
-        group: the runs.
         series: a key of `group.series`.
         detailed: whether to show all metrics, with their minimum and maximum over seeds.
     """
@@ -256,15 +253,10 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
 
 
 def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
-    """Write runs.csv, frontier.csv, edges.csv, plots, consensus/ and report.html.
-
-    Args:
-        groups: from `group_runs`.
-        folder: where to write; exists and is empty.
-        title: title of the page.
-    """
-    for name, rows in (("runs", _run_rows), ("frontier", _frontier_rows), ("edges", _edge_rows)):
-        _write_csv(groups, folder / f"{name}.csv", rows)
+    """Write runs.csv, frontier.csv, edges.csv, plots, consensus/ and report.html into a folder."""
+    _write_csv(groups, folder / "runs.csv", _run_rows)
+    _write_csv(groups, folder / "frontier.csv", _frontier_rows)
+    _write_csv(groups, folder / "edges.csv", _edge_rows)
     names = [_file_name(group.task, group.model, group.ablation) for group in groups]
     sections = [Section(notes=[NOTE])]
     for number, (group, name) in enumerate(zip(groups, names, strict=True), 1):
@@ -287,9 +279,7 @@ def _file_name(*parts: str) -> str:
 
 
 def _write_csv(
-    groups: Sequence[Group],
-    path: Path,
-    rows_of: Callable[[Group, Point], Iterable[dict[str, Any]]],
+    groups: Sequence[Group], path: Path, rows_of: Callable[[Group, Point], Iterator[dict[str, Any]]]
 ) -> None:
     """Write the rows of every point, each with what identifies the point."""
     rows = []
