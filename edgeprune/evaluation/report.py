@@ -55,8 +55,8 @@ class RunRecord:
         settings: flattened settings, such as {'trainer.steps': 600}.
         evaluations: `Evaluation.to_dict()` by split, all of this circuit, model, data and ablation.
         digests: SHA-256 of its `model` and `data`.
-        distinguishing: names of the settings that tell experiments apart. `SIZE`, `seed` and the
-            name and path of model and task have a meaning of their own and are ignored here.
+        distinguishing: names of the settings that tell experiments apart; `SIZE` and `seed` never
+            do, and paths of models and data do if their digests differ.
         folder: its directory; consensus circuits refer to it.
     """
 
