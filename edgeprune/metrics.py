@@ -1,10 +1,8 @@
-"""Metrics as functions of logits, and the one table of them.
+"""Metrics as functions of logits, and the one table of them, `METRICS`.
 
 Logits are [predicted, vocabulary], one row per predicted token; `Batch` says which example each row
 belongs to. Compiled transformers output values instead of logits (see `Output`).
-
-To add a metric, add an entry to `METRICS`, and a field to `ExampleMetrics` if none has what it
-needs. Summaries, tables, plots and files are made from the table.
+Summaries, tables, plots and files of an evaluation are made from the table.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from edgeprune.prompts import Batch
 
 SAME_NUMBER = 1e-3
 """Numeric outputs that differ by at most this much count as the same answer."""
-MAX_DECIMALS = 6
-"""Metrics without a fixed format are shown with at most this many decimals."""
 
 
 class Output(Enum):
@@ -41,19 +37,11 @@ class Output(Enum):
     number = "number"
 
 
-# ----------------------------------------------------------------------- distances of two outputs
-
-
 def kl_per_token(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference || circuit) per predicted token, in nats, [predicted]."""
     log_p = torch.log_softmax(reference.float(), -1)
     log_q = torch.log_softmax(logits.float(), -1)
     return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-def error_per_token(reference: Tensor, outputs: Tensor) -> Tensor:
-    """Largest absolute difference over the columns, [predicted]."""
-    return (reference.float() - outputs.float()).abs().amax(-1)
 
 
 def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
@@ -82,30 +70,38 @@ def faithfulness(
     return (kl_per_token(reference, outputs) * batch.shares).sum() / len(batch.pairs)
 
 
-def mean_by_example(values: Tensor, batch: Batch) -> Tensor:
-    """[predicted] -> [batch], the mean over each example's predicted tokens."""
-    zeros = values.new_zeros(len(batch.clean_ids))
-    return zeros.index_add(0, batch.rows, values * batch.shares)
+def distance_by_example(
+    batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
+) -> Tensor:
+    """The distance from the full model on each example, [batch]; 0 is best.
+
+    For logits, the mean of `kl_per_token`. For values, the largest absolute difference.
+    """
+    if output is not Output.logits:
+        errors = (reference.float() - outputs.float()).abs().amax(-1)
+        return _reduce_by_example(errors, batch, "amax")
+    kl = kl_per_token(reference, outputs) * batch.shares
+    return kl.new_zeros(len(batch.pairs)).index_add(0, batch.rows, kl)
 
 
-# ----------------------------------------------------------------------------------- per example
+def _reduce_by_example(values: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """[predicted] -> [batch], the `amax` or `amin` of each example's predicted tokens."""
+    empty = values.new_empty(len(batch.pairs))
+    return empty.scatter_reduce(0, batch.rows, values, reduction, include_self=False)
 
 
 @dataclass(frozen=True)
 class ExampleMetrics:
-    """How one model does on each example; every tensor is [example].
+    """How one model does on each example; every tensor is [example], on the CPU.
 
     Attributes:
-        kl: KL from the reference in nats per predicted token; NaN if outputs are values.
-        error: largest absolute difference from the reference; NaN if outputs are logits.
-        exact_match: whether every most likely token is the reference's.
-        correct: whether every most likely token is the target, or belongs to another right answer.
+        kl, error: `distance_by_example` of logits and of values; the other one is NaN.
+        exact_match: 1 if every most likely token is the reference's, else 0.
+        correct: 1 if every most likely token is the target or belongs to another right answer.
         logit_difference: log-sum-exp of the answers' logits minus that of the distractors', at the
             token where they differ; NaN without distractors.
-        probability_difference: probability of the answers minus that of the distractors, at the
-            same token; NaN without distractors.
-        predicted: the most likely tokens of each example, [predicted]; if outputs are numbers, the
-            numbers.
+        probability_difference: the same for the sums of their probabilities.
+        predicted: [predicted] per example, the most likely tokens, or the numbers output.
     """
 
     kl: Tensor
@@ -118,54 +114,41 @@ class ExampleMetrics:
 
     @classmethod
     def concatenate(cls, batches: Sequence[ExampleMetrics]) -> ExampleMetrics:
-        """The examples of several batches, in order, on the CPU."""
-        names = [field.name for field in fields(cls) if field.name != "predicted"]
-        return cls(
-            **{
-                name: torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in names
-            },
-            predicted=tuple(tokens for batch in batches for tokens in batch.predicted),
-        )
+        """The examples of several batches, in order."""
+        parts = {field.name: [getattr(b, field.name) for b in batches] for field in fields(cls)}
+        predicted = sum(parts.pop("predicted"), ())
+        return cls(**{k: torch.cat(v) for k, v in parts.items()}, predicted=predicted)
 
 
 def measure(
     batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
 ) -> ExampleMetrics:
-    """Compare a model's outputs with the reference's and with the right answers.
+    """Compare a model's outputs with the full model's on the clean prompts and the right answers.
 
     Args:
-        batch: the prompts.
-        reference: [predicted, vocabulary], outputs of the full model on the clean prompts.
-        outputs: [predicted, vocabulary], outputs of the model to be measured.
+        reference, outputs: [predicted, vocabulary], of the full model and of the model to measure.
         output: the kind of both.
     """
     if output is Output.number:
-        predicted, target = outputs[:, 0], batch.target_values
-        correct = ((predicted - target).abs() <= SAME_NUMBER) | target.isnan()
-        same = (predicted - reference[:, 0]).abs() <= SAME_NUMBER
+        predicted, expected, target = outputs[:, 0], reference[:, 0], batch.target_values
+        correct = target.isnan()  # any output is right where the target is unknown
     else:
-        predicted, target = outputs.argmax(-1), batch.target_ids
-        correct = (predicted == target) | (target < 0)
-        same = predicted == reference.argmax(-1)
-    kl = error = torch.full((len(batch.pairs),), math.nan)
-    differences = torch.full((len(batch.pairs), 2), math.nan)
+        predicted, expected, target = outputs.argmax(-1), reference.argmax(-1), batch.target_ids
+        correct = target < 0
+    same = (predicted - expected).abs() <= SAME_NUMBER  # for tokens: equal
+    correct |= (predicted - target).abs() <= SAME_NUMBER
+    distance = distance_by_example(batch, reference, outputs, output).cpu().double()
+    unknown = torch.full_like(distance, math.nan)
     if output is Output.logits:
-        kl = mean_by_example(kl_per_token(reference, outputs), batch)
         correct |= _belongs_to_another_answer(predicted, batch)
-        differences = _answers_minus_distractors(outputs, batch)
+        kl, error, differences = distance, unknown, _answers_minus_distractors(outputs, batch)
     else:
-        zeros = torch.zeros(len(batch.pairs), device=outputs.device)
-        error = error_per_token(reference, outputs)
-        error = zeros.scatter_reduce(0, batch.rows, error, "amax")
-    return ExampleMetrics(
-        kl=kl,
-        error=error,
-        exact_match=_all_by_example(same, batch),
-        correct=_all_by_example(correct, batch),
-        logit_difference=differences[:, 0],
-        probability_difference=differences[:, 1],
-        predicted=predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs]),
+        kl, error, differences = unknown, distance, (unknown, unknown)
+    exact_match, correct = (
+        _reduce_by_example(flags.float(), batch, "amin").cpu().double() for flags in (same, correct)
     )
+    predicted = predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs])
+    return ExampleMetrics(kl, error, exact_match, correct, *differences, predicted)
 
 
 def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
@@ -179,52 +162,16 @@ def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
 
 
 def _answers_minus_distractors(logits: Tensor, batch: Batch) -> Tensor:
-    """[example, 2], difference in logits and in probability; NaN without distractors."""
+    """[2, example], difference in logits and in probability; NaN without distractors."""
     at_contrast = logits[batch.contrasts].float().cpu()  # one transfer for all examples
-    differences = torch.full((len(batch.pairs), 2), math.nan)
-    for row, (pair, values) in enumerate(zip(batch.pairs, at_contrast, strict=True)):
+    differences = torch.full((2, len(batch.pairs)), math.nan)
+    for i, (pair, values) in enumerate(zip(batch.pairs, at_contrast, strict=True)):
         if pair.distractor_ids:
             answers, distractors = list(pair.answer_ids), list(pair.distractor_ids)
-            differences[row, 0] = values[answers].logsumexp(0) - values[distractors].logsumexp(0)
+            differences[0, i] = values[answers].logsumexp(0) - values[distractors].logsumexp(0)
             probabilities = values.softmax(-1)
-            differences[row, 1] = probabilities[answers].sum() - probabilities[distractors].sum()
+            differences[1, i] = probabilities[answers].sum() - probabilities[distractors].sum()
     return differences
-
-
-def _all_by_example(flags: Tensor, batch: Batch) -> Tensor:
-    """[predicted] -> [batch], whether all of an example's flags are true."""
-    return mean_by_example((~flags).float(), batch) == 0
-
-
-# -------------------------------------------------------------------------------------- the table
-
-
-def _mean(values: Tensor, full: Tensor, empty: Tensor) -> float:
-    return values.mean().item()
-
-
-def _mean_with_distractors(values: Tensor, full: Tensor, empty: Tensor) -> float:
-    return values.nanmean().item()
-
-
-def _mean_not_negative(values: Tensor, full: Tensor, empty: Tensor) -> float:
-    return values.mean().clamp(min=0).item()  # rounding errors make a KL of 0 negative
-
-
-def _standard_error(values: Tensor, full: Tensor, empty: Tensor) -> float:
-    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
-
-
-def _recovered(values: Tensor, full: Tensor, empty: Tensor) -> float:
-    mean, upper, lower = (x.nanmean().item() for x in (values, full, empty))
-    return (mean - lower) / (upper - lower) if upper != lower else math.nan
-
-
-def _two_way(examples: ExampleMetrics) -> Tensor:
-    difference = examples.logit_difference
-    return torch.heaviside(difference, torch.tensor(0.5)).double().where(
-        ~difference.isnan(), math.nan
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,12 +179,10 @@ class Metric:
     """An entry of `METRICS`.
 
     Attributes:
-        name: key in `Metrics` and in files.
-        label: short name in tables.
+        name, label: key in `Metrics` and in files, and short name in tables.
         description: what it measures, with its unit; also the label of an axis.
-        values: function from `ExampleMetrics` to [example]; NaN where it does not apply.
-        summary: function from the values of a model, of the full model and of the empty circuit to
-            the metric over all examples.
+        summary: the metric over all examples, given those of the model, of the full model and of
+            the empty circuit.
         better: direction of better circuits; None if the metric does not rank circuits.
         format: format specification, or "" for three significant digits.
         needs_distractors: whether it covers only examples with distractors.
@@ -247,69 +192,62 @@ class Metric:
     name: str
     label: str
     description: str
-    values: Callable[[ExampleMetrics], Tensor]
-    summary: Callable[[Tensor, Tensor, Tensor], float] = _mean
+    summary: Callable[[ExampleMetrics, ExampleMetrics, ExampleMetrics], float]
     better: Literal["lower", "higher"] | None = "higher"
     format: str = ""
     needs_distractors: bool = False
     headline: bool = False
 
-    def text(self, value: float | None, like: float | None = None) -> str:
-        """The value as text; with as many decimals as `like` gets, if given; "–" for no value."""
+    def text(self, value: float | None) -> str:
+        """The value in this format; "–" for no value."""
         if value is None or math.isnan(value):
             return "–"
-        like = abs(value if like is None else like)
-        decimals = 2 - math.floor(math.log10(like)) if like >= 0.1**MAX_DECIMALS else 0
-        return f"{value:{self.format or f'.{min(max(decimals, 0), MAX_DECIMALS)}f'}}"
+        decimals = 2 - math.floor(math.log10(abs(value))) if abs(value) >= 1e-6 else 0
+        return f"{value:{self.format or f'.{min(max(decimals, 0), 6)}f'}}"
+
+
+def _kl_standard_error(model: ExampleMetrics, *_: ExampleMetrics) -> float:
+    return model.kl.std().item() / len(model.kl) ** 0.5 if len(model.kl) > 1 else math.nan
+
+
+def _two_way_accuracy(model: ExampleMetrics, *_: ExampleMetrics) -> float:
+    differences = model.logit_difference[~model.logit_difference.isnan()].double()
+    return torch.heaviside(differences, differences.new_tensor(0.5)).mean().item()
+
+
+def _recovered(*models: ExampleMetrics) -> float:
+    mean, upper, lower = (model.logit_difference.nanmean().item() for model in models)
+    return (mean - lower) / (upper - lower) if upper != lower else math.nan
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric(
-            "kl", "KL", "KL from the full model (nats per token)",
-            values=lambda examples: examples.kl.double(), summary=_mean_not_negative,
-            better="lower", headline=True,
-        ),
-        Metric(
-            "kl_standard_error", "standard error of KL", "standard error of the mean KL",
-            values=lambda examples: examples.kl.double(), summary=_standard_error, better=None,
-        ),
-        Metric(
-            "error", "error", "largest difference from the full model",
-            values=lambda examples: examples.error.double(), better="lower", headline=True,
-        ),
-        Metric(
-            "exact_match", "exact match", "fraction with the full model's prediction",
-            values=lambda examples: examples.exact_match.double(), format=".3f", headline=True,
-        ),
-        Metric(
-            "accuracy", "accuracy", "fraction with a correct prediction",
-            values=lambda examples: examples.correct.double(), format=".3f", headline=True,
-        ),
-        Metric(
-            "two_way_accuracy", "two-way accuracy",
-            "fraction whose answers are likelier than distractors (a tie counts half)",
-            values=_two_way, summary=_mean_with_distractors, format=".3f", needs_distractors=True,
-        ),
-        Metric(
-            "logit_difference", "logit difference",
-            "log-sum-exp of the answers' logits minus that of the distractors'",
-            values=lambda examples: examples.logit_difference, summary=_mean_with_distractors,
-            needs_distractors=True,
-        ),
-        Metric(
-            "logit_difference_recovered", "logit difference recovered",
-            "logit difference on a scale from the empty circuit (0) to the full model (1)",
-            values=lambda examples: examples.logit_difference, summary=_recovered, format=".3f",
-            needs_distractors=True,
-        ),
-        Metric(
-            "probability_difference", "probability difference",
-            "probability of the answers minus that of the distractors",
-            values=lambda examples: examples.probability_difference,
-            summary=_mean_with_distractors, format=".3f", needs_distractors=True,
-        ),
+        Metric("kl", "KL", "KL from the full model (nats per token)",
+               # Rounding errors make a KL of 0 negative.
+               lambda model, *_: model.kl.mean().clamp(min=0).item(),
+               better="lower", headline=True),
+        Metric("kl_standard_error", "standard error of KL", "standard error of the mean KL",
+               _kl_standard_error, better=None),
+        Metric("error", "error", "largest difference from the full model",
+               lambda model, *_: model.error.mean().item(), better="lower", headline=True),
+        Metric("exact_match", "exact match", "fraction with the full model's prediction",
+               lambda model, *_: model.exact_match.mean().item(), format=".3f", headline=True),
+        Metric("accuracy", "accuracy", "fraction with a correct prediction",
+               lambda model, *_: model.correct.mean().item(), format=".3f", headline=True),
+        Metric("two_way_accuracy", "two-way accuracy",
+               "fraction whose answers are likelier than distractors (a tie counts half)",
+               _two_way_accuracy, format=".3f", needs_distractors=True),
+        Metric("logit_difference", "logit difference",
+               "log-sum-exp of the answers' logits minus that of the distractors'",
+               lambda model, *_: model.logit_difference.nanmean().item(), needs_distractors=True),
+        Metric("logit_difference_recovered", "logit difference recovered",
+               "logit difference on a scale from the empty circuit (0) to the full model (1)",
+               _recovered, format=".3f", needs_distractors=True),
+        Metric("probability_difference", "probability difference",
+               "probability of the answers minus that of the distractors",
+               lambda model, *_: model.probability_difference.nanmean().item(), format=".3f",
+               needs_distractors=True),
     )
 }  # fmt: skip
 """All metrics, by name, in the order in which they are shown."""
@@ -323,26 +261,11 @@ class Metrics(dict[str, float]):
     """
 
     def __getattr__(self, name: str) -> float:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"unknown metric {name!r}; choose {', '.join(self)}") from None
-
-    def __repr__(self) -> str:
-        return f"Metrics({', '.join(f'{name}={value:.4g}' for name, value in self.items())})"
+        if name not in self:
+            raise AttributeError(f"unknown metric {name!r}; choose {', '.join(self)}")
+        return self[name]
 
     @classmethod
-    def of(cls, examples: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Metrics:
-        """Summarise a model's examples.
-
-        Args:
-            examples: the model's.
-            full, empty: those of the full model and of the empty circuit, on the same prompts.
-        """
-        models = (examples, full, empty)
-        return cls({name: m.summary(*map(m.values, models)) for name, m in METRICS.items()})
-
-    @classmethod
-    def mean(cls, several: Sequence[Metrics]) -> Metrics:
-        """The mean of each metric over several models."""
-        return cls({name: sum(m[name] for m in several) / len(several) for name in METRICS})
+    def of(cls, model: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Metrics:
+        """Summarise a model's examples, given those of the full model and the empty circuit."""
+        return cls({name: m.summary(model, full, empty) for name, m in METRICS.items()})

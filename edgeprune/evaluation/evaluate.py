@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.table import Table
 from edgeprune.metrics import METRICS, ExampleMetrics, Metrics, Output, measure
-from edgeprune.prompts import Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, iterate_batches
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Evaluation:
         circuit, full, empty: the circuit, the full model, and the empty circuit.
         head_permuted: mean over the same circuit between other heads, or None if not measured.
         worst: the example on which the circuit is least faithful.
-        num_examples: number of prompts.
-        num_with_distractors: number of prompts with distractors.
+        num_examples, num_with_distractors: number of prompts, and of those with distractors.
         num_edges, sparsity: size of the circuit.
     """
 
@@ -58,7 +57,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; NaN becomes None."""
-        return _nan_to_none(asdict(self))
+        return json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
 
 
 @torch.no_grad()
@@ -74,12 +73,8 @@ def evaluate(
     """Measure how much of the model's behaviour a circuit keeps.
 
     Args:
-        model: the model in which the circuit was found.
-        circuit: the edges to keep; all others are ablated.
-        pairs: prompts.
         ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
             `mean` (over `pairs`, per position).
-        batch_size: pairs per forward pass.
         head_permuted: number of head-permuted circuits to measure too, with seeds 0, 1, ...
 
     Raises:
@@ -92,16 +87,19 @@ def evaluate(
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
-    empty = Circuit(model.graph, frozenset())
+    batches = list(iterate_batches(pairs, batch_size))
     permuted = [circuit.head_permuted(seed) for seed in range(head_permuted)]
-    full, *others = _run(model, [circuit, empty, *permuted], pairs, ablation, batch_size)
-    metrics = [Metrics.of(examples, full, others[1]) for examples in (full, *others)]
+    circuits = [circuit, Circuit(model.graph, frozenset()), *permuted]
+    examples = _run(model, circuits, batches, ablation)
+    full, of_circuit, empty, *_ = examples
+    metrics = [Metrics.of(each, full, empty) for each in examples]
+    mean = {name: sum(m[name] for m in metrics[3:]) / max(head_permuted, 1) for name in METRICS}
     return Evaluation(
-        circuit=metrics[1],
         full=metrics[0],
+        circuit=metrics[1],
         empty=metrics[2],
-        head_permuted=Metrics.mean(metrics[3:]) if permuted else None,
-        worst=_worst_example(model, pairs, others[0], full, batch_size),
+        head_permuted=Metrics(mean) if permuted else None,
+        worst=_worst_example(model, batches, of_circuit, full),
         num_examples=len(pairs),
         num_edges=len(circuit),
         sparsity=circuit.sparsity,
@@ -110,16 +108,12 @@ def evaluate(
 
 
 def _run(
-    model: CircuitModel,
-    circuits: Sequence[Circuit],
-    pairs: Sequence[Pair],
-    ablation: Ablation,
-    batch_size: int,
+    model: CircuitModel, circuits: Sequence[Circuit], batches: Sequence[Batch], ablation: Ablation
 ) -> list[ExampleMetrics]:
-    """Measure the full model and then each circuit, in the order of `iterate_batches`."""
+    """Measure the full model and then each circuit."""
     gates = [torch.tensor(c.mask(), dtype=torch.float32, device=model.device) for c in circuits]
     parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
-    for batch in iterate_batches(pairs, batch_size):
+    for batch in batches:
         batch = batch.to(model.device)
         reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
         values = ablation.values(batch, corrupted)
@@ -131,16 +125,11 @@ def _run(
 
 
 def _worst_example(
-    model: CircuitModel,
-    pairs: Sequence[Pair],
-    circuit: ExampleMetrics,
-    full: ExampleMetrics,
-    batch_size: int,
+    model: CircuitModel, batches: Sequence[Batch], circuit: ExampleMetrics, full: ExampleMetrics
 ) -> WorstExample:
     worst = int((circuit.kl if model.output is Output.logits else circuit.error).argmax())
-    texts = [pair.text for batch in iterate_batches(pairs, batch_size) for pair in batch.pairs]
     return WorstExample(
-        text=texts[worst],
+        text=[pair.text for batch in batches for pair in batch.pairs][worst],
         kl=circuit.kl[worst].clamp(min=0).item(),
         error=circuit.error[worst].item(),
         full_prediction=_decode(model, full.predicted[worst]),
@@ -153,15 +142,6 @@ def _decode(model: CircuitModel, predicted: Tensor) -> str:
     if model.output is Output.number:
         return " ".join(f"{number:.4g}" for number in predicted.tolist())
     return "" if model.tokenizer is None else model.tokenizer.decode(predicted.tolist())
-
-
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------------------------- for the reader
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
@@ -187,32 +167,13 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
 
 def describe(evaluation: Evaluation, circuit: Circuit) -> str:
     """Describe in a few sentences how well a circuit does and what it consists of."""
-    permuted = evaluation.head_permuted
+    graph, connected = circuit.graph, circuit.without_dangling()
+    kinds = [node[0] for node in connected.nodes]
     return (
-        f"The circuit has {len(circuit):,} of {circuit.graph.num_edges:,} edges and gives the full "
-        f"model's answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit "
-        f"does so on {evaluation.empty.exact_match:.1%}"
-        + (f", head-permuted circuits on {permuted.exact_match:.1%}" if permuted else "")
-        + f". The full model is right on {evaluation.full.accuracy:.1%}. "
-        + _describe_structure(circuit.without_dangling())
-    )
-
-
-def _describe_structure(connected: Circuit) -> str:
-    """Describe a circuit without dangling edges."""
-    if not len(connected):
-        return "None of its edges lies on a path from the input to the output."
-    graph = connected.graph
-    edges_at = Counter(writer for writer, _ in connected.edges)
-    for _, reader in connected.edges:
-        edges_at.update(connected.nodes_fed_by(reader))
-    kinds = Counter(node[0] for node in connected.nodes)
-    busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(4))
-    last = [writer for writer, reader in connected.edges if reader == "resid_post"]
-    more = f" and {len(last) - 8} more" if len(last) > 8 else ""
-    return (
-        f"{len(connected):,} of its edges lie on paths from the input to the output, through "
-        f"{kinds['a']} of {graph.num_layers * graph.num_heads} heads and {kinds['m']} of "
-        f"{graph.num_layers} MLPs. The output reads from {', '.join(last[:8])}{more}; the nodes "
-        f"with the most edges are {busiest}."
+        f"The circuit has {len(circuit):,} of {graph.num_edges:,} edges and gives the full model's "
+        f"answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit does so "
+        f"on {evaluation.empty.exact_match:.1%}. The full model is right on "
+        f"{evaluation.full.accuracy:.1%}. Of the edges {len(connected):,} lie on paths from the "
+        f"input to the output, through {kinds.count('a')} of {graph.num_layers * graph.num_heads} "
+        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs."
     )

@@ -1,24 +1,32 @@
 """Sum up many runs: frontiers of size against faithfulness, and stability over seeds.
 
-Runs with the same task, model and ablation form a group. Within a group, runs whose settings differ
-only in seed and requested size form a series, which is one curve. Within a series, runs with the
-same requested size form a point, whose spread is over seeds.
+Runs with the same task, model and ablation form a group, which is one plot. Within a group, runs
+whose settings differ only in seed and requested size form a series, which is one curve. Within a
+series, runs with the same requested size form a point, whose spread is over seeds.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
+import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from edgeprune.circuit import Circuit
-from edgeprune.evaluation.compare import Overlap, consensus
+from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
+from edgeprune.drawing.page import Picture, Section
+from edgeprune.errors import GraphvizMissing
+from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.table import Table
+from edgeprune.files import write_text
+from edgeprune.formats import write_circuit
 from edgeprune.metrics import METRICS, Metric
 from edgeprune.prompts import SPLITS
 
@@ -26,12 +34,17 @@ log = logging.getLogger("edgeprune")
 
 SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
 """Settings that request a size."""
-REPORTED = tuple(metric for metric in METRICS.values() if metric.better)
+REPORTED = [metric for metric in METRICS.values() if metric.better]
 """The metrics that rank circuits."""
-HEADLINES = tuple(metric for metric in REPORTED if metric.headline)
+HEADLINES = [metric for metric in REPORTED if metric.headline]
 """The metrics of plots and of the console's tables."""
-BASELINES = {"full": "full model", "empty": "empty circuit"}
-"""Models in an evaluation to compare circuits with, and their labels."""
+DESCRIPTIONS = "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED)
+NOTE = (
+    "Lines and numbers are means over seeds; bands and the ranges in brackets go from the lowest "
+    "seed to the highest. Edge IoU is the intersection over union of the edges of two seeds, "
+    f"averaged over all pairs of seeds. {DESCRIPTIONS}."
+)
+"""What the page begins with."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,11 @@ class RunRecord:
     """A finished run.
 
     Attributes:
-        name: name of its directory.
         settings: flattened settings, such as {'trainer.steps': 600}.
-        circuit: the circuit it found.
         evaluations: `Evaluation.to_dict()` by split, all of this circuit, model, data and ablation.
         digests: SHA-256 of its `model` and `data`.
-        distinguishing: names of the settings that tell experiments apart. `SIZE`, `seed` and the
-            name and path of model and task have a meaning of their own and are ignored here.
+        distinguishing: names of the settings that tell experiments apart; `SIZE` and `seed` never
+            do, and paths of models and data do if their digests differ.
         folder: its directory; consensus circuits refer to it.
     """
 
@@ -57,22 +68,8 @@ class RunRecord:
     distinguishing: Set[str] = frozenset()
     folder: Path | None = None
 
-    @property
-    def size(self) -> tuple:
-        """The requested size, one value per setting in `SIZE`."""
-        return tuple(self.settings.get(key) for key in SIZE)
 
-    @property
-    def seed(self) -> int | None:
-        return self.settings.get("seed")
-
-    def metric(self, split: str | None, model: str, name: str) -> float | None:
-        """A metric of the `circuit`, `full` model or `empty` circuit; None if not measured."""
-        return (self.evaluations.get(split or "", {}).get(model) or {}).get(name)
-
-
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Mean, minimum and maximum of a number over seeds."""
 
     mean: float
@@ -83,73 +80,42 @@ class Spread:
     def of(cls, values: Iterable[float | None]) -> Spread | None:
         """The spread of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
-        return cls(sum(known) / len(known), min(known), max(known)) if known else None
-
-    def text(self, format: Callable[[float], str], ranges: bool) -> str:
-        """Such as '0.061 (0.055–0.070)', or the mean alone."""
-        mean, low, high = map(format, (self.mean, self.low, self.high))
-        return f"{mean} ({low}–{high})" if ranges and low != high else mean
+        return cls(fmean(known), min(known), max(known)) if known else None
 
 
-@dataclass(frozen=True)
+def _spreads(evaluations: Iterable[Mapping[str, Any]], model: str) -> dict[str, Spread | None]:
+    """The spread of each metric of the `circuit`, the `full` model or the `empty` circuit."""
+    return {name: Spread.of(e[model].get(name) for e in evaluations) for name in METRICS}
+
+
 class Point:
     """The runs of a series with the same requested size.
 
     Attributes:
+        requested: the size, as text.
         runs: sorted by seed.
-        split: the split whose evaluations are shown.
-        requested: the requested size as text.
+        evaluations: those on the split, of the runs that have one.
+        spreads: `num_edges` and every metric over runs, and `edge_iou` and `node_iou` over pairs of
+            runs; None where nothing was measured.
     """
 
-    runs: tuple[RunRecord, ...]
-    split: str | None
-    requested: str
-
-    @property
-    def num_evaluated(self) -> int:
-        return sum(self.split in run.evaluations for run in self.runs)
-
-    @property
-    def num_edges(self) -> Spread:
-        return Spread.of(len(run.circuit) for run in self.runs)
-
-    def spread(self, name: str) -> Spread | None:
-        """Spread of a metric over runs, or of `edge_iou` or `node_iou` over pairs of runs."""
-        if name in ("edge_iou", "node_iou"):
-            return Spread.of(getattr(overlap, name) for overlap in self.overlaps.values())
-        return Spread.of(run.metric(self.split, "circuit", name) for run in self.runs)
-
-    @cached_property
-    def overlaps(self) -> dict[tuple[str, str], Overlap]:
-        """Overlap of the circuits of each pair of runs, by their names."""
-        return {
-            (a.name, b.name): Overlap.of(a.circuit, b.circuit)
-            for a, b in combinations(self.runs, 2)
-        }
-
-    @cached_property
-    def consensus(self) -> Circuit:
-        """The edges that more than half of the runs keep."""
-        return consensus([run.circuit for run in self.runs])
-
-
-@dataclass(frozen=True)
-class Series:
-    """One curve: its points, largest circuits first, and the settings that set it apart."""
-
-    name: str
-    points: tuple[Point, ...]
+    def __init__(self, requested: str, runs: Sequence[RunRecord], split: str | None) -> None:
+        self.requested = requested
+        self.runs = runs
+        self.evaluations = [run.evaluations[split] for run in runs if split in run.evaluations]
+        self.spreads = _spreads(self.evaluations, "circuit")
+        self.spreads["num_edges"] = Spread.of(len(run.circuit) for run in runs)
+        overlaps = [overlap(a.circuit, b.circuit) for a, b in combinations(runs, 2)]
+        for name in ("edge_iou", "node_iou"):
+            self.spreads[name] = Spread.of(pair[name] for pair in overlaps)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are shown in one plot.
+    """Runs of one task, model, ablation and graph.
 
-    Attributes:
-        task, model, ablation: what they have in common.
-        num_edges: number of edges of the whole graph.
-        split: the split whose evaluations are shown; None if no run has been evaluated.
-        series: the curves.
+    `split` is the one whose evaluations are shown; None if no run has been evaluated. `series` maps
+    the settings that set a series apart, as text, to its points, the largest circuits first.
     """
 
     task: str
@@ -157,166 +123,263 @@ class Group:
     ablation: str
     num_edges: int
     split: str | None
-    series: tuple[Series, ...]
-
-    @property
-    def title(self) -> str:
-        return f"{self.task} in {self.model}, {self.ablation} ablation"
+    series: Mapping[str, Sequence[Point]]
 
     @property
     def points(self) -> list[Point]:
-        return [point for series in self.series for point in series.points]
+        return [point for points in self.series.values() for point in points]
 
     @property
     def runs(self) -> list[RunRecord]:
         return [run for point in self.points for run in point.runs]
 
     @property
-    def evaluated(self) -> bool:
-        """Whether any run has been evaluated on the split."""
-        return any(self.split in run.evaluations for run in self.runs)
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        return [evaluation for point in self.points for evaluation in point.evaluations]
 
     @property
-    def prompts(self) -> str:
-        """Which evaluations are shown, as text."""
-        if not self.evaluated:
-            return f"not evaluated on {self.split} prompts" if self.split else "not evaluated"
-        shown = [run.evaluations.get(self.split, {}) for run in self.runs]
-        trained_on = any(evaluation.get("training_prompts") for evaluation in shown)
-        return f"{self.split} prompts" + (", including training prompts" if trained_on else "")
+    def title(self) -> str:
+        """What is shown, and on which prompts."""
+        prompts = f"{self.split} prompts" if self.evaluations else "not evaluated"
+        if any(evaluation.get("training_prompts") for evaluation in self.evaluations):
+            prompts += ", including training prompts"
+        return f"{self.task} in {self.model}, {self.ablation} ablation: {prompts}"
 
-    def baseline(self, model: str, metric: str) -> float | None:
-        """A metric of the `full` model or the `empty` circuit, averaged over runs."""
-        spread = Spread.of(run.metric(self.split, model, metric) for run in self.runs)
-        return spread and spread.mean
+    def baselines(self) -> dict[str, dict[str, Spread | None]]:
+        """Size and metrics of the full model and the empty circuit, by label."""
+        full, empty = (_spreads(self.evaluations, model) for model in ("full", "empty"))
+        full["num_edges"], empty["num_edges"] = Spread.of([self.num_edges]), Spread.of([0])
+        return {"full model": full, "empty circuit": empty}
 
-    def has(self, metric: Metric) -> bool:
-        """Whether a metric has been measured for any circuit."""
-        return any(point.spread(metric.name) for point in self.points)
+    def measured(self, metrics: Sequence[Metric]) -> list[Metric]:
+        """Those of the metrics that were measured."""
+        return [m for m in metrics if any(point.spreads[m.name] for point in self.points)]
 
 
 def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Group]:
     """Sort runs into groups, series and points.
 
     Args:
-        runs: all runs.
         split: whose evaluations are shown; None for the most frequent split of each group.
     """
-    tasks, models = _titles(runs, "task", "data"), _titles(runs, "model", "model")
     members = defaultdict(list)
-    for run, task, model in zip(runs, tasks, models, strict=True):
-        ablation = run.settings.get("ablation.kind", "")
-        members[task, model, ablation, run.circuit.graph].append(run)
+    for run in runs:
+        names = (_title(run, "task"), _title(run, "model"), run.settings.get("ablation.kind", ""))
+        members[*names, run.circuit.graph].append(run)
     groups = []
     for (*names, graph), some in sorted(members.items(), key=lambda item: str(item[0])):
-        shown = split or _most_frequent_split(some)
+        counts = Counter(name for run in some for name in run.evaluations)
+        shown = split or (max(reversed(SPLITS), key=counts.__getitem__) if counts else None)
         groups.append(Group(*names, graph.num_edges, shown, _series(some, shown)))
     return groups
 
 
-def _titles(runs: Sequence[RunRecord], part: str, digest: str) -> list[str]:
-    """The name of each run's `task` or `model`.
-
-    A custom one is named after its file or folder. Different ones of the same name show the start
-    of their digests, except that generated data differ by seed, and models by dtype and bits.
-    """
-    keys, digests = [], defaultdict(set)
-    for run in runs:
-        name, path = (run.settings.get(f"{part}.{key}") for key in ("name", "path"))
-        if name == "custom" and path:
-            name = Path(path).stem if part == "task" else Path(path).name
-        dtype = (run.settings.get("model.dtype"), run.settings.get("model.bits"))
-        keys.append((name or "", part == "task" and not path, dtype))
-        digests[keys[-1]].add(run.digests[digest])
-    titles = []
-    for (name, is_generated, dtype), run in zip(keys, runs, strict=True):
-        is_ambiguous = not is_generated and len(digests[name, is_generated, dtype]) > 1
-        titles.append(f"{name} ({run.digests[digest][:8]})" if is_ambiguous else name)
-    return titles
+def _title(run: RunRecord, part: str) -> str:
+    """The name of a run's `task` or `model`; a custom one is named after its file or folder."""
+    name, path = (run.settings.get(f"{part}.{key}") for key in ("name", "path"))
+    return Path(path).name.removesuffix(".jsonl") if name == "custom" and path else name or ""
 
 
-def _most_frequent_split(runs: Sequence[RunRecord]) -> str | None:
-    counts = Counter(split for run in runs for split in run.evaluations)
-    return max(reversed(SPLITS), key=lambda split: counts[split]) if counts else None
-
-
-def _series(runs: Sequence[RunRecord], split: str | None) -> tuple[Series, ...]:
-    own_meaning = {*SIZE, "seed", "model.name", "model.path", "task.name"}
-    keys = {"task.path", *(key for run in runs for key in run.distinguishing)} - own_meaning
-    keys = sorted(key for key in keys if len({_setting_text(run, key) for run in runs}) > 1)
+def _series(runs: Sequence[RunRecord], split: str | None) -> dict[str, list[Point]]:
+    keys = set().union(*(run.distinguishing for run in runs)) - {*SIZE, "seed"}
+    keys = (keys - {"task.name", "model.name"}) | {"task.path", "model.path"}
+    keys = sorted(key for key in keys if len({_setting(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.seed or 0, run.name)):
-        name = ", ".join(f"{key}={_setting_text(run, key)}" for key in keys)
-        members[name][run.size].append(run)
-    series = []
-    for name, by_size in sorted(members.items()):
-        points = [Point(tuple(some), split, _size_text(size, by_size))
-                  for size, some in by_size.items()]  # fmt: skip
-        series.append(Series(name, tuple(sorted(points, key=lambda p: -p.num_edges.mean))))
-    for point in (point for one in series for point in one.points):
-        if len({run.seed for run in point.runs}) < len(point.runs):
-            names = ", ".join(run.name for run in point.runs)
-            log.warning("%s: runs of the same seed count as several seeds: %s; leave out copies",
-                        point.requested, names)  # fmt: skip
-    return tuple(series)
+    for run in sorted(runs, key=lambda run: (run.settings.get("seed") or 0, run.name)):
+        name = ", ".join(f"{key}={_setting(run, key)}" for key in keys)
+        members[name][tuple(map(run.settings.get, SIZE))].append(run)
+    series = {}
+    for name, sizes in sorted(members.items()):
+        points = [Point(_size(size, sizes), some, split) for size, some in sizes.items()]
+        series[name] = sorted(points, key=lambda point: -point.spreads["num_edges"].mean)
+        for point in points:
+            if len({run.settings.get("seed") for run in point.runs}) < len(point.runs):
+                names = ", ".join(run.name for run in point.runs)
+                log.warning("runs of the same seed count as several seeds: %s", names)
+    return series
 
 
-def _setting_text(run: RunRecord, key: str) -> str:
-    """A setting as text; for the path of data, the start of their digest."""
+def _setting(run: RunRecord, key: str) -> str:
+    """A setting as text; for the path of a model or of data, the start of its digest."""
     value = run.settings.get(key)
-    return run.digests["data"][:8] if key == "task.path" and value else str(value)
+    digest = {"task.path": "data", "model.path": "model"}.get(key)
+    return run.digests[digest][:8] if digest and value else str(value)
 
 
-def _size_text(size: tuple, sizes: Iterable[tuple]) -> str:
+def _size(size: tuple, sizes: Iterable[tuple]) -> str:
     """A size as text; without its target sparsity if another setting identifies it."""
-    named = zip((key.split(".")[-1] for key in SIZE), size, strict=True)
-    given = {key: value for key, value in named if value is not None}
+    names = (key.split(".")[-1] for key in SIZE)
+    given = {name: value for name, value in zip(names, size, strict=True) if value is not None}
     if len(given) > 1 and sum(other[:-1] == size[:-1] for other in sizes) == 1:
         del given["target_sparsity"]
-    return ", ".join(f"{key} {value}" for key, value in given.items()) or "by threshold"
+    return ", ".join(f"{name} {value}" for name, value in given.items()) or "by threshold"
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-
-def frontier_table(
-    group: Group, series: Series, metrics: Sequence[Metric] = HEADLINES, *, ranges: bool = False
-) -> Table:
-    """One row per point, between the full model and the empty circuit.
+def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Table:
+    """One row per point of a series, between the full model and the empty circuit.
 
     Args:
-        group, series: what to show.
-        metrics: columns; those that no run has are left out.
-        ranges: whether minimum and maximum over seeds are shown too.
+        series: a key of `group.series`.
+        detailed: whether to show all metrics, with their minimum and maximum over seeds.
     """
-    metrics = [metric for metric in metrics if group.has(metric)]
-    rows = [_frontier_row(group, point, metrics, ranges) for point in series.points]
-    if group.evaluated:
-        full = _baseline_row(group, metrics, "full", group.num_edges)
-        rows = [full, *rows, _baseline_row(group, metrics, "empty", 0)]
-    columns = ["", "runs", "edges", "sparsity", *(metric.label for metric in metrics), "edge IoU"]
-    name = f"; {series.name}" if series.name else ""
-    title = f"{group.title}, {group.num_edges:,} edges; {group.prompts}{name}"
-    return Table(columns, rows, title)
+    metrics = group.measured(REPORTED if detailed else HEADLINES)
+
+    def text(spread: Spread | None, format: Callable[[float], str]) -> str:
+        if spread is None:
+            return "–"
+        mean, low, high = map(format, spread)
+        return f"{mean} ({low}–{high})" if detailed and low != high else mean
+
+    def row(name: str, runs: str, spreads: Mapping[str, Spread | None]) -> list[str]:
+        size = spreads["num_edges"]
+        sizes = [text(size, "{:,.0f}".format), f"{1 - size.mean / group.num_edges:.4f}"]
+        return [name, runs, *sizes, *(text(spreads[m.name], m.text) for m in metrics)]
+
+    rows = []
+    for point in group.series[series]:
+        runs, evaluated = len(point.runs), len(point.evaluations)
+        some = f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)"
+        iou = text(point.spreads["edge_iou"], "{:.3f}".format)
+        rows.append([*row(point.requested, some, point.spreads), iou])
+    if group.evaluations:
+        full, empty = ([*row(name, "", of), ""] for name, of in group.baselines().items())
+        rows = [full, *rows, empty]
+    labels = [metric.label.replace(" ", "\n") for metric in metrics]
+    title = f"{group.title}; {group.num_edges:,} edges" + (f"; {series}" if series else "")
+    return Table(["", "runs", "edges", "sparsity", *labels, "edge\nIoU"], rows, title)
 
 
-def _frontier_row(group: Group, point: Point, metrics: list[Metric], ranges: bool) -> list[str]:
-    runs, evaluated, cells = len(point.runs), point.num_evaluated, []
-    for metric in metrics:
-        spread = point.spread(metric.name)
-        cells.append(spread.text(partial(metric.text, like=spread.mean), ranges) if spread else "–")
-    iou = point.spread("edge_iou")
-    return [
-        point.requested,
-        f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)",
-        point.num_edges.text("{:,.0f}".format, ranges),
-        f"{1 - point.num_edges.mean / group.num_edges:.4f}",
-        *cells,
-        iou.text("{:.3f}".format, ranges) if iou else "–",
-    ]
+# ------------------------------------------------------------------------------------------ files
 
 
-def _baseline_row(group: Group, metrics: list[Metric], model: str, num_edges: int) -> list[str]:
-    values = [metric.text(group.baseline(model, metric.name)) for metric in metrics]
-    sparsity = f"{1 - num_edges / group.num_edges:.4f}"
-    return [BASELINES[model], "", f"{num_edges:,}", sparsity, *values, ""]
+def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
+    """Write runs.csv, frontier.csv, edges.csv, plots, consensus/ and report.html into a folder."""
+    _write_csv(groups, folder / "runs.csv", _run_rows)
+    _write_csv(groups, folder / "frontier.csv", _frontier_rows)
+    _write_csv(groups, folder / "edges.csv", _edge_rows)
+    names = [_file_name(group.task, group.model, group.ablation) for group in groups]
+    sections = [Section(notes=[NOTE])]
+    for number, (group, name) in enumerate(zip(groups, names, strict=True), 1):
+        name = f"{name}-{number}" if names.count(name) > 1 else name  # they differ in their graphs
+        section = Section(heading=f"{group.title}; {group.num_edges:,} edges", sections=[])
+        section["pictures"] = _draw_frontier(group, folder, name)
+        for index, (series, points) in enumerate(group.series.items(), 1):
+            place = f"consensus/{name}-series-{index}"
+            details = [_stability(point, folder, place) for point in points if len(point.runs) > 1]
+            table = frontier_table(group, series, detailed=True)
+            section["sections"] += [Section(heading=series, tables=[table], details=details)]
+        sections.append(section)
+    if any(folder.glob("consensus/*/circuit.dot")):
+        log.warning("Graphviz is not installed, so the page shows no circuits; they are .dot files")
+    write_text(folder / "report.html", render_page(title, sections))
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).strip("-.") or "runs"
+
+
+def _write_csv(
+    groups: Sequence[Group], path: Path, rows_of: Callable[[Group, Point], Iterator[dict[str, Any]]]
+) -> None:
+    """Write the rows of every point, each with what identifies the point."""
+    rows = []
+    for group in groups:
+        names = {"task": group.task, "model": group.model, "ablation": group.ablation}
+        for series, points in group.series.items():
+            for point in points:
+                where = {**names, "series": series, "asked": point.requested}
+                rows += [where | row for row in rows_of(group, point)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _run_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
+    for run in point.runs:
+        connected = run.circuit.without_dangling()
+        evaluation = run.evaluations.get(group.split)
+        metrics = evaluation["circuit"] if evaluation else {}
+        yield {
+            "run": run.name,
+            "seed": run.settings.get("seed"),
+            "num_edges": len(run.circuit),
+            "sparsity": run.circuit.sparsity,
+            "num_edges_without_dangling": len(connected),
+            "num_nodes_without_dangling": len(connected.nodes),
+            "split": group.split if evaluation else None,
+            **{name: metrics.get(name) for name in METRICS},
+        }
+
+
+def _frontier_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
+    row = {"runs": len(point.runs), "evaluated": len(point.evaluations)}
+    row["num_edges"] = point.spreads["num_edges"].mean
+    row["sparsity"] = 1 - row["num_edges"] / group.num_edges
+    row["split"] = group.split
+    for name in (*(metric.name for metric in REPORTED), "edge_iou", "node_iou"):
+        spread = point.spreads[name] or (None, None, None)
+        row |= zip((f"{name}_mean", f"{name}_low", f"{name}_high"), spread, strict=True)
+    yield row
+
+
+def _edge_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
+    num = len(point.runs)
+    for (writer, reader), n in times_kept([run.circuit for run in point.runs]).items():
+        edge = {"writer": writer, "reader": reader}
+        yield edge | {"times_kept": n, "runs": num, "share": n / num}
+
+
+def _draw_frontier(group: Group, folder: Path, name: str) -> list[Picture]:
+    """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page."""
+    panels = [_panel(group, metric) for metric in group.measured(HEADLINES)]
+    if not panels:
+        log.warning("%s, so there is no plot", group.title)
+        return []
+    for suffix in ("png", "pdf", "svg"):
+        path = folder / f"frontier-{name}.{suffix}"
+        draw_frontier(panels, path, title=group.title, all_edges=group.num_edges)
+    labels = ", ".join(panel.label for panel in panels)
+    return [Picture(path=path, alt=f"{labels} against edges kept")]
+
+
+def _panel(group: Group, metric: Metric) -> Panel:
+    levels = [(label, spreads[metric.name].mean) for label, spreads in group.baselines().items()]
+    is_distance = metric.better == "lower"  # which is 0 for the full model
+    curves = []
+    for series, points in group.series.items():
+        points = [point.spreads for point in points if point.spreads[metric.name]]
+        sizes = [spreads["num_edges"].mean for spreads in points]
+        columns = zip(*(spreads[metric.name] for spreads in points), strict=True)
+        curves.append(Curve(series, sizes, *(columns if points else ([], [], []))))
+    return Panel(metric.description, curves, levels[is_distance:], log=is_distance)
+
+
+def _stability(point: Point, folder: Path, prefix: str) -> Section:
+    """Write the consensus circuit of a point's runs below the folder; how alike the runs are."""
+    runs, circuits = point.runs, [run.circuit for run in point.runs]
+    names = [run.name for run in runs]
+    place, title = f"{prefix}-{_file_name(point.requested)}", f"consensus at {point.requested}"
+    circuit = consensus(circuits)
+    run = runs[0].folder and os.path.relpath(runs[0].folder, folder / place)
+    origin = {"chosen_by": f"consensus of {len(runs)} runs: {', '.join(names)}", "run": run}
+    for format in ("edges", "circuit"):
+        write_circuit(circuit, folder / place / f"{format}.json", format, origin=origin)
+    connected, pictures = circuit.without_dangling(), []
+    note = (
+        f"The {len(circuit):,} edges that more than half of the seeds keep are the consensus "
+        f"circuit, {place}/edges.json; {len(connected):,} lie on paths from input to output."
+    )
+    try:
+        path = folder / place / "circuit.svg"
+        draw_circuit(connected, path, title=title)
+        pictures.append(Picture(path=path, alt=title))
+    except GraphvizMissing:
+        pass  # leaves circuit.dot
+    ious = [[overlap(a, b)["edge_iou"] for b in circuits] for a in circuits]
+    rows = [(name, *map("{:.3f}".format, row)) for name, row in zip(names, ious, strict=True)]
+    counts = Counter(times_kept(circuits).values())
+    kept = [(f"{n} of {len(runs)}", f"{counts[n]:,}") for n in range(len(runs), 0, -1)]
+    tables = [Table(("edge IoU", *names), rows, shades=ious), Table(("kept by", "edges"), kept)]
+    heading = f"Stability over {len(runs)} seeds at {point.requested}"
+    return Section(heading=heading, notes=[note], tables=tables, pictures=pictures)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of text.
+class Table(NamedTuple):
+    """Cells of text; a column of names has the heading "".
 
-    Attributes:
-        columns: heading of each column; a column of names has the heading "".
-        rows: one text per column.
-        title: one line above the table.
-        shades: [row, column - 1], in [0, 1], colours of the cells after each row's first; or empty.
+    `shades` [row, column - 1], in [0, 1], are colours of the cells after each row's first.
     """
 
     columns: Sequence[str]
