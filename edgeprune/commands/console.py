@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
-from rich.measure import Measurement
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -38,9 +33,7 @@ def print_log() -> None:
     """Print the package's log messages on standard error."""
     logger = logging.getLogger("edgeprune")
     logger.setLevel(logging.INFO)
-    logger.disabled = False
-    logger.handlers = [_Handler()]
-    logger.propagate = False
+    logger.disabled, logger.propagate, logger.handlers = False, False, [_Handler()]
 
 
 def print_result(text: str) -> None:
@@ -48,33 +41,12 @@ def print_result(text: str) -> None:
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A table cell that, where it is too long, breaks after a hyphen."""
-
-    label: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        line = ""
-        for part in re.split("(?<=-)", self.label):
-            if line and cell_len(line + part) > options.max_width:
-                yield Text(line)
-                line = ""
-            line += part
-        yield Text(line)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        parts = re.split("(?<=-)", self.label)
-        return Measurement(max(map(cell_len, parts)), cell_len(self.label))
-
-
 def print_table(table: Table) -> None:
     """Print a table; columns without a heading hold names, which give way to numbers."""
     shown = RichTable(title=Text(table.title), title_justify="left")
     for column in table.columns:
-        shown.add_column(column, justify="right" if column else "left", no_wrap=bool(column),
-                         overflow="fold")  # fmt: skip
+        side = "right" if column else "left"
+        shown.add_column(column, justify=side, no_wrap=bool(column), overflow="fold")
     for row in table.rows:
-        cells = zip(table.columns, row, strict=True)
-        shown.add_row(*(Text(cell) if column else _Name(cell) for column, cell in cells))
+        shown.add_row(*map(Text, row))
     OUT.print(shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -169,11 +170,15 @@ def describe(evaluation: Evaluation, circuit: Circuit) -> str:
     """Describe in a few sentences how well a circuit does and what it consists of."""
     graph, connected = circuit.graph, circuit.without_dangling()
     kinds = [node[0] for node in connected.nodes]
+    edges_at = Counter(writer for writer, _ in connected.edges)
+    for _, reader in connected.edges:
+        edges_at.update(connected.nodes_fed_by(reader))
+    busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(5))
     return (
         f"The circuit has {len(circuit):,} of {graph.num_edges:,} edges and gives the full model's "
         f"answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit does so "
         f"on {evaluation.empty.exact_match:.1%}. The full model is right on "
         f"{evaluation.full.accuracy:.1%}. Of the edges {len(connected):,} lie on paths from the "
         f"input to the output, through {kinds.count('a')} of {graph.num_layers * graph.num_heads} "
-        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs."
+        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs; most edges meet at {busiest}."
     )
