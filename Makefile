@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up and then do what they say.
+# `make demo` and `make test` install everything they need first; `make help` lists all targets.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,14 +31,14 @@ lint: $(READY) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY) ## mend style
+format: $(READY) ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and what was built; runs stay
+clean: ## remove the environment and build outputs, but no runs
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 
-# The stamp is written last: a half-made environment is made again.
+# The stamp is written last, so an incomplete environment is built again.
 $(READY): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; found $$("$(PYTHON)" --version 2>&1). Set PYTHON=..."; exit 1; }

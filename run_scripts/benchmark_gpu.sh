@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run all benchmarks that need a GPU, in less than ten minutes: run_scripts/benchmark_gpu.sh [folder]
-# Needs one GPU of at least 80 GB; weights are random, nothing is downloaded. Uses .venv, or python3
-# if the torch of .venv sees no GPU; edgeprune need not be installed. Fails if a benchmark fails.
+# Needs one GPU with at least 80 GB. Weights are random; nothing is downloaded. Uses .venv, or
+# python3 if the torch in .venv finds no GPU; edgeprune need not be installed. Fails if a benchmark
+# fails.
 set -uo pipefail
 out=${1:-benchmark_gpu}
 mkdir -p "$out"
@@ -24,7 +25,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out
 memory=$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory // 10**9)')
 
 failed=()
-measure() { # name, then options
+measure() { # arguments: name, options of benchmark.py
     local name=$1 left=$((570 - SECONDS))
     shift
     echo "== $name: $*"

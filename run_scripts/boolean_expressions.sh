@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# CodeLlama-13B on Boolean expressions, asked for by an instruction and by examples, and what the
+# CodeLlama-13B on Boolean expressions, prompted with an instruction and with examples, and what the
 # two circuits share, as in Bhaskar et al. 2024.
 #
-#     bash run_scripts/boolean_expressions.sh              # needs a GPU with 80 GB, and hours
-#     bash run_scripts/boolean_expressions.sh rehearsal    # minutes on the embedded model
+#     bash run_scripts/boolean_expressions.sh              # takes hours on a GPU with 80 GB
+#     bash run_scripts/boolean_expressions.sh rehearsal    # takes minutes, with the embedded model
 #
-# Further arguments go to `edgeprune prune`, for instance trainer.steps=100. A stopped run goes on.
+# Further arguments are passed to `edgeprune prune`, such as trainer.steps=100. Stopped runs are
+# continued.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -21,7 +22,7 @@ for form in instruction few_shot; do
   edgeprune evaluate "$runs/$form"
 done
 edgeprune compare "$runs/instruction" "$runs/few_shot" output="$runs/comparison"
-for form in instruction few_shot; do # the shared circuit, on either form's prompts
+for form in instruction few_shot; do # evaluate the shared circuit on the prompts of each form
   edgeprune evaluate "$runs/comparison/intersection" task="boolean_expressions_$form" \
     task.path="$runs/$form/data.jsonl" output="$runs/comparison/intersection-$form.json"
 done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The circuits of the embedded model in README.md: five tasks, three seeds, and a report of them all.
+# The circuits of the embedded model in README.md: five tasks with three seeds each, and a report.
 #
 #   run_scripts/embedded.sh        # about 20 minutes on two CPU cores
 #
-# Runs go to runs/embedded/; what is there already is not run again.
+# Runs are written to runs/embedded/. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 edgeprune=.venv/bin/edgeprune

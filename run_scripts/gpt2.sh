@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A published experiment on GPT-2 small (Bhaskar et al. 2024): its targets swept, with the published
-# settings, evaluated, and the frontier of them all.
+# A published experiment on GPT-2 small (Bhaskar et al. 2024): a sweep over its target sparsities,
+# with the published settings; an evaluation of each run; and a report that shows the frontier.
 #
 #   run_scripts/gpt2.sh ioi                       # or ioi_t1, greater_than, gendered_pronoun
-#   run_scripts/gpt2.sh ioi seed=0,1,2            # further settings go to every run
+#   run_scripts/gpt2.sh ioi seed=0,1,2            # further settings apply to every run
 #
-# Runs go to runs/gpt2/TASK; a stopped sweep goes on where it was.
+# Runs are written to runs/gpt2/TASK. A stopped sweep continues where it was
+# when the script is started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -18,7 +19,7 @@ case "${1:-}" in
 esac
 task=$1 runs=runs/gpt2/$1
 shift
-# The size follows from the target: the threshold is found by binary search, as published.
+# No size is requested: a threshold is found by binary search, as published.
 edgeprune prune "experiment=gpt2/$task" sparsity=null "trainer.target_sparsity=$targets" \
   "run_dir=$runs/target-\${trainer.target_sparsity}-seed-\${seed}" resume=auto "$@" --multirun
 for run in "$runs"/target-*; do

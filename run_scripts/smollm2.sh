@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The circuits of SmolLM2-135M in RESULTS.md: pruned, evaluated beside the same between other heads, and drawn.
+# The circuits of SmolLM2-135M in RESULTS.md: prune, evaluate with head-permuted circuits, draw.
 #
-#   run_scripts/smollm2.sh                      # the model from the hub; about an hour and a half on a processor
-#   run_scripts/smollm2.sh path/to/model.gguf   # or from a file
+#   run_scripts/smollm2.sh                      # model from the hub; about 1.5 hours on a CPU
+#   run_scripts/smollm2.sh path/to/model.gguf   # model from a file
 #
-# Runs go to runs/smollm2/; what is there already is not run again.
+# Runs are written to runs/smollm2/. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 edgeprune=.venv/bin/edgeprune
 model=()
 [ $# = 0 ] || model=("model.path=$1")
 
-circuit() { # name, experiment and settings
+circuit() { # arguments: name of the run, experiment, settings
   local run=runs/smollm2/$1
   [ -e "$run/evaluation-test.json" ] && return
   "$edgeprune" prune "experiment=smollm2/$2" "${model[@]}" "run_dir=$run" resume=auto "${@:3}"

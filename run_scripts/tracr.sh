@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The circuits of the compiled transformers that come with the project, under both ablations and by
-# five seeds each, compared with the true edges (a few minutes).
+# The circuits of the included compiled transformers, under both ablations and with five seeds each,
+# compared with the true edges. Takes a few minutes.
 #
-#     run_scripts/tracr.sh                # further arguments go to `edgeprune prune`
+#     run_scripts/tracr.sh                # further arguments are passed to `edgeprune prune`
 #
-# Runs go to runs/tracr/; what is there already is run again.
+# Runs are written to runs/tracr/. Earlier runs there are replaced.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
-is_true() { # program, key of its true edges, run
+is_true() { # arguments: program, key of its true edges, run
   python - "$@" <<'END'
 import json, sys
 program, key, run = sys.argv[1:]
