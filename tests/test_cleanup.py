@@ -113,7 +113,7 @@ def test_scores_of_another_graph_are_an_error(model):
 def test_edges_are_added_to_a_circuit_that_lacks_some():
     model = load_model("tracr/reverse")
     folder, config = model.tokenizer.folder, model.tokenizer.config
-    pairs, _ = encode_records(make_records(folder, config), model.tokenizer)
+    pairs = encode_records(make_records(folder, config), model.tokenizer)
     empty = Circuit(model.graph, frozenset())
     result = clean_up(model, empty, pairs, tolerance=1e-3, scores=in_order(model))
     assert result.circuit.edges == [("tok_embeds", "a2.h0.v"), ("a2.h0", "resid_post")]

@@ -105,18 +105,14 @@ def own_data(path: Path, digest: str) -> Path:
     return path
 
 
-def prepare_prompts(config: PrepareConfig) -> tuple[int, str]:
-    """Write a task's prompts for a model's tokenizer.
-
-    Returns:
-        How many lines were written, and what was left out, for people.
-    """
+def prepare_prompts(config: PrepareConfig) -> int:
+    """Write a task's prompts for a model's tokenizer; return the number of lines."""
     from edgeprune.models.load import load_tokenizer
 
     output = Path(config.output)
     check_output(output, [config.model.path])
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     task = config.task
-    records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    records = generate_records(task.name, tokenizer, task.sizes, task.seed)
     write_records(records, output)
-    return len(records), report or "as they come with the model"
+    return len(records)

@@ -12,5 +12,4 @@ def prepare(config: PrepareConfig) -> None:
     """Write a task's prompts as JSONL."""
     from edgeprune.api.shared import prepare_prompts
 
-    number, report = prepare_prompts(config)
-    print_result(f"wrote {number:,} lines ({report}) -> {Path(config.output)}")
+    print_result(f"wrote {prepare_prompts(config):,} lines -> {Path(config.output)}")

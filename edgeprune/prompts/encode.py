@@ -24,8 +24,6 @@ from edgeprune.prompts.schema import (
 
 log = logging.getLogger("edgeprune")
 
-# ---------------------------------------------------------------------------------------- datasets
-
 
 @dataclass(frozen=True, eq=False)
 class PairDataset(Sequence[Pair]):
@@ -34,8 +32,7 @@ class PairDataset(Sequence[Pair]):
     Attributes:
         pairs: the pairs.
         name: file and split, for display.
-        has_splits: whether every line of the file names its split; lines that do not belong to all
-            splits.
+        has_splits: whether every line of the file names its split.
     """
 
     pairs: Sequence[Pair]
@@ -58,10 +55,10 @@ def load_dataset(
     with one warning; malformed lines are errors.
 
     Args:
-        path: the file.
+        path: a file in the format of `edgeprune.prompts.schema`.
         tokenizer: a fast Hugging Face tokenizer, or a `TracrTokenizer` for lines of token ids.
         split: `train`, `validation` or `test`.
-        max_length: skip pairs with more tokens than this.
+        max_length: maximum number of tokens.
 
     Raises:
         DataError: the file cannot be read, a line is malformed, or no line is of this split.
@@ -106,15 +103,8 @@ def encode_records(
     return pairs
 
 
-# -------------------------------------------------------------------------------------- one record
-
-
 def encode_pair(tokenizer: Any, record: dict) -> Pair:
-    """Tokenise one line of a data file.
-
-    Args:
-        tokenizer: a fast Hugging Face tokenizer, or a `TracrTokenizer` for lines of token ids.
-        record: the fields described in `edgeprune.prompts.schema`.
+    """Tokenise one line of a data file, see `edgeprune.prompts.schema`.
 
     Raises:
         DataError: a field is missing, misspelt or malformed.
@@ -138,18 +128,12 @@ def _encode_text(tokenizer: Any, record: dict) -> Pair:
     _check_same_length("prompts", clean_ids, corrupted_ids)
     if len(target) > 1:  # all but the last token are fed back
         _check_same_length("predictions", target, other_target)
-    contrast, answer_ids, distractor_ids, also_right = _contrast(
-        target, options[: len(answers)], options[len(answers) :]
-    )
     return Pair(
         clean_ids=tuple(clean_ids + target[:-1]),
         corrupted_ids=tuple(corrupted_ids + other_target[: len(target) - 1]),
         target_ids=tuple(target),
-        answer_ids=answer_ids,
-        distractor_ids=distractor_ids,
-        contrast=contrast,
         text=record["clean"],
-        also_right=also_right,
+        **_contrast(target, options[: len(answers)], options[len(answers) :]),
     )
 
 
@@ -182,9 +166,8 @@ def _encode_ids(tokenizer: Any, record: dict) -> Pair:
         distractors = tuple(sorted(set(distractors)))
         if not answers or set(answers) & set(distractors):
             raise DataError(
-                f"the right tokens, from target_ids and answer_ids, are {answers}, and "
-                f"distractor_ids are {distractors}; expected at least one right token, and no "
-                "token in both"
+                f"expected a right token, from target_ids and answer_ids, got {answers}, and "
+                f"other distractor_ids, got {distractors}"
             )
     text = str(record.get("clean", " ".join(map(str, clean))))
     return Pair(clean, corrupted, targets, answers, distractors, 0, text, values)
@@ -205,9 +188,6 @@ def _check_same_length(what: str, clean: Sequence[int], corrupted: Sequence[int]
             f"clean and corrupted {what} have unequal lengths: {len(clean)} and {len(corrupted)} "
             "tokens; choose words with equally many tokens"
         )
-
-
-# ---------------------------------------------------------------------------------------- text
 
 
 def _tokenize(
@@ -273,7 +253,7 @@ def _cut(
 
 def _contrast(
     target: list[int], answers: list[list[int]], distractors: list[list[int]]
-) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
+) -> dict[str, Any]:
     """Return `contrast`, `answer_ids`, `distractor_ids` and `also_right` of a `Pair`.
 
     Each token after the first is predicted from the target's earlier tokens, so an option can be
@@ -282,15 +262,12 @@ def _contrast(
     """
     if any(len(answer) < len(target) and target[: len(answer)] == answer for answer in answers):
         raise MisfitError(
-            "an answer is the beginning of the prediction, whose other tokens could not be judged; "
-            "predict the shorter one"
+            "an answer is the beginning of the prediction, so that the other tokens could not be "
+            "judged; predict the shorter one"
         )
     places = {_first_difference(target, distractor) for distractor in distractors}
     if None in places:
-        raise DataError(
-            "prediction and distractor begin with the same tokens; choose distractors that differ "
-            "from every answer"
-        )
+        raise DataError("prediction and distractor begin with the same tokens; choose others")
     rights = {
         (place, answer[place])
         for answer in answers
@@ -303,13 +280,16 @@ def _contrast(
     wrong = {distractor[place] for distractor in distractors}
     if len(places) > 1 or right & wrong:
         raise MisfitError(
-            "answers and distractors are compared at one token: the first in which the distractors "
-            f"differ from the prediction (tokens {sorted(p + 1 for p in places)}), which must be "
-            "the same for all of them and differ from the answers' tokens; choose others, or end "
-            "the prompt later"
+            "answers and distractors are compared at one token, so distractors must differ there "
+            "from every answer, and not differ from the prediction before: tokens "
+            f"{sorted(p + 1 for p in places)}; choose others, or end the prompt later"
         )
-    also_right = sorted((where, token) for where, token in rights if where != place)
-    return place, tuple(sorted(right)), tuple(sorted(wrong)), tuple(also_right)
+    return {
+        "contrast": place,
+        "answer_ids": tuple(sorted(right)),
+        "distractor_ids": tuple(sorted(wrong)),
+        "also_right": tuple(sorted(right for right in rights if right[0] != place)),
+    }
 
 
 def _first_difference(target: list[int], option: list[int]) -> int | None:

@@ -70,17 +70,11 @@ def _parse_line(line: str, where: str) -> dict:
 
 
 def check_fields(record: dict) -> None:
-    """Check the names of a record's fields.
-
-    Raises:
-        DataError: a field is misspelt, or is for lines of text in a line of ids or vice versa.
-    """
+    """Raise DataError for a misspelt field, or one of lines of text in a line of token ids."""
     for name in record:
         meant = _misspelt(name)
         if meant is not None and meant not in record:
-            raise DataError(
-                f"unknown field {name!r}; did you mean {meant!r}? If not, choose another name"
-            )
+            raise DataError(f"unknown field {name!r} resembles {meant!r}; rename it")
     options = (ID_OPTIONS, TEXT_OPTIONS) if "clean_ids" in record else (TEXT_OPTIONS, ID_OPTIONS)
     for right, wrong in zip(*options, strict=True):
         if record.get(wrong):
@@ -117,8 +111,7 @@ def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
 def read_options(record: dict, field: str, gap: str, prediction: str) -> list[str]:
     """Read the strings of `answers` or `distractor`, each to be put in place of the prediction.
 
-    Each begins with the same whitespace as gap and prediction, except that a string keeps its own
-    whitespace if there is no gap.
+    Each begins with the whitespace of the prediction, or if there is no gap with its own.
 
     Raises:
         DataError: the field is not a string or list of non-empty strings.
@@ -142,11 +135,7 @@ def _check_unicode(text: str, field: str) -> None:
 def read_numbers(
     record: dict, field: str, is_valid: Callable[[Any], bool], expected: str
 ) -> tuple[Any, ...]:
-    """Read a field that is a non-empty list of valid numbers; `expected` describes them.
-
-    Raises:
-        DataError: it is not one.
-    """
+    """Read a non-empty list of valid numbers, or raise DataError; `expected` describes them."""
     numbers = record.get(field)
     if not isinstance(numbers, list) or not numbers or not all(map(is_valid, numbers)):
         raise DataError(f"field {field!r} must be a list of {expected}, got {shorten(numbers)}")
