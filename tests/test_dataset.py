@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -74,22 +73,15 @@ def words(tokenizer, ids) -> list[str]:
     return [tokenizer.decode([i]) for i in ids]
 
 
-def test_the_arithmetic_example_of_the_format():
-    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
-    pair = encode_pair(tokenizer, SPEC)
-    assert words(tokenizer, pair.clean_ids) == ["1", " +", " 2", " ="]
-    assert words(tokenizer, pair.corrupted_ids) == ["1", " +", " 4", " ="]
-    assert words(tokenizer, pair.target_ids) == [" 3"]
-    assert pair.answer_ids == pair.distractor_ids == ()
-
-
 @pytest.mark.parametrize("option", ["4", " 4"])
 @pytest.mark.parametrize("tag", [" <predict>", "<predict> "])
-def test_options_begin_with_the_space_of_the_prediction(option, tag):
+def test_the_space_before_a_prediction_belongs_to_it_and_to_the_options(option, tag):
     tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
     clean, corrupted = (SPEC[key].replace(" <predict>", tag) for key in ("clean", "corrupted"))
     record = {"clean": clean, "corrupted": corrupted, "answers": [option], "distractor": "5"}
     pair = encode_pair(tokenizer, record)
+    assert words(tokenizer, pair.clean_ids) == ["1", " +", " 2", " ="]
+    assert words(tokenizer, pair.corrupted_ids) == ["1", " +", " 4", " ="]
     assert words(tokenizer, pair.target_ids) == [" 3"]
     assert words(tokenizer, pair.answer_ids) == [" 3", " 4"]
     assert words(tokenizer, pair.distractor_ids) == [" 5"]
@@ -105,25 +97,12 @@ def test_without_such_a_space_options_keep_their_own():
 
 def test_all_predicted_tokens_but_the_last_are_fed_back():
     tokenizer = byte_tokenizer([])
-    pair = encode_pair(
-        tokenizer,
-        {"clean": "ab:<predict>xyz</predict>", "corrupted": "cd:<predict>uvw</predict>"},
-    )
+    record = {"clean": "ab:<predict>xyz</predict>", "corrupted": "cd:<predict>uvw</predict>"}
+    pair = encode_pair(tokenizer, record)
     assert "".join(words(tokenizer, pair.clean_ids)) == "ab:xy"
     assert "".join(words(tokenizer, pair.corrupted_ids)) == "cd:uv"
     assert "".join(words(tokenizer, pair.target_ids)) == "xyz"
-    batch = collate([pair])
-    assert batch.cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y predicts z
-
-
-def test_a_token_is_not_split_between_prompt_and_prediction():
-    tokenizer = byte_tokenizer([("7", "4")])  # "1745" alone would be 1, 74, 5
-    pair = encode_pair(
-        tokenizer,
-        {"clean": "17<predict>45</predict>", "corrupted": "17<predict>22</predict>"},
-    )
-    assert words(tokenizer, pair.clean_ids) == ["1", "7", "4"]
-    assert words(tokenizer, pair.target_ids) == ["4", "5"]
+    assert collate([pair]).cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y z
 
 
 @pytest.mark.parametrize("kind", ["prepending", "metaspace"])
@@ -155,12 +134,13 @@ def test_a_prediction_that_cannot_follow_without_a_space_is_refused():
         encode_pair(tokenizer, {"clean": line, "corrupted": line})
 
 
-def test_special_tokens_at_the_beginning_are_kept_once():
-    tokenizer = byte_tokenizer([("7", "4")], begin=True)
-    for prediction in ("45", "55"):  # tokenised at once with the prompt, and separately
+@pytest.mark.parametrize("begin", [[], ["<s>"]])
+def test_a_token_is_not_split_between_prompt_and_prediction(begin):
+    tokenizer = byte_tokenizer([("7", "4")], begin=bool(begin))  # "1745" alone is 1, 74, 5
+    for prediction in ("45", "55"):  # tokenised separately, and at once with the prompt
         line = f"17<predict>{prediction}</predict>"
         pair = encode_pair(tokenizer, {"clean": line, "corrupted": line})
-        assert words(tokenizer, pair.clean_ids) == ["<s>", "1", "7", prediction[0]]
+        assert words(tokenizer, pair.clean_ids) == [*begin, "1", "7", prediction[0]]
         assert words(tokenizer, pair.target_ids) == list(prediction)
 
 
@@ -169,34 +149,20 @@ def test_answers_and_distractors_are_compared_where_they_differ():
     record = {
         "clean": "q:<predict>abc</predict>",
         "corrupted": "r:<predict>xyz</predict>",
-        "answers": ["abc", "abd"],
-        "distractor": ["axx", "ayy"],
-    }
-    pair = encode_pair(tokenizer, record)
-    assert pair.contrast == 1
-    assert words(tokenizer, pair.answer_ids) == ["b"]
-    assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
-    pair = encode_pair(tokenizer, {**record, "distractor": []})
-    assert pair.contrast == 2  # where the answers differ from one another
-    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
-    assert pair.distractor_ids == ()
-
-
-def test_answers_that_differ_from_the_target_elsewhere_are_right_too():
-    tokenizer = byte_tokenizer([])
-    record = {
-        "clean": "q:<predict>abc</predict>",
-        "corrupted": "r:<predict>xyz</predict>",
-        "answers": ["abd", "kbc", "aec", "abcd"],
+        "answers": ["abc", "abd", "kbc", "aec", "abcd"],
         "distractor": ["axx", "ayc"],
     }
     pair = encode_pair(tokenizer, record)
     assert pair.contrast == 1
     assert sorted(words(tokenizer, pair.answer_ids)) == ["b", "e"]
-    assert [(place, *words(tokenizer, [token])) for place, token in pair.also_right] == [
-        (0, "k"), (2, "d"),
-    ]  # fmt: skip
+    assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
+    also_right = [(place, *words(tokenizer, [token])) for place, token in pair.also_right]
+    assert also_right == [(0, "k"), (2, "d")]
     assert len({pair, replace(pair)}) == 1  # pairs can be counted
+    pair = encode_pair(tokenizer, {**record, "answers": ["abc", "abd"], "distractor": []})
+    assert pair.contrast == 2  # where the answers differ from one another
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
+    assert pair.distractor_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -218,39 +184,26 @@ def test_options_that_no_single_token_distinguishes_are_refused(change, error):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("field", "value"),
     [
-        {"clean": None},
-        {"corrupted": 3},
-        {"clean": "1 + 2 = 3"},
-        {"clean": "1<predict>2</predict><predict>3</predict>"},
-        {"clean": "1</predict>2<predict>"},
-        {"clean": "1<predict>2"},
-        {"clean": "1 + 2 = <predict> </predict>"},
-        {"clean": "<predict>3</predict>"},
-        {"clean": "1 + 2 = <predict>3</predict> ."},
-        {"corrupted": "1 \ud800 = <predict>3</predict>"},
-        {"distractor": "\udfff"},
-        {"distractor": 7},
-        {"distractor": "3"},
-        {"answers": [1]},
-        {"distractor_ids": [4]},
+        ("clean", None), ("corrupted", 3), ("clean", "1 + 2 = 3"), ("clean", "1<predict>2"),
+        ("clean", "1<predict>2</predict><predict>3</predict>"), ("clean", "1</predict>2<predict>"),
+        ("clean", "1 + 2 = <predict> </predict>"), ("clean", "<predict>3</predict>"),
+        ("clean", "1 + 2 = <predict>3</predict> ."), ("distractor", "\udfff"),
+        ("corrupted", "1 \ud800 = <predict>3</predict>"), ("distractor", 7), ("distractor", "3"),
+        ("answers", [1]), ("distractor_ids", [4]),
     ],
-)
-def test_malformed_records_are_refused(tokenizer, change):
-    with pytest.raises(DataError, match="distractor" if "distractor" in change else [*change][0]):
-        encode_pair(tokenizer, {**SPEC, **change})
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("distractors", "distractor"), ("Distractor", "distractor"), ("anwsers", "answers"),
-     ("answer", "answers"), ("spilt", "split"), ("clean_id", "clean_ids")],
 )  # fmt: skip
-def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name, meant):
+def test_malformed_records_are_refused(tokenizer, field, value):
+    with pytest.raises(DataError, match=field):
+        encode_pair(tokenizer, {**SPEC, field: value})
+
+
+@pytest.mark.parametrize("name", ["distractors", "Distractor", "anwsers", "answer", "spilt"])
+def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name):
     record = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
     path = write_jsonl(tmp_path / "a.jsonl", record, {**record, "note": "x", name: "4"})
-    with pytest.raises(DataError, match=f"line 2: .*'{name}'.*'{meant}'"):
+    with pytest.raises(DataError, match=f"line 2: .*'{name}'"):
         load_dataset(path, tokenizer, "train")
 
 
@@ -278,17 +231,11 @@ def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
 @pytest.mark.parametrize(
     "change",
     [
-        {"distractor": "4"},
-        {"answers": ["4"]},
-        {"distractor_id": [4]},
-        {"distractor_ids": 4},
-        {"distractor_ids": [-1]},
-        {"distractor_ids": [9]},  # the target
-        {"target_ids": [-1], "distractor_ids": [9]},  # nothing right
-        {"target_values": [1.5]},
-        {"target_ids": [1, 2, 3, 4]},
+        {"distractor": "4"}, {"answers": ["4"]}, {"distractor_id": [4]}, {"distractor_ids": 4},
+        {"distractor_ids": [-1]}, {"distractor_ids": [9]}, {"target_values": [1.5]},
+        {"target_ids": [-1], "distractor_ids": [9]}, {"target_ids": [1, 2, 3, 4]},
     ],
-)
+)  # fmt: skip
 def test_malformed_lines_of_ids_are_refused(tokenizer, change):
     with pytest.raises(DataError):
         encode_pair(tokenizer, {**IDS, **change})
@@ -382,12 +329,11 @@ def test_training_batches_follow_from_seed_and_step():
     def batches(seed: int, steps: range) -> list[tuple]:
         return [tuple(training_pairs(pairs, 4, seed, step)) for step in steps]
 
-    assert batches(0, range(6)) == batches(0, range(6))
+    first, second, third, fourth, *_ = batches(0, range(6))
     assert batches(0, range(6))[3:] == batches(0, range(3, 6))
     assert batches(0, range(6)) != batches(1, range(6))
-    first, second, third = batches(0, range(3))
     assert not set(first) & set(second)  # one epoch repeats nothing
-    assert (*first, *second) != (*third, *batches(0, range(3, 4))[0])  # epochs differ in order
+    assert (*first, *second) != (*third, *fourth)  # epochs differ in order
     assert len(training_pairs(pairs, 64, 0, 5)) == 10
 
 
@@ -412,15 +358,3 @@ def test_any_file_is_read_or_refused(tokenizer, tmp_path, content, split):
         assert str(error)
     else:
         assert len(collate(list(dataset)).pairs) == len(dataset)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_files_with_random_bytes_changed_are_read_or_refused(tokenizer, tmp_path, data):
-    content = bytearray((json.dumps(SPEC) + "\n" + json.dumps(SPEC) + "\n").encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "fuzz.jsonl"
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    with suppress(DataError):
-        load_dataset(path, tokenizer, "train")
