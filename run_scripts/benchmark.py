@@ -115,9 +115,8 @@ def measure(
     """
     batch = random_batch(model, batch_size, length, predicted=1)
     size = micro_batch_size or batch_size
-    parts = [
-        collate(batch.pairs[i : i + size]).to(model.device) for i in range(0, batch_size, size)
-    ]
+    starts = range(0, batch_size, size)
+    parts = [collate(batch.pairs[start : start + size]).to(model.device) for start in starts]
     steps = {name: make_step(name, model, parts, recompute) for name in engines}
     memory = {}
     for name, step in steps.items():
@@ -125,23 +124,22 @@ def measure(
         model.release()
         memory[name] = peak_memory(step, model.device)
     model.release()
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            elapsed = timed(step, model.device)
-            if repetition:  # the first one allocates buffers again
-                seconds[name].append(elapsed)
+    rounds = [
+        {name: timed(step, model.device) for name, step in steps.items()}
+        for _ in range(repetitions + 1)
+    ][1:]  # the first one allocates buffers again
     measured = {}
-    for name, times in seconds.items():
+    for name in engines:
+        seconds = [times[name] for times in rounds]
         cost = count(name, model, batch_size, length, size, recompute)
         floor = max(cost.operations / limits.operations, cost.bytes / limits.bytes)
         measured[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
+            "seconds": min(seconds),
+            "median_seconds": statistics.median(seconds),
             "memory": memory[name],
             "count": cost._asdict(),
             "floor_seconds": floor,
-            "times_the_floor": min(times) / floor,
+            "times_the_floor": min(seconds) / floor,
         }
     return measured
 
@@ -156,18 +154,17 @@ def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, 
     base = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
     factors, rows = (0.5, 1, 2), []
     for name in ("layers", "heads", "tokens", "batch"):
+        values = [int(base[name] * factor) for factor in factors]
         points = []
-        for factor in factors:
-            size = base | {name: int(base[name] * factor)}
-            model = random_model(
-                {
-                    "model_type": "llama", "hidden_size": size["d_model"], "head_dim": 32,
-                    "intermediate_size": 2 * size["d_model"], "vocab_size": 1000,
-                    "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
-                    "num_hidden_layers": size["layers"],
-                },
-                device=device, dtype=dtype,
-            )  # fmt: skip
+        for value in values:
+            size = base | {name: value}
+            settings = {
+                "model_type": "llama", "hidden_size": size["d_model"], "head_dim": 32,
+                "intermediate_size": 2 * size["d_model"], "vocab_size": 1000,
+                "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
+                "num_hidden_layers": size["layers"],
+            }  # fmt: skip
+            model = random_model(settings, device=device, dtype=dtype)
             shape = {"batch_size": size["batch"], "length": size["tokens"]}
             found = measure(model, ["ours"], Cost(1, 1), **shape, repetitions=repetitions)["ours"]
             points.append({
@@ -177,8 +174,11 @@ def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, 
                 "predicted_memory": predicted_memory(model, **shape),
             })  # fmt: skip
         columns = {key: [point[key] for point in points] for key in points[0]}
-        exponents = {key: exponent(factors, column) for key, column in columns.items()}
-        values = [int(base[name] * factor) for factor in factors]
+        logs = [math.log(factor) for factor in factors]
+        exponents = {
+            key: statistics.linear_regression(logs, [math.log(v) for v in column]).slope
+            for key, column in columns.items()
+        }
         rows.append({"quantity": name, "values": values, **columns, "exponents": exponents})
     return rows
 
@@ -392,13 +392,11 @@ def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
     return arrays * batch_size * length * config.hidden_size * width
 
 
-def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of log value over log factor, by least squares."""
-    xs, ys = [math.log(f) for f in factors], [math.log(v) for v in values]
-    return statistics.linear_regression(xs, ys).slope
-
-
 # ------------------------------------------------------------------------------------ command line
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description and shows defaults."""
 
 
 def positive(text: str) -> int:
@@ -408,41 +406,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def shape_settings(shape: str) -> dict[str, Any]:
-    """Return the settings of `random_model` for one of `SHAPES` or a folder with a config.json."""
-    if shape not in SHAPES and not Path(shape).is_dir():  # so nothing is downloaded
-        raise ValueError(f"unknown shape {shape!r}; give {', '.join(SHAPES)} or a folder")
-    return SHAPES.get(shape) or AutoConfig.from_pretrained(shape).to_dict()
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the options; add the `settings` of the shape."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shapes = f"{', '.join(SHAPES)}, or a folder with a config.json (default: gpt2)"
-    default_engines = ["ours", "ours_kept", "naive", "stock"]
+    """Parse and check the options; add the `settings` of the shape for `random_model`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    add("--shape", default="gpt2", help=shapes)
-    add("--batch-size", type=positive, default=8, help="pairs per step (default: 8)")
-    add("--micro-batch-size", type=positive, help="pairs run at a time (default: all)")
-    add("--length", type=positive, default=32, help="tokens per prompt (default: 32)")
+    add("--shape", default="gpt2", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
+    add("--batch-size", type=positive, default=8, help="pairs per step")
+    add("--micro-batch-size", type=positive, help="pairs run at a time, all if None")
+    add("--length", type=positive, default=32, help="tokens per prompt")
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="float32", help="of the model (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", choices=dtypes, default="float32", help="of the model")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--recompute", action="store_true", help="ours recomputes blocks in the backward pass")
     add("--fused", action="store_true", help="ours uses Triton kernels (on a GPU, in bfloat16)")
-    add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default_engines,
-        help="engines to measure (default: all but ours_graph)")  # fmt: skip
-    add("--repetitions", type=positive, default=5, help="timed steps per engine (default: 5)")
-    add("--compare-float32", action="store_true",
-        help="also compare the gradients of the gates with those in float32")  # fmt: skip
-    add("--growth", action="store_true",
-        help="measure instead how a step grows with layers, heads, tokens and batch")  # fmt: skip
-    add("--output", type=Path, default="benchmark.json", help="default: benchmark.json")
+    default = ["ours", "ours_kept", "naive", "stock"]
+    add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default, help="as above")
+    add("--repetitions", type=positive, default=5, help="timed steps per engine")
+    add("--compare-float32", action="store_true", help="also compare gate gradients with float32")
+    growth = "measure instead how a step grows with layers, heads, tokens and batch"
+    add("--growth", action="store_true", help=growth)
+    add("--output", type=Path, default="benchmark.json", help="file of all measurements")
     args = parser.parse_args(arguments)
     try:
-        args.settings = shape_settings(args.shape)
+        if args.shape not in SHAPES and not Path(args.shape).is_dir():  # so nothing is downloaded
+            raise ValueError(f"unknown shape {args.shape!r}; give {', '.join(SHAPES)} or a folder")
+        args.settings = SHAPES.get(args.shape) or AutoConfig.from_pretrained(args.shape).to_dict()
         args.device = pick_device(args.device)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))
@@ -452,8 +440,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     if "ours_graph" in args.engines and not args.device.startswith("cuda"):
         parser.error(f"engine ours_graph needs a GPU, but the device is {args.device}")
-    if args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; give the path of a file")
     return args
 
 
@@ -462,8 +448,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(title)
     for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join((first.ljust(widths[0]), *cells)))
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
 
 
 def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
@@ -474,10 +459,13 @@ def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     if args.fused:
         fuse(model)
     names = ("batch_size", "length", "micro_batch_size", "recompute", "repetitions")
-    settings = {name: getattr(args, name) for name in names}
-    measured = measure(model, args.engines, limits, **settings)
-    report = {"num_edges": model.graph.num_edges, "block_weights": num_block_weights(model)}
-    report |= {"engines": measured}
+    options = {name: getattr(args, name) for name in names}
+    measured = measure(model, args.engines, limits, **options)
+    report = {
+        "num_edges": model.graph.num_edges,
+        "block_weights": num_block_weights(model),
+        "engines": measured,
+    }
     stock = measured.get("stock")
     rows = [("", "seconds", "x stock", "MB", "G operations", "GB moved", "x floor")]
     for name, m in measured.items():
