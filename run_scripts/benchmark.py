@@ -92,20 +92,7 @@ class Cost(NamedTuple):
     bytes: float
 
 
-# ---------------------------------------------------------------------------------- measurements
-
-
-def measure(
-    model: CircuitModel,
-    engines: Sequence[str],
-    limits: Cost,
-    *,
-    batch_size: int,
-    length: int,
-    micro_batch_size: int | None = None,
-    recompute: bool = False,
-    repetitions: int,
-) -> dict[str, dict[str, Any]]:
+def measure(model: CircuitModel, args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     """Measure one step of each engine; their repetitions alternate.
 
     Returns:
@@ -113,25 +100,25 @@ def measure(
         unknown; of `ours_graph` before it replays), the counted cost, the seconds which that takes
         at the limits (the floor), and the measured multiple of the floor.
     """
-    batch = random_batch(model, batch_size, length, predicted=1)
-    size = micro_batch_size or batch_size
-    starts = range(0, batch_size, size)
+    batch = random_batch(model, args.batch_size, args.length, predicted=1)
+    size = args.micro_batch_size or args.batch_size
+    starts = range(0, args.batch_size, size)
     parts = [collate(batch.pairs[start : start + size]).to(model.device) for start in starts]
-    steps = {name: make_step(name, model, parts, recompute) for name in engines}
+    steps = {name: make_step(name, model, parts, args.recompute) for name in args.engines}
     memory = {}
     for name, step in steps.items():
-        make_step(name, model, parts, recompute)()  # libraries load what they need
+        make_step(name, model, parts, args.recompute)()  # libraries load what they need
         model.release()
         memory[name] = peak_memory(step, model.device)
     model.release()
     rounds = [
         {name: timed(step, model.device) for name, step in steps.items()}
-        for _ in range(repetitions + 1)
+        for _ in range(args.repetitions + 1)
     ][1:]  # the first one allocates buffers again
     measured = {}
-    for name in engines:
+    for name in args.engines:
         seconds = [times[name] for times in rounds]
-        cost = count(name, model, batch_size, length, size, recompute)
+        cost = count(name, model, args)
         floor = max(cost.operations / limits.operations, cost.bytes / limits.bytes)
         measured[name] = {
             "seconds": min(seconds),
@@ -144,14 +131,14 @@ def measure(
     return measured
 
 
-def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
+def measure_growth(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure how a step of ours grows with each size of a Llama with heads of 32 dimensions.
 
     Returns:
         Per size: its values, the measurements, and their exponents. The operations predict the
         exponent of time; outboxes, gradients and inputs that of memory.
     """
-    base = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
+    base = GROWTH_BASE["cuda" if args.device.startswith("cuda") else "cpu"]
     factors, rows = (0.5, 1, 2), []
     for name in ("layers", "heads", "tokens", "batch"):
         values = [int(base[name] * factor) for factor in factors]
@@ -164,14 +151,18 @@ def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, 
                 "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
                 "num_hidden_layers": size["layers"],
             }  # fmt: skip
-            model = random_model(settings, device=device, dtype=dtype)
-            shape = {"batch_size": size["batch"], "length": size["tokens"]}
-            found = measure(model, ["ours"], Cost(1, 1), **shape, repetitions=repetitions)["ours"]
+            model = random_model(settings, args.device, args.dtype)
+            step = {"batch_size": size["batch"], "length": size["tokens"], "engines": ["ours"]}
+            step |= {"micro_batch_size": None, "recompute": False}
+            found = measure(model, argparse.Namespace(**vars(args) | step), Cost(1, 1))["ours"]
+            # Outboxes, their gradients and the readers' inputs outgrow the rest.
+            arrays = 2 * model.graph.num_writers + len(model.graph.readers)
+            numbers = arrays * size["batch"] * size["tokens"] * size["d_model"]
             points.append({
                 "seconds": found["seconds"],
                 "operations": found["count"]["operations"],
                 "memory": max(found["memory"] or 0, 1),
-                "predicted_memory": predicted_memory(model, **shape),
+                "predicted_memory": numbers * getattr(torch, args.dtype).itemsize,
             })  # fmt: skip
         columns = {key: [point[key] for point in points] for key in points[0]}
         logs = [math.log(factor) for factor in factors]
@@ -183,29 +174,25 @@ def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, 
     return rows
 
 
-def gradient_cosine(
-    settings: dict[str, Any], *, device: str, dtype: str, batch_size: int, length: int, fused: bool
-) -> float:
-    """Cosine between the gate gradients in `dtype`, if asked by fused kernels, and in float32."""
-    model = random_model(settings, device=device, dtype="float32")
-    batch = random_batch(model, batch_size, length, predicted=1)
+def gradient_cosine(args: argparse.Namespace) -> float:
+    """Cosine between the gate gradients as measured and those in float32 without fused kernels."""
+    model = random_model(args.settings, args.device, "float32")
+    batch_size = args.micro_batch_size or args.batch_size
+    batch = random_batch(model, batch_size, args.length, predicted=1)
     noise = torch.Generator().manual_seed(0)
-    gates = sample_gates(torch.ones(model.graph.num_edges, device=device), noise)
+    gates = sample_gates(torch.ones(model.graph.num_edges, device=args.device), noise)
     gradients = []
-    for kind in ("float32", dtype):
+    for dtype in ("float32", args.dtype):
         model.release()
-        model.to(getattr(torch, kind))
-        if fused and gradients:
+        model.to(getattr(torch, dtype))
+        if args.fused and gradients:
             fuse(model)
-        leaf = gates.clone().requires_grad_()
-        reference, corrupted = model.run_pair(batch)
-        logits = model.run_circuit(batch, leaf, corrupted)
-        kl_per_token(reference, logits).mean().backward()
-        gradients.append(leaf.grad)
+        inputs = StepInputs(batch, *model.run_pair(batch), gates.clone().requires_grad_())
+        gradients.append(differentiate(model, inputs)[1])
     return torch.cosine_similarity(*gradients, dim=0).item()
 
 
-def random_model(settings: dict[str, Any], *, device: str, dtype: str) -> CircuitModel:
+def random_model(settings: dict[str, Any], device: str, dtype: str) -> CircuitModel:
     """Make a model with random weights; settings are `model_type` and its config's arguments."""
     settings = dict(settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -215,9 +202,6 @@ def random_model(settings: dict[str, Any], *, device: str, dtype: str) -> Circui
             config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
     return wrap_model(model, name=config.model_type)
-
-
-# ---------------------------------------------------------------------------------------- engines
 
 
 def sample_gates(log_alpha: Tensor, noise: torch.Generator) -> Tensor:
@@ -286,9 +270,6 @@ def run_stock(model: CircuitModel, parts: Sequence[Batch]) -> None:
         kl_per_token(reference, logits(embeddings, part)).mean().backward()
 
 
-# ---------------------------------------------------------------------------------------- machine
-
-
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Run a function; return its seconds, including those of a GPU."""
     start = time.perf_counter()
@@ -332,18 +313,13 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
     return 1024 * int(status.split("VmHWM:")[1].split()[0]) - before
 
 
-# --------------------------------------------------------------------------------------- counting
-
-
 def num_block_weights(model: CircuitModel) -> int:
     """Number of weights in the matrices of all blocks, each a multiply-add per token."""
     blocks = [part for block in model.architecture.blocks for part in (block.attention, block.mlp)]
     return sum(w.numel() for block in blocks for w in block.parameters() if w.dim() > 1)
 
 
-def count(
-    engine: str, model: CircuitModel, batch_size: int, length: int, micro: int, recompute: bool
-) -> Cost:
+def count(engine: str, model: CircuitModel, args: argparse.Namespace) -> Cost:
     """Count the operations and bytes of a step from the shapes.
 
     The bytes are those of weights and outboxes; smaller arrays are assumed to stay in caches. For
@@ -352,13 +328,16 @@ def count(
     """
     graph, config = model.graph, model.architecture.body.config
     d_model, vocabulary = config.hidden_size, config.vocab_size
-    tokens, numbers = batch_size * length, num_block_weights(model)
+    tokens, numbers = args.batch_size * args.length, num_block_weights(model)
     d_heads = graph.num_heads * model.architecture.blocks[0].d_head
-    attention = 2 * graph.num_layers * length * d_heads  # a token attends to half of the others
+    attention = (
+        2 * graph.num_layers * args.length * d_heads
+    )  # a token attends to half of the others
     blocks = tokens * (2 * numbers + attention)
-    predicted, everywhere = (2 * n * vocabulary * d_model for n in (batch_size, tokens))
+    predicted, everywhere = (2 * n * vocabulary * d_model for n in (args.batch_size, tokens))
     width = next(model.architecture.body.parameters()).element_size()
-    weights = numbers * width * math.ceil(batch_size / micro)
+    num_parts = args.batch_size // (args.micro_batch_size or args.batch_size)
+    weights = numbers * width * num_parts
     outbox = tokens * d_model * width
     writers, readers = graph.num_writers, len(graph.readers)
     if engine == "stock":
@@ -374,7 +353,7 @@ def count(
         operations = 4 * (blocks + everywhere) + (2 + 5) * reading + (3 + 1) * writing
         return Cost(operations, arrays * writers * outbox + 4 * weights)
     reading = 2 * graph.num_edges * d_model * tokens
-    again = int(recompute)
+    again = int(args.recompute)
     circuit = (2 + again) * (blocks + predicted) + (3 + again) * reading
     seen = sum(graph.sites[2 * layers.start].num_writers for layers in lookaheads(graph))
     moved = ((4 + again) * seen + (4 + 2 * again) * readers + 4 * writers) * outbox
@@ -384,26 +363,8 @@ def count(
     return Cost(circuit, moved)
 
 
-def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
-    """Bytes of the outboxes, their gradients and the readers' inputs, which outgrow the rest."""
-    config = model.architecture.body.config
-    width = next(model.architecture.body.parameters()).element_size()
-    arrays = 2 * model.graph.num_writers + len(model.graph.readers)
-    return arrays * batch_size * length * config.hidden_size * width
-
-
-# ------------------------------------------------------------------------------------ command line
-
-
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description and shows defaults."""
-
-
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -411,9 +372,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("--shape", default="gpt2", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
-    add("--batch-size", type=positive, default=8, help="pairs per step")
-    add("--micro-batch-size", type=positive, help="pairs run at a time, all if None")
-    add("--length", type=positive, default=32, help="tokens per prompt")
+    add("--batch-size", type=int, default=8, help="pairs per step")
+    add("--micro-batch-size", type=int, help="pairs run at a time, all if None")
+    add("--length", type=int, default=32, help="tokens per prompt")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="float32", help="of the model")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -421,7 +382,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--fused", action="store_true", help="ours uses Triton kernels (on a GPU, in bfloat16)")
     default = ["ours", "ours_kept", "naive", "stock"]
     add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default, help="as above")
-    add("--repetitions", type=positive, default=5, help="timed steps per engine")
+    add("--repetitions", type=int, default=5, help="timed steps per engine")
     add("--compare-float32", action="store_true", help="also compare gate gradients with float32")
     growth = "measure instead how a step grows with layers, heads, tokens and batch"
     add("--growth", action="store_true", help=growth)
@@ -434,10 +395,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.device = pick_device(args.device)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        parser.error(
-            f"--micro-batch-size {args.micro_batch_size} must divide --batch-size {args.batch_size}"
-        )
+    micro = args.batch_size if args.micro_batch_size is None else args.micro_batch_size
+    if min(args.batch_size, micro, args.length, args.repetitions) < 1:
+        parser.error("sizes, --length and --repetitions must be at least 1")
+    if args.batch_size % micro:
+        parser.error(f"--micro-batch-size {micro} must divide --batch-size {args.batch_size}")
     if "ours_graph" in args.engines and not args.device.startswith("cuda"):
         parser.error(f"engine ours_graph needs a GPU, but the device is {args.device}")
     return args
@@ -453,26 +415,20 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     """Measure the engines and print a table; return the measurements."""
-    model = random_model(args.settings, device=args.device, dtype=args.dtype)
+    model = random_model(args.settings, args.device, args.dtype)
     if args.length > model.max_length:
         raise UserError(f"--length {args.length} exceeds the model's {model.max_length} positions")
     if args.fused:
         fuse(model)
-    names = ("batch_size", "length", "micro_batch_size", "recompute", "repetitions")
-    options = {name: getattr(args, name) for name in names}
-    measured = measure(model, args.engines, limits, **options)
-    report = {
-        "num_edges": model.graph.num_edges,
-        "block_weights": num_block_weights(model),
-        "engines": measured,
-    }
-    stock = measured.get("stock")
+    measured = measure(model, args, limits)
+    report = {"num_edges": model.graph.num_edges, "block_weights": num_block_weights(model)}
+    report |= {"engines": measured}
     rows = [("", "seconds", "x stock", "MB", "G operations", "GB moved", "x floor")]
     for name, m in measured.items():
         rows.append((
             name,
             f"{m['seconds']:.3g}",
-            "" if stock is None else f"{m['seconds'] / stock['seconds']:.2f}",
+            f"{m['seconds'] / measured['stock']['seconds']:.2f}" if "stock" in measured else "",
             "?" if m["memory"] is None else f"{m['memory'] / 1e6:,.0f}",
             f"{m['count']['operations'] / 1e9:,.0f}",
             f"{m['count']['bytes'] / 1e9:,.1f}",
@@ -482,17 +438,14 @@ def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     print_table(f"{args.shape}, {model.graph.num_edges:,} edges, {args.dtype}, {size}", rows)
     if args.compare_float32:
         del model
-        report["gradient_cosine"] = gradient_cosine(
-            args.settings, device=args.device, dtype=args.dtype, length=args.length,
-            batch_size=args.micro_batch_size or args.batch_size, fused=args.fused,
-        )  # fmt: skip
+        report["gradient_cosine"] = gradient_cosine(args)
         print(f"gate gradients compared with float32: cosine {report['gradient_cosine']:.6f}")
     return report
 
 
 def report_growth(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the growth and print a table; return the measurements."""
-    found = measure_growth(args.device, args.dtype, args.repetitions)
+    found = measure_growth(args)
     rows = [("", "values", "time", "predicted", "memory", "predicted")]
     for row in found:
         values = ", ".join(map(str, row["values"]))

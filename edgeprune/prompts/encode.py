@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,21 @@ from edgeprune.prompts.schema import (
 log = logging.getLogger("edgeprune")
 
 
-@dataclass(frozen=True, eq=False)
-class PairDataset(Sequence[Pair]):
+Ids = list[int]
+"""Token ids of a text."""
+
+
+class PairDataset(list[Pair]):
     """The tokenised pairs of one split.
 
     Attributes:
-        pairs: the pairs.
         name: file and split, for display.
         has_splits: whether every line of the file names its split.
     """
 
-    pairs: Sequence[Pair]
-    name: str
-    has_splits: bool = True
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return self.pairs[index]
+    def __init__(self, pairs: Iterable[Pair], name: str, has_splits: bool = True) -> None:
+        super().__init__(pairs)
+        self.name, self.has_splits = name, has_splits
 
 
 def load_dataset(
@@ -104,7 +99,7 @@ def encode_records(
 
 
 def encode_pair(tokenizer: Any, record: dict) -> Pair:
-    """Tokenise one line of a data file, see `edgeprune.prompts.schema`.
+    """Tokenise one line of a data file (see `edgeprune.prompts.schema`).
 
     Raises:
         DataError: a field is missing, misspelt or malformed.
@@ -121,9 +116,8 @@ def _encode_text(tokenizer: Any, record: dict) -> Pair:
     answers = read_options(record, "answers", gap, prediction)
     answers = [answer for answer in answers if answer.strip() != prediction.strip()]
     distractors = read_options(record, "distractor", gap, prediction)
-    clean_ids, (target, *options) = _tokenize(
-        tokenizer, clean, [gap + prediction, *answers, *distractors]
-    )
+    predictions = [gap + prediction, *answers, *distractors]
+    clean_ids, (target, *options) = _tokenize(tokenizer, clean, predictions)
     corrupted_ids, (other_target,) = _tokenize(tokenizer, corrupted, [other_gap + other_prediction])
     _check_same_length("prompts", clean_ids, corrupted_ids)
     if len(target) > 1:  # all but the last token are fed back
@@ -145,10 +139,9 @@ def _encode_ids(tokenizer: Any, record: dict) -> Pair:
         raise DataError(f"field {other!r} does not suit this model's outputs; give {wanted!r}")
 
     def read_ids(field: str, num_ids: int = len(tokenizer), lowest: int = 0) -> tuple[int, ...]:
-        return read_numbers(
-            record, field, lambda i: type(i) is int and lowest <= i < num_ids,
-            f"ids from {lowest} to {num_ids - 1}",
-        )  # fmt: skip
+        expected = f"ids from {lowest} to {num_ids - 1}"
+        ids = range(lowest, num_ids)
+        return read_numbers(record, field, lambda i: type(i) is int and i in ids, expected)
 
     clean, corrupted = read_ids("clean_ids"), read_ids("corrupted_ids")
     _check_same_length("prompts", clean, corrupted)
@@ -177,8 +170,7 @@ def _read_values(record: dict) -> tuple[float, ...]:
     def is_valid(value: Any) -> bool:
         return value is None or (type(value) in (int, float) and not abs(value) >= 2**63)
 
-    expected = "numbers below 2^63 in magnitude, or null where unknown"
-    values = read_numbers(record, "target_values", is_valid, expected)
+    values = read_numbers(record, "target_values", is_valid, "numbers below 2^63, or null")
     return tuple(math.nan if value is None else float(value) for value in values)
 
 
@@ -190,9 +182,7 @@ def _check_same_length(what: str, clean: Sequence[int], corrupted: Sequence[int]
         )
 
 
-def _tokenize(
-    tokenizer: Any, prompt: str, predictions: list[str]
-) -> tuple[list[int], list[list[int]]]:
+def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids, list[Ids]]:
     """Return the token ids of the prompt, and of each prediction as a continuation of it.
 
     The whole text is tokenised at once, as the model would see it, and cut where the prediction
@@ -223,7 +213,7 @@ def _tokenize(
     return ids, separate
 
 
-def _after_line_break(tokenizer: Any, prediction: str) -> list[int]:
+def _after_line_break(tokenizer: Any, prediction: str) -> Ids:
     """Tokenise a prediction without the prefix added to every text; [] if that is impossible.
 
     SentencePiece tokenizers (Llama 2) put a space before every text, so that "ga" + "me" would be
@@ -234,13 +224,11 @@ def _after_line_break(tokenizer: Any, prediction: str) -> list[int]:
     return [] if cut is None else cut[1]
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: Any, ids: Ids) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _cut(
-    ids: list[int], offsets: list[tuple[int, int]], place: int
-) -> tuple[list[int], list[int]] | None:
+def _cut(ids: Ids, offsets: list[tuple[int, int]], place: int) -> tuple[Ids, Ids] | None:
     """Cut tokens at a character of the text; None if a token spans it."""
     first = next((i for i, (start, end) in enumerate(offsets) if end > max(start, place)), None)
     if first is None or offsets[first][0] < place:
@@ -251,9 +239,7 @@ def _cut(
     return ids[:first], ids[first:last]
 
 
-def _contrast(
-    target: list[int], answers: list[list[int]], distractors: list[list[int]]
-) -> dict[str, Any]:
+def _contrast(target: Ids, answers: list[Ids], distractors: list[Ids]) -> dict[str, Any]:
     """Return `contrast`, `answer_ids`, `distractor_ids` and `also_right` of a `Pair`.
 
     Each token after the first is predicted from the target's earlier tokens, so an option can be
@@ -292,7 +278,7 @@ def _contrast(
     }
 
 
-def _first_difference(target: list[int], option: list[int]) -> int | None:
+def _first_difference(target: Ids, option: Ids) -> int | None:
     """Index of the first token that differs; None if one is a prefix of the other."""
     pairs = enumerate(zip(target, option, strict=False))
     return next((place for place, (a, b) in pairs if a != b), None)
