@@ -92,20 +92,7 @@ class Cost(NamedTuple):
     bytes: float
 
 
-# ---------------------------------------------------------------------------------- measurements
-
-
-def measure(
-    model: CircuitModel,
-    engines: Sequence[str],
-    limits: Cost,
-    *,
-    batch_size: int,
-    length: int,
-    micro_batch_size: int | None = None,
-    recompute: bool = False,
-    repetitions: int,
-) -> dict[str, dict[str, Any]]:
+def measure(model: CircuitModel, args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     """Measure one step of each engine; their repetitions alternate.
 
     Returns:
@@ -113,99 +100,99 @@ def measure(
         unknown; of `ours_graph` before it replays), the counted cost, the seconds which that takes
         at the limits (the floor), and the measured multiple of the floor.
     """
-    batch = random_batch(model, batch_size, length, predicted=1)
-    size = micro_batch_size or batch_size
-    parts = [
-        collate(batch.pairs[i : i + size]).to(model.device) for i in range(0, batch_size, size)
-    ]
-    steps = {name: make_step(name, model, parts, recompute) for name in engines}
+    batch = random_batch(model, args.batch_size, args.length, predicted=1)
+    size = args.micro_batch_size or args.batch_size
+    starts = range(0, args.batch_size, size)
+    parts = [collate(batch.pairs[start : start + size]).to(model.device) for start in starts]
+    steps = {name: make_step(name, model, parts, args.recompute) for name in args.engines}
     memory = {}
     for name, step in steps.items():
-        make_step(name, model, parts, recompute)()  # libraries load what they need
+        make_step(name, model, parts, args.recompute)()  # libraries load what they need
         model.release()
         memory[name] = peak_memory(step, model.device)
     model.release()
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            elapsed = timed(step, model.device)
-            if repetition:  # the first one allocates buffers again
-                seconds[name].append(elapsed)
+    rounds = [
+        {name: timed(step, model.device) for name, step in steps.items()}
+        for _ in range(args.repetitions + 1)
+    ][1:]  # the first one allocates buffers again
     measured = {}
-    for name, times in seconds.items():
-        cost = count(name, model, batch_size, length, size, recompute)
+    for name in args.engines:
+        seconds = [times[name] for times in rounds]
+        cost = count(name, model, args)
         floor = max(cost.operations / limits.operations, cost.bytes / limits.bytes)
         measured[name] = {
-            "seconds": min(times),
-            "median_seconds": statistics.median(times),
+            "seconds": min(seconds),
+            "median_seconds": statistics.median(seconds),
             "memory": memory[name],
             "count": cost._asdict(),
             "floor_seconds": floor,
-            "times_the_floor": min(times) / floor,
+            "times_the_floor": min(seconds) / floor,
         }
     return measured
 
 
-def measure_growth(device: str, dtype: str, repetitions: int) -> list[dict[str, Any]]:
+def measure_growth(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure how a step of ours grows with each size of a Llama with heads of 32 dimensions.
 
     Returns:
         Per size: its values, the measurements, and their exponents. The operations predict the
         exponent of time; outboxes, gradients and inputs that of memory.
     """
-    base = GROWTH_BASE["cuda" if device.startswith("cuda") else "cpu"]
+    base = GROWTH_BASE["cuda" if args.device.startswith("cuda") else "cpu"]
     factors, rows = (0.5, 1, 2), []
     for name in ("layers", "heads", "tokens", "batch"):
+        values = [int(base[name] * factor) for factor in factors]
         points = []
-        for factor in factors:
-            size = base | {name: int(base[name] * factor)}
-            model = random_model(
-                {
-                    "model_type": "llama", "hidden_size": size["d_model"], "head_dim": 32,
-                    "intermediate_size": 2 * size["d_model"], "vocab_size": 1000,
-                    "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
-                    "num_hidden_layers": size["layers"],
-                },
-                device=device, dtype=dtype,
-            )  # fmt: skip
-            shape = {"batch_size": size["batch"], "length": size["tokens"]}
-            found = measure(model, ["ours"], Cost(1, 1), **shape, repetitions=repetitions)["ours"]
+        for value in values:
+            size = base | {name: value}
+            settings = {
+                "model_type": "llama", "hidden_size": size["d_model"], "head_dim": 32,
+                "intermediate_size": 2 * size["d_model"], "vocab_size": 1000,
+                "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
+                "num_hidden_layers": size["layers"],
+            }  # fmt: skip
+            model = random_model(settings, args.device, args.dtype)
+            step = {"batch_size": size["batch"], "length": size["tokens"], "engines": ["ours"]}
+            step |= {"micro_batch_size": None, "recompute": False}
+            found = measure(model, argparse.Namespace(**vars(args) | step), Cost(1, 1))["ours"]
+            # Outboxes, their gradients and the readers' inputs outgrow the rest.
+            arrays = 2 * model.graph.num_writers + len(model.graph.readers)
+            numbers = arrays * size["batch"] * size["tokens"] * size["d_model"]
             points.append({
                 "seconds": found["seconds"],
                 "operations": found["count"]["operations"],
                 "memory": max(found["memory"] or 0, 1),
-                "predicted_memory": predicted_memory(model, **shape),
+                "predicted_memory": numbers * getattr(torch, args.dtype).itemsize,
             })  # fmt: skip
         columns = {key: [point[key] for point in points] for key in points[0]}
-        exponents = {key: exponent(factors, column) for key, column in columns.items()}
-        values = [int(base[name] * factor) for factor in factors]
+        logs = [math.log(factor) for factor in factors]
+        exponents = {
+            key: statistics.linear_regression(logs, [math.log(v) for v in column]).slope
+            for key, column in columns.items()
+        }
         rows.append({"quantity": name, "values": values, **columns, "exponents": exponents})
     return rows
 
 
-def gradient_cosine(
-    settings: dict[str, Any], *, device: str, dtype: str, batch_size: int, length: int, fused: bool
-) -> float:
-    """Cosine between the gate gradients in `dtype`, if asked by fused kernels, and in float32."""
-    model = random_model(settings, device=device, dtype="float32")
-    batch = random_batch(model, batch_size, length, predicted=1)
+def gradient_cosine(args: argparse.Namespace) -> float:
+    """Cosine between the gate gradients as measured and those in float32 without fused kernels."""
+    model = random_model(args.settings, args.device, "float32")
+    batch_size = args.micro_batch_size or args.batch_size
+    batch = random_batch(model, batch_size, args.length, predicted=1)
     noise = torch.Generator().manual_seed(0)
-    gates = sample_gates(torch.ones(model.graph.num_edges, device=device), noise)
+    gates = sample_gates(torch.ones(model.graph.num_edges, device=args.device), noise)
     gradients = []
-    for kind in ("float32", dtype):
+    for dtype in ("float32", args.dtype):
         model.release()
-        model.to(getattr(torch, kind))
-        if fused and gradients:
+        model.to(getattr(torch, dtype))
+        if args.fused and gradients:
             fuse(model)
-        leaf = gates.clone().requires_grad_()
-        reference, corrupted = model.run_pair(batch)
-        logits = model.run_circuit(batch, leaf, corrupted)
-        kl_per_token(reference, logits).mean().backward()
-        gradients.append(leaf.grad)
+        inputs = StepInputs(batch, *model.run_pair(batch), gates.clone().requires_grad_())
+        gradients.append(differentiate(model, inputs)[1])
     return torch.cosine_similarity(*gradients, dim=0).item()
 
 
-def random_model(settings: dict[str, Any], *, device: str, dtype: str) -> CircuitModel:
+def random_model(settings: dict[str, Any], device: str, dtype: str) -> CircuitModel:
     """Make a model with random weights; settings are `model_type` and its config's arguments."""
     settings = dict(settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -215,9 +202,6 @@ def random_model(settings: dict[str, Any], *, device: str, dtype: str) -> Circui
             config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
     return wrap_model(model, name=config.model_type)
-
-
-# ---------------------------------------------------------------------------------------- engines
 
 
 def sample_gates(log_alpha: Tensor, noise: torch.Generator) -> Tensor:
@@ -286,9 +270,6 @@ def run_stock(model: CircuitModel, parts: Sequence[Batch]) -> None:
         kl_per_token(reference, logits(embeddings, part)).mean().backward()
 
 
-# ---------------------------------------------------------------------------------------- machine
-
-
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Run a function; return its seconds, including those of a GPU."""
     start = time.perf_counter()
@@ -332,18 +313,13 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
     return 1024 * int(status.split("VmHWM:")[1].split()[0]) - before
 
 
-# --------------------------------------------------------------------------------------- counting
-
-
 def num_block_weights(model: CircuitModel) -> int:
     """Number of weights in the matrices of all blocks, each a multiply-add per token."""
     blocks = [part for block in model.architecture.blocks for part in (block.attention, block.mlp)]
     return sum(w.numel() for block in blocks for w in block.parameters() if w.dim() > 1)
 
 
-def count(
-    engine: str, model: CircuitModel, batch_size: int, length: int, micro: int, recompute: bool
-) -> Cost:
+def count(engine: str, model: CircuitModel, args: argparse.Namespace) -> Cost:
     """Count the operations and bytes of a step from the shapes.
 
     The bytes are those of weights and outboxes; smaller arrays are assumed to stay in caches. For
@@ -352,13 +328,16 @@ def count(
     """
     graph, config = model.graph, model.architecture.body.config
     d_model, vocabulary = config.hidden_size, config.vocab_size
-    tokens, numbers = batch_size * length, num_block_weights(model)
+    tokens, numbers = args.batch_size * args.length, num_block_weights(model)
     d_heads = graph.num_heads * model.architecture.blocks[0].d_head
-    attention = 2 * graph.num_layers * length * d_heads  # a token attends to half of the others
+    attention = (
+        2 * graph.num_layers * args.length * d_heads
+    )  # a token attends to half of the others
     blocks = tokens * (2 * numbers + attention)
-    predicted, everywhere = (2 * n * vocabulary * d_model for n in (batch_size, tokens))
+    predicted, everywhere = (2 * n * vocabulary * d_model for n in (args.batch_size, tokens))
     width = next(model.architecture.body.parameters()).element_size()
-    weights = numbers * width * math.ceil(batch_size / micro)
+    num_parts = args.batch_size // (args.micro_batch_size or args.batch_size)
+    weights = numbers * width * num_parts
     outbox = tokens * d_model * width
     writers, readers = graph.num_writers, len(graph.readers)
     if engine == "stock":
@@ -374,7 +353,7 @@ def count(
         operations = 4 * (blocks + everywhere) + (2 + 5) * reading + (3 + 1) * writing
         return Cost(operations, arrays * writers * outbox + 4 * weights)
     reading = 2 * graph.num_edges * d_model * tokens
-    again = int(recompute)
+    again = int(args.recompute)
     circuit = (2 + again) * (blocks + predicted) + (3 + again) * reading
     seen = sum(graph.sites[2 * layers.start].num_writers for layers in lookaheads(graph))
     moved = ((4 + again) * seen + (4 + 2 * again) * readers + 4 * writers) * outbox
@@ -384,76 +363,45 @@ def count(
     return Cost(circuit, moved)
 
 
-def predicted_memory(model: CircuitModel, batch_size: int, length: int) -> int:
-    """Bytes of the outboxes, their gradients and the readers' inputs, which outgrow the rest."""
-    config = model.architecture.body.config
-    width = next(model.architecture.body.parameters()).element_size()
-    arrays = 2 * model.graph.num_writers + len(model.graph.readers)
-    return arrays * batch_size * length * config.hidden_size * width
-
-
-def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of log value over log factor, by least squares."""
-    xs, ys = [math.log(f) for f in factors], [math.log(v) for v in values]
-    return statistics.linear_regression(xs, ys).slope
-
-
-# ------------------------------------------------------------------------------------ command line
-
-
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def shape_settings(shape: str) -> dict[str, Any]:
-    """Return the settings of `random_model` for one of `SHAPES` or a folder with a config.json."""
-    if shape not in SHAPES and not Path(shape).is_dir():  # so nothing is downloaded
-        raise ValueError(f"unknown shape {shape!r}; give {', '.join(SHAPES)} or a folder")
-    return SHAPES.get(shape) or AutoConfig.from_pretrained(shape).to_dict()
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description and shows defaults."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the options; add the `settings` of the shape."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shapes = f"{', '.join(SHAPES)}, or a folder with a config.json (default: gpt2)"
-    default_engines = ["ours", "ours_kept", "naive", "stock"]
+    """Parse and check the options; add the `settings` of the shape for `random_model`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    add("--shape", default="gpt2", help=shapes)
-    add("--batch-size", type=positive, default=8, help="pairs per step (default: 8)")
-    add("--micro-batch-size", type=positive, help="pairs run at a time (default: all)")
-    add("--length", type=positive, default=32, help="tokens per prompt (default: 32)")
+    add("--shape", default="gpt2", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
+    add("--batch-size", type=int, default=8, help="pairs per step")
+    add("--micro-batch-size", type=int, help="pairs run at a time, all if None")
+    add("--length", type=int, default=32, help="tokens per prompt")
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="float32", help="of the model (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", choices=dtypes, default="float32", help="of the model")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--recompute", action="store_true", help="ours recomputes blocks in the backward pass")
     add("--fused", action="store_true", help="ours uses Triton kernels (on a GPU, in bfloat16)")
-    add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default_engines,
-        help="engines to measure (default: all but ours_graph)")  # fmt: skip
-    add("--repetitions", type=positive, default=5, help="timed steps per engine (default: 5)")
-    add("--compare-float32", action="store_true",
-        help="also compare the gradients of the gates with those in float32")  # fmt: skip
-    add("--growth", action="store_true",
-        help="measure instead how a step grows with layers, heads, tokens and batch")  # fmt: skip
-    add("--output", type=Path, default="benchmark.json", help="default: benchmark.json")
+    default = ["ours", "ours_kept", "naive", "stock"]
+    add("--engines", nargs="+", choices=ENGINES, metavar="ENGINE", default=default, help="as above")
+    add("--repetitions", type=int, default=5, help="timed steps per engine")
+    add("--compare-float32", action="store_true", help="also compare gate gradients with float32")
+    growth = "measure instead how a step grows with layers, heads, tokens and batch"
+    add("--growth", action="store_true", help=growth)
+    add("--output", type=Path, default="benchmark.json", help="file of all measurements")
     args = parser.parse_args(arguments)
     try:
-        args.settings = shape_settings(args.shape)
+        if args.shape not in SHAPES and not Path(args.shape).is_dir():  # so nothing is downloaded
+            raise ValueError(f"unknown shape {args.shape!r}; give {', '.join(SHAPES)} or a folder")
+        args.settings = SHAPES.get(args.shape) or AutoConfig.from_pretrained(args.shape).to_dict()
         args.device = pick_device(args.device)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        parser.error(
-            f"--micro-batch-size {args.micro_batch_size} must divide --batch-size {args.batch_size}"
-        )
+    micro = args.batch_size if args.micro_batch_size is None else args.micro_batch_size
+    if min(args.batch_size, micro, args.length, args.repetitions) < 1:
+        parser.error("sizes, --length and --repetitions must be at least 1")
+    if args.batch_size % micro:
+        parser.error(f"--micro-batch-size {micro} must divide --batch-size {args.batch_size}")
     if "ours_graph" in args.engines and not args.device.startswith("cuda"):
         parser.error(f"engine ours_graph needs a GPU, but the device is {args.device}")
-    if args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; give the path of a file")
     return args
 
 
@@ -462,29 +410,25 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(title)
     for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join((first.ljust(widths[0]), *cells)))
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
 
 
 def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     """Measure the engines and print a table; return the measurements."""
-    model = random_model(args.settings, device=args.device, dtype=args.dtype)
+    model = random_model(args.settings, args.device, args.dtype)
     if args.length > model.max_length:
         raise UserError(f"--length {args.length} exceeds the model's {model.max_length} positions")
     if args.fused:
         fuse(model)
-    names = ("batch_size", "length", "micro_batch_size", "recompute", "repetitions")
-    settings = {name: getattr(args, name) for name in names}
-    measured = measure(model, args.engines, limits, **settings)
+    measured = measure(model, args, limits)
     report = {"num_edges": model.graph.num_edges, "block_weights": num_block_weights(model)}
     report |= {"engines": measured}
-    stock = measured.get("stock")
     rows = [("", "seconds", "x stock", "MB", "G operations", "GB moved", "x floor")]
     for name, m in measured.items():
         rows.append((
             name,
             f"{m['seconds']:.3g}",
-            "" if stock is None else f"{m['seconds'] / stock['seconds']:.2f}",
+            f"{m['seconds'] / measured['stock']['seconds']:.2f}" if "stock" in measured else "",
             "?" if m["memory"] is None else f"{m['memory'] / 1e6:,.0f}",
             f"{m['count']['operations'] / 1e9:,.0f}",
             f"{m['count']['bytes'] / 1e9:,.1f}",
@@ -494,17 +438,14 @@ def report_engines(args: argparse.Namespace, limits: Cost) -> dict[str, Any]:
     print_table(f"{args.shape}, {model.graph.num_edges:,} edges, {args.dtype}, {size}", rows)
     if args.compare_float32:
         del model
-        report["gradient_cosine"] = gradient_cosine(
-            args.settings, device=args.device, dtype=args.dtype, length=args.length,
-            batch_size=args.micro_batch_size or args.batch_size, fused=args.fused,
-        )  # fmt: skip
+        report["gradient_cosine"] = gradient_cosine(args)
         print(f"gate gradients compared with float32: cosine {report['gradient_cosine']:.6f}")
     return report
 
 
 def report_growth(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the growth and print a table; return the measurements."""
-    found = measure_growth(args.device, args.dtype, args.repetitions)
+    found = measure_growth(args)
     rows = [("", "values", "time", "predicted", "memory", "predicted")]
     for row in found:
         values = ", ".join(map(str, row["values"]))

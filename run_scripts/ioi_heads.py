@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.models.load import load_model
-from edgeprune.prompts import iterate_records
+from edgeprune.prompts import read_records
 from edgeprune.runs.run import Run
 
 KINDS = ("previous token", "duplicate token", "induction", "S-inhibition", "name mover")
@@ -61,18 +61,11 @@ def attention_to_kinds(model: object, records: list[dict]) -> Tensor:
         attentions = model.architecture.body(ids, output_attentions=True).attentions
         for layer, weights in enumerate(attentions):
             weights = weights[0]  # [head, query, key]
-            totals[layer] += torch.stack(
-                [
-                    weights.diagonal(-1, 1, 2)[:, 1:].mean(
-                        -1
-                    ),  # without the first token, which attends to itself
-                    weights[:, at["S2"], at["S1"]],
-                    weights[:, at["S2"], at["S1"] + 1],
-                    weights[:, at["END"], at["S2"]],
-                    weights[:, at["END"], at["IO"]],
-                ],
-                -1,
-            )
+            # Without token 1, for which the one before is the only choice besides itself.
+            previous = weights.diagonal(-1, 1, 2)[:, 1:].mean(-1)
+            second, end = weights[:, at["S2"]], weights[:, at["END"]]
+            kinds = [second[:, at["S1"]], second[:, at["S1"] + 1], end[:, at["S2"]]]
+            totals[layer] += torch.stack([previous, *kinds, end[:, at["IO"]]], -1)
     return totals / len(records)
 
 
@@ -86,7 +79,7 @@ def main() -> None:
 
     run = Run.open(args.run)
     model = load_model(run.config.model.path, device="cpu", attention="eager")
-    records = [r for r in iterate_records(run.data_path) if r["split"] == "test"][: args.prompts]
+    records = [r for r in read_records(run.data_path) if r["split"] == "test"][: args.prompts]
     circuit = run.circuit().circuit.without_dangling()
     scores = attention_to_kinds(model, records)
 

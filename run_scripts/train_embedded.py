@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from edgeprune.metrics import score
+from edgeprune.metrics import measure
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.prompts import collate, encode_records, iterate_batches
+from edgeprune.prompts import encode_records, iterate_batches
 from edgeprune.prompts.tasks import TASKS, generate_records
 from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES
 
@@ -104,7 +104,7 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 def held_out(task: str, tokenizer: PreTrainedTokenizerFast) -> list[dict]:
     """Return the prompts of a task that are kept out of training."""
-    return generate_records(task, tokenizer, HELD_OUT_OF.get(task, HELD_OUT), seed=0)[0]
+    return generate_records(task, tokenizer, HELD_OUT_OF.get(task, HELD_OUT), seed=0)
 
 
 def training_sequences(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Tensor]:
@@ -187,14 +187,13 @@ def accuracies(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, records: list[dict]
 ) -> tuple[float, float]:
     """Return two-way and top-1 accuracy."""
-    pairs, _ = encode_records(records, tokenizer)
     two_way, top_1 = [], []
-    for batch in iterate_batches(pairs, 256):
+    for batch in iterate_batches(encode_records(records, tokenizer), 256):
         logits = model(batch.clean_ids, attention_mask=torch.ones_like(batch.clean_ids)).logits
         logits = logits[batch.rows, batch.cols]
-        scores = score(collate(batch.pairs), logits, logits)
-        two_way.append(scores.logit_difference > 0)
-        top_1.append(scores.correct)
+        examples = measure(batch, logits, logits)
+        two_way.append(examples.logit_difference > 0)
+        top_1.append(examples.correct)
     return torch.cat(two_way).double().mean().item(), torch.cat(top_1).double().mean().item()
 
 

@@ -46,15 +46,16 @@ def test_operations_by_hand():
     blocks = 10 * (2 * weights + 2 * 3 * 5 * 32)
     logits = 2 * 2 * 50 * 32
     reading = 2 * model.graph.num_edges * 32 * 10
-    counted = benchmark.count("ours", model, 2, 5, 2, False).operations
+    args = benchmark.parse(["--batch-size=2", "--length=5"])
+    counted = benchmark.count("ours", model, args).operations
     assert counted == 4 * (blocks + logits) + 3 * reading
-    assert benchmark.count("stock", model, 2, 5, 2, False).operations == 4 * (blocks + logits)
+    assert benchmark.count("stock", model, args).operations == 4 * (blocks + logits)
 
 
 def test_growth_is_predicted_from_the_shapes(monkeypatch):
     base = {"d_model": 512, "layers": 2, "heads": 2, "tokens": 4, "batch": 2}
     monkeypatch.setitem(benchmark.GROWTH_BASE, "cpu", base)
-    found = benchmark.measure_growth("cpu", "float32", repetitions=1)
+    found = benchmark.measure_growth(benchmark.parse(["--device=cpu", "--repetitions=1"]))
     assert {row["quantity"]: row["values"] for row in found} == {
         name: [size // 2, size, size * 2] for name, size in list(base.items())[1:]
     }

@@ -100,7 +100,7 @@ def test_a_distance_that_is_not_finite_is_an_error():
 def test_edges_are_added_to_a_circuit_that_lacks_some():
     model = load_model("tracr/reverse")
     folder, config = model.tokenizer.folder, model.tokenizer.config
-    pairs, _ = encode_records(make_records(folder, config), model.tokenizer)
+    pairs = encode_records(make_records(folder, config), model.tokenizer)
     empty = Circuit(model.graph, frozenset())
     result = clean_up(model, empty, pairs, tolerance=1e-3, scores=in_order(model))
     assert result.circuit.edges == [("tok_embeds", "a2.h0.v"), ("a2.h0", "resid_post")]

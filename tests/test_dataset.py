@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -74,22 +73,15 @@ def words(tokenizer, ids) -> list[str]:
     return [tokenizer.decode([i]) for i in ids]
 
 
-def test_the_arithmetic_example_of_the_format():
-    tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
-    pair = encode_pair(tokenizer, SPEC)
-    assert words(tokenizer, pair.clean_ids) == ["1", " +", " 2", " ="]
-    assert words(tokenizer, pair.corrupted_ids) == ["1", " +", " 4", " ="]
-    assert words(tokenizer, pair.target_ids) == [" 3"]
-    assert pair.answer_ids == pair.distractor_ids == ()
-
-
 @pytest.mark.parametrize("option", ["4", " 4"])
 @pytest.mark.parametrize("tag", [" <predict>", "<predict> "])
-def test_options_begin_with_the_space_of_the_prediction(option, tag):
+def test_the_space_before_a_prediction_belongs_to_it_and_to_the_options(option, tag):
     tokenizer = byte_tokenizer([("Ġ", sign) for sign in "+=2345"])
     clean, corrupted = (SPEC[key].replace(" <predict>", tag) for key in ("clean", "corrupted"))
     record = {"clean": clean, "corrupted": corrupted, "answers": [option], "distractor": "5"}
     pair = encode_pair(tokenizer, record)
+    assert words(tokenizer, pair.clean_ids) == ["1", " +", " 2", " ="]
+    assert words(tokenizer, pair.corrupted_ids) == ["1", " +", " 4", " ="]
     assert words(tokenizer, pair.target_ids) == [" 3"]
     assert words(tokenizer, pair.answer_ids) == [" 3", " 4"]
     assert words(tokenizer, pair.distractor_ids) == [" 5"]
@@ -105,25 +97,12 @@ def test_without_such_a_space_options_keep_their_own():
 
 def test_all_predicted_tokens_but_the_last_are_fed_back():
     tokenizer = byte_tokenizer([])
-    pair = encode_pair(
-        tokenizer,
-        {"clean": "ab:<predict>xyz</predict>", "corrupted": "cd:<predict>uvw</predict>"},
-    )
+    record = {"clean": "ab:<predict>xyz</predict>", "corrupted": "cd:<predict>uvw</predict>"}
+    pair = encode_pair(tokenizer, record)
     assert "".join(words(tokenizer, pair.clean_ids)) == "ab:xy"
     assert "".join(words(tokenizer, pair.corrupted_ids)) == "cd:uv"
     assert "".join(words(tokenizer, pair.target_ids)) == "xyz"
-    batch = collate([pair])
-    assert batch.cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y predicts z
-
-
-def test_a_token_is_not_split_between_prompt_and_prediction():
-    tokenizer = byte_tokenizer([("7", "4")])  # "1745" alone would be 1, 74, 5
-    pair = encode_pair(
-        tokenizer,
-        {"clean": "17<predict>45</predict>", "corrupted": "17<predict>22</predict>"},
-    )
-    assert words(tokenizer, pair.clean_ids) == ["1", "7", "4"]
-    assert words(tokenizer, pair.target_ids) == ["4", "5"]
+    assert collate([pair]).cols.tolist() == [2, 3, 4]  # ':' predicts x, x predicts y, y z
 
 
 @pytest.mark.parametrize("kind", ["prepending", "metaspace"])
@@ -151,16 +130,17 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_into_a_word(kind):
 def test_a_prediction_that_cannot_follow_without_a_space_is_refused():
     tokenizer = sentencepiece_tokenizer(["a m"], "stripping")  # also strips the line break
     line = "ga<predict>me</predict>"
-    with pytest.raises(MisfitError, match="no tokens for 'me'"):
+    with pytest.raises(MisfitError, match="'me'"):
         encode_pair(tokenizer, {"clean": line, "corrupted": line})
 
 
-def test_special_tokens_at_the_beginning_are_kept_once():
-    tokenizer = byte_tokenizer([("7", "4")], begin=True)
-    for prediction in ("45", "55"):  # tokenised at once with the prompt, and separately
+@pytest.mark.parametrize("begin", [[], ["<s>"]])
+def test_a_token_is_not_split_between_prompt_and_prediction(begin):
+    tokenizer = byte_tokenizer([("7", "4")], begin=bool(begin))  # "1745" alone is 1, 74, 5
+    for prediction in ("45", "55"):  # tokenised separately, and at once with the prompt
         line = f"17<predict>{prediction}</predict>"
         pair = encode_pair(tokenizer, {"clean": line, "corrupted": line})
-        assert words(tokenizer, pair.clean_ids) == ["<s>", "1", "7", prediction[0]]
+        assert words(tokenizer, pair.clean_ids) == [*begin, "1", "7", prediction[0]]
         assert words(tokenizer, pair.target_ids) == list(prediction)
 
 
@@ -169,86 +149,61 @@ def test_answers_and_distractors_are_compared_where_they_differ():
     record = {
         "clean": "q:<predict>abc</predict>",
         "corrupted": "r:<predict>xyz</predict>",
-        "answers": ["abc", "abd"],
-        "distractor": ["axx", "ayy"],
-    }
-    pair = encode_pair(tokenizer, record)
-    assert pair.contrast == 1
-    assert words(tokenizer, pair.answer_ids) == ["b"]
-    assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
-    pair = encode_pair(tokenizer, {**record, "distractor": []})
-    assert pair.contrast == 2  # where the answers differ from one another
-    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
-    assert pair.distractor_ids == ()
-
-
-def test_answers_that_differ_from_the_target_elsewhere_are_right_too():
-    tokenizer = byte_tokenizer([])
-    record = {
-        "clean": "q:<predict>abc</predict>",
-        "corrupted": "r:<predict>xyz</predict>",
-        "answers": ["abd", "kbc", "aec", "abcd"],
+        "answers": ["abc", "abd", "kbc", "aec", "abcd"],
         "distractor": ["axx", "ayc"],
     }
     pair = encode_pair(tokenizer, record)
     assert pair.contrast == 1
     assert sorted(words(tokenizer, pair.answer_ids)) == ["b", "e"]
-    assert [(place, *words(tokenizer, [token])) for place, token in pair.also_right] == [
-        (0, "k"), (2, "d"),
-    ]  # fmt: skip
+    assert sorted(words(tokenizer, pair.distractor_ids)) == ["x", "y"]
+    also_right = [(place, *words(tokenizer, [token])) for place, token in pair.also_right]
+    assert also_right == [(0, "k"), (2, "d")]
     assert len({pair, replace(pair)}) == 1  # pairs can be counted
+    pair = encode_pair(tokenizer, {**record, "answers": ["abc", "abd"], "distractor": []})
+    assert pair.contrast == 2  # where the answers differ from one another
+    assert sorted(words(tokenizer, pair.answer_ids)) == ["c", "d"]
+    assert pair.distractor_ids == ()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error"),
     [
         # Later years, digit by digit: 30 to 32 differ from 35 in the second, 00 to 29 in the first.
-        ({"distractor": ["29", "30"]}, "token 1, .* token 2"),
-        ({"distractor": ["29"], "answers": ["24"]}, "share token 1"),
-        ({"distractor": ["35", "29"]}, "same tokens"),
-        ({"distractor": ["351"]}, "same tokens"),
-        ({"answers": ["3"]}, "1 of its 2 tokens"),
+        ({"distractor": ["29", "30"]}, MisfitError),
+        ({"distractor": ["29"], "answers": ["24"]}, MisfitError),
+        ({"answers": ["3"]}, MisfitError),
+        ({"distractor": ["35", "29"]}, DataError),
+        ({"distractor": ["351"]}, DataError),
     ],
 )
-def test_options_that_no_single_token_distinguishes_are_refused(change, message):
+def test_options_that_no_single_token_distinguishes_are_refused(change, error):
     line = "17<predict>35</predict>"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as refused:
         encode_pair(byte_tokenizer([]), {"clean": line, "corrupted": line, **change})
+    assert refused.type is error
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("field", "value"),
     [
-        ({"clean": None}, "'clean' is missing"),
-        ({"corrupted": 3}, "'corrupted' is a int"),
-        ({"clean": "1 + 2 = 3"}, "exactly one"),
-        ({"clean": "1<predict>2</predict><predict>3</predict>"}, "exactly one"),
-        ({"clean": "1</predict>2<predict>"}, "exactly one"),
-        ({"clean": "1 + 2 = <predict> </predict>"}, "nothing between"),
-        ({"clean": "<predict>3</predict>"}, "no prompt before"),
-        ({"clean": "1 + 2 = <predict>3</predict> ."}, "after </predict>"),
-        ({"corrupted": "1 + 4 + 5 = <predict>9</predict>"}, "6 and 9 tokens"),
-        ({"distractor": 7}, "'distractor' must be"),
-        ({"distractor": "3"}, "same tokens"),
-        ({"answers": [1]}, "'answers' must be"),
-        ({"corrupted": "1 \ud800 = <predict>3</predict>"}, "'corrupted' .* surrogate"),
-        ({"distractor": "\udfff"}, "'distractor' .* surrogate"),
+        ("clean", None), ("corrupted", 3), ("clean", "1 + 2 = 3"), ("clean", "1<predict>2"),
+        ("clean", "1<predict>2</predict><predict>3</predict>"), ("clean", "1</predict>2<predict>"),
+        ("clean", "1 + 2 = <predict> </predict>"), ("clean", "<predict>3</predict>"),
+        ("clean", "1 + 2 = <predict>3</predict> ."), ("distractor", "\udfff"),
+        ("corrupted", "1 \ud800 = <predict>3</predict>"), ("distractor", 7), ("distractor", "3"),
+        ("answers", [1]), ("distractor_ids", [4]),
     ],
-)
-def test_malformed_records_are_refused(tokenizer, change, message):
-    with pytest.raises(DataError, match=message):
-        encode_pair(tokenizer, {**SPEC, **change})
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("distractors", "distractor"), ("Distractor", "distractor"), ("anwsers", "answers"),
-     ("answer", "answers"), ("spilt", "split"), ("clean_id", "clean_ids")],
 )  # fmt: skip
-def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name, meant):
+def test_malformed_records_are_refused(tokenizer, field, value):
+    with pytest.raises(DataError, match=field):
+        encode_pair(tokenizer, {**SPEC, field: value})
+
+
+@pytest.mark.parametrize("name", ["distractors", "Distractor", "anwsers", "answer", "spilt"])
+def test_a_misspelt_field_is_refused(tokenizer, tmp_path, name):
     record = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
     path = write_jsonl(tmp_path / "a.jsonl", record, {**record, "note": "x", name: "4"})
-    with pytest.raises(DataError, match=f"line 2: .*'{name}'.*'{meant}'"):
+    with pytest.raises(DataError, match=f"line 2: .*'{name}'"):
         load_dataset(path, tokenizer, "train")
 
 
@@ -274,28 +229,24 @@ def test_lines_of_ids_have_answers_and_distractors_too(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    "change",
     [
-        ({**IDS, "distractor": "4"}, "give 'distractor_ids'"),
-        ({**IDS, "answers": ["4"]}, "give 'answer_ids'"),
-        ({**SPEC, "distractor_ids": [4]}, "give 'distractor'"),
-        ({**IDS, "distractor_id": [4]}, "did you mean 'distractor_ids'"),
-        ({**IDS, "distractor_ids": 4}, "'distractor_ids' must be"),
-        ({**IDS, "distractor_ids": [-1]}, "'distractor_ids' has ids outside of 0 to"),
-        ({**IDS, "distractor_ids": [9]}, r"\[9\], and distractor_ids are \[9\]"),
-        ({**IDS, "target_ids": [-1], "distractor_ids": [9]}, r"right token.* are \[\]"),
-        ({**IDS, "target_values": [1.5]}, "'target_values' .* give 'target_ids'"),
-        ({**IDS, "target_ids": [1, 2, 3, 4]}, "4 targets"),
+        {"distractor": "4"}, {"answers": ["4"]}, {"distractor_id": [4]}, {"distractor_ids": 4},
+        {"distractor_ids": [-1]}, {"distractor_ids": [9]}, {"target_values": [1.5]},
+        {"target_ids": [-1], "distractor_ids": [9]}, {"target_ids": [1, 2, 3, 4]},
     ],
+)  # fmt: skip
+def test_malformed_lines_of_ids_are_refused(tokenizer, change):
+    with pytest.raises(DataError):
+        encode_pair(tokenizer, {**IDS, **change})
+
+
+@pytest.mark.parametrize(
+    "corrupted", ["1 + 4 + 5 = <predict>9</predict>", "1 + 4 = <predict>5 6</predict>"]
 )
-def test_malformed_lines_of_ids_are_refused(tokenizer, record, message):
-    with pytest.raises(DataError, match=message):
-        encode_pair(tokenizer, record)
-
-
-def test_predictions_of_unequal_length_are_refused():
-    record = {"clean": "a<predict>bc</predict>", "corrupted": "a<predict>b</predict>"}
-    with pytest.raises(DataError, match="predictions .* 2 and 1"):
+def test_prompts_and_predictions_of_unequal_length_do_not_fit(corrupted):
+    record = {"clean": "1 + 2 = <predict>34</predict>", "corrupted": corrupted}
+    with pytest.raises(MisfitError, match=r"\d and \d"):
         encode_pair(byte_tokenizer([]), record)
 
 
@@ -303,10 +254,9 @@ def test_splits(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, {**SPEC, "split": "test"}, SPEC)
     assert len(load_dataset(path, tokenizer, "train")) == 2
     assert len(load_dataset(path, tokenizer, "test")) == 1
-    with pytest.raises(DataError, match="'validation'.* test, train"):
-        load_dataset(path, tokenizer, "validation")
-    with pytest.raises(DataError, match="'dev'"):
-        load_dataset(path, tokenizer, "dev")
+    for split in ("validation", "dev"):
+        with pytest.raises(DataError, match=f"'{split}'.* test, train"):
+            load_dataset(path, tokenizer, split)
     bare = {key: value for key, value in SPEC.items() if key != "split"}
     serves_all = write_jsonl(tmp_path / "b.jsonl", bare)
     partly = write_jsonl(tmp_path / "c.jsonl", bare, SPEC)
@@ -321,30 +271,22 @@ def test_splits(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "a list"),
-        (json.dumps({**SPEC, "split": "dev"}), "'dev'"),
-        (json.dumps({**SPEC, "clean": "x"}), "'clean'"),
-    ],
+    "bad",
+    ["{", "[1]", json.dumps({**SPEC, "split": "dev"}), json.dumps({**SPEC, "clean": "x"})],
 )
-def test_malformed_lines_are_named_by_number(tokenizer, tmp_path, bad, message):
+def test_malformed_lines_are_named_by_number(tokenizer, tmp_path, bad):
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, "", bad)  # the empty line counts
-    with pytest.raises(DataError, match=f"{path}, line 3: .*{message}"):
+    with pytest.raises(DataError, match=f"{path}, line 3: "):
         load_dataset(path, tokenizer, "train")
-    with pytest.raises(DataError, match=f"^my data, line 3: .*{message}"):
-        load_dataset(path, tokenizer, "train", name="my data")
 
 
-def test_bad_files_are_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="no data file"):
-        load_dataset(tmp_path / "none.jsonl", tokenizer, "train")
-    with pytest.raises(DataError, match="no lines"):
-        load_dataset(write_jsonl(tmp_path / "empty.jsonl", ""), tokenizer, "train")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"clean": "\xe9"}\n')
-    with pytest.raises(DataError, match="not UTF-8"):
-        load_dataset(tmp_path / "latin.jsonl", tokenizer, "train")
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b'{"clean": "\xe9"}\n'])
+def test_bad_files_are_refused(tokenizer, tmp_path, content):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=str(path)):
+        load_dataset(path, tokenizer, "train")
 
 
 def test_lines_that_do_not_fit_are_skipped_with_one_warning(tokenizer, tmp_path, caplog):
@@ -353,12 +295,11 @@ def test_lines_that_do_not_fit_are_skipped_with_one_warning(tokenizer, tmp_path,
     mixed = load_dataset(path, tokenizer, "train")
     (warning,) = caplog.messages
     assert "2 of 3 examples" in warning
-    assert "line 2" in warning
+    assert f"{path}, line 2" in warning
     assert len(mixed) == 1
-    assert len(mixed.skipped) == 2
-    with pytest.raises(NoneUsableError, match="2 examples .* 6 and 9"):
+    with pytest.raises(NoneUsableError, match="line 1: .* 6 and 9"):
         load_dataset(write_jsonl(tmp_path / "b.jsonl", unequal, unequal), tokenizer, "train")
-    with pytest.raises(NoneUsableError, match="6 tokens are more than the 3"):
+    with pytest.raises(NoneUsableError):
         load_dataset(path, tokenizer, "train", max_length=3)
 
 
@@ -388,12 +329,11 @@ def test_training_batches_follow_from_seed_and_step():
     def batches(seed: int, steps: range) -> list[tuple]:
         return [tuple(training_pairs(pairs, 4, seed, step)) for step in steps]
 
-    assert batches(0, range(6)) == batches(0, range(6))
+    first, second, third, fourth, *_ = batches(0, range(6))
     assert batches(0, range(6))[3:] == batches(0, range(3, 6))
     assert batches(0, range(6)) != batches(1, range(6))
-    first, second, third = batches(0, range(3))
     assert not set(first) & set(second)  # one epoch repeats nothing
-    assert (*first, *second) != (*third, *batches(0, range(3, 4))[0])  # epochs differ in order
+    assert (*first, *second) != (*third, *fourth)  # epochs differ in order
     assert len(training_pairs(pairs, 64, 0, 5)) == 10
 
 
@@ -418,15 +358,3 @@ def test_any_file_is_read_or_refused(tokenizer, tmp_path, content, split):
         assert str(error)
     else:
         assert len(collate(list(dataset)).pairs) == len(dataset)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_files_with_random_bytes_changed_are_read_or_refused(tokenizer, tmp_path, data):
-    content = bytearray((json.dumps(SPEC) + "\n" + json.dumps(SPEC) + "\n").encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "fuzz.jsonl"
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    with suppress(DataError):
-        load_dataset(path, tokenizer, "train")

@@ -28,8 +28,8 @@ def test_the_model_is_small():
 @pytest.mark.parametrize("task", LEARNED)
 def test_the_model_does_every_task_on_prompts_it_was_not_trained_on(embedded, task):
     """Validation prompts of seed 0, which the training script holds out."""
-    records = generate_records(task, embedded.tokenizer, {"train": 0, "validation": 150}, 0)[0]
-    pairs = encode_records(records, embedded.tokenizer)[0]
+    records = generate_records(task, embedded.tokenizer, {"train": 0, "validation": 150}, 0)
+    pairs = encode_records(records, embedded.tokenizer)
     all_edges = Circuit.from_mask(embedded.graph, [True] * embedded.graph.num_edges)
     result = evaluate(embedded, all_edges, pairs)
     assert result.full.two_way_accuracy >= 0.97

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import yaml
@@ -26,7 +27,7 @@ def task(request):
 
 @pytest.fixture(scope="module")
 def records(task, tokenizer):
-    return generate_records(task, tokenizer, SIZES, seed=3)[0]
+    return generate_records(task, tokenizer, SIZES, seed=3)
 
 
 def prompt(record: dict, side: str = "clean") -> str:
@@ -37,19 +38,14 @@ def answer(record: dict, side: str = "clean") -> str:
     return record[side].split("<predict>")[1].removesuffix("</predict>").strip()
 
 
-def test_sizes_are_as_requested_and_no_prompt_is_repeated(records):
-    for split in SPLITS:
-        assert sum(record["split"] == split for record in records) == SIZES[split]
-    assert len({prompt(record) for record in records}) == len(records)
-
-
-def test_the_default_sizes_leave_room_and_splits_do_not_overlap(task, tokenizer):
-    """With a tenth more examples than the defaults."""
+def test_sizes_are_as_requested_and_splits_do_not_overlap(task, tokenizer):
+    """With a tenth more examples than the defaults, so that those leave room."""
     settings = yaml.safe_load((CONF / f"task/{task}.yaml").read_text())
     sizes = {split: settings[split] * 11 // 10 for split in SPLITS}
-    records, _ = generate_records(task, tokenizer, sizes, seed=0)
-    assert len(records) == sum(sizes.values())
+    records = generate_records(task, tokenizer, sizes, seed=0)
+    assert Counter(record["split"] for record in records) == sizes
     clean = {prompt(record): record["split"] for record in records}
+    assert len(clean) == len(records)
     for record in records:
         assert clean.get(prompt(record, "corrupted"), record["split"]) == record["split"]
 
@@ -70,21 +66,19 @@ def test_records_follow_from_the_seed_in_any_process(task, records, tokenizer):
     code = (
         "import json, sys; from edgeprune.models.load import load_tokenizer;"
         "from edgeprune.prompts.tasks import generate_records;"
-        f"r = generate_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3)[0];"
+        f"r = generate_records({task!r}, load_tokenizer('embedded'), {SIZES!r}, seed=3);"
         "json.dump(r, sys.stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert json.loads(done.stdout) == records
-    assert generate_records(task, tokenizer, SIZES, seed=4)[0] != records
+    assert generate_records(task, tokenizer, SIZES, seed=4) != records
 
 
 def test_ioi_by_hand(tokenizer):
-    records, _ = generate_records("ioi", tokenizer, {"train": 200}, seed=0)
     orders = set()
-    for record in records:
-        words, right, wrong = (
-            re.findall(r"\w+", prompt(record)), answer(record), record["distractor"].strip()
-        )  # fmt: skip
+    for record in generate_records("ioi", tokenizer, {"train": 200}, seed=0):
+        words = re.findall(r"\w+", prompt(record))
+        right, wrong = answer(record), record["distractor"].strip()
         assert words.count(right) == 1
         assert words.count(wrong) == 2
         orders.add(words.index(right) < words.index(wrong))
@@ -93,7 +87,7 @@ def test_ioi_by_hand(tokenizer):
 
 
 def test_greater_than_by_hand(tokenizer):
-    for record in generate_records("greater_than", tokenizer, {"train": 50}, seed=0)[0]:
+    for record in generate_records("greater_than", tokenizer, {"train": 50}, seed=0):
         year = int(prompt(record).split("from the year ")[1][2:4])
         assert record["answers"] == [f"{end:02}" for end in range(year + 1, 100)]
         assert record["distractor"] == [f"{end:02}" for end in range(year + 1)]
@@ -102,7 +96,7 @@ def test_greater_than_by_hand(tokenizer):
 
 def test_greater_than_for_a_tokenizer_of_single_digits():
     tokenizer = byte_tokenizer([])
-    record = generate_records("greater_than", tokenizer, {"train": 5}, seed=0)[0][0]
+    record = generate_records("greater_than", tokenizer, {"train": 5}, seed=0)[0]
     assert len(record["answers"]) + len(record["distractor"]) == 10
     assert len(encode_pair(tokenizer, record).target_ids) == 1
 
@@ -162,57 +156,33 @@ def test_boolean_expressions_of_the_examples_are_right():
         assert str(eval(expression)) == value
 
 
-def test_boolean_expressions_by_their_tree():
-    tree = ("or", ("and", ("not", "False"), "False"), "True")
-    assert boolean_expressions.text(tree) == "((not False) and False) or True"
-    assert boolean_expressions.value(tree)
-    changed = boolean_expressions.with_one_word_replaced(tree)
-    assert set(map(boolean_expressions.text, changed)) == {
-        "((not False) and False) and True",
-        "((not False) or False) or True",
-        "((not True) and False) or True",
-        "((not False) and True) or True",
-        "((not False) and False) or False",
-    }
-
-
 def test_long_forms_are_for_tokenizers_with_a_token_for_true():
     """The published 8,000 distinct prompts can be had, all of equal length word by word."""
     merges = []
     for word in ("True", "False", "and", "or"):
         merges += [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]
     tokenizer = byte_tokenizer(merges)
-    records, report = generate_records(
-        "boolean_expressions_instruction", tokenizer, {"train": 8000, "test": 1000}, seed=0
-    )
+    sizes = {"train": 8000, "test": 1000}
+    records = generate_records("boolean_expressions_instruction", tokenizer, sizes, seed=0)
     assert len(records) == 9000
-    assert "skipped" not in report
     assert "<<SYS>>" in records[0]["clean"]
     assert {len(encode_pair(tokenizer, record).target_ids) for record in records[:50]} == {1}
 
 
-def test_examples_that_do_not_fit_the_tokenizer_are_reported():
-    records, report = generate_records("ioi", byte_tokenizer([]), {"train": 10}, seed=0)
-    assert len(records) == 10
-    assert "skipped" in report
+def test_examples_that_do_not_fit_the_tokenizer_are_reported(caplog):
+    caplog.set_level("INFO", "edgeprune")
+    assert len(generate_records("ioi", byte_tokenizer([]), {"train": 10}, seed=0)) == 10
+    assert "do not fit" in caplog.text
 
 
 def test_a_compiled_model_brings_its_prompts(tokenizer):
-    records, report = generate_records(FROM_MODEL, load_tokenizer("tracr/reverse"), {}, seed=0)
+    records = generate_records(FROM_MODEL, load_tokenizer("tracr/reverse"), {}, seed=0)
     assert len(records) == 4 * 27  # corrupted inputs of every input of three tokens out of three
-    assert report is None
     with pytest.raises(ConfigError, match="another task"):
         generate_records(FROM_MODEL, tokenizer, {}, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("task", "sizes", "message"),
-    [
-        ("io", {"train": 1}, "'io'.* ioi,"),
-        ("ioi", {"dev": 1}, "1 examples of split 'dev'"),
-        ("gendered_pronoun", {"train": 100_000}, "only .* of the 100,000 examples"),
-    ],
-)
-def test_impossible_requests_are_refused(tokenizer, task, sizes, message):
-    with pytest.raises(ConfigError, match=message):
-        generate_records(task, tokenizer, sizes, seed=0)
+@pytest.mark.parametrize(("task", "size"), [("io", 1), ("gendered_pronoun", 100_000)])
+def test_impossible_requests_are_refused(tokenizer, task, size):
+    with pytest.raises(ConfigError, match=task):
+        generate_records(task, tokenizer, {"train": size}, seed=0)

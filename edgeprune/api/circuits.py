@@ -224,17 +224,13 @@ def _record(path: Path, folder: Path) -> RunRecord | None:
         return None
 
 
-def prepare(config: PrepareConfig) -> tuple[Path, int, str]:
-    """Write a task's prompts for a model's tokenizer.
-
-    Returns:
-        The file, its number of lines, and what was left out, for people.
-    """
+def prepare(config: PrepareConfig) -> int:
+    """Write a task's prompts for a model's tokenizer; returns the number of lines."""
     from edgeprune.models.load import load_tokenizer
 
     output, task = Path(config.output), config.task
     check_output(output, [config.model.path])
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    records = generate_records(task.name, tokenizer, task.sizes, task.seed)
     write_records(records, output)
-    return output, len(records), report or "as they come with the model"
+    return len(records)

@@ -10,5 +10,4 @@ def prepare(config: PrepareConfig) -> None:
     """Write a task's prompts as JSONL."""
     from edgeprune.api.circuits import prepare
 
-    output, count, report = prepare(config)
-    print_result(f"wrote {count:,} lines ({report}) -> {output}")
+    print_result(f"wrote {prepare(config):,} lines -> {config.output}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,8 @@ class Pair:
     """A clean and a corrupted prompt as token ids, with the tokens to predict.
 
     Attributes:
-        clean_ids: the model's input on the clean prompt: the prompt and all but the last token of
-            the prediction.
-        corrupted_ids: the input on the corrupted prompt, with the same number of tokens.
+        clean_ids, corrupted_ids: the model's input on each prompt, equally many tokens: the prompt
+            and all but the last token of the prediction.
         target_ids: the tokens to predict, at the last `len(target_ids)` positions; -1 where the
             right token is unknown.
         answer_ids, distractor_ids: the right and the wrong tokens at target `contrast`; empty if
@@ -76,12 +77,9 @@ class Batch:
 
     def map(self, function: Callable[..., Tensor], *others: Batch) -> Batch:
         """Apply a function to each tensor and the tensors of the same name in `others`."""
-        mapped = {
-            name: function(value, *(getattr(other, name) for other in others))
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **mapped)
+        names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        batches = (self, *others)
+        return replace(self, **{n: function(*(getattr(b, n) for b in batches)) for n in names})
 
     def to(self, device: torch.device | str) -> Batch:
         """Move all tensors to a device."""
@@ -91,29 +89,24 @@ class Batch:
 def collate(pairs: Sequence[Pair]) -> Batch:
     """Pad pairs to the longest one and index their predicting positions."""
     lengths = [len(pair.clean_ids) for pair in pairs]
-    clean = torch.zeros(len(pairs), max(lengths), dtype=torch.long)  # padding may be any token
-    corrupted = torch.zeros_like(clean)
-    rows, cols, shares, targets, values, contrasts = [], [], [], [], [], []
-    for row, pair in enumerate(pairs):
-        length = len(pair.clean_ids)
-        clean[row, :length] = torch.tensor(pair.clean_ids)
-        corrupted[row, :length] = torch.tensor(pair.corrupted_ids)
-        contrasts.append(len(rows) + pair.contrast)
-        num_targets = len(pair.target_ids)
-        rows += [row] * num_targets
-        cols += range(length - num_targets, length)
-        shares += [1 / num_targets] * num_targets
-        targets += pair.target_ids
-        values += pair.target_values or [math.nan] * num_targets
+    counts = [len(pair.target_ids) for pair in pairs]
+    spans = [range(n - count, n) for n, count in zip(lengths, counts, strict=True)]
+    values = [pair.target_values or [math.nan] * len(pair.target_ids) for pair in pairs]
+    firsts = accumulate(counts, initial=0)  # index of each pair's first target
+    contrasts = [pair.contrast + first for pair, first in zip(pairs, firsts, strict=False)]
+
+    def padded(prompts: Iterable[tuple[int, ...]]) -> Tensor:
+        return pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+
     return Batch(
-        clean_ids=clean,
-        corrupted_ids=corrupted,
+        clean_ids=padded(pair.clean_ids for pair in pairs),
+        corrupted_ids=padded(pair.corrupted_ids for pair in pairs),
         lengths=torch.tensor(lengths),
-        rows=torch.tensor(rows),
-        cols=torch.tensor(cols),
-        shares=torch.tensor(shares),
-        target_ids=torch.tensor(targets),
-        target_values=torch.tensor(values),
+        rows=torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]),
+        cols=torch.tensor([*chain(*spans)]),
+        shares=torch.tensor([1 / count for count in counts for _ in range(count)]),
+        target_ids=torch.tensor([*chain(*(pair.target_ids for pair in pairs))]),
+        target_values=torch.tensor([*chain(*values)]),
         contrasts=torch.tensor(contrasts),
         pairs=tuple(pairs),
     )
@@ -135,9 +128,8 @@ def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]
 def training_pairs(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> list[Pair]:
     """Choose the pairs of one optimisation step, from (seed, step) alone, so that runs can resume.
 
-    Each epoch is a new permutation of the data. Pairs left over after the last full batch of an
-    epoch are skipped, so that every step has the same weight; the published trainer instead ends
-    an epoch with a smaller batch. A dataset smaller than `batch_size` forms one batch.
+    Each epoch is a new permutation of the data without a last, smaller batch, so that every step
+    has the same weight (the published trainer keeps it). A smaller dataset forms one batch.
     """
     size = min(batch_size, len(dataset))
     epoch, index = divmod(step, len(dataset) // size)

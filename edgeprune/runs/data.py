@@ -15,7 +15,7 @@ from edgeprune.config import SPLITS, AblationConfig, TaskConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, NoneUsableError
 from edgeprune.files import write_text
-from edgeprune.prompts import PairDataset, iterate_records, load_dataset
+from edgeprune.prompts import PairDataset, load_dataset, read_records
 from edgeprune.prompts.tasks import generate_records
 from edgeprune.runs import layout
 
@@ -33,10 +33,7 @@ def make_data(task: TaskConfig, tokenizer: Any, folder: Path) -> Path:
         return Path(task.path)
     path = folder / layout.DATA
     if not path.exists():
-        records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
-        if report:
-            log.info(f"{task.name}: {report}")
-        write_records(records, path)
+        write_records(generate_records(task.name, tokenizer, task.sizes, task.seed), path)
     return path
 
 
@@ -55,7 +52,7 @@ def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) ->
 
 def first_split(path: Path, wanted: str) -> str:
     """The wanted split if the file has it (or has no splits at all), else the first it has."""
-    found = {record.get("split", wanted) for record in iterate_records(path)}
+    found = {record.get("split", wanted) for record in read_records(path)}
     return wanted if wanted in found else next(split for split in SPLITS if split in found)
 
 

@@ -3,9 +3,7 @@
 After Suzgun et al. 2023 (BIG-Bench Hard, arXiv:2210.09261), posed with an instruction or with
 few-shot examples as in Bhaskar et al. 2024 (arXiv:2406.16778). The corrupted prompt has the same
 expression with one word replaced (True and False, or `and` and `or`, by each other) such that the
-value changes. Thus both prompts have equally many tokens, and the answer depends on that word,
-which over many prompts is of every kind: what differs is how the model evaluates operators and
-literals.
+value changes. Thus both prompts have equally many tokens, and the answer depends on that word.
 
 The instruction uses the chat markup of Llama 2, on which CodeLlama was trained. Tokenizers that
 split `True` into several tokens get short forms, without system prompt and with a single example.
@@ -15,22 +13,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
 
 Expression = str | tuple
 """An expression tree: 'True', 'False', ('not', x), ('and', x, y) or ('or', x, y)."""
 
 OTHER = {"True": "False", "False": "True", "and": "or", "or": "and"}
 """Maps each word to its replacement in a corrupted prompt."""
-MIN_LITERALS, MAX_LITERALS, MAX_LITERALS_SHORT = 2, 4, 3
-"""Range of the number of literals of an expression; the last is the maximum of the short forms."""
 NEGATED = 0.3
 """Probability that a literal or a part in parentheses is negated."""
 
-SHORT_INSTRUCTION = "[INST] {} [/INST] '"
-INSTRUCTION = SHORT_INSTRUCTION.format(
-    "<<SYS>>\nIs this Boolean expression 'True' or 'False'?\n<</SYS>>\n\n{}"
-)
+SYSTEM_PROMPT = "<<SYS>>\nIs this Boolean expression 'True' or 'False'?\n<</SYS>>\n\n"
 EXAMPLES = (
     "True and (not False) is True",
     "(False or True) and False is False",
@@ -43,9 +35,8 @@ def value(expression: Expression) -> bool:
     if isinstance(expression, str):
         return expression == "True"
     operator, *operands = expression
-    if operator == "not":
-        return not value(operands[0])
-    return (all if operator == "and" else any)(map(value, operands))
+    values = [value(operand) for operand in operands]
+    return {"not": not values[0], "and": all(values), "or": any(values)}[operator]
 
 
 def text(expression: Expression, inner: bool = False) -> str:
@@ -83,15 +74,12 @@ def with_one_word_replaced(expression: Expression) -> Iterator[Expression]:
 
 
 def sample(rng: random.Random, form: str, short: bool = False) -> dict:
-    """Draw one example; True and False have equal chance.
+    """Draw one example of 2 to 4 literals (short: 3) in the form `instruction` or `few_shot`.
 
-    Args:
-        rng: source of randomness.
-        form: `instruction` or `few_shot`.
-        short: use the short form, for tokenizers that split `True` into several tokens.
+    True and False have equal chance.
     """
     wanted = rng.random() < 0.5
-    literals = rng.randint(MIN_LITERALS, MAX_LITERALS_SHORT if short else MAX_LITERALS)
+    literals = rng.randint(2, 3 if short else 4)
     changed: list[Expression] = []
     while not changed:  # "True or True" stays true whichever word is replaced
         expression = random_expression(rng, literals)
@@ -99,10 +87,9 @@ def sample(rng: random.Random, form: str, short: bool = False) -> dict:
             changed = [e for e in with_one_word_replaced(expression) if value(e) != wanted]
     corrupted = rng.choice(changed)
     if form == "instruction":
-        prompt, gap = SHORT_INSTRUCTION if short else INSTRUCTION, ""
+        prompt, gap = f"[INST] {'' if short else SYSTEM_PROMPT}{{}} [/INST] '", ""
     else:
-        examples = EXAMPLES[:1] if short else EXAMPLES
-        prompt, gap = "\n".join((*examples, "{} is")), " "
+        prompt, gap = "\n".join((*EXAMPLES[: 1 if short else None], "{} is")), " "
     # An answer of several tokens is fed back to the model, so both prompts need the same number.
     answer = wanted if short else not wanted
     return {
@@ -110,7 +97,3 @@ def sample(rng: random.Random, form: str, short: bool = False) -> dict:
         "corrupted": f"{prompt.format(text(corrupted))}<predict>{gap}{answer}</predict>",
         "distractor": f"{gap}{not wanted}",
     }
-
-
-sample_instruction = partial(sample, form="instruction")
-sample_few_shot = partial(sample, form="few_shot")

@@ -13,15 +13,15 @@ import random
 from edgeprune.prompts.tasks.vocabulary import EVENTS
 
 
-def sample(rng: random.Random, digits: int = 2) -> dict:
-    """Draw one example with `digits` (1 or 2) digits to predict.
+def sample(rng: random.Random, short: bool = False) -> dict:
+    """Draw one example, if short with one digit to predict.
 
     The end year in <predict> is one of the right ones; each year is half as likely as the one
     before it.
     """
+    digits, lowest = (1, 0) if short else (2, 1)  # start year of the corrupted prompt
     last = 10**digits - 1
-    lowest = 1 if digits == 2 else 0  # start year of the corrupted prompt
-    century = rng.randint(11, 18) if digits == 2 else rng.randint(110, 189)
+    century = rng.randint(110, 189) if short else rng.randint(11, 18)
     start = rng.randint(lowest + 1, last - 1)
     end = start + 1
     while end < last and rng.random() < 0.5:

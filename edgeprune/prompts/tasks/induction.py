@@ -12,20 +12,9 @@ import random
 from edgeprune.prompts.tasks.vocabulary import WORDS
 
 
-def sample(rng: random.Random) -> dict:
-    """Draw one example of five to eight words."""
-    return _sample(rng, rng.randint(5, 8), "")
-
-
-def sample_list(rng: random.Random) -> dict:
-    """Draw one example of ten to twelve words separated by commas.
-
-    Language models continue such a list with more confidence.
-    """
-    return _sample(rng, rng.randint(10, 12), ",")
-
-
-def _sample(rng: random.Random, length: int, comma: str) -> dict:
+def sample(rng: random.Random, lengths: tuple[int, int] = (5, 8), comma: str = "") -> dict:
+    """Draw one example with a number of words in the range `lengths`, each followed by `comma`."""
+    length = rng.randint(*lengths)
     words = rng.sample(WORDS, 2 * length)
     words, others = words[:length], words[length:]
     repeated = rng.randint(2, length - 1)

@@ -32,19 +32,16 @@ TEMPLATES = (
 
 def sample(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -> dict:
     """Draw one example; giver and receiver come in either order (ABBA, BABA) with equal chance."""
-    names = rng.sample(MALE_NAMES + FEMALE_NAMES, 5)
+    first, second, *others = rng.sample(MALE_NAMES + FEMALE_NAMES, 5)
     template = rng.choice(templates)
     setting = {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}
-    first, second = names[:2]
     giver, receiver = rng.choice([(first, second), (second, first)])
-    other_first, other_second, other_giver = names[2:]
-    clean = template.format(first=first, second=second, giver=giver, **setting)
-    corrupted = template.format(
-        first=other_first, second=other_second, giver=other_giver, **setting
-    )
-    other_receiver = other_first if receiver == first else other_second
+
+    def prompt(first: str, second: str, giver: str) -> str:
+        return template.format(first=first, second=second, giver=giver, **setting)
+
     return {
-        "clean": f"{clean}<predict> {receiver}</predict>",
-        "corrupted": f"{corrupted}<predict> {other_receiver}</predict>",
+        "clean": f"{prompt(first, second, giver)}<predict> {receiver}</predict>",
+        "corrupted": f"{prompt(*others)}<predict> {others[receiver != first]}</predict>",
         "distractor": f" {giver}",
     }

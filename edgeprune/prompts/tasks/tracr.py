@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def make_records(
     lengths: Sequence[int] | None = None,
     scored_from: int | None = None,
 ) -> list[dict]:
-    """Return the lines of a data file (see `encode_ids`), the same for the same folder.
+    """Return the lines of a data file of token ids, the same for the same folder.
 
     Args:
         folder: the model's folder.
@@ -43,54 +43,41 @@ def make_records(
         scored_from = 0 if config.get("reference_scores_bos") else 1
     path = folder / "examples.jsonl"
     try:
-        examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        examples = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         chosen = [example for example in examples if len(example["input_ids"]) - 1 in lengths]
-        tokens = sorted(
-            set(config["token_to_id"].values()) - {config["bos_id"], config.get("pad_id")}
-        )
-        records = [
-            record for one in chosen for record in _records_of(one, config, tokens, scored_from)
-        ]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {type(error).__name__} {error}") from None
+        records = [r for example in chosen for r in _records_of(example, config, scored_from)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {path}: {type(error).__name__} {error}") from None
     if not records:
         raise DataError(f"{path} has no input of length {', '.join(map(str, lengths))}")
     return records
 
 
-def _records_of(
-    example: dict, config: dict[str, Any], tokens: list[int], scored_from: int
-) -> list[dict]:
-    """Return one line per corrupted input."""
-    unknown_at_bos = [None] if scored_from == 0 else []
-    skipped = max(0, scored_from - 1)
+def _records_of(example: dict, config: dict[str, Any], scored_from: int) -> Iterator[dict]:
+    """Yield one line per corrupted input."""
     if config["output_type"] == "numerical":
-        targets = {"target_values": unknown_at_bos + example["model_output"][skipped:]}
+        targets = {"target_values": [None, *example["model_output"]][scored_from:]}
     else:
-        columns = unknown_at_bos + example["output_ids"][skipped:]
+        columns = [None, *example["output_ids"]][scored_from:]
         targets = {"target_ids": [-1 if column is None else column for column in columns]}
     text = " ".join(map(str, example["tokens"]))
-    answer = " ".join(map(str, example["output"][skipped:]))
-    return [
-        {
+    answer = " ".join(map(str, example["output"][max(0, scored_from - 1) :]))
+    for corrupted in _corruptions(example, config):
+        yield {
             "clean": f"{text} <predict>{answer}</predict>",
             "clean_ids": example["input_ids"],
-            "corrupted_ids": corrupted,
+            "corrupted_ids": list(corrupted),
             **targets,
         }
-        for corrupted in _corruptions(example, tokens)
-    ]
 
 
-def _corruptions(example: dict, tokens: list[int]) -> list[list[int]]:
+def _corruptions(example: dict, config: dict[str, Any]) -> dict[tuple[int, ...], None]:
     """Return the folder's corrupted input and random ones; fewer if there are not enough."""
     bos, *rest = example["input_ids"]
-    found = {tuple(example["corr_input_ids"]): None}
+    tokens = sorted({*config["token_to_id"].values()} - {config["bos_id"], config.get("pad_id")})
     draw = random.Random(json.dumps(example["input_ids"]))
+    found = {tuple(example["corr_input_ids"]): None}  # a dict keeps the order
     for _ in range(4 * NUM_CORRUPTED):
-        if len(found) == NUM_CORRUPTED:
-            break
-        found[(bos, *(draw.choice([t for t in tokens if t != old]) for old in rest))] = None
-    return [list(corrupted) for corrupted in found]
+        if len(found) < NUM_CORRUPTED:
+            found[(bos, *(draw.choice([t for t in tokens if t != old]) for old in rest))] = None
+    return found
