@@ -11,9 +11,11 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import graphviz
@@ -33,6 +35,8 @@ FILL = {
 """Box colour per kind of node: light, and distinguishable for colour-blind readers."""
 LINE = {"q": "#2F6FB7", "k": "#C0473B", "v": "#7A4BAA", "mlp": "#B07A0C", "output": "#4A4E57"}
 """Edge colour per kind of reader."""
+KINDS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP", "output": "output"}
+"""Kinds of readers, as named in the legend."""
 NAMES = {
     "tok_embeds": "Token embedding", "pos_embeds": "Position embedding", "embeds": "Embedding",
     "resid_post": "Output",
@@ -58,13 +62,7 @@ OUTLINE = "#6B6F78"
 
 @dataclass(frozen=True)
 class EdgeGroup:
-    """Edges drawn in one colour.
-
-    Attributes:
-        name: shown in the legend.
-        color: such as "#0072B2".
-        edges: (writer, reader) names.
-    """
+    """Edges drawn in one colour, such as "#0072B2"; the legend shows the name."""
 
     name: str
     color: str
@@ -78,21 +76,17 @@ def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
         circuits: edges per name of a circuit. For more than six circuits, the edges that only one
             has are a single group.
     """
-    holders: dict[Edge, list[str]] = {}
-    for name, edges in circuits.items():
-        for edge in edges:
-            holders.setdefault(edge, []).append(name)
     count = len(circuits)
-    shared = {edge for edge, names in holders.items() if len(names) == count}
-    several = {edge for edge, names in holders.items() if 1 < len(names) < count}
-    only = {edge: names[0] for edge, names in holders.items() if len(names) == 1 < count}
-    groups = [EdgeGroup("shared", SHARED, shared)]
+    holders = Counter(edge for edges in circuits.values() for edge in edges)
+    single = {edge for edge, held in holders.items() if held == 1 < count}
+    groups = [EdgeGroup("shared", SHARED, {e for e, held in holders.items() if held == count})]
     if count > 2:
+        several = {edge for edge, held in holders.items() if 1 < held < count}
         groups.append(EdgeGroup("in several", PARTLY, several))
     if count > len(ONLY):
-        return [*groups, EdgeGroup("in one only", ONLY[1], set(only))]
-    for name, color in zip(circuits, ONLY, strict=False):
-        groups.append(EdgeGroup(f"only {name}", color, {e for e, n in only.items() if n == name}))
+        return [*groups, EdgeGroup("in one only", ONLY[1], single)]
+    for (name, edges), color in zip(circuits.items(), ONLY, strict=False):
+        groups.append(EdgeGroup(f"only {name}", color, single & edges))
     return groups
 
 
@@ -113,20 +107,23 @@ def draw_circuit(
             kind of reader.
 
     Raises:
-        ValueError: another suffix, or an edge with an unknown name.
+        ValueError: another suffix.
         GraphvizMissing: `dot` is not installed; the DOT source is left next to `path`.
     """
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
     if suffix not in SUFFIXES:
-        known = ", .".join(SUFFIXES)
-        raise ValueError(f"cannot draw {path.name}: its suffix must be one of .{known}")
+        raise ValueError(
+            f"cannot draw {path.name}; give a path that ends in .{', .'.join(SUFFIXES)}"
+        )
     source = circuit_dot(circuit, title=title, groups=groups)
     if suffix == "dot":
         write_text(path, source)
         return
+    # Only for .png: with a resolution, Graphviz writes cropped SVGs.
+    with_dpi = source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
     try:
-        rendered = graphviz.pipe("dot", suffix, _at_dpi(source, suffix).encode(), quiet=True)
+        rendered = graphviz.pipe("dot", suffix, with_dpi.encode(), quiet=True)
     except graphviz.ExecutableNotFound:
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
@@ -137,11 +134,6 @@ def draw_circuit(
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
 
 
-def _at_dpi(source: str, suffix: str) -> str:
-    """Set the resolution of .png files only: with it, Graphviz writes cropped SVGs."""
-    return source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
-
-
 # ------------------------------------------------------------------------------------- the source
 
 
@@ -150,37 +142,33 @@ def circuit_dot(
 ) -> str:
     """The DOT source of a circuit's drawing, always the same for the same circuit.
 
-    Arguments and errors are those of `draw_circuit`.
+    An edge into a key or value that heads share is drawn as one arrow into each of its heads.
     """
     Circuit.check(circuit)
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
+    arrows = [(edge, n) for edge in edges for n in circuit.nodes_fed_by(edge[1]) or [edge[1]]]
+    nodes = {"resid_post", *(edge[0] for edge in edges), *(node for _, node in arrows)}
+    nodes = sorted(nodes, key=_order)
     on_grid = len(edges) > MAX_LAID_OUT
-    arrows = [(edge, node) for edge in edges for node in _boxes(edge[1], circuit)]
-    nodes = sorted({w for w, _ in edges} | {n for _, n in arrows} | {"resid_post"}, key=_order)
-    colors = {edge: group.color for group in groups for edge in group.edges}
-    counts = _counts(len(edges), len(nodes) - 1, len(arrows))
+    lines = [*_counts(len(edges), len(nodes) - 1, len(arrows)), _legend(edges, groups)]
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if on_grid else "dot", "splines": "line" if on_grid else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, counts, _legend(edges, groups)),
-            "outputorder": "edgesfirst",
+            "label": _title(title, lines), "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
+    colors = {edge: group.color for group in groups for edge in group.edges}
     labels = _labels(nodes, arrows, colors)
-    if on_grid:
-        for node, (x, y) in _grid(nodes).items():
-            dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
-    else:
-        _add_ranks(dot, nodes, labels)
+    (_add_grid if on_grid else _add_ranks)(dot, labels)
     width, opacity = _stroke(len(edges))
     for edge, node in arrows:
-        kind, color = _kind(edge[1]), colors.get(edge)
-        head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
-        tail = f"{_id(edge[0])}:out:n" if _kind(edge[0]) == "head" else _id(edge[0])
+        kind, color = _parse(edge[1])[0], colors.get(edge)
+        head = f"{_id(node)}:{kind}:s" if kind in ("q", "k", "v") else _id(node)
+        tail = f"{_id(edge[0])}:out:n" if _parse(edge[0])[0] == "head" else _id(edge[0])
         stands_out = color in (SHARED, *ONLY)  # the edges that a comparison is about
         style = f"{width + 0.3:.2f}" if stands_out else f"{width:.2f}"
         alpha = "D0" if stands_out else f"{opacity:02X}"
@@ -196,29 +184,27 @@ def _stroke(num_edges: int) -> tuple[float, int]:
     return 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
 
 
-def _add_ranks(dot: graphviz.Digraph, nodes: list[str], labels: dict[str, str]) -> None:
+def _add_ranks(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
     """Add nodes for Graphviz to lay out: a layer's heads, or its MLP, are one rank."""
     ranks: dict[tuple[int, bool], list[str]] = {}
-    for node in nodes:  # in the order of the ranks
-        ranks.setdefault(_rank(node), []).append(node)
+    for node in labels:  # in the order of the ranks
+        ranks.setdefault(_order(node)[:2], []).append(node)
     for members in ranks.values():
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             for node in members:
                 row.node(_id(node), label=labels[node])
-    firsts = [_id(members[0]) for members in ranks.values()]
-    for lower, upper in zip(firsts, firsts[1:], strict=False):
-        dot.edge(lower, upper, style="invis", weight="0")
+    for lower, upper in pairwise(ranks.values()):
+        dot.edge(_id(lower[0]), _id(upper[0]), style="invis", weight="0")
 
 
-def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
-    """Positions in inches: rows from bottom to top, and each head always in the same column.
+def _add_grid(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
+    """Add nodes in rows from bottom to top, and each head always in the same column.
 
     Every second row is shifted by half a column, so that straight lines pass between boxes.
     """
-    ranks = sorted({_rank(node) for node in nodes})
-    columns = 1 + max(_parse(node)[2] for node in nodes)
-    places = {}
-    for node in nodes:
+    ranks = sorted({_order(node)[:2] for node in labels})
+    columns = 1 + max(_parse(node)[2] for node in labels)
+    for node, label in labels.items():
         kind, layer, head = _parse(node)
         if kind == "head":
             column = head + (0.0 if layer % 2 else 0.4)
@@ -228,34 +214,50 @@ def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
             column = columns / 3
         else:
             column = columns / 2 - 0.25 + (ZIGZAG[layer % len(ZIGZAG)] if kind == "mlp" else 0)
-        places[node] = (column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72)
-    return places
+        x, y = column * COLUMN / 72, ranks.index(_order(node)[:2]) * ROW / 72  # inches
+        dot.node(_id(node), label=label, pos=f"{x:g},{y:g}!")
 
 
 def _labels(
     nodes: list[str], arrows: list[tuple[Edge, str]], colors: dict[Edge, str]
 ) -> dict[str, str]:
-    """Boxes. A box whose edges all have one colour is outlined in it."""
+    """The box of each node. A box whose edges all have one colour is outlined in it."""
     inputs: dict[str, set[str]] = {node: set() for node in nodes}
     seen: dict[str, set[str]] = {node: set() for node in nodes}
     for edge, node in arrows:
-        inputs[node].add(_kind(edge[1]))
+        inputs[node].add(_parse(edge[1])[0])
         for end in (edge[0], node):
             seen[end].add(colors.get(edge, OUTLINE))
     outlines = {node: min(found) if len(found) == 1 else OUTLINE for node, found in seen.items()}
     return {node: _label(node, inputs[node], outlines[node]) for node in nodes}
 
 
+def _label(node: str, inputs: set[str], outline: str) -> str:
+    """A box; a head's has a cell for each of its inputs below its name."""
+    kind, layer, head = _parse(node)
+    name = NAMES.get(node) or (f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}")
+    font = ' COLOR="white"' if kind == "output" else ""
+    width = 1 if outline == OUTLINE else 2
+    columns = [k for k in "qkv" if k in inputs]
+    span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
+    ports = "".join(
+        f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
+        for k in columns
+    )
+    return (
+        f'<<TABLE BORDER="0" CELLBORDER="{width}" CELLSPACING="0" CELLPADDING="5" '
+        f'COLOR="{outline}"><TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}'
+        f"</FONT></TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
+    )
+
+
 def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
     """The meaning of the colours, as an HTML-like label."""
-    kinds = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
-    entries = [(LINE[kind], text) for kind, text in kinds]
-    if groups:
-        counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
-        entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
+    counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
+    entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
     marks = " ".join(
         f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
-        for color, text in entries
+        for color, text in (entries if groups else ((LINE[k], name) for k, name in KINDS.items()))
     )
     return marks if groups else f"edges into {marks}"
 
@@ -272,35 +274,12 @@ def _counts(num_edges: int, num_nodes: int, num_arrows: int) -> list[str]:
     return lines
 
 
-def _title(title: str | None, counts: Sequence[str], legend: str) -> str:
+def _title(title: str | None, lines: Sequence[str]) -> str:
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
     first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
-    lines = gap.join(f'<FONT POINT-SIZE="13">{line}</FONT>' for line in (*counts, legend))
-    return f"<{first}{lines}{gap}&#160;>"
-
-
-def _label(node: str, inputs: Iterable[str], outline: str) -> str:
-    """A box; a head's has a cell for each of its inputs below its name."""
-    kind, layer, head = _parse(node)
-    number = f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}"
-    name = NAMES.get(node, number)
-    font = ' COLOR="white"' if kind == "output" else ""
-    width = 1 if outline == OUTLINE else 2
-    start = (
-        f'<<TABLE BORDER="0" CELLBORDER="{width}" CELLSPACING="0" CELLPADDING="5" '
-        f'COLOR="{outline}">'
-    )
-    columns = [k for k in "qkv" if k in inputs]
-    span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
-    cells = f'<TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}</FONT></TD></TR>'
-    if columns:
-        ports = "".join(
-            f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
-            for k in columns
-        )
-        cells += f"<TR>{ports}</TR>"
-    return f"{start}{cells}</TABLE>>"
+    text = gap.join(f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines)
+    return f"<{first}{text}{gap}&#160;>"
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -309,36 +288,21 @@ def _label(node: str, inputs: Iterable[str], outline: str) -> str:
 @cache
 def _parse(name: str) -> tuple[str, int, int]:
     """(kind, layer, head) of a node or a reader: 'a3.h1.q' -> ('q', 3, 1)."""
-    if found := re.fullmatch(r"a(\d+)\.h(\d+)(?:\.([qkv]))?", name):
-        return found[3] or "head", int(found[1]), int(found[2])
-    if found := re.fullmatch(r"m(\d+)", name):
-        return "mlp", int(found[1]), 0
+    if name == "resid_post":
+        return "output", 10**9, 0
     if name in NAMES:
-        return ("output", 10**9, 0) if name == "resid_post" else (name, -1, 0)
-    raise ValueError(
-        f"{name!r} is not the name of a node; expected tok_embeds, pos_embeds, embeds, a0.h0, m0, "
-        "a0.h0.q, a0.h0.k, a0.h0.v or resid_post, with any numbers"
-    )
-
-
-def _kind(name: str) -> str:
-    return _parse(name)[0]
-
-
-def _rank(node: str) -> tuple[int, bool]:
-    """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
-    kind, layer, _ = _parse(node)
-    return layer, kind == "mlp"
+        return name, -1, 0
+    layer, head, kind = re.fullmatch(r"[am](\d+)(?:\.h(\d+))?(?:\.([qkv]))?", name).groups()
+    return kind or ("mlp" if head is None else "head"), int(layer), int(head or 0)
 
 
 def _order(name: str) -> tuple:
+    """Sorts the embeddings first, then per layer the heads and the MLP, then the output.
+
+    The first two numbers identify the rank.
+    """
     kind, layer, head = _parse(name)
     return layer, kind == "mlp", head, kind != "tok_embeds", kind
-
-
-def _boxes(reader: str, circuit: Circuit) -> list[str]:
-    """The boxes of a reader; a shared key or value is drawn in each of its query heads."""
-    return circuit.nodes_fed_by(reader) or [reader]
 
 
 def _id(node: str) -> str:

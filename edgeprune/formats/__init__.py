@@ -9,23 +9,23 @@ eap_pt    the same as tensors
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeprune.circuit import Circuit
 from edgeprune.errors import CircuitError
-from edgeprune.formats import edges_json
-from edgeprune.formats.circuit_file import CircuitFile
+from edgeprune.formats import eap, edges_json
+from edgeprune.formats.edges_json import CircuitFile
 from edgeprune.graph import CircuitGraph
-
-if TYPE_CHECKING:
-    from edgeprune.scores import EdgeScores
+from edgeprune.scores import EdgeScores
 
 __all__ = ["FORMATS", "CircuitFile", "read_circuit", "write_circuit"]
 
 FORMATS = ("edges", "circuit", "eap_json", "eap_pt")
 """Names of the formats."""
+_EXPECTED = (
+    "expected a list of [writer, reader] pairs, a circuit.json, or a graph of EAP-IG or MIB"
+)
 
 
 def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
@@ -42,37 +42,17 @@ def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
     """
     path = Path(path)
     try:
-        file = _parse(path, path.read_bytes(), graph)
-    except OSError as error:
-        raise CircuitError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CircuitError(f"{path}: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise CircuitError(
-            f"{path} is damaged, or not a circuit ({type(error).__name__}: {error}); export the "
-            "circuit again"
-        ) from None
-    return replace(file, notes=tuple(f"{path}: {note}" for note in file.notes))
-
-
-def _parse(path: Path, data: bytes, graph: CircuitGraph | None) -> CircuitFile:
-    if data.startswith(b"PK\x03\x04") or path.suffix == ".pt":
-        from edgeprune.formats import eap  # imports torch
-
-        return eap.read_pt(path.name, data, graph)
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the file is not JSON: {error}") from None
-    if isinstance(content, dict):
-        if content.get("format") == edges_json.FORMAT:
-            return edges_json.read_circuit_json(content, graph)
-        if {"cfg", "edges"} <= content.keys():
-            from edgeprune.formats import eap
-
-            return eap.read_json(path.name, content, graph)
-        content = content.get("edges")  # ground truth of Tracr models: a list under this key
-    return edges_json.read_list(content, graph)
+        data = path.read_bytes()
+        is_pt = path.suffix == ".pt" or data.startswith(b"PK\x03\x04")
+        content = eap.load_tensors(data) if is_pt else json.loads(data)
+        if not isinstance(content, dict):
+            content = {"edges": content}
+        if "cfg" in content:
+            return eap.read(content, graph, path.name)
+        return edges_json.read(content, graph)
+    except Exception as error:  # damaged content can lead to any
+        reason = error if isinstance(error, (OSError, ValueError)) else f"{error!r}; {_EXPECTED}"
+        raise CircuitError(f"cannot read {path} as a circuit: {reason}") from None
 
 
 def write_circuit(
@@ -111,7 +91,5 @@ def write_circuit(
     elif format == "circuit":
         edges_json.write_circuit_json(circuit, path, origin or {})
     else:
-        from edgeprune.formats import eap
-
         write = eap.write_json if format == "eap_json" else eap.write_pt
         write(circuit, path, scores, d_model)
