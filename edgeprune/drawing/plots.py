@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ STYLE = {
 """Settings of matplotlib: text is never parsed as TeX, and the same plot gives the same file."""
 ROUNDING = 1e-6
 """KL divergences below this are rounding errors, which may be negative."""
+DISTANCES = {"kl": "KL on each step's batch (nats)", "unexplained": "unexplained variance"}
+"""Distances from the full model in metrics.jsonl, and their labels."""
 TICK_DISTANCE = 0.1
 """Minimum distance of ticks on the x axis, as a fraction of it; closer labels would overlap."""
 
@@ -69,7 +72,26 @@ class Panel:
     log: bool
 
 
-def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> None:
+@contextmanager
+def _figure(
+    path: Path, title: str, num_panels: int, width: float, height: float
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Yield a figure of panels side by side, then write it in the format of the path's suffix."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.suptitle(title)
+        yield figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+        format = path.suffix.removeprefix(".")
+        no_date = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
+        write_atomically(
+            path, lambda file: figure.savefig(file, format=format, dpi=150, metadata=no_date)
+        )
+
+
+def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> Figure:
     """Plot the distance from the full model, and the gates' sparsity with its target, per step.
 
     Args:
@@ -77,13 +99,37 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
         path: ends in .png, .pdf or .svg.
         title: a line of text at the top.
     """
-    import matplotlib
+    columns = {name: [line.get(name) for line in metrics] for name in metrics[0]}
+    steps = columns["step"]
+    marker = "o" if len(steps) == 1 else None  # a line through a single point is invisible
 
-    with matplotlib.rc_context(STYLE):
-        _save(training_figure(metrics, title), Path(path))
+    def draw(ax: Axes, name: str, **style: Any) -> None:
+        values = columns.get(name, [None])
+        if None not in values:
+            ax.plot(steps, values, linewidth=1.4, marker=marker, **style)
+
+    with _figure(Path(path), title, 2, 8.0, 3.6) as (figure, (left, right)):
+        distance = "unexplained" if None in columns["kl"] else "kl"
+        columns[distance] = [max(value, ROUNDING) for value in columns[distance]]
+        draw(left, distance, color=COLORS[0])
+        _log_axis(left, columns[distance])
+        left.set_ylabel(DISTANCES[distance])
+        for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
+            draw(right, f"{prefix}sparsity", color=color, label=f"{kind} gates")
+            draw(right, f"{prefix}target", color=color, label="target", linestyle=DASHES)
+        low, high = right.get_ylim()
+        right.set_ylim(min(low, 0.0), max(high, 1.0))
+        right.set_ylabel("sparsity of the gates")
+        right.legend()
+        for ax in (left, right):
+            ax.set_xlabel("step")
+            ax.locator_params(axis="x", nbins=6, integer=True)
+    return figure
 
 
-def draw_frontier(panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int) -> None:
+def draw_frontier(
+    panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int
+) -> Figure:
     """Plot panels side by side, with the number of edges as x axis.
 
     Args:
@@ -92,70 +138,15 @@ def draw_frontier(panels: Sequence[Panel], path: Path | str, *, title: str, all_
         title: a line of text at the top.
         all_edges: number of edges of the graph, shown at the x axis.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        _save(frontier_figure(panels, title, all_edges), Path(path))
-
-
-def _figure(num_panels: int, width: float, height: float, title: str) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
-    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, without a date."""
-    format = path.suffix.removeprefix(".")
-    date = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format=format, dpi=150, metadata=date)
-    )
-
-
-def training_figure(metrics: Sequence[dict[str, Any]], title: str) -> Figure:
-    """The figure of `draw_training`."""
-    figure, (left, right) = _figure(2, 8.0, 3.6, title)
-    steps = [line["step"] for line in metrics]
-    marker = "o" if len(steps) == 1 else None  # a line through a single point is invisible
-
-    def draw(ax: Axes, name: str, **style: Any) -> list[float]:
-        values = [line.get(name) for line in metrics]
-        if None in values:
-            return []
-        if ax is left:
-            values = [max(value, ROUNDING) for value in values]
-        ax.plot(steps, values, linewidth=1.4, marker=marker, **style)
-        return values
-
-    kl = draw(left, "kl", color=COLORS[0])
-    _log_axis(left, kl or draw(left, "unexplained", color=COLORS[0]))
-    left.set_ylabel("KL on each step's batch (nats)" if kl else "unexplained variance")
-    for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
-        draw(right, f"{prefix}sparsity", color=color, label=f"{kind} gates")
-        draw(right, f"{prefix}target", color=color, label="target", linestyle=DASHES)
-    low, high = right.get_ylim()
-    right.set_ylim(min(low, 0.0), max(high, 1.0))
-    right.set_ylabel("sparsity of the gates")
-    right.legend()
-    for ax in (left, right):
-        ax.set_xlabel("step")
-        ax.locator_params(axis="x", nbins=6, integer=True)
-    return figure
-
-
-def frontier_figure(panels: Sequence[Panel], title: str, all_edges: int) -> Figure:
-    """The figure of `draw_frontier`."""
     names = [curve.name for curve in panels[0].curves if curve.name]
     height = 3.6 + 0.22 * len(names)  # a line of the legend is 0.22 inches high
-    figure, axes = _figure(len(panels), 4.0 * len(panels), height, title)
-    for ax, panel in zip(axes, panels, strict=True):
-        _draw_panel(ax, panel)
-        ax.set_xlabel(f"edges kept, of {all_edges:,}")
-    if names:
-        figure.legend(handles=axes[0].get_legend_handles_labels()[0], loc="outside lower center")
+    with _figure(Path(path), title, len(panels), 4.0 * len(panels), height) as (figure, axes):
+        for ax, panel in zip(axes, panels, strict=True):
+            _draw_panel(ax, panel)
+            ax.set_xlabel(f"edges kept, of {all_edges:,}")
+        if names:
+            handles, _ = axes[0].get_legend_handles_labels()
+            figure.legend(handles=handles, loc="outside lower center")
     return figure
 
 

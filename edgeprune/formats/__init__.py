@@ -23,9 +23,7 @@ __all__ = ["FORMATS", "CircuitFile", "read_circuit", "write_circuit"]
 
 FORMATS = ("edges", "circuit", "eap_json", "eap_pt")
 """Names of the formats."""
-_EXPECTED = (
-    "expected a list of [writer, reader] pairs, a circuit.json, or a graph of EAP-IG or MIB"
-)
+_EXPECTED = "expected a list of [writer, reader] pairs, a circuit.json, or a graph of EAP-IG or MIB"
 
 
 def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
@@ -47,9 +45,16 @@ def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
         content = eap.load_tensors(data) if is_pt else json.loads(data)
         if not isinstance(content, dict):
             content = {"edges": content}
+        own = content.get(eap.OWN_KEY, content).get("graph")
+        own_graph = own and CircuitGraph.from_dict(own)
+        if (graph or own_graph) is None:
+            raise ValueError(
+                "the file does not identify its model; give model=... (from Python, the model's "
+                "graph)"
+            )
         if "cfg" in content:
-            return eap.read(content, graph, path.name)
-        return edges_json.read(content, graph)
+            return eap.read(content, graph or own_graph, own_graph, path.name)
+        return edges_json.read(content, graph or own_graph, own_graph)
     except Exception as error:  # damaged content can lead to any
         reason = error if isinstance(error, (OSError, ValueError)) else f"{error!r}; {_EXPECTED}"
         raise CircuitError(f"cannot read {path} as a circuit: {reason}") from None

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.files import write_atomically
-from edgeprune.formats.edges_json import UNKNOWN_MODEL, CircuitFile
+from edgeprune.formats.edges_json import CircuitFile
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
 
@@ -63,49 +63,40 @@ def _their_edges(theirs: CircuitGraph) -> list[str]:
 
 def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
     """[edge] each: the row (writer) and column (reader) of an edge in the format's matrices."""
-    num_writers = torch.tensor([site.num_writers for site in theirs.sites for _ in site.readers])
-    columns = torch.arange(len(num_writers)).repeat_interleave(num_writers)
-    return torch.tensor(theirs.edge_writers()), columns
+    columns = {reader: index for index, reader in enumerate(theirs.readers)}
+    return torch.tensor(theirs.edge_writers()), torch.tensor([columns[r] for _, r in theirs.edges])
 
 
-class _Pairs:
-    """Translates numbers per edge between our graph and the format's."""
-
-    def __init__(self, graph: CircuitGraph) -> None:
-        self.graph, self.theirs = graph, _their_graph(graph)
-        expanded = {  # a shared key or value -> those of its query heads
-            reader: [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
-            if "." in reader
-            else [reader]
-            for reader in graph.readers
-        }
-        ours, theirs = [], []
-        for index, (writer, shared) in enumerate(graph.edges):
-            writer = INPUT if writer in graph.embedding_writers else writer
-            for reader in expanded[shared]:
-                ours.append(index)
-                theirs.append(self.theirs.edge_index((writer, reader)))
-        self._ours, self._theirs = torch.tensor(ours), torch.tensor(theirs)
-        """[pair] each: indices of two edges that stand for each other."""
-        self.always = torch.ones(self.theirs.num_edges, dtype=torch.bool)
-        """[edge] of the format's graph: whether it stands for embeddings that always flow."""
-        self.always[self._theirs] = False
-
-    def to_theirs(self, values: Tensor) -> Tensor:
-        """[edge] of the format's graph; 1 for embeddings that always flow."""
-        found = _largest(values[self._ours], self._theirs, self.theirs.num_edges)
-        return found.masked_fill(self.always, 1)
-
-    def to_ours(self, values: Tensor) -> Tensor:
-        """[edge] of our graph."""
-        return _largest(values[self._theirs], self._ours, self.graph.num_edges)
+def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
+    """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
+    theirs, writers = _their_graph(graph), dict.fromkeys(graph.embedding_writers, INPUT)
+    readers = {  # a shared key or value -> those of its query heads
+        reader: [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
+        if "." in reader
+        else [reader]
+        for reader in graph.readers
+    }
+    pairs = [
+        (index, theirs.edge_index((writers.get(writer, writer), their_reader)))
+        for index, (writer, reader) in enumerate(graph.edges)
+        for their_reader in readers[reader]
+    ]
+    ours, paired = torch.tensor(pairs).T
+    return ours, paired
 
 
-def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """[size], the value of largest magnitude among those with the same index; 0 without any."""
-    zeros = values.new_zeros(size)
-    high = zeros.scatter_reduce(0, index, values, "amax")
-    low = zeros.scatter_reduce(0, index, values, "amin")
+def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGraph) -> Tensor:
+    """[edge] of a graph, from one number per edge of the other graph.
+
+    Where several edges stand for one, the number of largest magnitude; 1 where none does, for
+    embeddings that always flow. `source` and `target` are the columns of `_pairs`.
+    """
+    high, low = (
+        values.new_ones(graph.num_edges).scatter_reduce(
+            0, target, values[source], reduce, include_self=False
+        )
+        for reduce in ("amax", "amin")
+    )
     return torch.where(high >= -low, high, low)
 
 
@@ -124,49 +115,47 @@ def load_tensors(data: bytes) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # depends on how the file is damaged
         raise ValueError(
-            "not a .pt file of plain values and tensors; no others are loaded, since they can run "
-            "code"
+            "not a .pt file of plain values and tensors; others can run code and are not loaded"
         ) from None
 
 
-def read(content: dict[str, Any], graph: CircuitGraph | None, name: str) -> CircuitFile:
-    """The circuit and scores in our graph: the given one, or the one under our own key."""
+def read(
+    content: dict[str, Any], graph: CircuitGraph, own_graph: CircuitGraph | None, name: str
+) -> CircuitFile:
+    """The circuit and scores in the given graph; `own_graph` is the one under our own key."""
     config, own = content["cfg"], content.get(OWN_KEY)
     if config.get("parallel_attn_mlp"):
         raise ValueError("parallel_attn_mlp is set; such models are not supported")
-    theirs = CircuitGraph(config.get("n_layers"), heads := config.get("n_heads"), heads, (INPUT,))
-    own_graph = own and CircuitGraph.from_dict(own["graph"])
-    target = graph or own_graph
-    if target is None:
-        raise ValueError(UNKNOWN_MODEL)
-    for model in (target, own_graph or target):
-        if _their_graph(model) != theirs:
-            raise ValueError(
-                f"not a circuit of this model: the file has {theirs.num_layers} layers of "
-                f"{heads} heads, the model {model.num_layers} layers of {model.num_heads} heads"
-            )
+    theirs = CircuitGraph(config["n_layers"], config["n_heads"], config["n_heads"], (INPUT,))
+    if _their_graph(graph) != theirs:
+        raise ValueError(
+            f"not a circuit of this model: the file has {theirs.num_layers} layers of "
+            f"{theirs.num_heads} heads, the model {graph.num_layers} layers of {graph.num_heads}"
+        )
     parse = _parse_tensors if "src_nodes" in content else _parse_json
     in_graph, their_scores = parse(content, theirs)
     if not ((in_graph == 0) | (in_graph == 1)).all():
         raise ValueError("in_graph has values other than true and false")
-    in_graph, pairs = in_graph.double(), _Pairs(target)
-    kept, scores, notes = pairs.to_ours(in_graph).bool(), None, []
-    if changed := int((pairs.to_theirs(kept.double()) != in_graph).sum()):
+    ours, paired = _pairs(graph)
+    kept, notes, scores = _translate(in_graph.int(), paired, ours, graph), [], None
+    if changed := int((_translate(kept, ours, paired, theirs) != in_graph).sum()):
         notes.append(
             f"{changed:,} edges of the file differ in this model, whose query heads share keys and "
             "values, or whose embeddings always flow"
         )
     if their_scores is not None and their_scores.isfinite().all():
-        values = pairs.to_ours(their_scores)
-        if target == own_graph and own.get("scores") is not None:
-            values = _exact(own["scores"], values, their_scores, pairs)
-        origin = {"method": "file", "file": name}
-        scores = EdgeScores(target, values, by_magnitude=True, origin=origin)
-    if target == own_graph:
-        kept[[target.edge_index(tuple(edge)) for edge in own["left_out"]]] = False
+        values = _translate(their_scores, paired, ours, graph)
+        if graph == own_graph and own.get("scores") is not None:  # older files have none
+            exact = _exact_scores(own["scores"], values, graph)
+            written = _translate(exact, ours, paired, theirs)
+            is_unchanged = torch.isclose(their_scores, written, rtol=1e-6, atol=1e-30).all()
+            values = exact if is_unchanged else values
+        scores = EdgeScores(graph, values, True, {"method": "file", "file": name})
+    if graph == own_graph:
+        kept[[graph.edge_index(edge) for edge in own["left_out"]]] = 0
     if not kept.any():
         notes.append("no edge is in the graph; scores may choose some: num_edges= or sparsity=")
-    circuit = Circuit.from_mask(target, kept.tolist())
+    circuit = Circuit.from_mask(graph, kept.tolist())
     return CircuitFile(circuit, {}, tuple(notes), scores, config.get("d_model") or None)
 
 
@@ -179,33 +168,26 @@ def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, 
     _check_neurons(any(n.get("in_graph") and not all(n.get("neurons") or ()) for n in nodes))
     edges, names = content["edges"], _their_edges(theirs)
     if unknown := edges.keys() - set(names):
-        raise ValueError(
-            f"there is no edge {min(unknown)!r} in a model of {theirs.num_layers} layers of "
-            f"{theirs.num_heads} heads; expected names such as {names[0]!r} and {names[-1]!r}"
-        )
+        raise ValueError(f"no edge {min(unknown)!r}; expected {names[0]!r} ... {names[-1]!r}")
     entries = [edges.get(name, {"in_graph": False}) for name in names]
+    in_graph = torch.tensor([entry["in_graph"] for entry in entries])
     scores = [entry.get("score") for entry in entries]
-    numbers = all(type(score) in (int, float) for score in scores)
-    return (
-        torch.tensor([entry["in_graph"] for entry in entries]),
-        torch.tensor(scores, dtype=torch.float64) if numbers else None,
-    )
+    if not all(type(score) in (int, float) for score in scores):
+        return in_graph, None
+    return in_graph, torch.tensor(scores, dtype=torch.float64)
 
 
 def _parse_tensors(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
     """[edge] each: in_graph and scores. Cells without an edge may be set, and are ignored."""
-    names = [list(theirs.writers), [_their_reader(reader) for reader in theirs.readers]]
-    if [list(content["src_nodes"]), list(content["dst_nodes"])] != names:
+    readers = [_their_reader(reader) for reader in theirs.readers]
+    if [list(content["src_nodes"]), list(content["dst_nodes"])] != [list(theirs.writers), readers]:
         raise ValueError("src_nodes and dst_nodes are not those of n_layers and n_heads, in order")
-    if (neurons := content.get("neurons_in_graph")) is not None:
-        partly = neurons.bool().any(dim=1) & ~neurons.bool().all(dim=1)
+    if content.get("neurons_in_graph") is not None:
+        neurons = content["neurons_in_graph"].bool()
+        partly = neurons.any(dim=1) & ~neurons.all(dim=1)
         _check_neurons((content["nodes_in_graph"].bool() & partly).any())
-    matrices = [content["edges_in_graph"], content.get("edges_scores")]
-    for matrix in matrices:
-        if matrix is not None and list(matrix.shape) != [len(part) for part in names]:
-            raise ValueError(f"a matrix of edges is {list(matrix.shape)}, not [writer, reader]")
-    in_graph, scores = (matrix if matrix is None else matrix[_cells(theirs)] for matrix in matrices)
-    return in_graph, None if scores is None else scores.double()
+    cells, scores = _cells(theirs), content.get("edges_scores")
+    return content["edges_in_graph"][cells], None if scores is None else scores[cells].double()
 
 
 def _check_neurons(some_partly: bool) -> None:
@@ -213,13 +195,12 @@ def _check_neurons(some_partly: bool) -> None:
         raise ValueError("circuits of neurons are not supported: some nodes keep only some of them")
 
 
-def _exact(own: Any, scores: Tensor, their_scores: Tensor, pairs: _Pairs) -> Tensor:
-    """[edge], our exact scores, unless the format's were changed since they were written."""
-    merged, exact = _merged(pairs.graph), scores.clone()
-    place = merged if len(own) == len(merged) else slice(None)
-    exact[place] = torch.as_tensor(own, dtype=torch.float64)
-    same = torch.isclose(their_scores, pairs.to_theirs(exact), rtol=1e-6, atol=1e-30)
-    return exact if (same | pairs.always).all() else scores
+def _exact_scores(own: Any, values: Tensor, graph: CircuitGraph) -> Tensor:
+    """[edge]: scores under our own key, which are of all edges or of those in `_merged`."""
+    merged, exact = _merged(graph), values.clone()
+    indices = merged if len(own) == len(merged) else slice(None)
+    exact[indices] = torch.as_tensor(own, dtype=torch.float64)
+    return exact
 
 
 # -------------------------------------------------------------------------------------- writing
@@ -232,7 +213,7 @@ def write_json(
     content, in_graph, values = _content(circuit, scores, d_model)
     nodes = {name: {"in_graph": kept} for name, kept in content["nodes"].items()}
     own = content[OWN_KEY]
-    own |= {"scores": own["scores"][_merged(circuit.graph)].tolist()}
+    own["scores"] = own["scores"][_merged(circuit.graph)].tolist()
     names = _their_edges(_their_graph(circuit.graph))
 
     def write(temporary: Path) -> None:
@@ -254,7 +235,8 @@ def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: i
     theirs = _their_graph(circuit.graph)
     flags = torch.zeros(theirs.num_writers, len(theirs.readers), dtype=torch.bool)
     matrix = torch.zeros(flags.shape)
-    flags[_cells(theirs)], matrix[_cells(theirs)] = in_graph, values.float()
+    cells = _cells(theirs)
+    flags[cells], matrix[cells] = in_graph, values.float()
     tensors = {
         "cfg": content["cfg"],
         "src_nodes": list(theirs.writers),
@@ -273,30 +255,29 @@ def _content(
     circuit: Circuit, scores: EdgeScores | None, d_model: int | None
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """What both kinds of file hold: `cfg`, our own key, flags of nodes; [edge] flags and scores."""
-    graph, pairs = circuit.graph, _Pairs(circuit.graph)
+    graph, theirs = circuit.graph, _their_graph(circuit.graph)
+    ours, paired = _pairs(graph)
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()
-    in_graph = pairs.to_theirs(kept)
-    left_out = (pairs.to_ours(in_graph) > kept).nonzero().flatten().tolist()
-    config = {
-        "n_layers": graph.num_layers,
-        "n_heads": graph.num_heads,
-        "parallel_attn_mlp": False,
-        "d_model": d_model or 0,
-    }
+    in_graph = _translate(kept, ours, paired, theirs)
+    left_out = (_translate(in_graph, paired, ours, graph) > kept).nonzero().flatten().tolist()
+    config = {"n_layers": graph.num_layers, "n_heads": graph.num_heads}
     own = {
         "graph": graph.to_dict(),
         "left_out": [list(graph.edges[index]) for index in left_out],
         "scores": values,
     }
-    flags = in_graph.bool()
-    content = {"cfg": config, OWN_KEY: own, "nodes": _nodes(pairs.theirs, flags)}
-    return content, flags, pairs.to_theirs(values)
+    content = {
+        "cfg": {**config, "parallel_attn_mlp": False, "d_model": d_model or 0},
+        "nodes": _nodes(Circuit.from_mask(theirs, in_graph.tolist())),
+        OWN_KEY: own,
+    }
+    return content, in_graph.bool(), _translate(values, ours, paired, theirs)
 
 
-def _nodes(theirs: CircuitGraph, in_graph: Tensor) -> dict[str, bool]:
+def _nodes(circuit: Circuit) -> dict[str, bool]:
     """Whether each node of the format's graph is in it: nodes that both read and write."""
-    circuit = Circuit.from_mask(theirs, in_graph.tolist())
     writes = {writer for writer, _ in circuit.edge_set}
-    reads = {node for _, reader in circuit.edge_set for node in theirs.nodes_fed_by(reader)}
-    return {w: w in writes and w in reads | {INPUT} for w in theirs.writers} | {LOGITS: True}
+    reads = {node for _, reader in circuit.edge_set for node in circuit.graph.nodes_fed_by(reader)}
+    used = writes & (reads | {INPUT})
+    return {writer: writer in used for writer in circuit.graph.writers} | {LOGITS: True}

@@ -16,10 +16,6 @@ FORMAT = "edgeprune/circuit"
 """Value of the key `format` by which a circuit.json is recognized."""
 VERSION = 1
 """Version of circuit.json that is written and read."""
-UNKNOWN_MODEL = (
-    "the file does not identify its model; give model=... (from Python, the model's graph)"
-)
-"""Message for a file without a graph when none is given."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,21 @@ class CircuitFile:
     d_model: int | None = None
 
 
-def read(content: dict[str, Any], graph: CircuitGraph | None) -> CircuitFile:
-    """The circuit of a circuit.json, whose graph a given one must equal, or of a list of edges.
+def read(
+    content: dict[str, Any], graph: CircuitGraph, own_graph: CircuitGraph | None
+) -> CircuitFile:
+    """The circuit of a circuit.json, whose graph is `own_graph`, or of edges without a graph.
 
     Raises ValueError with a message, or whatever error damaged content leads to.
     """
-    origin = {}
-    if content.get("format") == FORMAT:
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, expected {VERSION}; update edgeprune")
-        own, origin = CircuitGraph.from_dict(content["graph"]), dict(content.get("origin", {}))
-        if graph not in (None, own):
-            raise ValueError(f"not a circuit of this model: the file has {own}, the model {graph}")
-        graph = own
-    if graph is None:
-        raise ValueError(UNKNOWN_MODEL)
-    return CircuitFile(Circuit.from_edges(graph, content["edges"]), origin)
+    if content.get("version", VERSION) != VERSION:
+        raise ValueError(f"version {content['version']}, expected {VERSION}; update edgeprune")
+    if own_graph not in (None, graph):
+        raise ValueError(
+            f"not a circuit of this model: the file has {own_graph}, the model {graph}"
+        )
+    circuit = Circuit.from_edges(graph, content["edges"])
+    return CircuitFile(circuit, dict(content.get("origin", {})))
 
 
 def write_list(circuit: Circuit, path: Path) -> None:
