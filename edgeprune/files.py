@@ -59,20 +59,12 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
-    """Build a folder next to `folder`, and put it in its place if the block succeeds.
+    """Yield a new folder, which replaces `folder` if the block succeeds and is removed otherwise.
 
-    If the block raises, the new folder is removed and the old one stays as it was.
-
-    Args:
-        folder: the result. It must be absent, empty, or contain the marker file.
-        marker: name of a file that is written into the new folder, which identifies it as a
-            result of the same command.
-
-    Yields:
-        The new folder, which contains only the marker file.
+    A file named `marker` in the folder identifies it as a result of the same command.
 
     Raises:
-        ConfigError: `folder` is something else, which is then left untouched.
+        ConfigError: `folder` is not absent, empty or marked; it is then left untouched.
     """
     folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
     is_ours = folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))

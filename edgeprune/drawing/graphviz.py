@@ -13,10 +13,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import graphviz
 
@@ -60,8 +60,7 @@ OUTLINE = "#6B6F78"
 """Colour of a box's outline."""
 
 
-@dataclass(frozen=True)
-class EdgeGroup:
+class EdgeGroup(NamedTuple):
     """Edges drawn in one colour, such as "#0072B2"; the legend shows the name."""
 
     name: str
@@ -72,39 +71,31 @@ class EdgeGroup:
 def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
     """Groups of the edges that all circuits have, that several have, and that only one has.
 
-    Args:
-        circuits: edges per name of a circuit. For more than six circuits, the edges that only one
-            has are a single group.
+    `circuits` are edges by name. Of more than six, the edges that only one has are a single group.
     """
-    count = len(circuits)
-    holders = Counter(edge for edges in circuits.values() for edge in edges)
-    single = {edge for edge, held in holders.items() if held == 1 < count}
-    groups = [EdgeGroup("shared", SHARED, {e for e, held in holders.items() if held == count})]
+    count, kept = len(circuits), Counter(edge for edges in circuits.values() for edge in edges)
+    single = {edge for edge, times in kept.items() if times == 1 < count}
+    several = {edge for edge, times in kept.items() if 1 < times < count}
+    groups = [EdgeGroup("shared", SHARED, kept.keys() - single - several)]
     if count > 2:
-        several = {edge for edge, held in holders.items() if 1 < held < count}
         groups.append(EdgeGroup("in several", PARTLY, several))
     if count > len(ONLY):
         return [*groups, EdgeGroup("in one only", ONLY[1], single)]
-    for (name, edges), color in zip(circuits.items(), ONLY, strict=False):
-        groups.append(EdgeGroup(f"only {name}", color, single & edges))
-    return groups
+    own = zip(circuits.items(), ONLY, strict=False)
+    return groups + [EdgeGroup(f"only {name}", color, single & e) for (name, e), color in own]
 
 
 def draw_circuit(
-    circuit: Circuit,
-    path: Path | str,
-    *,
-    title: str | None = None,
+    circuit: Circuit, path: Path | str, *, title: str | None = None,
     groups: Sequence[EdgeGroup] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Draw a circuit into a file, in the format of its suffix.
 
     Args:
         circuit: all of its edges are drawn; see `Circuit.without_dangling`.
         path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
         title: a line of text at the top.
-        groups: colours of the edges, with a legend; without groups, edges have the colour of their
-            kind of reader.
+        groups: colours of the edges; without groups, edges have the colour of their kind of reader.
 
     Raises:
         ValueError: another suffix.
@@ -113,9 +104,7 @@ def draw_circuit(
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
     if suffix not in SUFFIXES:
-        raise ValueError(
-            f"cannot draw {path.name}; give a path that ends in .{', .'.join(SUFFIXES)}"
-        )
+        raise ValueError(f"cannot draw {path.name}; its suffix must be in {', '.join(SUFFIXES)}")
     source = circuit_dot(circuit, title=title, groups=groups)
     if suffix == "dot":
         write_text(path, source)
@@ -150,29 +139,30 @@ def circuit_dot(
     nodes = {"resid_post", *(edge[0] for edge in edges), *(node for _, node in arrows)}
     nodes = sorted(nodes, key=_order)
     on_grid = len(edges) > MAX_LAID_OUT
-    lines = [*_counts(len(edges), len(nodes) - 1, len(arrows)), _legend(edges, groups)]
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if on_grid else "dot", "splines": "line" if on_grid else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, lines), "outputorder": "edgesfirst",
+            "label": _caption(title, edges, len(nodes) - 1, len(arrows), groups),
+            "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
     colors = {edge: group.color for group in groups for edge in group.edges}
     labels = _labels(nodes, arrows, colors)
-    (_add_grid if on_grid else _add_ranks)(dot, labels)
+    add_nodes = _add_grid if on_grid else _add_ranks
+    add_nodes(dot, labels)
     width, opacity = _stroke(len(edges))
     for edge, node in arrows:
         kind, color = _parse(edge[1])[0], colors.get(edge)
         head = f"{_id(node)}:{kind}:s" if kind in ("q", "k", "v") else _id(node)
         tail = f"{_id(edge[0])}:out:n" if _parse(edge[0])[0] == "head" else _id(edge[0])
         stands_out = color in (SHARED, *ONLY)  # the edges that a comparison is about
-        style = f"{width + 0.3:.2f}" if stands_out else f"{width:.2f}"
-        alpha = "D0" if stands_out else f"{opacity:02X}"
-        dot.edge(tail, head, color=f"{color or LINE[kind]}{alpha}", penwidth=style)
+        style = (width + 0.3, 0xD0) if stands_out else (width, opacity)
+        color = f"{color or LINE[kind]}{style[1]:02X}"
+        dot.edge(tail, head, color=color, penwidth=f"{style[0]:.2f}")
     return dot.source
 
 
@@ -186,14 +176,12 @@ def _stroke(num_edges: int) -> tuple[float, int]:
 
 def _add_ranks(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
     """Add nodes for Graphviz to lay out: a layer's heads, or its MLP, are one rank."""
-    ranks: dict[tuple[int, bool], list[str]] = {}
-    for node in labels:  # in the order of the ranks
-        ranks.setdefault(_order(node)[:2], []).append(node)
-    for members in ranks.values():
+    rows = [list(members) for _, members in groupby(labels, key=_rank)]
+    for members in rows:
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             for node in members:
                 row.node(_id(node), label=labels[node])
-    for lower, upper in pairwise(ranks.values()):
+    for lower, upper in pairwise(rows):
         dot.edge(_id(lower[0]), _id(upper[0]), style="invis", weight="0")
 
 
@@ -202,19 +190,17 @@ def _add_grid(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
 
     Every second row is shifted by half a column, so that straight lines pass between boxes.
     """
-    ranks = sorted({_order(node)[:2] for node in labels})
+    ranks = sorted(set(map(_rank, labels)))
     columns = 1 + max(_parse(node)[2] for node in labels)
     for node, label in labels.items():
         kind, layer, head = _parse(node)
-        if kind == "head":
-            column = head + (0.0 if layer % 2 else 0.4)
-        elif kind == "pos_embeds":
-            column = columns * 2 / 3
-        elif kind == "tok_embeds":
-            column = columns / 3
-        else:
-            column = columns / 2 - 0.25 + (ZIGZAG[layer % len(ZIGZAG)] if kind == "mlp" else 0)
-        x, y = column * COLUMN / 72, ranks.index(_order(node)[:2]) * ROW / 72  # inches
+        column = {
+            "head": head + (0 if layer % 2 else 0.4),
+            "tok_embeds": columns / 3,
+            "pos_embeds": columns * 2 / 3,
+            "mlp": columns / 2 - 0.25 + ZIGZAG[layer % len(ZIGZAG)],
+        }.get(kind, columns / 2 - 0.25)
+        x, y = column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72  # inches
         dot.node(_id(node), label=label, pos=f"{x:g},{y:g}!")
 
 
@@ -228,8 +214,10 @@ def _labels(
         inputs[node].add(_parse(edge[1])[0])
         for end in (edge[0], node):
             seen[end].add(colors.get(edge, OUTLINE))
-    outlines = {node: min(found) if len(found) == 1 else OUTLINE for node, found in seen.items()}
-    return {node: _label(node, inputs[node], outlines[node]) for node in nodes}
+    return {
+        node: _label(node, inputs[node], min(seen[node]) if len(seen[node]) == 1 else OUTLINE)
+        for node in nodes
+    }
 
 
 def _label(node: str, inputs: set[str], outline: str) -> str:
@@ -237,7 +225,6 @@ def _label(node: str, inputs: set[str], outline: str) -> str:
     kind, layer, head = _parse(node)
     name = NAMES.get(node) or (f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}")
     font = ' COLOR="white"' if kind == "output" else ""
-    width = 1 if outline == OUTLINE else 2
     columns = [k for k in "qkv" if k in inputs]
     span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
     ports = "".join(
@@ -245,41 +232,42 @@ def _label(node: str, inputs: set[str], outline: str) -> str:
         for k in columns
     )
     return (
-        f'<<TABLE BORDER="0" CELLBORDER="{width}" CELLSPACING="0" CELLPADDING="5" '
-        f'COLOR="{outline}"><TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}'
-        f"</FONT></TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
+        f'<<TABLE BORDER="0" CELLBORDER="{1 if outline == OUTLINE else 2}" CELLSPACING="0" '
+        f'CELLPADDING="5" COLOR="{outline}"><TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}">'
+        f"<FONT{font}>{name}</FONT></TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
     )
 
 
-def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
-    """The meaning of the colours, as an HTML-like label."""
-    counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
-    entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
-    marks = " ".join(
+def _caption(
+    title: str | None,
+    edges: list[Edge],
+    num_nodes: int,
+    num_arrows: int,
+    groups: Sequence[EdgeGroup],
+) -> str:
+    """Title, numbers of edges and nodes, and the meaning of the colours, as an HTML-like label."""
+    entries = [(LINE[kind], text) for kind, text in KINDS.items()]
+    if groups:
+        counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
+        entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
+    legend = " ".join(
         f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
-        for color, text in (entries if groups else ((LINE[k], name) for k, name in KINDS.items()))
+        for color, text in entries
     )
-    return marks if groups else f"edges into {marks}"
-
-
-def _counts(num_edges: int, num_nodes: int, num_arrows: int) -> list[str]:
-    """Lines that give the numbers of edges and nodes."""
-    edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
-    lines = [f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"]
-    if num_arrows != num_edges:
+    size = f"{len(edges):,} edge{'s' * (len(edges) != 1)}" if edges else "no edges"
+    lines = [f"{size}, {num_nodes:,} node{'s' * (num_nodes != 1)} and the output"]
+    if num_arrows != len(edges):
         lines.append(
             f"{num_arrows:,} arrows: an edge into a key or value that heads share is drawn into "
             "each of them"
         )
-    return lines
-
-
-def _title(title: str | None, lines: Sequence[str]) -> str:
+    lines.append(legend if groups else f"edges into {legend}")
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
+    parts = [f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines]
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
-    first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
-    text = gap.join(f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines)
-    return f"<{first}{text}{gap}&#160;>"
+    if title:
+        parts.insert(0, f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>")
+    return f"<{gap.join(parts)}{gap}&#160;>"
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -296,13 +284,15 @@ def _parse(name: str) -> tuple[str, int, int]:
     return kind or ("mlp" if head is None else "head"), int(layer), int(head or 0)
 
 
-def _order(name: str) -> tuple:
-    """Sorts the embeddings first, then per layer the heads and the MLP, then the output.
+def _rank(name: str) -> tuple[int, bool]:
+    """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
+    kind, layer, _ = _parse(name)
+    return layer, kind == "mlp"
 
-    The first two numbers identify the rank.
-    """
-    kind, layer, head = _parse(name)
-    return layer, kind == "mlp", head, kind != "tok_embeds", kind
+
+def _order(name: str) -> tuple:
+    kind, _, head = _parse(name)
+    return *_rank(name), head, kind != "tok_embeds", kind
 
 
 def _id(node: str) -> str:

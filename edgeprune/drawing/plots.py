@@ -15,13 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4A4E57")
-"""Colours of lines, in order; colour-blind readers can distinguish them."""
 MARKERS = "osD^vPX"
-"""Markers of lines, in order."""
-GREY = "#6B6F78"
-"""Colour of axes and levels."""
-DASHES = (0, (4, 3))
-"""Line style of levels and targets."""
+"""Colours and markers of lines, in order; colour-blind readers can distinguish them."""
+GREY, DASHES = "#6B6F78", (0, (4, 3))
+"""Colour of axes and levels; line style of levels and targets."""
 STYLE = {
     "text.parse_math": False, "svg.hashsalt": "edgeprune", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
@@ -94,10 +91,7 @@ def _figure(
 def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> Figure:
     """Plot the distance from the full model, and the gates' sparsity with its target, per step.
 
-    Args:
-        metrics: the lines of metrics.jsonl, at least one.
-        path: ends in .png, .pdf or .svg.
-        title: a line of text at the top.
+    `metrics` are the lines of metrics.jsonl, at least one. The path ends in .png, .pdf or .svg.
     """
     columns = {name: [line.get(name) for line in metrics] for name in metrics[0]}
     steps = columns["step"]
@@ -130,13 +124,9 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
 def draw_frontier(
     panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int
 ) -> Figure:
-    """Plot panels side by side, with the number of edges as x axis.
+    """Plot panels side by side, with the number of edges, of `all_edges`, as x axis.
 
-    Args:
-        panels: at least one.
-        path: ends in .png, .pdf or .svg.
-        title: a line of text at the top.
-        all_edges: number of edges of the graph, shown at the x axis.
+    The path ends in .png, .pdf or .svg.
     """
     names = [curve.name for curve in panels[0].curves if curve.name]
     height = 3.6 + 0.22 * len(names)  # a line of the legend is 0.22 inches high
@@ -185,11 +175,9 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
 
 
 def _size_axis(ax: Axes, sizes: Sequence[float]) -> None:
-    """Make x logarithmic, linear below 1 if there is a size of 0, with the sizes as ticks.
+    """Make x logarithmic, or linear below 1 if there is a size of 0.
 
-    Args:
-        ax: the axes.
-        sizes: the largest first. Those whose labels would overlap get no tick.
+    Ticks are at the sizes, largest first, except where their labels would overlap.
     """
     if sizes[-1] > 0:
         ax.set_xscale("log")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
-from edgeprune.drawing.page import Picture, Section
+from edgeprune.drawing.page import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import times_kept
 from edgeprune.evaluation.report import (
@@ -164,7 +164,7 @@ def _run_row(group: Group, run: RunRecord) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ plots
 
 
-def _draw_frontier(group: Group, folder: Path, name: str) -> list[Picture]:
+def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
     """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page.
 
     Nothing if no run has been evaluated.
@@ -172,13 +172,13 @@ def _draw_frontier(group: Group, folder: Path, name: str) -> list[Picture]:
     panels = [_panel(group, metric) for metric in HEADLINES if group.has(metric)]
     if not panels:
         log.warning("%s: %s, so there is no plot", group.title, group.prompts)
-        return []
+        return {}
     for suffix in ("png", "pdf", "svg"):
         path = folder / f"frontier-{name}.{suffix}"
         title = f"{group.title}: {group.prompts}"
         draw_frontier(panels, path, title=title, all_edges=group.num_edges)
     labels = ", ".join(panel.label for panel in panels)
-    return [Picture(path=path, alt=f"{labels} against edges kept")]
+    return {f"{labels} against edges kept": path}
 
 
 def _panel(group: Group, metric: Metric) -> Panel:
@@ -224,11 +224,11 @@ def _stability(point: Point, folder: Path, place: str) -> Section:
         f"The {len(circuit):,} edges that more than half of the seeds keep are the consensus "
         f"circuit, {place}/edges.json. "
     )
-    pictures, connected = [], circuit.without_dangling()
+    pictures, connected = {}, circuit.without_dangling()
     try:
         path, title = folder / place / "circuit.svg", f"consensus at {point.requested}"
         draw_circuit(connected, path, title=title)
-        pictures = [Picture(path=path, alt=title)]
+        pictures = {title: path}
         note += f"The drawing shows the {len(connected):,} on paths from the input to the output."
     except GraphvizMissing:  # leaves circuit.dot
         pass

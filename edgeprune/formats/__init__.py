@@ -23,41 +23,36 @@ __all__ = ["FORMATS", "CircuitFile", "read_circuit", "write_circuit"]
 
 FORMATS = ("edges", "circuit", "eap_json", "eap_pt")
 """Names of the formats."""
-_EXPECTED = "expected a list of [writer, reader] pairs, a circuit.json, or a graph of EAP-IG or MIB"
 
 
 def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
     """Read a circuit file of any format.
 
-    Args:
-        path: the file.
-        graph: the model's graph. Only files that edgeprune wrote in another format than 'edges'
-            can be read without it.
+    The model's graph is optional for files in which edgeprune has stored it.
 
     Raises:
-        CircuitError: the file is missing, damaged, of an unknown format or of another graph, or
-            it does not identify its model and no graph is given.
+        CircuitError: the file is missing, damaged or of another graph, or no graph is known.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
-        is_pt = path.suffix == ".pt" or data.startswith(b"PK\x03\x04")
+        is_pt = data.startswith(b"PK\x03\x04")
         content = eap.load_tensors(data) if is_pt else json.loads(data)
         if not isinstance(content, dict):
             content = {"edges": content}
         own = content.get(eap.OWN_KEY, content).get("graph")
         own_graph = own and CircuitGraph.from_dict(own)
-        if (graph or own_graph) is None:
-            raise ValueError(
-                "the file does not identify its model; give model=... (from Python, the model's "
-                "graph)"
-            )
+        graph = graph or own_graph
+        if graph is None:
+            raise ValueError("the file does not identify its model; give model=... or a graph")
         if "cfg" in content:
-            return eap.read(content, graph or own_graph, own_graph, path.name)
-        return edges_json.read(content, graph or own_graph, own_graph)
+            return eap.read(content, graph, own_graph, path.name)
+        return edges_json.read(content, graph, own_graph)
     except Exception as error:  # damaged content can lead to any
-        reason = error if isinstance(error, (OSError, ValueError)) else f"{error!r}; {_EXPECTED}"
-        raise CircuitError(f"cannot read {path} as a circuit: {reason}") from None
+        reason = error if isinstance(error, (OSError, ValueError)) else repr(error)
+        raise CircuitError(
+            f"cannot read {path} as a list of edges, circuit.json or graph of EAP-IG: {reason}"
+        ) from None
 
 
 def write_circuit(
@@ -72,25 +67,18 @@ def write_circuit(
     """Write a circuit file atomically.
 
     Args:
-        circuit: the circuit.
-        path: the file.
+        circuit, path: what to write, and where.
         format: one of `FORMATS`.
         scores: for 'eap_json' and 'eap_pt'; None: 1 for kept edges, 0 for the others.
         d_model: width of the model, for 'eap_json' and 'eap_pt'; None: unknown, written as 0.
         origin: how the circuit was found, as JSON values, for 'circuit'.
 
     Raises:
-        CircuitError: the path ends in .pt, but the format is JSON.
         ValueError: unknown format.
     """
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
-    if path.suffix == ".pt" and format != "eap_pt":
-        raise CircuitError(
-            f"{path}: a .pt file holds tensors, but format {format!r} is JSON; give "
-            "format='eap_pt', or a name that ends in .json"
-        )
     if format == "edges":
         edges_json.write_list(circuit, path)
     elif format == "circuit":

@@ -8,8 +8,8 @@ the same) gives every edge a score and a flag `in_graph`. Its graph differs from
   embedding writers, all `input` edges are in the graph, and are ignored when read.
 - Every query head has its own key and value. An edge into a shared key/value head is written for
   every query head of its group; when read, it is kept if any of them is.
-- Only edges matter. Flags and scores of nodes are written but not read: EAP-IG too derives them
-  from the edges. Circuits of single neurons are refused.
+- Flags of nodes are written but not read: EAP-IG too derives them from the edges. Circuits of
+  single neurons are refused.
 
 What the format cannot represent (our graph, the embeddings that an `input` edge does not stand
 for, and exact scores) is stored under our own key, which other programs ignore. Circuits and
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
-from edgeprune.files import write_atomically
+from edgeprune.files import write_atomically, write_text
 from edgeprune.formats.edges_json import CircuitFile
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
@@ -70,12 +70,10 @@ def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
 def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
     theirs, writers = _their_graph(graph), dict.fromkeys(graph.embedding_writers, INPUT)
-    readers = {  # a shared key or value -> those of its query heads
-        reader: [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
-        if "." in reader
-        else [reader]
-        for reader in graph.readers
-    }
+    readers = {reader: [reader] for reader in graph.readers}
+    for reader in graph.readers:
+        if "." in reader:  # a shared key or value becomes those of its query heads
+            readers[reader] = [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
     pairs = [
         (index, theirs.edge_index((writers.get(writer, writer), their_reader)))
         for index, (writer, reader) in enumerate(graph.edges)
@@ -100,12 +98,6 @@ def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGra
     return torch.where(high >= -low, high, low)
 
 
-def _merged(graph: CircuitGraph) -> list[int]:
-    """Indices of our edges that share one edge of the format: those from several embeddings."""
-    embeddings = graph.embedding_writers if len(graph.embedding_writers) > 1 else ()
-    return [index for index, (writer, _) in enumerate(graph.edges) if writer in embeddings]
-
-
 # -------------------------------------------------------------------------------------- reading
 
 
@@ -128,10 +120,7 @@ def read(
         raise ValueError("parallel_attn_mlp is set; such models are not supported")
     theirs = CircuitGraph(config["n_layers"], config["n_heads"], config["n_heads"], (INPUT,))
     if _their_graph(graph) != theirs:
-        raise ValueError(
-            f"not a circuit of this model: the file has {theirs.num_layers} layers of "
-            f"{theirs.num_heads} heads, the model {graph.num_layers} layers of {graph.num_heads}"
-        )
+        raise ValueError(f"not of this model: the file has {theirs}, the model {graph}")
     parse = _parse_tensors if "src_nodes" in content else _parse_json
     in_graph, their_scores = parse(content, theirs)
     if not ((in_graph == 0) | (in_graph == 1)).all():
@@ -145,11 +134,12 @@ def read(
         )
     if their_scores is not None and their_scores.isfinite().all():
         values = _translate(their_scores, paired, ours, graph)
-        if graph == own_graph and own.get("scores") is not None:  # older files have none
-            exact = _exact_scores(own["scores"], values, graph)
+        exact = own.get("scores", []) if graph == own_graph else []
+        exact = torch.as_tensor(exact, dtype=torch.float64)
+        if len(exact) == graph.num_edges:  # older files have fewer
             written = _translate(exact, ours, paired, theirs)
-            is_unchanged = torch.isclose(their_scores, written, rtol=1e-6, atol=1e-30).all()
-            values = exact if is_unchanged else values
+            if torch.isclose(their_scores, written, rtol=1e-6, atol=1e-30).all():  # unchanged
+                values = exact
         scores = EdgeScores(graph, values, True, {"method": "file", "file": name})
     if graph == own_graph:
         kept[[graph.edge_index(edge) for edge in own["left_out"]]] = 0
@@ -160,11 +150,8 @@ def read(
 
 
 def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
-    """[edge] each: in_graph, and scores if all are numbers. Edges not listed are not in the graph.
-
-    Older files list nodes as bare flags.
-    """
-    nodes = [node for node in content.get("nodes", {}).values() if isinstance(node, dict)]
+    """[edge] each: in_graph, where the file lists the edge; and scores if all are numbers."""
+    nodes = [n for n in content.get("nodes", {}).values() if isinstance(n, dict)]  # or bare flags
     _check_neurons(any(n.get("in_graph") and not all(n.get("neurons") or ()) for n in nodes))
     edges, names = content["edges"], _their_edges(theirs)
     if unknown := edges.keys() - set(names):
@@ -195,38 +182,24 @@ def _check_neurons(some_partly: bool) -> None:
         raise ValueError("circuits of neurons are not supported: some nodes keep only some of them")
 
 
-def _exact_scores(own: Any, values: Tensor, graph: CircuitGraph) -> Tensor:
-    """[edge]: scores under our own key, which are of all edges or of those in `_merged`."""
-    merged, exact = _merged(graph), values.clone()
-    indices = merged if len(own) == len(merged) else slice(None)
-    exact[indices] = torch.as_tensor(own, dtype=torch.float64)
-    return exact
-
-
 # -------------------------------------------------------------------------------------- writing
 
 
 def write_json(
     circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None
 ) -> None:
-    """Write a graph as JSON, edge by edge: a model of 13B parameters has four million."""
+    """Write a graph as JSON, one edge per line."""
     content, in_graph, values = _content(circuit, scores, d_model)
     nodes = {name: {"in_graph": kept} for name, kept in content["nodes"].items()}
-    own = content[OWN_KEY]
-    own["scores"] = own["scores"][_merged(circuit.graph)].tolist()
+    own = content[OWN_KEY] | {"scores": content[OWN_KEY]["scores"].tolist()}
     names = _their_edges(_their_graph(circuit.graph))
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(f'{{"cfg": {json.dumps(content["cfg"])},\n"nodes": {json.dumps(nodes)},\n')
-            file.write(f'"{OWN_KEY}": {json.dumps(own)},\n"edges": {{')
-            end = "\n"
-            for name, flag, score in zip(names, in_graph.tolist(), values.tolist(), strict=True):
-                file.write(f'{end}"{name}": {json.dumps({"score": score, "in_graph": flag})}')
-                end = ",\n"
-            file.write("\n}}\n")
-
-    write_atomically(path, write)
+    edges = ",\n".join(
+        f'"{name}": {json.dumps({"score": score, "in_graph": flag})}'
+        for name, flag, score in zip(names, in_graph.tolist(), values.tolist(), strict=True)
+    )
+    parts = {"cfg": content["cfg"], "nodes": nodes, OWN_KEY: own}
+    start = "".join(f'"{name}": {json.dumps(part)},\n' for name, part in parts.items())
+    write_text(path, f'{{{start}"edges": {{\n{edges}\n}}}}\n')
 
 
 def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None) -> None:
@@ -234,8 +207,7 @@ def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: i
     content, in_graph, values = _content(circuit, scores, d_model)
     theirs = _their_graph(circuit.graph)
     flags = torch.zeros(theirs.num_writers, len(theirs.readers), dtype=torch.bool)
-    matrix = torch.zeros(flags.shape)
-    cells = _cells(theirs)
+    matrix, cells = torch.zeros(flags.shape), _cells(theirs)
     flags[cells], matrix[cells] = in_graph, values.float()
     tensors = {
         "cfg": content["cfg"],
@@ -261,17 +233,17 @@ def _content(
     values = kept if scores is None else scores.magnitudes()
     in_graph = _translate(kept, ours, paired, theirs)
     left_out = (_translate(in_graph, paired, ours, graph) > kept).nonzero().flatten().tolist()
-    config = {"n_layers": graph.num_layers, "n_heads": graph.num_heads}
-    own = {
-        "graph": graph.to_dict(),
-        "left_out": [list(graph.edges[index]) for index in left_out],
-        "scores": values,
-    }
     content = {
-        "cfg": {**config, "parallel_attn_mlp": False, "d_model": d_model or 0},
+        "cfg": {
+            "n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False,
+            "d_model": d_model or 0,
+        },
         "nodes": _nodes(Circuit.from_mask(theirs, in_graph.tolist())),
-        OWN_KEY: own,
-    }
+        OWN_KEY: {
+            "graph": graph.to_dict(), "left_out": [list(graph.edges[i]) for i in left_out],
+            "scores": values,
+        },
+    }  # fmt: skip
     return content, in_graph.bool(), _translate(values, ours, paired, theirs)
 
 

@@ -12,8 +12,6 @@ from edgeprune.files import write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
 
-FORMAT = "edgeprune/circuit"
-"""Value of the key `format` by which a circuit.json is recognized."""
 VERSION = 1
 """Version of circuit.json that is written and read."""
 
@@ -47,9 +45,7 @@ def read(
     if content.get("version", VERSION) != VERSION:
         raise ValueError(f"version {content['version']}, expected {VERSION}; update edgeprune")
     if own_graph not in (None, graph):
-        raise ValueError(
-            f"not a circuit of this model: the file has {own_graph}, the model {graph}"
-        )
+        raise ValueError(f"not of this model: the file has {own_graph}, the model {graph}")
     circuit = Circuit.from_edges(graph, content["edges"])
     return CircuitFile(circuit, dict(content.get("origin", {})))
 
@@ -62,12 +58,9 @@ def write_list(circuit: Circuit, path: Path) -> None:
 def write_circuit_json(circuit: Circuit, path: Path, origin: dict[str, Any]) -> None:
     """Write a circuit.json, one edge per line."""
     content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "graph": circuit.graph.to_dict(),
-        **circuit.sizes(),
-        "origin": origin,
-    }
+        "format": "edgeprune/circuit", "version": VERSION, "graph": circuit.graph.to_dict(),
+        **circuit.sizes(), "origin": origin,
+    }  # fmt: skip
     start = json.dumps(content, indent=1).removesuffix("\n}")
     write_text(path, f'{start},\n "edges": [\n{_lines(circuit)}\n ]\n}}\n')
 
