@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,36 +32,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     replaced.
 
     Raises:
-        OSError: the file cannot be written; names `path`. See also `check_can_be_file`.
+        OSError: the file cannot be written, or is a folder or a device; names `path`.
     """
-    check_can_be_file(path)
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():  # a device would be replaced by a file
+            raise OSError(errno.EINVAL, "not a file; give the path of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def check_can_be_file(path: Path) -> None:
-    """Raise OSError if a path is a folder, a device or a pipe, or lies below a file."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
-    is_device = str(path.absolute()).startswith(("/dev/", "/proc/"))
-    if is_device or (path.exists() and not path.is_file()):
-        raise OSError(errno.EINVAL, "is a device or a pipe; give the path of a file", str(path))
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            reason = f"cannot be written, since {parent} is not a folder; give another path"
-            raise NotADirectoryError(errno.ENOTDIR, reason, str(path))
 
 
 def file_digest(path: Path) -> str:
@@ -72,57 +59,32 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
-    """Build a folder next to `folder`, and put it in its place if the block succeeds.
+    """Yield a new folder, which replaces `folder` if the block succeeds and is removed otherwise.
 
-    If the block raises, the new folder is removed and the old one stays as it was.
-
-    Args:
-        folder: the result. It must be absent, empty, or contain the marker file.
-        marker: name of a file that is written into the new folder, which identifies it as a
-            result of the same command.
-
-    Yields:
-        The new folder, which contains only the marker file.
+    A file named `marker` in the folder identifies it as a result of the same command.
 
     Raises:
-        ConfigError: `folder` is something else, which is then left untouched.
+        ConfigError: `folder` is not absent, empty or marked; it is then left untouched.
     """
     folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
-    new, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
-    for path in (folder, new, old):
-        _check_replaceable(path, marker)
-    _remove(new)
-    new.mkdir(parents=True)
-    try:
-        (new / marker).write_text("edgeprune replaces this folder when the command runs again\n")
-        yield new
-        put_in_place(new, folder)
-    except BaseException:
-        _remove(new)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-
-
-def put_in_place(new: Path, folder: Path) -> None:
-    """Replace a folder, which may be absent, by another one next to it."""
-    old = folder.with_name(f".{folder.name}.old")
-    _remove(old)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _remove(old)
-
-
-def _check_replaceable(folder: Path, marker: str) -> None:
     is_ours = folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
     if folder.exists() and not is_ours:
         raise ConfigError(
             f"{folder} is not an earlier result of this command, so it is not replaced; choose "
             "another output="
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        (new / marker).write_text("edgeprune replaces this folder when the command runs again\n")
+        yield new
+        put_in_place(new, folder)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def put_in_place(new: Path, folder: Path) -> None:
+    """Replace a folder, which may be absent, by another one on the same disk."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))
+        new.rename(folder)

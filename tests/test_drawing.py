@@ -3,9 +3,6 @@
 import html
 import re
 import shutil
-import subprocess
-import sys
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import graphviz
@@ -54,6 +51,7 @@ def test_every_edge_has_the_colour_of_its_reader():
         ("a1_h0", "resid_post"): LINE["output"],
     }
     assert circuit_dot(CIRCUIT) == circuit_dot(of(reversed(EDGES)))
+    assert drawn_edges(circuit_dot(of([]))) == {}
 
 
 def test_boxes_have_names_and_the_inputs_that_are_read():
@@ -75,15 +73,8 @@ def test_a_shared_key_is_drawn_into_every_head_of_its_group_that_writes():
         ("embeds", "a0_h0:k"), ("embeds", "a0_h1:k"), ("embeds", "a0_h2:k"), ("embeds", "a0_h2:q"),
         ("a0_h0", "resid_post"), ("a0_h1", "resid_post"), ("a0_h2", "resid_post"),
     }  # fmt: skip
-
-
-def test_edges_and_arrows_are_both_counted_where_they_differ():
-    edges = [("embeds", "a0.h1.k"), ("embeds", "a0.h1.v")]
-    edges += [("a0.h2", "resid_post"), ("a0.h3", "resid_post")]
-    dot = circuit_dot(Circuit.from_edges(GROUPED, edges))
-    assert "4 edges, 3 nodes and the output" in dot
-    assert "6 arrows:" in dot
-    assert len(drawn_edges(dot)) == 6
+    assert "6 edges, 4 nodes and the output" in dot
+    assert "7 arrows:" in dot
     assert "arrows:" not in circuit_dot(CIRCUIT)
 
 
@@ -115,35 +106,6 @@ def test_a_line_between_mlps_passes_those_in_between():
                 assert abs(x1 + (x2 - x1) * (y - y1) / (y2 - y1) - x) > half_box
 
 
-def test_lines_get_thinner_with_their_number_but_stay_visible():
-    def stroke(count: int) -> tuple[int, float]:
-        graph = CircuitGraph(1, count, count, ())
-        dot = circuit_dot(Circuit.from_edges(graph, [(f"a0.h{n}", "m0") for n in range(count)]))
-        (found,) = set(re.findall(r'color="#\w{6}(\w\w)" penwidth=([\d.]+)', dot))
-        return int(found[0], 16), float(found[1])
-
-    strokes = [stroke(count) for count in (100, 125, 300, 1000, 3000, 5000)]
-    assert strokes == sorted(strokes, reverse=True)
-    assert strokes[1][0] > 0x90 and strokes[1][1] >= 0.9
-    assert strokes[-1][1] >= 0.5
-    assert strokes[-1] < strokes[1]
-
-
-def test_empty_circuit():
-    dot = circuit_dot(of([]))
-    assert "no edges" in dot
-    assert "Output" in dot
-
-
-def test_bad_arguments_are_refused(tmp_path):
-    with pytest.raises(TypeError):
-        draw_circuit(EDGES, tmp_path / "c.dot")
-    with pytest.raises(ValueError, match=r"a0\.x"):
-        circuit_dot(Circuit(GRAPH, frozenset({("a0.x", "m0")})))
-    with pytest.raises(ValueError, match=r"\.pdf"):
-        draw_circuit(CIRCUIT, tmp_path / "c.gif")
-
-
 # ---------------------------------------------------------------------------------- comparisons
 
 
@@ -171,17 +133,6 @@ def test_a_comparison_colours_shared_edges_and_those_of_one_circuit():
     assert f'COLOR="{ONLY[2]}"' in boxes["resid_post"]
 
 
-@pytest.mark.parametrize("extra", [0, 130])
-def test_shared_edges_are_heavier_than_those_of_several_circuits(extra):
-    more = {(f"a0.h{n}", "m0") for n in range(2, extra + 2)}
-    sets = {"a": {EDGES[0], EDGES[2]} | more, "b": {EDGES[0], EDGES[2]} | more, "c": {EDGES[0]}}
-    dot = circuit_dot(of(set().union(*sets.values())), groups=comparison_groups(sets))
-    found = dict(re.findall(r'color="(#\w{6})\w\w" penwidth=([\d.]+)', dot))
-    assert float(found[SHARED]) > float(found[PARTLY])
-    assert f"in several ({1 + extra})" in dot
-    assert "only" not in dot  # empty groups are not in the legend
-
-
 def test_two_circuits_and_many_circuits_have_fewer_groups():
     two = comparison_groups({"a": set(EDGES[:4]), "b": set(EDGES[1:])})
     assert [group.name for group in two] == ["shared", "only a", "only b"]
@@ -194,20 +145,15 @@ def test_two_circuits_and_many_circuits_have_fewer_groups():
 # ---------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize(
-    ("suffix", "magic"),
-    [
-        ("dot", b"digraph"),
-        *(
-            pytest.param(*kind, marks=needs_dot)
-            for kind in (("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml"))
-        ),
-    ],
-)
-def test_formats(tmp_path, suffix, magic):
+MAGIC = {"dot": b"digraph", "pdf": b"%PDF", "png": b"\x89PNG", "svg": b"<?xml"}
+
+
+@needs_dot
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_formats(tmp_path, suffix):
     path = tmp_path / f"c.{suffix}"
     draw_circuit(CIRCUIT, path, title="t")
-    assert path.read_bytes().startswith(magic)
+    assert path.read_bytes().startswith(MAGIC[suffix])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -247,29 +193,7 @@ def test_a_title_is_text(title):
         assert any(word in text for text in texts), texts
 
 
-def test_drawing_imports_no_torch():
-    code = (
-        "import sys, edgeprune.drawing, matplotlib.figure, matplotlib.ticker; "
-        "edgeprune.drawing.render_page('t', []); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 # --------------------------------------------------------------------------------------- the page
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags, self.attributes, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.texts.append(data.strip())
 
 
 HOSTILE = '<script>alert("x")</script>{{ 7 * 7 }}'
@@ -278,23 +202,17 @@ HOSTILE = '<script>alert("x")</script>{{ 7 * 7 }}'
 def test_a_page_shows_its_sections_and_loads_nothing(tmp_path):
     (tmp_path / "p.svg").write_text("<svg/>")
     table = {"columns": ["", HOSTILE], "rows": [["row", "0.5"], ["other", HOSTILE]]}
-    inner = {
-        "heading": HOSTILE, "notes": [HOSTILE],
-        "pictures": [{"path": tmp_path / "p.svg", "alt": HOSTILE}],
-    }  # fmt: skip
+    inner = {"heading": HOSTILE, "notes": [HOSTILE], "pictures": {HOSTILE: tmp_path / "p.svg"}}
     section = {
         "heading": HOSTILE, "tables": [table, {**table, "shades": [[1.0], [0.25]]}],
         "details": [inner], "sections": [inner],
     }  # fmt: skip
     text = render_page(HOSTILE, [{"notes": ["first"]}, section])
-    page = Page(text)
-    assert "script" not in page.tags
+    assert "<script" not in text
     for tag, count in {"h1": 1, "h2": 1, "h3": 1, "details": 1, "table": 2, "img": 2}.items():
-        assert page.tags.count(tag) == count
-    assert page.texts.count(HOSTILE) == 11
-    assert ("alt", HOSTILE) in page.attributes
-    sources = [value for name, value in page.attributes if name in ("src", "href")]
+        assert len(re.findall(rf"<{tag}\b", text)) == count
+    assert html.unescape(text).count(HOSTILE) == 13  # 11 texts and two descriptions of pictures
+    sources = re.findall(r'\b(?:src|href)="([^"]*)"', text)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
-    assert "default-src 'none'" in html.unescape(text)
-    shades = [value for name, value in page.attributes if name == "style"]
-    assert [re.findall(r"[\d.]+\)", shade) for shade in shades] == [["0.550)"], ["0.138)"]]
+    assert "default-src 'none'" in text
+    assert re.findall(r"background: .*?([\d.]+)\)", text) == ["0.550", "0.138"]

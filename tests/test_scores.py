@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from edgeprune.circuit import Circuit
-from edgeprune.errors import CircuitError, ConfigError
+from edgeprune.errors import CircuitError
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
 
@@ -46,18 +46,6 @@ def test_smaller_circuits_are_contained_in_larger_ones(values, by_magnitude):
     assert [len(circuit) for circuit in circuits] == list(range(len(EDGES) + 1))
     for small, large in zip(circuits, circuits[1:], strict=False):
         assert small.edge_set < large.edge_set
-
-
-def test_a_size_is_a_number_of_edges_or_a_sparsity():
-    found = scores({3: 2.0})
-    assert len(found.circuit(sparsity=0.75)) == 3
-    assert len(found.circuit(sparsity=1.0)) == 0
-    for wrong in (
-        {}, {"num_edges": 1, "sparsity": 0.5}, {"num_edges": -1}, {"num_edges": 12},
-        {"sparsity": 1.5},
-    ):  # fmt: skip
-        with pytest.raises(ConfigError):
-            found.circuit(**wrong)
 
 
 def test_magnitudes_rank_edges_as_the_scores_do():

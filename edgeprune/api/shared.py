@@ -50,7 +50,7 @@ def read(source: Source, graph: CircuitGraph | None) -> CircuitFile:
     """Read a circuit and report what was lost in reading."""
     file = source.read(graph)
     for note in file.notes:
-        log.warning(note)
+        log.warning(f"{source.path}: {note}")
     return file
 
 

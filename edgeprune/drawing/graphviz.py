@@ -11,10 +11,12 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import cache
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import graphviz
 
@@ -33,6 +35,8 @@ FILL = {
 """Box colour per kind of node: light, and distinguishable for colour-blind readers."""
 LINE = {"q": "#2F6FB7", "k": "#C0473B", "v": "#7A4BAA", "mlp": "#B07A0C", "output": "#4A4E57"}
 """Edge colour per kind of reader."""
+KINDS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP", "output": "output"}
+"""Kinds of readers, as named in the legend."""
 NAMES = {
     "tok_embeds": "Token embedding", "pos_embeds": "Position embedding", "embeds": "Embedding",
     "resid_post": "Output",
@@ -56,15 +60,8 @@ OUTLINE = "#6B6F78"
 """Colour of a box's outline."""
 
 
-@dataclass(frozen=True)
-class EdgeGroup:
-    """Edges drawn in one colour.
-
-    Attributes:
-        name: shown in the legend.
-        color: such as "#0072B2".
-        edges: (writer, reader) names.
-    """
+class EdgeGroup(NamedTuple):
+    """Edges drawn in one colour, such as "#0072B2"; the legend shows the name."""
 
     name: str
     color: str
@@ -74,59 +71,48 @@ class EdgeGroup:
 def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
     """Groups of the edges that all circuits have, that several have, and that only one has.
 
-    Args:
-        circuits: edges per name of a circuit. For more than six circuits, the edges that only one
-            has are a single group.
+    `circuits` are edges by name. Of more than six, the edges that only one has are a single group.
     """
-    holders: dict[Edge, list[str]] = {}
-    for name, edges in circuits.items():
-        for edge in edges:
-            holders.setdefault(edge, []).append(name)
-    count = len(circuits)
-    shared = {edge for edge, names in holders.items() if len(names) == count}
-    several = {edge for edge, names in holders.items() if 1 < len(names) < count}
-    only = {edge: names[0] for edge, names in holders.items() if len(names) == 1 < count}
-    groups = [EdgeGroup("shared", SHARED, shared)]
+    count, kept = len(circuits), Counter(edge for edges in circuits.values() for edge in edges)
+    single = {edge for edge, times in kept.items() if times == 1 < count}
+    several = {edge for edge, times in kept.items() if 1 < times < count}
+    groups = [EdgeGroup("shared", SHARED, kept.keys() - single - several)]
     if count > 2:
         groups.append(EdgeGroup("in several", PARTLY, several))
     if count > len(ONLY):
-        return [*groups, EdgeGroup("in one only", ONLY[1], set(only))]
-    for name, color in zip(circuits, ONLY, strict=False):
-        groups.append(EdgeGroup(f"only {name}", color, {e for e, n in only.items() if n == name}))
-    return groups
+        return [*groups, EdgeGroup("in one only", ONLY[1], single)]
+    own = zip(circuits.items(), ONLY, strict=False)
+    return groups + [EdgeGroup(f"only {name}", color, single & e) for (name, e), color in own]
 
 
 def draw_circuit(
-    circuit: Circuit,
-    path: Path | str,
-    *,
-    title: str | None = None,
+    circuit: Circuit, path: Path | str, *, title: str | None = None,
     groups: Sequence[EdgeGroup] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Draw a circuit into a file, in the format of its suffix.
 
     Args:
         circuit: all of its edges are drawn; see `Circuit.without_dangling`.
         path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
         title: a line of text at the top.
-        groups: colours of the edges, with a legend; without groups, edges have the colour of their
-            kind of reader.
+        groups: colours of the edges; without groups, edges have the colour of their kind of reader.
 
     Raises:
-        ValueError: another suffix, or an edge with an unknown name.
+        ValueError: another suffix.
         GraphvizMissing: `dot` is not installed; the DOT source is left next to `path`.
     """
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
     if suffix not in SUFFIXES:
-        known = ", .".join(SUFFIXES)
-        raise ValueError(f"cannot draw {path.name}: its suffix must be one of .{known}")
+        raise ValueError(f"cannot draw {path.name}; its suffix must be in {', '.join(SUFFIXES)}")
     source = circuit_dot(circuit, title=title, groups=groups)
     if suffix == "dot":
         write_text(path, source)
         return
+    # Only for .png: with a resolution, Graphviz writes cropped SVGs.
+    with_dpi = source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
     try:
-        rendered = graphviz.pipe("dot", suffix, _at_dpi(source, suffix).encode(), quiet=True)
+        rendered = graphviz.pipe("dot", suffix, with_dpi.encode(), quiet=True)
     except graphviz.ExecutableNotFound:
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
@@ -137,11 +123,6 @@ def draw_circuit(
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
 
 
-def _at_dpi(source: str, suffix: str) -> str:
-    """Set the resolution of .png files only: with it, Graphviz writes cropped SVGs."""
-    return source.replace("{", f"{{ graph [dpi={DPI}]", 1) if suffix == "png" else source
-
-
 # ------------------------------------------------------------------------------------- the source
 
 
@@ -150,41 +131,38 @@ def circuit_dot(
 ) -> str:
     """The DOT source of a circuit's drawing, always the same for the same circuit.
 
-    Arguments and errors are those of `draw_circuit`.
+    An edge into a key or value that heads share is drawn as one arrow into each of its heads.
     """
     Circuit.check(circuit)
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
+    arrows = [(edge, n) for edge in edges for n in circuit.nodes_fed_by(edge[1]) or [edge[1]]]
+    nodes = {"resid_post", *(edge[0] for edge in edges), *(node for _, node in arrows)}
+    nodes = sorted(nodes, key=_order)
     on_grid = len(edges) > MAX_LAID_OUT
-    arrows = [(edge, node) for edge in edges for node in _boxes(edge[1], circuit)]
-    nodes = sorted({w for w, _ in edges} | {n for _, n in arrows} | {"resid_post"}, key=_order)
-    colors = {edge: group.color for group in groups for edge in group.edges}
-    counts = _counts(len(edges), len(nodes) - 1, len(arrows))
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if on_grid else "dot", "splines": "line" if on_grid else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _title(title, counts, _legend(edges, groups)),
+            "label": _caption(title, edges, len(nodes) - 1, len(arrows), groups),
             "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
+    colors = {edge: group.color for group in groups for edge in group.edges}
     labels = _labels(nodes, arrows, colors)
-    if on_grid:
-        for node, (x, y) in _grid(nodes).items():
-            dot.node(_id(node), label=labels[node], pos=f"{x:g},{y:g}!")
-    else:
-        _add_ranks(dot, nodes, labels)
+    add_nodes = _add_grid if on_grid else _add_ranks
+    add_nodes(dot, labels)
     width, opacity = _stroke(len(edges))
     for edge, node in arrows:
-        kind, color = _kind(edge[1]), colors.get(edge)
-        head = _id(node) if kind in ("mlp", "output") else f"{_id(node)}:{kind}:s"
-        tail = f"{_id(edge[0])}:out:n" if _kind(edge[0]) == "head" else _id(edge[0])
+        kind, color = _parse(edge[1])[0], colors.get(edge)
+        head = f"{_id(node)}:{kind}:s" if kind in ("q", "k", "v") else _id(node)
+        tail = f"{_id(edge[0])}:out:n" if _parse(edge[0])[0] == "head" else _id(edge[0])
         stands_out = color in (SHARED, *ONLY)  # the edges that a comparison is about
-        style = f"{width + 0.3:.2f}" if stands_out else f"{width:.2f}"
-        alpha = "D0" if stands_out else f"{opacity:02X}"
-        dot.edge(tail, head, color=f"{color or LINE[kind]}{alpha}", penwidth=style)
+        style = (width + 0.3, 0xD0) if stands_out else (width, opacity)
+        color = f"{color or LINE[kind]}{style[1]:02X}"
+        dot.edge(tail, head, color=color, penwidth=f"{style[0]:.2f}")
     return dot.source
 
 
@@ -196,111 +174,100 @@ def _stroke(num_edges: int) -> tuple[float, int]:
     return 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
 
 
-def _add_ranks(dot: graphviz.Digraph, nodes: list[str], labels: dict[str, str]) -> None:
+def _add_ranks(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
     """Add nodes for Graphviz to lay out: a layer's heads, or its MLP, are one rank."""
-    ranks: dict[tuple[int, bool], list[str]] = {}
-    for node in nodes:  # in the order of the ranks
-        ranks.setdefault(_rank(node), []).append(node)
-    for members in ranks.values():
+    rows = [list(members) for _, members in groupby(labels, key=_rank)]
+    for members in rows:
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             for node in members:
                 row.node(_id(node), label=labels[node])
-    firsts = [_id(members[0]) for members in ranks.values()]
-    for lower, upper in zip(firsts, firsts[1:], strict=False):
-        dot.edge(lower, upper, style="invis", weight="0")
+    for lower, upper in pairwise(rows):
+        dot.edge(_id(lower[0]), _id(upper[0]), style="invis", weight="0")
 
 
-def _grid(nodes: list[str]) -> dict[str, tuple[float, float]]:
-    """Positions in inches: rows from bottom to top, and each head always in the same column.
+def _add_grid(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
+    """Add nodes in rows from bottom to top, and each head always in the same column.
 
     Every second row is shifted by half a column, so that straight lines pass between boxes.
     """
-    ranks = sorted({_rank(node) for node in nodes})
-    columns = 1 + max(_parse(node)[2] for node in nodes)
-    places = {}
-    for node in nodes:
+    ranks = sorted(set(map(_rank, labels)))
+    columns = 1 + max(_parse(node)[2] for node in labels)
+    for node, label in labels.items():
         kind, layer, head = _parse(node)
-        if kind == "head":
-            column = head + (0.0 if layer % 2 else 0.4)
-        elif kind == "pos_embeds":
-            column = columns * 2 / 3
-        elif kind == "tok_embeds":
-            column = columns / 3
-        else:
-            column = columns / 2 - 0.25 + (ZIGZAG[layer % len(ZIGZAG)] if kind == "mlp" else 0)
-        places[node] = (column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72)
-    return places
+        column = {
+            "head": head + (0 if layer % 2 else 0.4),
+            "tok_embeds": columns / 3,
+            "pos_embeds": columns * 2 / 3,
+            "mlp": columns / 2 - 0.25 + ZIGZAG[layer % len(ZIGZAG)],
+        }.get(kind, columns / 2 - 0.25)
+        x, y = column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72  # inches
+        dot.node(_id(node), label=label, pos=f"{x:g},{y:g}!")
 
 
 def _labels(
     nodes: list[str], arrows: list[tuple[Edge, str]], colors: dict[Edge, str]
 ) -> dict[str, str]:
-    """Boxes. A box whose edges all have one colour is outlined in it."""
+    """The box of each node. A box whose edges all have one colour is outlined in it."""
     inputs: dict[str, set[str]] = {node: set() for node in nodes}
     seen: dict[str, set[str]] = {node: set() for node in nodes}
     for edge, node in arrows:
-        inputs[node].add(_kind(edge[1]))
+        inputs[node].add(_parse(edge[1])[0])
         for end in (edge[0], node):
             seen[end].add(colors.get(edge, OUTLINE))
-    outlines = {node: min(found) if len(found) == 1 else OUTLINE for node, found in seen.items()}
-    return {node: _label(node, inputs[node], outlines[node]) for node in nodes}
+    return {
+        node: _label(node, inputs[node], min(seen[node]) if len(seen[node]) == 1 else OUTLINE)
+        for node in nodes
+    }
 
 
-def _legend(edges: list[Edge], groups: Sequence[EdgeGroup]) -> str:
-    """The meaning of the colours, as an HTML-like label."""
-    kinds = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP"), ("output", "output"))
-    entries = [(LINE[kind], text) for kind, text in kinds]
+def _label(node: str, inputs: set[str], outline: str) -> str:
+    """A box; a head's has a cell for each of its inputs below its name."""
+    kind, layer, head = _parse(node)
+    name = NAMES.get(node) or (f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}")
+    font = ' COLOR="white"' if kind == "output" else ""
+    columns = [k for k in "qkv" if k in inputs]
+    span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
+    ports = "".join(
+        f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
+        for k in columns
+    )
+    return (
+        f'<<TABLE BORDER="0" CELLBORDER="{1 if outline == OUTLINE else 2}" CELLSPACING="0" '
+        f'CELLPADDING="5" COLOR="{outline}"><TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}">'
+        f"<FONT{font}>{name}</FONT></TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
+    )
+
+
+def _caption(
+    title: str | None,
+    edges: list[Edge],
+    num_nodes: int,
+    num_arrows: int,
+    groups: Sequence[EdgeGroup],
+) -> str:
+    """Title, numbers of edges and nodes, and the meaning of the colours, as an HTML-like label."""
+    entries = [(LINE[kind], text) for kind, text in KINDS.items()]
     if groups:
         counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
         entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]
-    marks = " ".join(
+    legend = " ".join(
         f'<FONT COLOR="{color}">&#9654;&#160;{html.escape(text)}&#160;&#160;</FONT>'
         for color, text in entries
     )
-    return marks if groups else f"edges into {marks}"
-
-
-def _counts(num_edges: int, num_nodes: int, num_arrows: int) -> list[str]:
-    """Lines that give the numbers of edges and nodes."""
-    edges = f"{num_edges:,} edge{'' if num_edges == 1 else 's'}" if num_edges else "no edges"
-    lines = [f"{edges}, {num_nodes:,} node{'' if num_nodes == 1 else 's'} and the output"]
-    if num_arrows != num_edges:
+    size = f"{len(edges):,} edge{'s' * (len(edges) != 1)}" if edges else "no edges"
+    lines = [f"{size}, {num_nodes:,} node{'s' * (num_nodes != 1)} and the output"]
+    if num_arrows != len(edges):
         lines.append(
             f"{num_arrows:,} arrows: an edge into a key or value that heads share is drawn into "
             "each of them"
         )
-    return lines
-
-
-def _title(title: str | None, counts: Sequence[str], legend: str) -> str:
+    lines.append(legend if groups else f"edges into {legend}")
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
+    parts = [f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines]
     title = "".join(c if c.isprintable() else " " for c in title or "").strip()
-    first = f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>{gap}" if title else ""
-    lines = gap.join(f'<FONT POINT-SIZE="13">{line}</FONT>' for line in (*counts, legend))
-    return f"<{first}{lines}{gap}&#160;>"
-
-
-def _label(node: str, inputs: Iterable[str], outline: str) -> str:
-    """A box; a head's has a cell for each of its inputs below its name."""
-    kind, layer, head = _parse(node)
-    number = f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}"
-    name = NAMES.get(node, number)
-    font = ' COLOR="white"' if kind == "output" else ""
-    width = 1 if outline == OUTLINE else 2
-    start = (
-        f'<<TABLE BORDER="0" CELLBORDER="{width}" CELLSPACING="0" CELLPADDING="5" '
-        f'COLOR="{outline}">'
-    )
-    columns = [k for k in "qkv" if k in inputs]
-    span = f' COLSPAN="{len(columns)}"' if len(columns) > 1 else ""
-    cells = f'<TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}"><FONT{font}>{name}</FONT></TD></TR>'
-    if columns:
-        ports = "".join(
-            f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
-            for k in columns
-        )
-        cells += f"<TR>{ports}</TR>"
-    return f"{start}{cells}</TABLE>>"
+    if title:
+        parts.insert(0, f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>")
+    return f"<{gap.join(parts)}{gap}&#160;>"
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -309,36 +276,23 @@ def _label(node: str, inputs: Iterable[str], outline: str) -> str:
 @cache
 def _parse(name: str) -> tuple[str, int, int]:
     """(kind, layer, head) of a node or a reader: 'a3.h1.q' -> ('q', 3, 1)."""
-    if found := re.fullmatch(r"a(\d+)\.h(\d+)(?:\.([qkv]))?", name):
-        return found[3] or "head", int(found[1]), int(found[2])
-    if found := re.fullmatch(r"m(\d+)", name):
-        return "mlp", int(found[1]), 0
+    if name == "resid_post":
+        return "output", 10**9, 0
     if name in NAMES:
-        return ("output", 10**9, 0) if name == "resid_post" else (name, -1, 0)
-    raise ValueError(
-        f"{name!r} is not the name of a node; expected tok_embeds, pos_embeds, embeds, a0.h0, m0, "
-        "a0.h0.q, a0.h0.k, a0.h0.v or resid_post, with any numbers"
-    )
+        return name, -1, 0
+    layer, head, kind = re.fullmatch(r"[am](\d+)(?:\.h(\d+))?(?:\.([qkv]))?", name).groups()
+    return kind or ("mlp" if head is None else "head"), int(layer), int(head or 0)
 
 
-def _kind(name: str) -> str:
-    return _parse(name)[0]
-
-
-def _rank(node: str) -> tuple[int, bool]:
+def _rank(name: str) -> tuple[int, bool]:
     """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
-    kind, layer, _ = _parse(node)
+    kind, layer, _ = _parse(name)
     return layer, kind == "mlp"
 
 
 def _order(name: str) -> tuple:
-    kind, layer, head = _parse(name)
-    return layer, kind == "mlp", head, kind != "tok_embeds", kind
-
-
-def _boxes(reader: str, circuit: Circuit) -> list[str]:
-    """The boxes of a reader; a shared key or value is drawn in each of its query heads."""
-    return circuit.nodes_fed_by(reader) or [reader]
+    kind, _, head = _parse(name)
+    return *_rank(name), head, kind != "tok_embeds", kind
 
 
 def _id(node: str) -> str:

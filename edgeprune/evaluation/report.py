@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.circuit import Circuit
 from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
-from edgeprune.drawing.page import Picture, Section
+from edgeprune.drawing.page import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.table import Table
@@ -57,7 +56,7 @@ class RunRecord:
         digests: SHA-256 of its `model` and `data`.
         distinguishing: names of the settings that tell experiments apart; `SIZE` and `seed` never
             do, and paths of models and data do if their digests differ.
-        folder: its directory; consensus circuits refer to it.
+        origin: what its circuits belong to, for consensus circuits.
     """
 
     name: str
@@ -66,7 +65,7 @@ class RunRecord:
     evaluations: Mapping[str, Mapping[str, Any]]
     digests: Mapping[str, str]
     distinguishing: Set[str] = frozenset()
-    folder: Path | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Spread(NamedTuple):
@@ -330,17 +329,17 @@ def _edge_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
         yield edge | {"times_kept": n, "runs": num, "share": n / num}
 
 
-def _draw_frontier(group: Group, folder: Path, name: str) -> list[Picture]:
+def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
     """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page."""
     panels = [_panel(group, metric) for metric in group.measured(HEADLINES)]
     if not panels:
         log.warning("%s, so there is no plot", group.title)
-        return []
+        return {}
     for suffix in ("png", "pdf", "svg"):
         path = folder / f"frontier-{name}.{suffix}"
         draw_frontier(panels, path, title=group.title, all_edges=group.num_edges)
     labels = ", ".join(panel.label for panel in panels)
-    return [Picture(path=path, alt=f"{labels} against edges kept")]
+    return {f"{labels} against edges kept": path}
 
 
 def _panel(group: Group, metric: Metric) -> Panel:
@@ -361,11 +360,12 @@ def _stability(point: Point, folder: Path, prefix: str) -> Section:
     names = [run.name for run in runs]
     place, title = f"{prefix}-{_file_name(point.requested)}", f"consensus at {point.requested}"
     circuit = consensus(circuits)
-    run = runs[0].folder and os.path.relpath(runs[0].folder, folder / place)
-    origin = {"chosen_by": f"consensus of {len(runs)} runs: {', '.join(names)}", "run": run}
+    same = all(run.digests == runs[0].digests for run in runs)
+    origin = {key: value for key, value in runs[0].origin.items() if same and key != "run"}
+    origin["chosen_by"] = f"consensus of {len(runs)} runs: {', '.join(names)}"
     for format in ("edges", "circuit"):
         write_circuit(circuit, folder / place / f"{format}.json", format, origin=origin)
-    connected, pictures = circuit.without_dangling(), []
+    connected, pictures = circuit.without_dangling(), {}
     note = (
         f"The {len(circuit):,} edges that more than half of the seeds keep are the consensus "
         f"circuit, {place}/edges.json; {len(connected):,} lie on paths from input to output."
@@ -373,7 +373,7 @@ def _stability(point: Point, folder: Path, prefix: str) -> Section:
     try:
         path = folder / place / "circuit.svg"
         draw_circuit(connected, path, title=title)
-        pictures.append(Picture(path=path, alt=title))
+        pictures[title] = path
     except GraphvizMissing:
         pass  # leaves circuit.dot
     ious = [[overlap(a, b)["edge_iou"] for b in circuits] for a in circuits]

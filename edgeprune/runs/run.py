@@ -219,7 +219,7 @@ class Run:
         distinguishing = settings.keys() - settings_with("distinguishes", False)
         name = self.path.resolve().name if name == "." else name
         return RunRecord(
-            name, settings, file.circuit, evaluations, self.digests, distinguishing, self.path
+            name, settings, file.circuit, evaluations, self.digests, distinguishing, self.origin
         )
 
     # --------------------------------------------------------------- what the training loop writes
