@@ -45,7 +45,7 @@ from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.loop import train
 from edgeprune.training.progress import progress as progress_bar
-from edgeprune.training.tracker import Tracker
+from edgeprune.training.tracker import open_tracker
 from edgeprune.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger("edgeprune")
@@ -148,31 +148,27 @@ def _prune(
     method = METHODS[settings.method](
         graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
     )
-    trainer = Trainer(
-        model, pairs, method, steps=settings.steps, batch_size=settings.batch_size,
-        seed=config.seed, ablation=ablation, world=world,
-        micro_batch_size=settings.micro_batch_size, recompute=settings.recompute,
-        cuda_graph=settings.cuda_graph,
-    )  # fmt: skip
+    trainer = Trainer(model, pairs, method, settings, config.seed, ablation, world)
     if run is not None:
         run.begin(model, world)
     history: list[StepMetrics] = []
     with ExitStack() as stack:
         show = stack.enter_context(progress_bar(settings.steps, "step", enabled=progress))
-        track = stack.enter_context(_tracker(config, run, world))
+        track = None
+        if run is not None and world.is_rank_zero and config.tracker.kind is TrackerKind.wandb:
+            tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
+            track = stack.enter_context(tracker)
 
         def on_step(metrics: StepMetrics) -> None:
             history.append(metrics)
             show(metrics.step, metrics)
-            track(metrics)
+            if track is not None:
+                track(metrics)
 
         if run is not None and world.is_rank_zero:
             stack.callback(_plot, run)
-        train(
-            trainer, store=run, on_step=on_step, checkpoint_every=settings.checkpoint_every,
-            log_every=settings.log_every,
-        )  # fmt: skip
-    scores, state = method.scores(), method.state_dict()
+        train(trainer, store=run, on_step=on_step)
+    scores, state = trainer.scores(), method.state_dict()
     del trainer  # releases what it has cached
     model.release()
     if history and asked is not None and "sparsity" in history[-1].values:
@@ -192,13 +188,6 @@ def _asked_sparsity(config: PruneConfig, graph: CircuitGraph) -> float | None:
         return config.sparsity
     graph.check_num_edges(config.num_edges)
     return 1 - config.num_edges / graph.num_edges
-
-
-def _tracker(config: PruneConfig, run: Run | None, world: World) -> Tracker:
-    is_on = run is not None and world.is_rank_zero and config.tracker.kind is TrackerKind.wandb
-    return Tracker(
-        config.tracker.project if is_on else None, run.path if run else None, to_dict(config)
-    )
 
 
 def _plot(run: Run) -> None:

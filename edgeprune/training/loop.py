@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from edgeprune.errors import Interrupted, ProcessError, TrainingError
-from edgeprune.scale.launch import stop_signals
+from edgeprune.scale.launch import on_stop_signals
 from edgeprune.training.checkpoint import Checkpoint
 from edgeprune.training.trainer import StepMetrics, Trainer
 
@@ -21,129 +19,88 @@ log = logging.getLogger("edgeprune")
 
 
 class Store(Protocol):
-    """Where a run keeps its checkpoints and metrics.
-
-    Attributes:
-        path: its folder, for messages.
-    """
+    """Where a run keeps its checkpoints and metrics: a folder, `path`."""
 
     path: Path
 
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; None if there is none."""
-        ...
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; raises CheckpointError."""
-        ...
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to the log of metrics."""
-        ...
-
-    def truncate_log(self, step: int) -> None:
-        """Remove the lines of later steps, which will be written again."""
-        ...
+    def latest(self) -> Checkpoint | None: ...
+    def save(self, checkpoint: Checkpoint) -> None: ...
+    def log(self, metrics: dict[str, Any]) -> None: ...
+    def truncate_log(self, step: int) -> None: ...
 
 
 def train(
     trainer: Trainer,
     *,
     store: Store | None = None,
-    on_step: Callable[[StepMetrics], object] | None = None,
-    checkpoint_every: int = 100,
-    log_every: int = 10,
+    on_step: Callable[[StepMetrics], object] = lambda metrics: None,
 ) -> None:
     """Train to the end, from the latest checkpoint of the store if it has one.
+
+    A stop signal ends training after the current step; a second one interrupts at once, except
+    under several processes, whose launchers repeat signals and kill what takes too long.
 
     Args:
         trainer: at step 0. Under several processes each calls this with its own trainer and store;
             all read the checkpoint, and rank 0 alone writes.
         store: where checkpoints and metrics are kept; None writes nothing and handles no signals.
         on_step: called after each step.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between lines of the log.
 
     Raises:
-        Interrupted: by a signal (see `stop_signals`), after a checkpoint was saved.
+        Interrupted: by a signal (see `on_stop_signals`), after a checkpoint was saved.
         TrainingError: the loss is not finite; the state before it is saved.
         CheckpointError: a checkpoint cannot be written or does not fit.
         ConfigError: the processes have read different checkpoints.
     """
-    on_step = on_step or (lambda metrics: None)
     if store is None:
-        while trainer.step < trainer.steps:
+        while trainer.step < trainer.settings.steps:
             on_step(trainer.train_step())
         return
-    world, writes = trainer.world, trainer.world.is_rank_zero
-    saved = _restore_latest(trainer, store)
-    if writes:
-        store.truncate_log(trainer.step)
-    with _stop_signals(alone=world.count == 1) as received:
-        while trainer.step < trainer.steps:
-            try:
-                metrics = trainer.train_step()
-            except (TrainingError, ProcessError, torch.OutOfMemoryError):
-                if writes and trainer.step != saved:
-                    store.save(trainer.checkpoint())
-                raise
-            is_last = trainer.step == trainer.steps
-            if writes and (trainer.step % log_every == 0 or is_last):
-                store.log(metrics.to_dict())
-            on_step(metrics)
-            stop = world.any(bool(received))
-            if trainer.step % checkpoint_every == 0 or is_last or stop:
-                if writes:
-                    store.save(trainer.checkpoint())
-                saved = trainer.step
-            if stop:
-                world.any(False)  # wait until rank 0 has saved
-                raise _interrupted(received, trainer, store)
-
-
-def _restore_latest(trainer: Trainer, store: Store) -> int:
-    """Restore the latest checkpoint, the same on every process; returns its step, or 0."""
     checkpoint = store.latest()
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        log.info(f"resuming from step {trainer.step} of {trainer.steps}")
+        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
     trainer.world.check_same("the checkpoints", str(trainer.step))
-    return trainer.step
+    alone, received = trainer.world.count == 1, []
 
-
-def _interrupted(received: list[int], trainer: Trainer, store: Store) -> Interrupted:
-    number = received[0] if received else signal.SIGTERM
-    return Interrupted(
-        f"stopped by {signal.Signals(number).name} after step {trainer.step}; a checkpoint was "
-        f"saved in {store.path}. Continue with the same command and resume=auto",
-        number,
-    )
-
-
-@contextmanager
-def _stop_signals(*, alone: bool) -> Iterator[list[int]]:
-    """Collect the signals that stop a run, for the loop to act on.
-
-    Args:
-        alone: whether this is the run's only process. A second signal then interrupts at once;
-            launchers of several processes repeat signals, and kill what takes too long.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: Any) -> None:
+    def receive(number: int, frame: object) -> None:
         if received and alone and number != signal.SIGHUP:  # shell and terminal both send SIGHUP
             raise KeyboardInterrupt
         received.append(number)
 
-    old = {number: signal.signal(number, receive) for number in stop_signals()}
-    completed = False
-    try:
-        yield received
-        completed = True
-    finally:
-        if alone or completed:  # else the process is about to exit and must report the reason
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    # With several processes, one that fails ignores signals until it has reported the reason.
+    with on_stop_signals(receive, restore_on_error=alone):
+        _train_and_save(trainer, store, on_step, received)
+
+
+def _train_and_save(
+    trainer: Trainer, store: Store, on_step: Callable[[StepMetrics], object], received: list[int]
+) -> None:
+    """Do the steps that remain, until a signal is received."""
+    settings, world, saved = trainer.settings, trainer.world, trainer.step
+    if world.is_rank_zero:
+        store.truncate_log(trainer.step)
+    while trainer.step < settings.steps:
+        try:
+            metrics = trainer.train_step()
+        except (TrainingError, ProcessError, torch.OutOfMemoryError):
+            if world.is_rank_zero and trainer.step != saved:
+                store.save(trainer.checkpoint())
+            raise
+        is_last = trainer.step == settings.steps
+        if world.is_rank_zero and (trainer.step % settings.log_every == 0 or is_last):
+            store.log(metrics.to_dict())
+        on_step(metrics)
+        stop = world.any(bool(received))
+        if trainer.step % settings.checkpoint_every == 0 or is_last or stop:
+            saved = trainer.step
+            if world.is_rank_zero:
+                store.save(trainer.checkpoint())
+        if stop:
+            world.any(False)  # wait until rank 0 has saved
+            number = received[0] if received else signal.SIGTERM
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} after step {trainer.step}; a checkpoint "
+                f"was saved in {store.path}. Continue with the same command and resume=auto",
+                number,
+            )

@@ -16,40 +16,28 @@ log = logging.getLogger("edgeprune")
 
 @contextmanager
 def progress(
-    total: int, text: str, *, enabled: bool = True
+    total: int, unit: str, *, enabled: bool = True
 ) -> Iterator[Callable[[int, object], None]]:
-    """Show the progress of `total` units of work.
-
-    Args:
-        total: number of units.
-        text: what a unit is called, such as "step".
-        enabled: if False, nothing is shown.
+    """Show the progress of `total` units of work, such as steps, unless it is disabled.
 
     Yields:
         A function to call with the number of units done and something to show next to it.
     """
-    if not enabled:
-        yield lambda done, status="": None
-    elif sys.stderr.isatty():
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(text, total=total)
-            yield lambda done, status="": bar.update(
-                task, completed=done, description=f"{text} {done}/{total}  {status}"
-            )
-    else:
-        yield _log_quarters(total, text)
+    start, quarters = time.perf_counter(), set()
 
-
-def _log_quarters(total: int, text: str) -> Callable[[int, object], None]:
-    """Log the first call and each quarter of the work."""
-    start, last = time.perf_counter(), -1
-
-    def show(done: int, status: object = "") -> None:
-        nonlocal last
-        quarter = 4 * done // total
-        if quarter > last:
+    def log_quarters(done: int, status: object) -> None:
+        if 4 * done // total not in quarters:
+            quarters.add(4 * done // total)
             seconds = time.perf_counter() - start
-            log.info(f"{text} {done}/{total}  {status}  {seconds:.0f} s")
-            last = quarter
+            log.info(f"{unit} {done}/{total}  {status}  {seconds:.0f} s")
 
-    return show
+    if not enabled:
+        yield lambda done, status: None
+    elif not sys.stderr.isatty():
+        yield log_quarters
+    else:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda done, status: bar.update(
+                task, completed=done, description=f"{unit} {done}/{total}  {status}"
+            )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.activations import Activations
 from edgeprune.engine.cache import KeptPasses
@@ -34,9 +35,8 @@ class StepMetrics:
     Attributes:
         step: number of steps done, including this one.
         loss: what was minimised.
-        kl: nats per predicted token; None where the model's outputs are not logits.
-        unexplained: fraction of the outputs' variance that is unexplained; None where they are
-            logits.
+        kl: nats per predicted token, where the model's outputs are logits; else None.
+        unexplained: fraction of the outputs' variance, where they are not logits; else None.
         values: the method's own numbers, such as `sparsity`, `target` and `learning_rate`.
     """
 
@@ -48,13 +48,8 @@ class StepMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in one flat dictionary, as in a line of metrics.jsonl."""
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "kl": self.kl,
-            "unexplained": self.unexplained,
-            **self.values,
-        }
+        shared = {name: value for name, value in vars(self).items() if name != "values"}
+        return {**shared, **self.values}
 
     def __str__(self) -> str:
         """The distance and the first two of the method's numbers, for a progress bar."""
@@ -63,61 +58,53 @@ class StepMetrics:
         return "  ".join([distance, *shown])
 
 
+@dataclass(eq=False)
 class Trainer:
     """Runs the circuit on batches and lets a method learn from the gradient of its gates.
 
-    Args:
+    Attributes:
         model: the frozen model.
         pairs: training prompts.
         method: gives the gates of each step and learns from their gradient.
-        steps: number of optimisation steps of the whole run.
-        batch_size: pairs per step.
+        settings: number of steps, batch size, and how a batch is run.
         seed: seed of the order of the data.
         ablation: the values of ablated edges.
-        world: the processes that share the run, each with a trainer of its own; together they take
-            the same step as a single process would.
-        micro_batch_size: pairs run at a time, to save memory; None runs the whole batch.
-        recompute: whether blocks are run again in the backward pass, to save memory.
-        cuda_graph: whether passes are recorded as CUDA graphs and replayed.
+        world: the processes that share the run, each with a trainer of its own.
+        step: number of optimisation steps done.
 
     Raises:
-        ConfigError: a batch has fewer pairs than there are processes; a batch is to be split
-            although the model's outputs are not logits; or CUDA graphs without a GPU.
+        ConfigError: a batch cannot be split as asked for, or CUDA graphs without a GPU.
     """
 
-    def __init__(
-        self,
-        model: CircuitModel,
-        pairs: Sequence[Pair],
-        method: Method,
-        *,
-        steps: int,
-        batch_size: int,
-        seed: int,
-        ablation: Ablation,
-        world: World | None = None,
-        micro_batch_size: int | None = None,
-        recompute: bool = False,
-        cuda_graph: bool = False,
-    ) -> None:
-        self.model, self.pairs, self.method = model, pairs, method
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.ablation = ablation
-        self.world = world or World()
-        self.micro_batch_size, self.recompute = micro_batch_size, recompute
-        self.cuda_graph = cuda_graph
-        self.step = 0
-        self.world.check_batch(min(batch_size, len(pairs)))
-        if model.output is not Output.logits and (micro_batch_size or self.world.count > 1):
+    model: CircuitModel
+    pairs: Sequence[Pair]
+    method: Method
+    settings: TrainerConfig
+    seed: int
+    ablation: Ablation
+    world: World = field(default_factory=World)
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        settings, world, device = self.settings, self.world, self.model.device.type
+        size = min(settings.batch_size, len(self.pairs))
+        if size < world.count:
             raise ConfigError(
-                f"the outputs of {model.name} are not logits, and their variance is computed over "
-                "the whole batch; leave out trainer.micro_batch_size, and start one process"
+                f"a step has {size} pairs, but there are {world.count} processes; start fewer"
             )
-        if cuda_graph and model.device.type != "cuda":
+        if self.model.output is not Output.logits and (
+            settings.micro_batch_size or world.count > 1
+        ):
             raise ConfigError(
-                f"trainer.cuda_graph=true requires a GPU, but the model is on {model.device.type}; "
-                "leave it out"
+                f"the outputs of {self.model.name} are not logits; their variance is that of whole "
+                "batches: leave out trainer.micro_batch_size, and start one process"
             )
+        if settings.cuda_graph and device != "cuda":
+            raise ConfigError(f"trainer.cuda_graph=true requires a GPU; the model is on {device}")
+        self._differentiate_batch = partial(differentiate, self.model, recompute=settings.recompute)
+        if settings.cuda_graph:
+            graphs = CudaGraphs(self.model, recompute=settings.recompute)
+            self._differentiate_batch = graphs.differentiate
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -126,16 +113,15 @@ class Trainer:
             TrainingError: the loss or a gradient is not finite; nothing was changed.
             ProcessError: another process died or stopped responding; nothing was changed.
         """
-        pairs = training_pairs(self.pairs, self.batch_size, self.seed, self.step)
+        pairs = training_pairs(self.pairs, self.settings.batch_size, self.seed, self.step)
         gates = self.method.gates(self.step)
         distance, grad_gates = self.differentiate(pairs, gates)
         try:
             values = self.method.update(self.step, distance, grad_gates)
         except FloatingPointError as error:
             raise TrainingError(
-                f"step {self.step + 1}: {error}, on the batch that begins with "
-                f"{pairs[0].text!r}; the state before this step is kept. Lower "
-                "trainer.learning_rate, or use model.dtype=float32"
+                f"step {self.step + 1}: {error}, on the batch that begins with {pairs[0].text!r}; "
+                "lower trainer.learning_rate, or use model.dtype=float32"
             ) from None
         self.step += 1
         loss, distance = values.pop("loss"), values.pop("distance")
@@ -147,12 +133,8 @@ class Trainer:
         """Distance of the circuit from the full model on a batch, and its gradient.
 
         Args:
-            pairs: the batch, over all processes.
+            pairs: the batch, to be divided among the processes; all get the same result.
             gates: [edge] in [0, 1].
-
-        Returns:
-            The distance, a scalar, and its gradient with respect to the gates, [edge]; the same on
-            every process.
         """
         part = partial(self._differentiate_part, pairs, gates.detach())
         if is_sharded(self.model.architecture.blocks[0].layer):  # gathers layers from the others
@@ -168,7 +150,7 @@ class Trainer:
         total = torch.zeros((), device=gates.device)
         grad_gates = torch.zeros_like(gates)
         part = self.world.part(pairs)
-        size = self.micro_batch_size or len(part)
+        size = self.settings.micro_batch_size or len(part)
         for start in range(0, len(part), size):
             batch = collate(part[start : start + size]).to(gates.device)
             reference, corrupted = self._run_pair(batch)
@@ -180,24 +162,18 @@ class Trainer:
         return total, grad_gates
 
     @cached_property
-    def _differentiate_batch(self) -> Callable[..., Gradient]:
-        """See `engine.gradient.differentiate`."""
-        if self.cuda_graph:
-            return CudaGraphs(self.model, recompute=self.recompute).differentiate
-        return partial(differentiate, self.model, recompute=self.recompute)
-
-    @cached_property
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
-        size = self.micro_batch_size or math.ceil(self.batch_size / self.world.count)
+        size = self.settings.micro_batch_size
+        size = size or math.ceil(self.settings.batch_size / self.world.count)
         return KeptPasses.where_they_fit(
             self.model, self.pairs, size, corrupted=self.ablation.needs_corrupted
         )
 
     def scores(self) -> EdgeScores:
-        """The method's current scores; `origin` also has the step."""
-        scores = self.method.scores()
-        return replace(scores, origin={**scores.origin, "step": self.step})
+        """The method's current scores; `origin` names the method and the step."""
+        origin = {"method": self.settings.method, "step": self.step}
+        return replace(self.method.scores(), origin=origin)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
