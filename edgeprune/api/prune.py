@@ -43,10 +43,9 @@ from edgeprune.runs.run import Run, claim
 from edgeprune.scale.memory import free_memory, in_gb, plan_memory
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
-from edgeprune.training.loop import train
+from edgeprune.training.progress import open_tracker
 from edgeprune.training.progress import progress as progress_bar
-from edgeprune.training.tracker import open_tracker
-from edgeprune.training.trainer import StepMetrics, Trainer
+from edgeprune.training.trainer import StepMetrics, Trainer, train
 
 log = logging.getLogger("edgeprune")
 

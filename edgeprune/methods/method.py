@@ -14,8 +14,7 @@ from torch import Tensor
 
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.states import check_shapes, scores_from_state
-from edgeprune.scores import EdgeScores
+from edgeprune.methods.states import check_shapes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -79,10 +78,6 @@ class Method:
         """
         raise NotImplementedError
 
-    def scores(self) -> EdgeScores:
-        """The current scores."""
-        return scores_from_state(self.graph, self.state_dict(), {})
-
     def new_log_alpha(self, count: int) -> Tensor:
         """[count], a leaf; drawn on the CPU and then moved to the device."""
         values = self.init_mean + self.init_std * torch.randn(count, generator=self._generator)
@@ -103,7 +98,10 @@ class Method:
         return self.learning_rate * factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the next step depends on: parameters by name, AdamW's state as `name/key`."""
+        """Everything the next step depends on: parameters by name, AdamW's state as `name/key`.
+
+        `scores_from_state` reads the scores from it.
+        """
         state = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():

@@ -62,8 +62,8 @@ class World:
                 raise ValueError(f"{state.num_processes} of {expected} joined")
         except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
             raise ProcessError(
-                f"the processes of the run could not connect: {_first_line(error)}. Each needs "
-                "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                f"the processes of the run could not connect: {str(error).splitlines()[0]}. Each "
+                "needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             ) from None
         if expected == 1:
             return cls(device=device)
@@ -181,10 +181,6 @@ class World:
             raise
         except RuntimeError as error:
             raise ProcessError(
-                f"another process of the run died or stopped responding: {_first_line(error)}. See "
-                "the other processes' messages; continue with the same command and resume=auto"
+                f"another process of the run died or stopped responding: {str(error)[:200]!r}. See "
+                "its messages; continue with the same command and resume=auto"
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,20 @@
-"""Progress of long work: a bar on a terminal, a few lines elsewhere."""
+"""Where the numbers of a run are shown: a progress bar or a few lines, and Weights & Biases."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+
+from edgeprune.training.trainer import StepMetrics
 
 log = logging.getLogger("edgeprune")
 
@@ -41,3 +46,24 @@ def progress(
             yield lambda done, status: bar.update(
                 task, completed=done, description=f"{unit} {done}/{total}  {status}"
             )
+
+
+@contextmanager
+def open_tracker(
+    project: str, run_dir: Path, settings: dict[str, Any]
+) -> Iterator[Callable[[StepMetrics], None]]:
+    """Open a wandb run, offline without an API key; yields a function that logs a step."""
+    import wandb
+
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
+    mode = None if has_key or "WANDB_MODE" in os.environ else "offline"
+    run = wandb.init(project=project, name=run_dir.name, dir=run_dir, config=settings, mode=mode)
+    exit_code = 1
+    try:
+        yield lambda metrics: run.log(
+            {name: x for name, x in metrics.to_dict().items() if x is not None}, step=metrics.step
+        )
+        exit_code = 0
+    finally:
+        run.finish(exit_code)

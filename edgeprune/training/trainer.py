@@ -1,12 +1,15 @@
-"""The trainer: one optimisation step after another, for any method. It touches no files."""
+"""The trainer, which does one optimisation step after another, and the loop around it."""
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +21,18 @@ from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
-from edgeprune.errors import ConfigError, TrainingError
+from edgeprune.errors import ConfigError, Interrupted, ProcessError, TrainingError
 from edgeprune.methods.method import Method
+from edgeprune.methods.states import scores_from_state
 from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair, collate, training_pairs
+from edgeprune.scale.launch import on_stop_signals
 from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.checkpoint import Checkpoint
+
+log = logging.getLogger("edgeprune")
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class Trainer:
     def scores(self) -> EdgeScores:
         """The method's current scores; `origin` names the method and the step."""
         origin = {"method": self.settings.method, "step": self.step}
-        return replace(self.method.scores(), origin=origin)
+        return scores_from_state(self.model.graph, self.method.state_dict(), origin)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -187,3 +194,94 @@ class Trainer:
         """
         self.method.load_state_dict(checkpoint.state)
         self.step = checkpoint.step
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+class Store(Protocol):
+    """Where a run keeps its checkpoints and metrics: a folder, `path`."""
+
+    path: Path
+
+    def latest(self) -> Checkpoint | None: ...
+    def save(self, checkpoint: Checkpoint) -> None: ...
+    def log(self, metrics: dict[str, Any]) -> None: ...
+    def truncate_log(self, step: int) -> None: ...
+
+
+def train(
+    trainer: Trainer,
+    *,
+    store: Store | None = None,
+    on_step: Callable[[StepMetrics], object] = lambda metrics: None,
+) -> None:
+    """Train to the end, from the latest checkpoint of the store if it has one.
+
+    A stop signal ends training after the current step; a second one interrupts at once, except
+    under several processes, whose launchers repeat signals and kill what takes too long.
+
+    Args:
+        trainer: at step 0. Under several processes each calls this with its own trainer and store;
+            all read the checkpoint, and rank 0 alone writes.
+        store: where checkpoints and metrics are kept; None writes nothing and handles no signals.
+        on_step: called after each step.
+
+    Raises:
+        Interrupted: by a signal (see `on_stop_signals`), after a checkpoint was saved.
+        TrainingError: the loss is not finite; the state before it is saved.
+        CheckpointError: a checkpoint cannot be written or does not fit.
+        ConfigError: the processes have read different checkpoints.
+    """
+    if store is None:
+        while trainer.step < trainer.settings.steps:
+            on_step(trainer.train_step())
+        return
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
+    trainer.world.check_same("the checkpoints", str(trainer.step))
+    alone, received = trainer.world.count == 1, []
+
+    def receive(number: int, frame: object) -> None:
+        if received and alone and number != signal.SIGHUP:  # shell and terminal both send SIGHUP
+            raise KeyboardInterrupt
+        received.append(number)
+
+    # With several processes, one that fails ignores signals until it has reported the reason.
+    with on_stop_signals(receive, restore_on_error=alone):
+        _train_and_save(trainer, store, on_step, received)
+
+
+def _train_and_save(
+    trainer: Trainer, store: Store, on_step: Callable[[StepMetrics], object], received: list[int]
+) -> None:
+    """Do the steps that remain, until a signal is received."""
+    settings, world, saved = trainer.settings, trainer.world, trainer.step
+    if world.is_rank_zero:
+        store.truncate_log(trainer.step)
+    while trainer.step < settings.steps:
+        try:
+            metrics = trainer.train_step()
+        except (TrainingError, ProcessError, torch.OutOfMemoryError):
+            if world.is_rank_zero and trainer.step != saved:
+                store.save(trainer.checkpoint())
+            raise
+        is_last = trainer.step == settings.steps
+        if world.is_rank_zero and (trainer.step % settings.log_every == 0 or is_last):
+            store.log(metrics.to_dict())
+        on_step(metrics)
+        stop = world.any(bool(received))
+        if trainer.step % settings.checkpoint_every == 0 or is_last or stop:
+            saved = trainer.step
+            if world.is_rank_zero:
+                store.save(trainer.checkpoint())
+        if stop:
+            world.any(False)  # wait until rank 0 has saved
+            number = received[0] if received else signal.SIGTERM
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} after step {trainer.step}; a checkpoint "
+                f"was saved in {store.path}. Continue with the same command and resume=auto",
+                number,
+            )
