@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 from edgeprune.commands.help import (
@@ -33,40 +34,29 @@ FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape characters that its encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    if not os.environ.get("COLUMNS", "").strip("0"):
-        os.environ.pop("COLUMNS", None)  # with a width of 0 nothing would be printed
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print(overview())
-        sys.exit(0 if arguments else 2)
-    if "--version" in arguments:
-        from importlib.metadata import version
-
-        _print(f"edgeprune {version('edgeprune')}")
-        sys.exit(0)
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        hint = did_you_mean(command, COMMANDS) or f"; choose {', '.join(COMMANDS)}"
-        _fail(f"unknown command {command!r}{hint}", 2)
-    if "-h" in rest or "--help" in rest:
-        _print(command_help(command, rest))
-        sys.exit(0)
     try:
-        os.getcwd()
-    except FileNotFoundError:
-        _fail("the current directory is gone; change to one that exists (cd ~)", 1)
-    try:
-        flags, overrides = _split_flags(rest)
-        overrides = _name_custom(command, _name_path(command, overrides))
-        _check_names(command, overrides)
-        if command != "prune" and _is_sweep(flags, overrides):
-            raise ConfigError(f"--multirun is for prune; {command} takes one value per setting")
-        _run(command, flags, overrides)
+        if command in ("", "-h", "--help", "help"):
+            print(overview(), flush=True)
+            sys.exit(0 if command else 2)
+        if "--version" in (command, *rest):
+            print(f"edgeprune {version('edgeprune')}", flush=True)
+            sys.exit(0)
+        if command not in COMMANDS:
+            hint = did_you_mean(command, COMMANDS) or f"; choose {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command {command!r}{hint}")
+        if {"-h", "--help"} & set(rest):
+            print(command_help(command, rest), flush=True)
+            sys.exit(0)
+        _run(command, *_split_flags(rest))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_output()
+        sys.exit(0)
     except Exception as error:
         if os.environ.get("EDGEPRUNE_TRACEBACK"):
             raise
@@ -81,71 +71,56 @@ def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     flags, others = [], []
     remaining = iter(arguments)
     for argument in remaining:
-        if argument.startswith("-"):
-            flags.append(argument)
-            if argument in FLAGS_WITH_VALUE:
-                flags += [value for value in [next(remaining, None)] if value is not None]
-        else:
+        if not argument.startswith("-"):
             others.append(argument)
+            continue
+        flags.append(argument)
+        if argument in FLAGS_WITH_VALUE:
+            flags += [value for value in [next(remaining, None)] if value is not None]
     return flags, others
 
 
-def _name_path(command: str, arguments: list[str]) -> list[str]:
-    """`export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths are a list."""
-    name, known = POSITIONAL.get(command), setting_names(command)
-    paths = [a for a in arguments if a.split("=")[0].lstrip("+~") not in known
-             and ("=" not in a or os.path.exists(a)) and not a.startswith("~")]  # fmt: skip
-    if name is None:
-        if paths:
-            raise ConfigError(f"unexpected argument {paths[0]!r}; settings are name=value")
-        return arguments
-    is_named = any(a.startswith(f"{name}=") for a in arguments)
-    if is_named and not paths:
-        return arguments
-    if is_named or not paths or (len(paths) > 1 and command not in SEVERAL):
-        raise ConfigError(f"got {len(paths)} paths: {usage(command)}")
-    value = ",".join(_quote(path) for path in paths)
-    value = f"[{value}]" if command in SEVERAL else value
-    return [f"{name}={value}", *(a for a in arguments if a not in paths)]
+def _complete(command: str, arguments: list[str]) -> list[str]:
+    """Hydra overrides from the arguments: paths get their name, `custom` is chosen for own files.
+
+    `export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths become a list.
+    `prune model.path=X` -> `prune model=custom model.path=X`.
+
+    Raises:
+        ConfigError: an unknown setting, which Hydra would accept after a +; or the wrong number of
+            paths.
+    """
+    known, name = setting_names(command), POSITIONAL.get(command)
+    keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
+    paths = [a for a in arguments if keys[a] not in known and ("=" not in a or os.path.exists(a))]
+    others = [argument for argument in arguments if argument not in paths]
+    for argument in others:
+        if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
+            hint = did_you_mean(keys[argument], known)
+            raise ConfigError(
+                f"unknown setting {keys[argument]!r}{hint} (all settings: edgeprune {command} "
+                "--help)"
+            )
+    is_given = name in keys.values()
+    is_right = len(paths) == 1 or (paths and command in SEVERAL)
+    if name is None and paths:
+        raise ConfigError(f"unexpected argument {paths[0]!r}; settings are name=value")
+    if name is not None and (paths if is_given else not is_right):
+        raise ConfigError(f"got {len(paths)} paths; usage: {usage(command)}")
+    if paths:
+        value = ",".join(_quote(path) for path in paths)
+        others.insert(0, f"{name}=[{value}]" if command in SEVERAL else f"{name}={value}")
+    custom = [
+        f"{group}={CUSTOM}" for group in ("model", "task")
+        if f"{group}.path" in keys.values() and not {group, "experiment"} & set(keys.values())
+    ]  # fmt: skip
+    return custom + others
 
 
 def _quote(text: str) -> str:
     """A string in Hydra's override grammar, where a backslash counts only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
     return f"'{escaped}'"
-
-
-def _name_custom(command: str, arguments: list[str]) -> list[str]:
-    """A path alone means the user's own model or task: `model.path=X` -> `model=custom ...`.
-
-    Not for commands that begin with a run, whose own model and task the path may belong to.
-    """
-    names = [argument.split("=")[0].lstrip("+") for argument in arguments]
-    groups = ("model",) if command in POSITIONAL else ("model", "task")
-    own = [
-        f"{group}={CUSTOM}" for group in groups
-        if f"{group}.path" in names and not {group, "experiment"} & set(names)
-        and group in setting_names(command)
-    ]  # fmt: skip
-    if command == "evaluate" and "task.path" in names and "task" not in names:
-        own.append(f"task={CUSTOM}")
-    return own + arguments
-
-
-def _check_names(command: str, arguments: list[str]) -> None:
-    """Refuse unknown settings, which Hydra would accept after a +."""
-    known = setting_names(command)
-    for argument in arguments:
-        key = argument.split("=")[0].lstrip("+~").split("@")[0]
-        if key not in known and not key.startswith(("hydra.", "hydra/")) and key != "hydra":
-            raise ConfigError(
-                f"unknown setting {key!r}{did_you_mean(key, known)} "
-                f"(all settings: edgeprune {command} --help)"
-            )
-
-
-def _is_sweep(flags: list[str], overrides: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in overrides
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -168,11 +143,15 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
-def _run(command: str, flags: list[str], overrides: list[str]) -> None:
+def _run(command: str, flags: list[str], arguments: list[str]) -> None:
     """Compose the settings with Hydra and run the command (several times under --multirun).
 
     All runs of a sweep are checked before the first one starts, if they run in this process.
     """
+    overrides = _complete(command, arguments)
+    is_sweep = bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in overrides
+    if command != "prune" and is_sweep:
+        raise ConfigError(f"--multirun is for prune; {command} takes one value per setting")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
     import hydra
     from omegaconf import DictConfig, OmegaConf
@@ -192,18 +171,22 @@ def _run(command: str, flags: list[str], overrides: list[str]) -> None:
         print_log()  # Hydra has disabled all loggers
         try:
             config: Any = OmegaConf.to_object(settings)
-            if only_checks:
-                _check_apart(config.run_dir, run_dirs)
-                return
-            getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
+            if not only_checks:
+                getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
+            elif config.run_dir in run_dirs:
+                raise ConfigError(
+                    f"several runs of this sweep go to {config.run_dir}; name in run_dir what they "
+                    "differ in, such as run_dir='runs/${ablation.kind}-${seed}'"
+                )
+            else:
+                run_dirs.add(config.run_dir)
         except Exception as error:  # Hydra would print a traceback of its own
             if "SUBMITIT_EXECUTOR" in os.environ:  # Hydra passes it on to the launching process
                 raise JobFailed(str(error)) from None
             failures.append(error)
 
     sys.argv = [f"edgeprune {command}", *overrides, *flags]  # overrides must precede flags
-    runs_here = not any(a.startswith(("hydra/", "launcher=")) for a in overrides)
-    if _is_sweep(flags, overrides) and runs_here:
+    if is_sweep and not any(a.startswith(("hydra/", "launcher=")) for a in overrides):
         only_checks = True
         job()
         only_checks = False
@@ -215,109 +198,68 @@ def _run(command: str, flags: list[str], overrides: list[str]) -> None:
         raise failures[-1]
 
 
-def _check_apart(run_dir: str, earlier: set[str]) -> None:
-    """Raise ConfigError if an earlier run of the sweep has this run directory."""
-    if run_dir in earlier:
-        raise ConfigError(
-            f"several runs of this sweep go to {run_dir}; name in run_dir what they differ in, "
-            "such as run_dir='runs/${ablation.kind}-${seed}'"
-        )
-    earlier.add(run_dir)
-
-
 # ---------------------------------------------------------------------------------------- errors
 
 
 def _report(command: str, error: Exception) -> NoReturn:
     """Report what went wrong in one message, and exit."""
     if isinstance(error, UserError):
-        if _rank() > 0 and error.on_every_rank:
-            sys.exit(error.exit_code)  # rank 0 reports it
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, on_every_rank=error.on_every_rank)
     if _is_from(error, "hydra.", "omegaconf."):
-        if _rank() > 0:
-            sys.exit(2)
-        _fail(_explain_hydra(command, error), 2)
+        _fail(_explain_hydra(command, error), 2, on_every_rank=True)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         _fail(f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}", 1)
-    if isinstance(error, ValueError) and _is_from(error, "edgeprune."):
+    if _is_from(error, "edgeprune."):
         _fail(str(error), 1)
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        if not where and _output_fails():
-            where = "standard output: "
-        _fail(f"{where}{error.strerror or error}", 1)
-    _fail(
-        f"unexpected {type(error).__name__}: {error} (this is a bug; EDGEPRUNE_TRACEBACK=1 shows "
-        "where)", 1,
-    )  # fmt: skip
+        _drop_output()
+        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
+    _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; EDGEPRUNE_TRACEBACK=1 shows "
+          "where)", 1)  # fmt: skip
 
 
 def _is_from(error: Exception, *packages: str) -> bool:
     """Whether a package defines the error's class, or raised it as a ValueError."""
-    if type(error).__module__.startswith(packages):
-        return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     where = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return isinstance(error, (ValueError, AssertionError)) and where.startswith(packages)
+    is_value = isinstance(error, (ValueError, AssertionError))
+    return type(error).__module__.startswith(packages) or (is_value and where.startswith(packages))
 
 
 def _explain_hydra(command: str, error: Exception) -> str:
-    """An error of Hydra or OmegaConf in one line, with the nearest valid setting."""
+    """An error of Hydra or OmegaConf in one line, with the valid choices."""
     text = str(error)
-    missing = re.search(r"Could not find '([^']+)'", text)
-    if missing:
-        if missing[1] == "hydra/launcher/submitit_slurm":
-            return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
-        group, _, choice = missing[1].partition("/")
-        if group in GROUPS:
-            own = f"; {group}=custom {group}.path=... takes your own"
-            own = own if group in ("model", "task") else ""
-            return f"unknown {group} {choice!r}; choose {', '.join(choices_of(group))}{own}"
-    if "Unexpected type for root" in text or "NoneType" in text:
-        return f"a part of a group was set that is null here; give the group as well ({text})"
-    argument = getattr(error, "override", None)
-    if argument is not None:
+    missing = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if missing and missing[0].endswith("submitit_slurm'"):
+        return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
+    if missing and missing[1] in GROUPS:
+        own = f"; {missing[1]}=custom {missing[1]}.path=... takes your own"
+        own = own if missing[1] in ("model", "task") else ""
         return (
-            f"{argument!r} cannot be parsed; text with special characters needs quotes inside the "
-            "shell's, as in run_dir=\"'a (1), b'\" (Hydra's override grammar)"
+            f"unknown {missing[1]} {missing[2]!r}; choose {', '.join(choices_of(missing[1]))}{own}"
+        )
+    if hasattr(error, "override"):
+        return (
+            f"{error.override!r} cannot be parsed; text with special characters needs quotes "
+            "inside the shell's, as in run_dir=\"'a (1), b'\" (Hydra's override grammar)"
         )
     lines = [line.strip() for line in str(error.__cause__ or text).splitlines() if line.strip()]
     wanted = [line for line in lines if not line.startswith("object_type")]
     return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"
 
 
-def _rank() -> int:
-    """Rank of this process in its run; 0 when there is one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    who = f" (process {_rank()})" if _rank() > 0 else ""
-    print(f"edgeprune{who}: {message}", file=sys.stderr)
+def _fail(message: str, code: int, *, on_every_rank: bool = False) -> NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not on_every_rank:
+        print(f"edgeprune{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        _output_fails()
-    except OSError as error:
-        _output_fails()
-        _fail(f"standard output: {error.strerror}", 1)
-
-
-def _output_fails() -> bool:
-    """Whether the rest of the output cannot be printed; it is dropped then."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _drop_output() -> None:
+    """Discard what cannot be printed, so that exiting does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -22,6 +21,7 @@ MAX_EVALUATION_BATCH = 64
 """Default number of pairs per forward pass without gradients."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+WARMUPS = ("linear", "logarithmic")
 
 CUSTOM = "custom"
 """Name of the task and of the model for a user's own `task.path` or `model.path`."""
@@ -35,38 +35,7 @@ LESS_MEMORY = (
 """Advice for errors about memory."""
 
 
-class AblationKind(Enum):
-    interchange = "interchange"
-    zero = "zero"
-    mean = "mean"
-
-
-class Warmup(Enum):
-    linear = "linear"
-    logarithmic = "logarithmic"
-
-
-class Resume(Enum):
-    never = "never"
-    auto = "auto"
-
-
-class TrackerKind(Enum):
-    none = "none"
-    wandb = "wandb"
-
-
-class Split(Enum):
-    train = "train"
-    validation = "validation"
-    test = "test"
-
-
-class CircuitFormat(Enum):
-    edges = "edges"
-    circuit = "circuit"
-    eap_json = "eap_json"
-    eap_pt = "eap_pt"
+SPLITS = ("train", "validation", "test")
 
 
 def setting(
@@ -90,43 +59,44 @@ def setting(
         at_least, above: bounds of a number that is not None.
         choices: the allowed values, if they are few.
     """
-    metadata = {
-        "resumable": resumable, "distinguishes": distinguishes, "digest": digest,
-        "at_least": at_least, "above": above, "choices": choices,
-    }  # fmt: skip
+    metadata = {"resumable": resumable, "distinguishes": distinguishes, "digest": digest,
+                "at_least": at_least, "above": above, "choices": choices}  # fmt: skip
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _check_ranges(config: Any, prefix: str) -> None:
-    """Check every field against its metadata.
+@dataclass
+class Settings:
+    """Base of all settings classes: checks every field against its metadata."""
 
-    Raises:
-        ConfigError: a value is out of range; names the setting with the prefix.
-    """
-    for entry in dataclasses.fields(config):
-        value, name = getattr(config, entry.name), f"{prefix}{entry.name}"
-        if value is None or not entry.metadata:
-            continue
-        choices = entry.metadata["choices"]
-        if choices and value not in choices:
-            raise ConfigError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}={value} must be a finite number")
-        lowest, above = entry.metadata["at_least"], entry.metadata["above"]
-        if lowest is not None and not value >= lowest:
-            raise ConfigError(f"{name}={value} must be at least {lowest}")
-        if above is not None and not value > above:
-            raise ConfigError(f"{name}={value} must be greater than {above}")
+    prefix = ""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of range; names the setting."""
+        for entry in dataclasses.fields(self):
+            value, name = getattr(self, entry.name), f"{self.prefix}{entry.name}"
+            if value is None or not entry.metadata:
+                continue
+            choices, lowest, above = (entry.metadata[k] for k in ("choices", "at_least", "above"))
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value!r}; choose {', '.join(map(str, choices))}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}={value} must be a finite number")
+            if lowest is not None and not value >= lowest:
+                raise ConfigError(f"{name}={value} must be at least {lowest}")
+            if above is not None and not value > above:
+                raise ConfigError(f"{name}={value} must be greater than {above}")
 
 
 # ---------------------------------------------------------------------------------------- groups
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """Which language model, and how it is loaded."""
+
+    prefix = "model."
 
     name: str = setting("", resumable=True)
     """Shown to people and part of the default run directory."""
@@ -151,7 +121,7 @@ class ModelConfig:
     """Whether Python code that comes with the model may run."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "model.")
+        super().__post_init__()
         if self.fused and self.dtype != "bfloat16":
             raise ConfigError(
                 f"model.fused=true needs bfloat16, got model.dtype={self.dtype}; give "
@@ -172,8 +142,10 @@ class ModelConfig:
 
 
 @dataclass
-class TaskConfig:
+class TaskConfig(Settings):
     """Where the clean/corrupted prompts come from."""
+
+    prefix = "task."
 
     name: str = ""
     """One of the tasks that `edgeprune prepare` writes, or any name for your own file."""
@@ -190,9 +162,6 @@ class TaskConfig:
     seed: int = 0
     """Seed of the generated prompts; separate from the run's seed, so that runs share data."""
 
-    def __post_init__(self) -> None:
-        _check_ranges(self, "task.")
-
     @property
     def title(self) -> str:
         """Name for people; a user's own data is called by its file."""
@@ -201,7 +170,7 @@ class TaskConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Number of prompts to generate per split."""
-        return {split.name: getattr(self, split.name) for split in Split}
+        return {split: getattr(self, split) for split in SPLITS}
 
     def require_path(self) -> None:
         """Raise ConfigError for a custom task without a file."""
@@ -210,10 +179,12 @@ class TaskConfig:
 
 
 @dataclass
-class AblationConfig:
+class AblationConfig(Settings):
     """What a closed edge carries."""
 
-    kind: AblationKind = AblationKind.interchange
+    prefix = "ablation."
+
+    kind: str = setting("interchange", choices=("interchange", "zero", "mean"))
     """interchange: the value on the corrupted prompt; zero: nothing, not even the head's share of
     the attention output's bias; mean: a mean over the training prompts."""
     per_position: bool = True
@@ -221,8 +192,10 @@ class AblationConfig:
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(Settings):
     """Settings that all training methods share."""
+
+    prefix = "trainer."
 
     method: str = setting("", choices=("", "lagrangian", "held", "priced"))
     """The method, which `trainer=NAME` chooses together with its settings."""
@@ -253,7 +226,7 @@ class TrainerConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "trainer.")
+        super().__post_init__()
         for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
             given = getattr(self, name, None)
             if given is not None and given > self.steps:
@@ -322,7 +295,7 @@ class LagrangianConfig(TrainerConfig):
     it; with warmup=logarithmic it does not."""
     sparsity_warmup_steps: int | None = setting(None, at_least=0)
     """Steps over which the target rises; null: two thirds of all."""
-    warmup: Warmup = Warmup.linear
+    warmup: str = setting("linear", choices=WARMUPS)
     """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
     falls by the same factor each step."""
     node_gates: bool = False
@@ -337,7 +310,7 @@ class LagrangianConfig(TrainerConfig):
         targets = [self.start_sparsity, self.target_sparsity or 0.0]
         if self.node_gates:
             targets += [self.start_node_sparsity, self.target_node_sparsity]
-        if self.warmup is Warmup.logarithmic and max(targets) > 1:
+        if self.warmup == "logarithmic" and max(targets) > 1:
             raise ConfigError(
                 f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets may be at "
                 f"most 1, got {max(targets)}; use trainer.warmup=linear"
@@ -349,7 +322,7 @@ class LagrangianConfig(TrainerConfig):
     def method_settings(self, asked: float | None) -> dict[str, Any]:
         target = self.target_sparsity
         if target is None and asked is not None:
-            target = asked + (self.target_lead if self.warmup is Warmup.linear else 0)
+            target = asked + (self.target_lead if self.warmup == "linear" else 0)
         settings = super().method_settings(asked) | _target_settings(self, target)
         del settings["target_lead"]
         return settings
@@ -366,7 +339,7 @@ class HeldConfig(TrainerConfig):
     """Target sparsity after the warm-up; null: the sparsity asked for."""
     sparsity_warmup_steps: int | None = setting(None, at_least=0)
     """Steps over which the target rises; null: two thirds of all."""
-    warmup: Warmup = Warmup.logarithmic
+    warmup: str = setting("logarithmic", choices=WARMUPS)
     """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
     falls by the same factor each step."""
 
@@ -398,18 +371,22 @@ TRAINERS = {"lagrangian": LagrangianConfig, "held": HeldConfig, "priced": Priced
 
 
 @dataclass
-class TrackerConfig:
+class TrackerConfig(Settings):
     """Where metrics go in addition to metrics.jsonl."""
 
-    kind: TrackerKind = TrackerKind.none
+    prefix = "tracker."
+
+    kind: str = setting("none", choices=("none", "wandb"))
     """none, or wandb (offline without an API key)."""
     project: str = "edgeprune"
     """wandb project."""
 
 
 @dataclass
-class LauncherConfig:
+class LauncherConfig(Settings):
     """The processes of a run."""
+
+    prefix = "launcher."
 
     processes: int | None = setting(1, at_least=1)
     """Number of processes that `accelerate launch` starts on this machine; null: one per GPU."""
@@ -421,7 +398,7 @@ class LauncherConfig:
     """Minutes after which a process that waits for another gives up."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "launcher.")
+        super().__post_init__()
         if self.offload and not self.shard:
             raise ConfigError("launcher.offload=true needs launcher.shard=true")
 
@@ -450,7 +427,7 @@ def check_size(sparsity: float | None, num_edges: int | None) -> None:
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(Settings):
     """Learn the gates of a model's edges on a task."""
 
     model: ModelConfig = setting(ModelConfig)
@@ -471,19 +448,19 @@ class PruneConfig:
     """Seed of the initial values, the noise and the order of the data."""
     run_dir: str = setting("", resumable=True, distinguishes=False)
     """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
-    resume: Resume = setting(Resume.never, resumable=True, distinguishes=False)
+    resume: str = setting("never", resumable=True, distinguishes=False, choices=("never", "auto"))
     """auto: continue from the last checkpoint in run_dir, if there is one."""
     overwrite: bool = setting(False, resumable=True, distinguishes=False)
     """Replace the run in run_dir, as a whole, once model and data of the new one are loaded."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "")
+        super().__post_init__()
         check_size(self.sparsity, self.num_edges)
         self.model.require_path()
         self.task.require_path()
         if not self.run_dir:
             raise ConfigError("run_dir is empty; name a folder, such as run_dir=runs/mine")
-        if self.overwrite and self.resume is Resume.auto:
+        if self.overwrite and self.resume == "auto":
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.seed >= 2**31:
             raise ConfigError(f"seed={self.seed} must be less than {2**31}")
@@ -522,7 +499,7 @@ class PruneConfig:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Settings):
     """Choose a circuit from a run's scores and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
@@ -539,7 +516,7 @@ class ExportConfig:
     """Then remove edges as long as all removals together move the circuit, on the training prompts,
     no farther from the full model than this: KL in nats above its own, or an absolute error where
     outputs are values. null: no clean-up."""
-    format: CircuitFormat | None = None
+    format: str | None = setting(None, choices=("edges", "circuit", "eap_json", "eap_pt"))
     """edges: [writer, reader] pairs; circuit: these with graph and origin; eap_json, eap_pt: the
     graphs of EAP-IG and MIB; null: eap_pt where output ends in .pt, else edges."""
     output: str | None = None
@@ -549,14 +526,14 @@ class ExportConfig:
     """The model of a circuit file that does not identify it."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "")
+        super().__post_init__()
         check_size(self.sparsity, self.num_edges)
         if self.threshold and (self.sparsity, self.num_edges) != (None, None):
             raise ConfigError("threshold=true finds the size itself; leave out sparsity, num_edges")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Measure a circuit, the full model and the empty circuit on the same prompts."""
 
     circuit: str = ""
@@ -567,7 +544,7 @@ class EvaluateConfig:
     """null: the task on which it was found."""
     ablation: AblationConfig | None = None
     """null: the ablation with which it was found, or interchange."""
-    split: Split = Split.test
+    split: str = setting("test", choices=SPLITS)
     """Which prompts."""
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
@@ -579,14 +556,14 @@ class EvaluateConfig:
     ablation are those of its run, otherwise none."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "")
+        super().__post_init__()
         for part in (self.model, self.task):
             if part is not None:
                 part.require_path()
 
 
 @dataclass
-class DrawConfig:
+class DrawConfig(Settings):
     """Draw a circuit with Graphviz."""
 
     circuit: str = ""
@@ -610,11 +587,12 @@ class DrawConfig:
     """The model of a circuit file that does not identify it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size(self.sparsity, self.num_edges)
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Settings):
     """Compare circuits: what they share, what only one has, and how similar they are."""
 
     circuits: list[str] = setting(list)
@@ -630,19 +608,19 @@ class CompareConfig:
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Settings):
     """Summarise all runs below a folder: frontiers, and stability over seeds."""
 
     folder: str = ""
     """Run directories are searched here, at any depth."""
-    split: Split | None = None
+    split: str | None = setting(None, choices=SPLITS)
     """Whose evaluations are shown; null: the one that most runs have, test before validation."""
     output: str | None = None
     """Folder to write; null: report in that folder. An earlier report there is replaced."""
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Settings):
     """Write a task's prompts as JSONL."""
 
     task: TaskConfig = setting(TaskConfig)
@@ -678,11 +656,7 @@ COMMANDS = {
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A settings object as JSON values, as written to config.yaml."""
-
-    def plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: value.name if isinstance(value, Enum) else value for key, value in fields}
-
-    return dataclasses.asdict(config, dict_factory=plain)
+    return dataclasses.asdict(config)
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -96,15 +96,21 @@ def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
     try:
         (new / marker).write_text("edgeprune replaces this folder when the command runs again\n")
         yield new
-        _remove(old)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        put_in_place(new, folder)
     except BaseException:
         _remove(new)
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Replace a folder, which may be absent, by another one next to it."""
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(old)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
     _remove(old)
 
 

@@ -1,18 +1,17 @@
-"""Drawing circuits, comparing them, and summarising many runs."""
+"""Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from edgeprune.api.export import choose_circuit
+from edgeprune.api.export import choose_from
 from edgeprune.api.shared import check_output, graph_of, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import CompareConfig, DrawConfig, ReportConfig
+from edgeprune.config import CompareConfig, DrawConfig, PrepareConfig, ReportConfig
 from edgeprune.drawing import SUFFIXES, comparison_groups, draw_circuit
 from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
 from edgeprune.evaluation import compare as comparison
@@ -20,16 +19,17 @@ from edgeprune.evaluation.report import Group, RunRecord, group_runs
 from edgeprune.evaluation.report_files import write_report
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
+from edgeprune.prompts.tasks import generate_records
 from edgeprune.runs import layout
+from edgeprune.runs.data import write_records
 from edgeprune.runs.run import Run, is_run
 from edgeprune.runs.source import Source, find
 
 log = logging.getLogger("edgeprune")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A drawing: the edges shown, how many dangling ones are left out, and its files."""
+class Drawn(NamedTuple):
+    """The circuit shown, the number of dangling edges left out, and the files."""
 
     circuit: Circuit
     num_dangling: int
@@ -41,78 +41,63 @@ def draw(config: DrawConfig) -> Drawn:
 
     Raises:
         ConfigError: an unknown format, or an output in a run directory.
-        GraphvizMissing: `dot` is not installed.
+        GraphvizMissing: `dot` is not installed; its source is written.
     """
-    check_formats(config.formats)
-    stem = None if config.output is None else _stem(config.output)
+    _check_formats(config.formats)
     from_scores = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
         run = Run.open(folder)
-        _, circuit, _ = choose_circuit(run, config.checkpoint, config.sparsity, config.num_edges)
-        own, title = folder / layout.DRAWING, run.config.title
+        _, circuit, _ = choose_from(run, config.checkpoint, config.sparsity, config.num_edges)
+        stem, title = folder / layout.DRAWING, run.config.title
     elif from_scores:
         raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
     else:
         source = find(config.circuit)
         circuit = read(source, graph_of(source, config.model)).circuit
         is_chosen = source.path.name in (layout.CIRCUIT, layout.EDGES)
-        own = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
+        stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
         title = source.title
+    if config.output is not None:
+        stem = Path(config.output) / (layout.DRAWING if config.output.endswith("/") else "")
+        stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in SUFFIXES else stem
+        if stem.name in ("", ".."):
+            raise ConfigError(f"output={config.output} has no file name, such as pictures/circuit")
+        check_output(stem)
     shown = circuit if config.dangling else circuit.without_dangling()
-    stem = stem or own
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
     for path in paths:
         draw_circuit(shown, path, title=title if config.title is None else config.title)
     return Drawn(shown, len(circuit) - len(shown), paths)
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise ConfigError unless all are formats of drawings."""
+def _check_formats(formats: Sequence[str]) -> None:
     unknown = [suffix for suffix in formats if suffix not in SUFFIXES]
     if unknown:
         raise ConfigError(f"formats has {unknown[0]!r}; choose from {', '.join(SUFFIXES)}")
 
 
-def _stem(output: str) -> Path:
-    """The path of a drawing without its suffix."""
-    path = Path(output)
-    if output.endswith("/"):
-        path /= layout.DRAWING
-    if path.suffix.removeprefix(".") in SUFFIXES:
-        path = path.with_suffix("")
-    if path.name in ("", ".."):
-        raise ConfigError(f"output={output} has no file name; give one, such as pictures/circuit")
-    check_output(path)
-    return path
-
-
 # --------------------------------------------------------------------------------------- compare
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A comparison: `evaluation.compare.compare`'s result and what was written."""
-
-    result: Mapping[str, Any]
-    folder: Path
-    parts: list[str]
-
-
-def compare(config: CompareConfig) -> Compared:
+def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     """Compare circuits, write the parts that they share and draw them.
+
+    Returns:
+        The result of `evaluation.compare.compare`, and the names of the parts that were written.
 
     Raises:
         ConfigError: fewer than two circuits, one given twice, or of different graphs.
     """
-    check_formats(config.formats)
+    _check_formats(config.formats)
     sources = [find(name) for name in config.circuits]
     reference = None
     if config.reference is not None:
         known = find(config.reference)
-        if known.path.resolve() not in [source.path.resolve() for source in sources]:
+        paths = [source.path.resolve() for source in sources]
+        if known.path.resolve() not in paths:
             sources.append(known)
-        reference = [s.path.resolve() for s in sources].index(known.path.resolve())
+        reference = [*paths, known.path.resolve()].index(known.path.resolve())
     if len(sources) < 2:
         raise ConfigError(
             f"got {len(sources)} circuit, expected two or more: edgeprune compare PATH PATH ..., "
@@ -133,44 +118,39 @@ def compare(config: CompareConfig) -> Compared:
         "union": comparison.union(circuits.values()),
         **{f"only-{label}": comparison.only_in(label, circuits) for label in labels},
     }
-    origin = _origin_of_all(sources)
+    origin = _shared_origin(sources)
     title = ", ".join(dict.fromkeys(filter(None, (source.title for source in sources))))
     with replace_folder(folder, ".edgeprune-compare") as new:
         for name, part in parts.items():
             chosen = {**origin, "chosen_by": f"{name} of {', '.join(labels)}"}
-            write_circuit(part, new / name / layout.EDGES, "edges")
+            write_circuit(part, new / name / layout.EDGES)
             write_circuit(part, new / name / layout.CIRCUIT, "circuit", origin=chosen)
         write_json(new / "comparison.json", result)
         _draw_comparison(circuits, new, config.formats, title)
-    return Compared(result, folder, list(parts))
+    return result, list(parts)
 
 
 def _read_all(sources: Sequence[Source], config: CompareConfig) -> list[Circuit]:
-    """The circuits, all of one graph: the first that is known, which must be everybody's."""
+    """The circuits; a file that does not identify its graph has that of the first that does."""
     known = [graph_of(source, config.model) for source in sources]
     graph = next((graph for graph in known if graph is not None), None)
-    circuits = []
-    for source, own in zip(sources, known, strict=True):
-        circuits.append(read(source, own or graph).circuit)
-        if circuits[-1].graph != circuits[0].graph:
+    circuits = [read(s, own or graph).circuit for s, own in zip(sources, known, strict=True)]
+    for source, circuit in zip(sources, circuits, strict=True):
+        if circuit.graph != circuits[0].graph:
             raise CircuitError(
                 f"circuits of different graphs cannot be compared: {sources[0].path} has "
-                f"{circuits[0].graph}, {source.path} has {circuits[-1].graph}"
+                f"{circuits[0].graph}, {source.path} has {circuit.graph}"
             )
     return circuits
 
 
-def _origin_of_all(sources: Sequence[Source]) -> dict[str, Any]:
+def _shared_origin(sources: Sequence[Source]) -> dict[str, Any]:
     """Model, data and ablation of circuits that agree in model and data, else nothing."""
-
-    def digests(source: Source) -> list[Any]:
-        return [source.origin.get(part, {}).get("sha256") for part in ("model", "data")]
-
-    first = sources[0]
-    if None in digests(first) or any(digests(source) != digests(first) for source in sources):
+    digests = {(source.digest("model"), source.digest("data")) for source in sources}
+    if len(digests) > 1 or None in next(iter(digests)):
         return {}
     shared = ("model", "data", "ablation", "evaluation_batch_size")
-    return {key: first.origin[key] for key in shared if key in first.origin}
+    return {key: sources[0].origin[key] for key in shared if key in sources[0].origin}
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
@@ -180,9 +160,8 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
         ConfigError: a path is given twice.
     """
     whole = [path.resolve() for path in paths]
-    for path in whole:
-        if whole.count(path) > 1:
-            raise ConfigError(f"{path} is given twice; give different circuits")
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
     chosen = (layout.EDGES, layout.CIRCUIT)
     named = [path.parent if path.name in chosen else path for path in whole]
     for length in range(1, max(len(path.parts) for path in named)):
@@ -199,38 +178,29 @@ def _draw_comparison(
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     groups = comparison_groups({name: c.edge_set for name, c in connected.items()})
     shown = comparison.union(connected.values())
-    for suffix in formats:
-        try:
+    try:
+        for suffix in formats:
             draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)
-        except GraphvizMissing as error:
-            log.warning(str(error))
-            return
+    except GraphvizMissing as error:
+        log.warning(str(error))
 
 
-# ---------------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------- report, prepare
 
 
-@dataclass(frozen=True)
-class Reported:
-    """A report: the groups of runs, how many runs, and what was written."""
-
-    groups: list[Group]
-    num_runs: int
-    folder: Path
-
-
-def report(config: ReportConfig) -> Reported:
+def report(config: ReportConfig) -> tuple[list[Group], Path]:
     """Summarise all runs below a folder: frontiers, and stability over seeds.
 
+    Returns:
+        The groups of runs, and the folder that was written.
+
     Raises:
-        ConfigError: there are none, or the output holds something else than a report.
+        ConfigError: there are no runs, or the output holds something else than a report.
     """
     folder = Path(config.folder)
+    output = Path(config.output) if config.output else folder / layout.REPORT
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
-    default = folder.with_name(f"{folder.resolve().name}-report") if is_run(folder) else (
-        folder / layout.REPORT)  # fmt: skip
-    output = Path(config.output) if config.output else default
     check_output(output)
     records = [record for path in _run_dirs(folder) if (record := _record(path, folder))]
     if not records:
@@ -238,11 +208,11 @@ def report(config: ReportConfig) -> Reported:
             f"no finished run below {folder}; make some, for instance with `edgeprune prune "
             "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun`"
         )
-    groups = group_runs(records, config.split.name if config.split else None)
-    title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
+    groups = group_runs(records, config.split)
     with replace_folder(output, ".edgeprune-report") as new:
+        title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
         write_report(groups, new, title=title)
-    return Reported(groups, len(records), output)
+    return groups, output
 
 
 def _run_dirs(folder: Path) -> list[Path]:
@@ -253,8 +223,23 @@ def _run_dirs(folder: Path) -> list[Path]:
 def _record(path: Path, folder: Path) -> RunRecord | None:
     """What a report needs of a run; None, with a warning, for an unfinished or damaged one."""
     try:
-        run = Run.open(path)
-        return run.record("" if path == folder else str(path.relative_to(folder)))
+        return Run.open(path).record(str(path.relative_to(folder)))
     except (ConfigError, CircuitError) as error:
         log.warning(f"{path} is left out: {error}")
         return None
+
+
+def prepare(config: PrepareConfig) -> tuple[Path, int, str]:
+    """Write a task's prompts for a model's tokenizer.
+
+    Returns:
+        The file, its number of lines, and what was left out, for people.
+    """
+    from edgeprune.models.load import load_tokenizer
+
+    output, task = Path(config.output), config.task
+    check_output(output, [config.model.path])
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    write_records(records, output)
+    return output, len(records), report or "as they come with the model"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
     AblationConfig,
-    AblationKind,
     EvaluateConfig,
-    Split,
     TaskConfig,
     to_dict,
 )
@@ -30,38 +27,13 @@ from edgeprune.runs.source import Source, find
 log = logging.getLogger("edgeprune")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """An evaluation of a circuit.
-
-    Attributes:
-        evaluation: the measurement.
-        circuit: what was measured.
-        title: model, prompts and ablation, for people.
-        output: the file in which it was written, if any.
-    """
+class Measured(NamedTuple):
+    """An evaluation, the circuit it is of, a title, and the file it was written to, if any."""
 
     evaluation: Evaluation
     circuit: Circuit
     title: str
     output: Path | None
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    """Prompts to measure on.
-
-    Attributes:
-        pairs: of the split.
-        reference: prompts over which means are taken.
-        digest: SHA-256 of their file.
-        are_own: whether they are those of the circuit's run.
-    """
-
-    pairs: PairDataset
-    reference: PairDataset
-    digest: str
-    are_own: bool
 
 
 def evaluate_circuit(config: EvaluateConfig) -> Measured:
@@ -79,29 +51,30 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
         check_output(output, [source.path, model_config.path, task.path])
     model = load_model_of(model_config)
     circuit = read(source, model.graph).circuit
-    is_own_model = model.fingerprint() == source.origin.get("model", {}).get("sha256")
+    is_own_model = model.fingerprint() == source.digest("model")
     if config.model is None and not is_own_model:
         log.warning(
             f"{model.name} differs from the model in which the circuit was found, in its weights, "
             "configuration or tokenizer"
         )
-    prompts = _load_prompts(source, task, ablation, model, config)
+    pairs, reference, digest = _load_prompts(source, task, ablation, model, config)
+    is_own_data = digest == source.digest("data")
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     batch_size = batch_size or MAX_EVALUATION_BATCH
     evaluation = evaluate(
-        model, circuit, prompts.pairs, batch_size=batch_size, head_permuted=config.head_permuted,
-        ablation=ablation_of(model, ablation, prompts.reference, batch_size),
+        model, circuit, pairs, batch_size=batch_size, head_permuted=config.head_permuted,
+        ablation=ablation_of(model, ablation, reference, batch_size),
     )  # fmt: skip
-    is_own = is_own_model and prompts.are_own and to_dict(ablation) == source.origin.get("ablation")
+    is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
     if output is None and is_own and source.path.name in (layout.CIRCUIT, layout.EDGES):
-        output = source.path.with_name(layout.evaluation(config.split.name))
+        output = source.path.with_name(layout.evaluation(config.split))
     if output is not None:
         record = evaluation_record(
-            model, circuit, prompts.pairs, config.split, ablation, evaluation,
-            data_digest=prompts.digest, is_own=prompts.are_own,
+            model, circuit, pairs, config.split, ablation, evaluation, data_digest=digest,
+            is_own=is_own_data,
         )  # fmt: skip
         write_json(output, {"circuit_file": str(source.path), **record})
-    title = f"{model_config.title}, {prompts.pairs.name}, {ablation.kind.name} ablation"
+    title = f"{model_config.title}, {pairs.name}, {ablation.kind} ablation"
     return Measured(evaluation, circuit, title, output)
 
 
@@ -111,35 +84,32 @@ def _load_prompts(
     ablation: AblationConfig,
     model: CircuitModel,
     config: EvaluateConfig,
-) -> _Prompts:
-    """The prompts of a split: those of the circuit's run, or others where a task is given."""
-    own_digest = source.origin.get("data", {}).get("sha256")
+) -> tuple[PairDataset, PairDataset, str]:
+    """The split's prompts, those over which means are taken, and the SHA-256 of their file."""
     with ExitStack() as stack:
         if config.task is None and source.run is not None:
             path = source.run.data_path
         else:
             path = stack.enter_context(data_of(task, model.tokenizer))
         if config.task is None:
-            own_data(path, own_digest)
-        pairs = load_pairs(path, task, model, config.split)
-        reference = pairs
-        if ablation.kind is AblationKind.mean:
-            reference = load_pairs(path, task, model, first_split(path, Split.train))
+            own_data(path, source.digest("data"))
+        pairs = reference = load_pairs(path, task, model, config.split)
+        if ablation.kind == "mean":
+            reference = load_pairs(path, task, model, first_split(path, "train"))
         digest = file_digest(path)
-    are_own = digest == own_digest
-    if are_own and not pairs.has_splits:
+    if digest == source.digest("data") and not pairs.has_splits:
         log.warning(
             f"{path} has lines without a split, so the prompts measured are training prompts; "
             'give each line "split": "train", "validation" or "test" to hold some out'
         )
-    return _Prompts(pairs, reference, digest, are_own)
+    return pairs, reference, digest
 
 
 def evaluation_record(
     model: CircuitModel,
     circuit: Circuit,
     pairs: PairDataset,
-    split: Split,
+    split: str,
     ablation: AblationConfig,
     evaluation: Evaluation,
     *,
@@ -158,8 +128,8 @@ def evaluation_record(
         "model_sha256": model.fingerprint(),
         "data": pairs.name,
         "data_sha256": data_digest,
-        "split": split.name,
-        "training_prompts": is_own and (split is Split.train or not pairs.has_splits),
+        "split": split,
+        "training_prompts": is_own and (split == "train" or not pairs.has_splits),
         "ablation": to_dict(ablation),
         **evaluation.to_dict(),
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeprune.api.shared import (
     ablation_of,
@@ -17,7 +16,7 @@ from edgeprune.api.shared import (
     read,
 )
 from edgeprune.circuit import Circuit
-from edgeprune.config import ExportConfig, Split
+from edgeprune.config import ExportConfig
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import CleanUp, clean_up
 from edgeprune.formats import write_circuit
@@ -31,21 +30,12 @@ from edgeprune.scores import EdgeScores
 log = logging.getLogger("edgeprune")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A circuit that was written.
-
-    Attributes:
-        circuit: its edges.
-        output: the file.
-        step: of the run's checkpoint; None: it was converted from a file.
-        chosen: how it was chosen, as JSON values.
-    """
+class Exported(NamedTuple):
+    """A circuit that was written, the file, and how the circuit was chosen, as JSON values."""
 
     circuit: Circuit
     output: Path
-    step: int | None
-    chosen: Mapping[str, Any]
+    origin: Mapping[str, Any]
 
 
 def export(config: ExportConfig) -> Exported:
@@ -54,33 +44,31 @@ def export(config: ExportConfig) -> Exported:
     Raises:
         ConfigError: the size is out of range, or the output lies in a run directory.
     """
+    form = config.format or ("eap_pt" if (config.output or "").endswith(".pt") else "edges")
     if Path(config.run).is_file():
-        return _convert(config)
+        return _convert(config, form)
     run = Run.open(config.run)
-    form = _format(config)
     if config.output is not None:
         check_output(Path(config.output))
-    scores, circuit, chosen = choose_circuit(
+    scores, circuit, chosen = choose_from(
         run, config.checkpoint, config.sparsity, config.num_edges, config.threshold
     )
     if config.cleanup is not None:
-        cleaned = _clean_up_run(run, circuit, scores, config.cleanup)
+        cleaned = _clean_up(run, circuit, scores, config.cleanup)
         circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
-    names = {"edges": layout.EDGES, "circuit": layout.CIRCUIT, "eap_json": layout.GRAPH_JSON,
-             "eap_pt": layout.GRAPH_PT}  # fmt: skip
-    output = Path(config.output) if config.output else run.path / names[form]
     origin = {"scores": dict(scores.origin), **chosen}
     if config.output is None and form in ("edges", "circuit"):
         run.write_circuit(circuit, origin)
-    else:
-        write_circuit(
-            circuit, output, form, scores=scores, d_model=run.d_model,
-            origin={**run.origin, **origin},
-        )  # fmt: skip
-    return Exported(circuit, output, scores.origin.get("step"), chosen)
+        return Exported(circuit, run.path / layout.EDGES, origin)
+    graphs = {"eap_json": layout.GRAPH_JSON, "eap_pt": layout.GRAPH_PT}
+    output = Path(config.output) if config.output else run.path / graphs[form]
+    write_circuit(
+        circuit, output, form, scores=scores, d_model=run.d_model, origin={**run.origin, **origin}
+    )
+    return Exported(circuit, output, origin)
 
 
-def choose_circuit(
+def choose_from(
     run: Run,
     step: int | None = None,
     sparsity: float | None = None,
@@ -96,34 +84,54 @@ def choose_circuit(
         threshold: whether a threshold decides in place of a size.
     """
     scores = run.scores(step)
-    of_all = run.unfinished_steps(scores.origin.get("step"))
-    if step is None and of_all:
+    if step is None and run.is_unfinished(scores.origin):
         log.warning(
-            f"the run in {run.path} has done {scores.origin['step']:,} of {of_all:,} steps; "
-            "continue it with its command and resume=auto"
+            f"the run in {run.path} has done {scores.origin['step']:,} of "
+            f"{run.config.trainer.steps:,} steps; continue it with its command and resume=auto"
         )
     if sparsity is None and num_edges is None and not threshold:
         sparsity, num_edges = run.config.sparsity, run.config.num_edges
-    needs_state = sparsity is None and num_edges is None
-    state = run.checkpoint(scores.origin.get("step")).state if needs_state else {}
+    by_size = (sparsity, num_edges) != (None, None)
+    state = {} if by_size else run.checkpoint(scores.origin.get("step")).state
     return scores, *choose(scores, state, sparsity, num_edges)
 
 
-def _clean_up_run(run: Run, circuit: Circuit, scores: EdgeScores, tolerance: float) -> CleanUp:
+def choose(
+    scores: EdgeScores, state: Mapping[str, Any], sparsity: float | None, num_edges: int | None
+) -> tuple[Circuit, dict[str, Any]]:
+    """A circuit of a size, or without one by a threshold on the state; and how it was chosen."""
+    if (sparsity, num_edges) != (None, None):
+        return scores.circuit(sparsity=sparsity, num_edges=num_edges), {"chosen_by": "size"}
+    circuit, thresholds = circuit_by_threshold(scores.graph, state)
+    return circuit, {
+        "chosen_by": "threshold",
+        "edge_threshold": thresholds["edge"],
+        "node_threshold": thresholds.get("node"),
+    }
+
+
+def cleaned_up(
+    cleaned: CleanUp, chosen: dict[str, Any], tolerance: float
+) -> tuple[Circuit, dict[str, Any]]:
+    """A cleaned circuit, and how it was chosen."""
+    return cleaned.circuit, {**chosen, "cleanup": {"tolerance": tolerance, **cleaned.to_dict()}}
+
+
+def _clean_up(run: Run, circuit: Circuit, scores: EdgeScores, tolerance: float) -> CleanUp:
     """Clean up on the run's own training prompts, with its own ablation."""
     model, config = load_model_of(run.config.model), run.config
     path = own_data(run.data_path, run.digests["data"])
-    pairs = load_pairs(path, config.task, model, Split.train)
+    pairs = load_pairs(path, config.task, model, "train")
+    ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
     return clean_up(
-        model, circuit, pairs, tolerance=tolerance, scores=scores,
-        ablation=ablation_of(model, config.ablation, pairs, config.evaluation_batch_size),
+        model, circuit, pairs, tolerance=tolerance, scores=scores, ablation=ablation,
         batch_size=config.evaluation_batch_size,
     )  # fmt: skip
 
 
-def _convert(config: ExportConfig) -> Exported:
+def _convert(config: ExportConfig, form: str) -> Exported:
     """From one circuit file to another; from scores in it, also to another size."""
-    if (config.checkpoint, config.cleanup) != (None, None) or config.threshold:
+    if (config.checkpoint, config.cleanup, config.threshold) != (None, None, False):
         raise ConfigError("checkpoint=, threshold= and cleanup= need a run directory")
     if config.output is None:
         raise ConfigError(f"say where to write the circuit of {config.run}: output=FILE")
@@ -139,35 +147,5 @@ def _convert(config: ExportConfig) -> Exported:
             )
         circuit = file.scores.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
     d_model = file.d_model or (source.run.d_model if source.run else None)
-    write_circuit(
-        circuit, output, _format(config), scores=file.scores, d_model=d_model,
-        origin=source.origin,
-    )  # fmt: skip
-    return Exported(circuit, output, None, {})
-
-
-def _format(config: ExportConfig) -> str:
-    if config.format is not None:
-        return config.format.name
-    return "eap_pt" if config.output is not None and config.output.endswith(".pt") else "edges"
-
-
-def choose(
-    scores: EdgeScores, state: Mapping[str, Any], sparsity: float | None, num_edges: int | None
-) -> tuple[Circuit, dict[str, Any]]:
-    """A circuit of a size, or without one by a threshold; and how it was chosen."""
-    if (sparsity, num_edges) != (None, None):
-        circuit = scores.circuit(sparsity=sparsity, num_edges=num_edges)
-        return circuit, {"chosen_by": "size", "edge_threshold": None, "node_threshold": None}
-    circuit, thresholds = circuit_by_threshold(scores.graph, state)
-    return circuit, {
-        "chosen_by": "threshold",
-        "edge_threshold": thresholds["edge"],
-        "node_threshold": thresholds.get("node"),
-    }
-
-
-def cleaned_up(
-    cleaned: CleanUp, chosen: dict[str, Any], tolerance: float
-) -> tuple[Circuit, dict[str, Any]]:
-    return cleaned.circuit, {**chosen, "cleanup": {"tolerance": tolerance, **cleaned.to_dict()}}
+    write_circuit(circuit, output, form, scores=file.scores, d_model=d_model, origin=source.origin)
+    return Exported(circuit, output, {})

@@ -1,4 +1,4 @@
-"""Pruning: from a model and prompts to scores, a circuit, and with a run directory to a run."""
+"""Pruning: from a model and prompts to scores and a circuit, and with a run directory to a run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from edgeprune.api.evaluate import evaluation_record
 from edgeprune.api.export import choose, cleaned_up
 from edgeprune.api.shared import ablation_of, load_model_of
 from edgeprune.circuit import Circuit
-from edgeprune.config import (
-    LESS_MEMORY,
-    AblationKind,
-    PruneConfig,
-    Split,
-    TrackerKind,
-    TrainerConfig,
-    from_dict,
-    to_dict,
-)
+from edgeprune.config import LESS_MEMORY, PruneConfig, TrainerConfig, from_dict, to_dict
 from edgeprune.drawing import draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
@@ -31,7 +24,6 @@ from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import clean_up
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
-from edgeprune.graph import CircuitGraph
 from edgeprune.methods import METHODS
 from edgeprune.methods.paper import warn_if_unfinished
 from edgeprune.models.load import load_meta_model
@@ -102,33 +94,29 @@ def prune(
         ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss is not finite.
     """
-    config = trainer_config(trainer, settings)
     CircuitModel.check(model)
     model.check_prompts(pairs)
-    whole = from_dict(PruneConfig, {
-        "model": {"path": model.name}, "run_dir": "-", "sparsity": sparsity,
-        "num_edges": num_edges, "cleanup": cleanup, "seed": seed, "trainer": to_dict(config),
+    config = from_dict(PruneConfig, {
+        "sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed,
+        "trainer": to_dict(trainer_config(trainer, settings)),
+        "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
-    ablation = Ablation.of(model, ablation, pairs, whole.evaluation_batch_size)
-    return _prune(model, pairs, whole, ablation, progress=progress)
+    ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
+    return _prune(model, pairs, config, ablation, progress=progress)
 
 
-def trainer_config(name: str, settings: Mapping[str, Any]) -> TrainerConfig:
+def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
     """The settings of conf/trainer/NAME.yaml with changes.
 
     Raises:
         ConfigError: an unknown name or setting, or a value out of range.
     """
-    from omegaconf import OmegaConf
-
-    folder = CONF / "trainer"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ConfigError(f"unknown trainer {name!r}; choose {known}")
-    given = OmegaConf.to_container(OmegaConf.load(path))
-    method = given.pop("defaults")[0]
-    return from_dict(TrainerConfig, {"method": method, **given, **settings})
+    known = {path.stem: path for path in (CONF / "trainer").glob("*.yaml")}
+    if name not in known:
+        raise ConfigError(f"unknown trainer {name!r}; choose {', '.join(sorted(known))}")
+    settings = OmegaConf.to_container(OmegaConf.load(known[name]))
+    method = settings.pop("defaults")[0]
+    return from_dict(TrainerConfig, {"method": method, **settings, **changes})
 
 
 def _prune(
@@ -141,32 +129,26 @@ def _prune(
     world: World | None = None,
     progress: bool = True,
 ) -> Pruned:
-    """Train, choose the circuit and clean it up; with a run, files are written there."""
-    graph, settings, world = model.graph, config.trainer, world or World()
-    asked = _asked_sparsity(config, graph)
+    """Train, choose the circuit and clean it up; what is to be kept goes into the run."""
+    settings, world, asked = config.trainer, world or World(), config.sparsity
+    if config.num_edges is not None:
+        asked = 1 - model.graph.resolve_size(config.num_edges) / model.graph.num_edges
     method = METHODS[settings.method](
-        graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
+        model.graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
     )
     trainer = Trainer(model, pairs, method, settings, config.seed, ablation, world)
-    if run is not None:
-        run.begin(model, world)
     history: list[StepMetrics] = []
     with ExitStack() as stack:
         show = stack.enter_context(progress_bar(settings.steps, "step", enabled=progress))
-        track = None
-        if run is not None and world.is_rank_zero and config.tracker.kind is TrackerKind.wandb:
-            tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
-            track = stack.enter_context(tracker)
-
-        def on_step(metrics: StepMetrics) -> None:
-            history.append(metrics)
-            show(metrics.step, metrics)
-            if track is not None:
-                track(metrics)
-
-        if run is not None and world.is_rank_zero:
-            stack.callback(_plot, run)
-        train(trainer, store=run, on_step=on_step)
+        listeners = [history.append, lambda metrics: show(metrics.step, metrics)]
+        if run is not None:
+            run.begin(model, world)
+            if world.is_rank_zero:
+                stack.callback(_plot, run)
+                if config.tracker.kind == "wandb":
+                    tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
+                    listeners.append(stack.enter_context(tracker))
+        train(trainer, store=run, listeners=listeners)
     scores, state = trainer.scores(), method.state_dict()
     del trainer  # releases what it has cached
     model.release()
@@ -182,18 +164,10 @@ def _prune(
     return Pruned(circuit, scores, history, ablation, {"scores": dict(scores.origin), **chosen})
 
 
-def _asked_sparsity(config: PruneConfig, graph: CircuitGraph) -> float | None:
-    if config.num_edges is None:
-        return config.sparsity
-    graph.check_num_edges(config.num_edges)
-    return 1 - config.num_edges / graph.num_edges
-
-
 def _plot(run: Run) -> None:
     """Plot the training. A failure here must neither hide how it ended nor cost the circuit."""
     try:
-        metrics = run.metrics()
-        if metrics:
+        if metrics := run.metrics():
             title = f"{run.config.title}, seed {run.config.seed}"
             draw_training(metrics, run.path / layout.PLOT, title=title)
     except Exception as error:
@@ -202,11 +176,11 @@ def _plot(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, its circuit, and how it does on prompts it was not trained on."""
+    """A finished run, and how its circuit does on a split, held out if there is one."""
 
     run: Run
     pruned: Pruned
-    split: Split
+    split: str
     evaluation: Evaluation
 
 
@@ -216,70 +190,67 @@ def prune_run(config: PruneConfig) -> Finished | None:
     Under several processes all call this; rank 0 writes the files and gets the result.
     """
     with World.join(config.model.device, config.launcher.timeout) as world:
-        world.check_same("the settings", str(config))
         if not world.is_rank_zero:
             log.setLevel(logging.ERROR)
+        world.check_same("the settings", str(config))
         with claim(config, world) as run:
-            model, train_pairs, split, held_out = _load(run, world)
-            ablation = ablation_of(
-                model, config.ablation, train_pairs, config.evaluation_batch_size
-            )
+            model, pairs, split, held_out = _load(run, world)
+            ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
             pruned = _prune(
-                model, train_pairs, config, ablation,
-                run=run, world=world, progress=world.is_rank_zero,
-            )  # fmt: skip
+                model, pairs, config, ablation, run=run, world=world, progress=world.is_rank_zero
+            )
             if not config.launcher.shard:  # a sharded model needs all processes to the end
                 world.close()
                 if not world.is_rank_zero:
                     return None
-            if world.is_rank_zero:
-                pruned.scores.save(run.path / layout.SCORES)
-                run.write_circuit(pruned.circuit, pruned.origin)
             evaluation = evaluate(
-                model, pruned.circuit, held_out, ablation=pruned.ablation,
+                model, pruned.circuit, held_out, ablation=ablation,
                 batch_size=config.evaluation_batch_size,
             )  # fmt: skip
             if not world.is_rank_zero:
                 return None
+            pruned.scores.save(run.path / layout.SCORES)
+            run.write_circuit(pruned.circuit, pruned.origin)
             record = evaluation_record(
                 model, pruned.circuit, held_out, split, config.ablation, evaluation,
                 data_digest=run.digests["data"], is_own=True,
             )  # fmt: skip
-            write_json(run.path / layout.evaluation(split.name), record)
+            write_json(run.path / layout.evaluation(split), record)
             return Finished(run, pruned, split, evaluation)
 
 
-def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, Split, PairDataset]:
+def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, str, PairDataset]:
     """The model, the training prompts, and the split and prompts on which the run is measured."""
     config = run.config
-    settings = {
-        "dtype": config.model.dtype, "bits": config.model.bits,
-        "embedding_writers": config.model.embedding_writers,
-        "trust_remote_code": config.model.trust_remote_code,
-    }  # fmt: skip
-    meta = load_meta_model(config.model.path, **settings)
+    load_meta = partial(
+        load_meta_model, config.model.path, dtype=config.model.dtype, bits=config.model.bits,
+        embedding_writers=config.model.embedding_writers,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    meta = load_meta()  # with the default attention, since not every one runs without weights
     world.on_rank_zero(lambda: make_data(config.task, meta.tokenizer, run.path))
     path = make_data(config.task, meta.tokenizer, run.path)
-    pairs = load_pairs(path, config.task, meta, Split.train)
+    pairs = load_pairs(path, config.task, meta, "train")
     split, held_out = held_out_pairs(path, config.task, config.ablation, meta, pairs)
-    _plan_memory(config, meta, pairs, world)
+    _check_memory(config, meta, pairs, world)
     world.check_same("the data", file_digest(path))
+    several = f", {world.count} processes" if world.count > 1 else ""
     log.info(
         f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training and "
-        f"{len(held_out):,} {split.name} prompts, {config.trainer.steps:,} steps"
-        + (f", {world.count} processes" if world.count > 1 else "")
+        f"{len(held_out):,} {split} prompts, {config.trainer.steps:,} steps{several}"
     )
     if config.launcher.shard:
-        meta = load_meta_model(config.model.path, attention=config.model.attention, **settings)
         on_cpu = partial(load_model_of, replace(config.model, device="cpu"))
-        model = world.shard(on_cpu, meta, offload=config.launcher.offload)
-    else:
-        model = load_model_of(replace(config.model, device=world.device))
-        world.check_same("the models", model.fingerprint())
+        meta = load_meta(attention=config.model.attention)
+        return world.shard(on_cpu, meta, offload=config.launcher.offload), pairs, split, held_out
+    model = load_model_of(replace(config.model, device=world.device))
+    world.check_same("the models", model.fingerprint())
     return model, pairs, split, held_out
 
 
-def _plan_memory(config: PruneConfig, meta: CircuitModel, pairs: PairDataset, world: World) -> None:
+def _check_memory(
+    config: PruneConfig, meta: CircuitModel, pairs: PairDataset, world: World
+) -> None:
     """Report how much memory a process will need, before the weights are loaded.
 
     Raises:
@@ -298,7 +269,7 @@ def _plan_memory(config: PruneConfig, meta: CircuitModel, pairs: PairDataset, wo
     plan = plan_memory(
         meta, pairs, at_a_time, recompute=trainer.recompute, shares=world.count if shard else 1,
         offload=config.launcher.offload, bits=config.model.bits,
-        corrupted_kept=config.ablation.kind is AblationKind.interchange,
+        corrupted_kept=config.ablation.kind == "interchange",
     )  # fmt: skip
     free = free_memory(world.device)
     log.info(f"memory per process: about {in_gb(plan.total)} of {in_gb(free)} that are free")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeprune.config import AblationConfig, ModelConfig, PrepareConfig
+from edgeprune.config import AblationConfig, ModelConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -14,8 +14,6 @@ from edgeprune.files import file_digest
 from edgeprune.formats import CircuitFile
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair
-from edgeprune.prompts.tasks import generate_records
-from edgeprune.runs.data import write_records
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
 
@@ -61,7 +59,7 @@ def ablation_of(
 ) -> Ablation:
     """The ablation that settings name, with means over the pairs."""
     return Ablation(
-        model, config.kind.name, pairs, per_position=config.per_position, batch_size=batch_size
+        model, config.kind, pairs, per_position=config.per_position, batch_size=batch_size
     )
 
 
@@ -103,20 +101,3 @@ def own_data(path: Path, digest: str) -> Path:
             f"as other prompts: task=custom task.path={path}"
         )
     return path
-
-
-def prepare_prompts(config: PrepareConfig) -> tuple[int, str]:
-    """Write a task's prompts for a model's tokenizer.
-
-    Returns:
-        How many lines were written, and what was left out, for people.
-    """
-    from edgeprune.models.load import load_tokenizer
-
-    output = Path(config.output)
-    check_output(output, [config.model.path])
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    task = config.task
-    records, report = generate_records(task.name, tokenizer, task.sizes, task.seed)
-    write_records(records, output)
-    return len(records), report or "as they come with the model"

@@ -11,7 +11,7 @@ def compare(config: CompareConfig) -> None:
     from edgeprune.api.circuits import compare
     from edgeprune.evaluation.compare import comparison_tables
 
-    done = compare(config)
-    for table in comparison_tables(done.result):
+    result, parts = compare(config)
+    for table in comparison_tables(result):
         print_table(table)
-    print_result(f"-> {done.folder}: comparison.json, drawings, {', '.join(done.parts)}")
+    print_result(f"-> {config.output}: comparison.json, drawings, {', '.join(parts)}")

@@ -22,5 +22,5 @@ def prune(config: PruneConfig) -> None:
     finished = prune_run(config)
     if finished is None:  # rank 0 reports
         return
-    print_result(f"{describe(finished.evaluation, finished.pruned.circuit)}")
-    print_result(f"-> {finished.run.path} (measured on {finished.split.name} prompts)")
+    print_result(describe(finished.evaluation, finished.pruned.circuit))
+    print_result(f"-> {finished.run.path} (measured on {finished.split} prompts)")

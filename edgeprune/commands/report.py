@@ -11,8 +11,9 @@ def report(config: ReportConfig) -> None:
     from edgeprune.api.circuits import report
     from edgeprune.evaluation.report import frontier_table
 
-    done = report(config)
-    for group in done.groups:
+    groups, folder = report(config)
+    for group in groups:
         for series in group.series:
             print_table(frontier_table(group, series))
-    print_result(f"{done.num_runs} runs -> {done.folder}/report.html, plots, CSV files, consensus")
+    number = sum(len(group.runs) for group in groups)
+    print_result(f"{number} runs -> {folder}/report.html, plots, CSV files, consensus circuits")

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeprune.config import AblationConfig, AblationKind, Split, TaskConfig
+from edgeprune.config import SPLITS, AblationConfig, TaskConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, NoneUsableError
 from edgeprune.files import write_text
@@ -47,21 +47,21 @@ def data_of(task: TaskConfig, tokenizer: Any) -> Iterator[Path]:
         yield make_data(task, tokenizer, Path(scratch))
 
 
-def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: Split) -> PairDataset:
+def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
     """One split of a task's file, as far as its prompts are short enough."""
     limit = min(model.max_length, task.max_length or model.max_length)
-    return load_dataset(path, model.tokenizer, split.name, max_length=limit)
+    return load_dataset(path, model.tokenizer, split, max_length=limit)
 
 
-def first_split(path: Path, wanted: Split) -> Split:
+def first_split(path: Path, wanted: str) -> str:
     """The wanted split if the file has it (or has no splits at all), else the first it has."""
-    found = {record.get("split", wanted.name) for record in iterate_records(path)}
-    return wanted if wanted.name in found else next(split for split in Split if split.name in found)
+    found = {record.get("split", wanted) for record in iterate_records(path)}
+    return wanted if wanted in found else next(split for split in SPLITS if split in found)
 
 
 def held_out_pairs(
     path: Path, task: TaskConfig, ablation: AblationConfig, model: CircuitModel, train: PairDataset
-) -> tuple[Split, PairDataset]:
+) -> tuple[str, PairDataset]:
     """The split on which a run is measured, and its pairs: validation, if the file has it.
 
     Called before training, so that unusable prompts are found at once.
@@ -73,23 +73,23 @@ def held_out_pairs(
         DataError: a line is malformed, or none of the prompts can be used.
         ConfigError: the mean ablation over the training prompts does not cover all positions.
     """
-    split = first_split(path, Split.validation)
+    split = first_split(path, "validation")
     pairs = load_pairs(path, task, model, split)
-    if split is not Split.train and train.has_splits:
+    if split != "train" and train.has_splits:
         held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in pairs)
         seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in train)
         if seen:
-            log.warning(f"{seen:,} of {len(pairs):,} {split.name} prompts are training prompts")
-    if split is not Split.test and first_split(path, Split.test) is Split.test:
+            log.warning(f"{seen:,} of {len(pairs):,} {split} prompts are training prompts")
+    if split != "test" and first_split(path, "test") == "test":
         try:
-            load_pairs(path, task, model, Split.test)
+            load_pairs(path, task, model, "test")
         except NoneUsableError as error:
             log.warning(f"the run cannot be measured on its test prompts: {error}")
-    if ablation.kind is AblationKind.mean and ablation.per_position:
+    if ablation.kind == "mean" and ablation.per_position:
         known, needed = (max(len(p.clean_ids) for p in those) for those in (train, pairs))
         if needed > known:
             raise ConfigError(
-                f"a {split.name} prompt has {needed} tokens, but the mean of each position is "
+                f"a {split} prompt has {needed} tokens, but the mean of each position is "
                 f"taken over training prompts of at most {known}; leave longer ones out "
                 f"(task.max_length={known}), or set ablation.per_position=false"
             )

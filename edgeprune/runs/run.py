@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,19 +23,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import (
-    PruneConfig,
-    Resume,
-    Split,
-    flatten,
-    from_dict,
-    settings_with,
-    to_dict,
-)
+from edgeprune.config import SPLITS, PruneConfig, flatten, from_dict, settings_with, to_dict
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CheckpointError, ConfigError
 from edgeprune.evaluation.report import RunRecord
-from edgeprune.files import file_digest, write_json, write_text
+from edgeprune.files import file_digest, put_in_place, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods.states import scores_from_state
@@ -50,7 +41,7 @@ log = logging.getLogger("edgeprune")
 
 
 class Run:
-    """A run directory. Everything in it is read at most once.
+    """A run directory.
 
     Attributes:
         path: the directory.
@@ -59,9 +50,7 @@ class Run:
     """
 
     def __init__(self, path: Path, config: PruneConfig, *, is_new: bool = False) -> None:
-        self.path = path
-        self.config = config
-        self.is_new = is_new
+        self.path, self.config, self.is_new = path, config, is_new
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -78,22 +67,18 @@ class Run:
             )
         file = path / layout.CONFIG
         try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ConfigError("expected settings by name")
-            config = from_dict(PruneConfig, {**settings, "run_dir": str(path)})
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+            settings = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+            return cls(path, from_dict(PruneConfig, {**settings, "run_dir": str(path)}))
+        except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"{file} is not a valid config.yaml: {error}; restore it as `edgeprune prune` "
-                "wrote it"
+                f"{file} is damaged ({error}); restore it as `edgeprune prune` wrote it"
             ) from None
-        return cls(path, config)
 
     # ------------------------------------------------------------------------- what it belongs to
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The content of run.json.
+        """The content of run.json: graph, data, model, versions, machine.
 
         Raises:
             ConfigError: it is missing or damaged.
@@ -103,10 +88,10 @@ class Run:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             CircuitGraph.from_dict(manifest["graph"])
             manifest["data"]["sha256"], manifest["model"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
-                f"{file} is not a valid run.json ({type(error).__name__}: {error}); restore it as "
-                "`edgeprune prune` wrote it"
+                f"{file} is damaged ({type(error).__name__}: {error}); restore it as `edgeprune "
+                "prune` wrote it"
             ) from None
         return manifest
 
@@ -132,15 +117,12 @@ class Run:
     @property
     def origin(self) -> dict[str, Any]:
         """What circuits of this run belong to, as written to circuit.json."""
-        settings = _portable(self.config)
+        settings, digests = _portable(self.config), self.digests
+        data = {"path": str(self.data_path.absolute()), "sha256": digests["data"]}
         return {
             "run": str(self.path.absolute()),
-            "model": {"settings": settings["model"], "sha256": self.digests["model"]},
-            "data": {
-                "settings": settings["task"],
-                "path": str(self.data_path.absolute()),
-                "sha256": self.digests["data"],
-            },
+            "model": {"settings": settings["model"], "sha256": digests["model"]},
+            "data": {"settings": settings["task"], **data},
             "ablation": settings["ablation"],
             "evaluation_batch_size": self.config.evaluation_batch_size,
         }
@@ -153,10 +135,9 @@ class Run:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        folder = self.path / layout.CHECKPOINTS
         if step is not None:
-            return checkpoints.load_checkpoint(folder, step)
-        found = checkpoints.load_latest(folder)
+            return checkpoints.load_checkpoint(self.path / layout.CHECKPOINTS, step)
+        found = self.latest()
         if found is None:
             raise CheckpointError(f"{self.path} has no usable checkpoint")
         return found
@@ -169,103 +150,83 @@ class Run:
         origin = {"method": self.config.trainer.method, "step": found.step}
         return scores_from_state(self.graph, found.state, origin)
 
-    def circuit(self) -> CircuitFile:
-        """The run's chosen circuit.
+    @property
+    def circuit_path(self) -> Path:
+        """The run's circuit.json.
 
         Raises:
-            ConfigError: none has been chosen yet.
+            ConfigError: no circuit has been chosen yet.
         """
-        if not (self.path / layout.CIRCUIT).exists():
+        path = self.path / layout.CIRCUIT
+        if not path.exists():
             raise ConfigError(
                 f"{self.path} has no circuit yet; let the run end (its command, with resume=auto), "
                 f"or choose one from what it has learned so far: edgeprune export {self.path}"
             )
-        return read_circuit(self.path / layout.CIRCUIT, self.graph)
+        return path
 
-    def unfinished_steps(self, step: Any) -> int | None:
-        """The run's number of steps if `step` is not the last of them, else None."""
-        steps = self.config.trainer.steps
-        return steps if isinstance(step, int) and step < steps else None
+    def circuit(self) -> CircuitFile:
+        """The run's chosen circuit."""
+        return read_circuit(self.circuit_path, self.graph)
 
     def write_circuit(self, circuit: Circuit, origin: Mapping[str, Any]) -> None:
-        """Write the chosen circuit, in both forms; `origin` says how it was chosen."""
+        """Write the chosen circuit in both forms; `origin` says how it was chosen."""
+        write_circuit(circuit, self.path / layout.EDGES)
         origin = {**self.origin, **origin}
-        write_circuit(circuit, self.path / layout.EDGES, "edges")
         write_circuit(circuit, self.path / layout.CIRCUIT, "circuit", origin=origin)
+
+    def is_unfinished(self, origin: Mapping[str, Any]) -> bool:
+        """Whether scores of this origin are not those of the run's last step."""
+        return origin.get("step", self.config.trainer.steps) < self.config.trainer.steps
 
     # ------------------------------------------------------------------------------- measurements
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """The measurements of the run's circuit, by split; damaged files are left out."""
-        found = {}
-        for split in Split:
-            try:
-                text = (self.path / layout.evaluation(split.name)).read_text(encoding="utf-8")
-                found[split.name] = json.loads(text)
-            except (OSError, ValueError):
-                continue
-        return found
+        """The measurements of the run's circuit, by split."""
+        paths = {split: self.path / layout.evaluation(split) for split in SPLITS}
+        return {split: json.loads(p.read_bytes()) for split, p in paths.items() if p.exists()}
 
-    def record(self, name: str = "") -> RunRecord:
+    def record(self, name: str) -> RunRecord:
         """What a report needs to know; evaluations of other circuits or prompts are left out.
 
         Args:
-            name: of the run, for people.
+            name: of the run, for people; "." is replaced by the directory's name.
 
         Raises:
             ConfigError: the run is unfinished, or its circuit has another size than it asked for.
         """
-        file = self.circuit()
-        step = file.origin.get("scores", {}).get("step")
-        if self.unfinished_steps(step):
-            raise ConfigError(
-                f"its circuit is of step {step:,} of {self.config.trainer.steps:,}; let the run "
-                f"end (its command, with resume=auto), then `edgeprune export {self.path}`"
-            )
-        self._check_size(file)
-        own = {
-            "edges_sha256": file.circuit.digest(),
-            "ablation": to_dict(self.config.ablation),
-            "model_sha256": self.digests["model"],
-            "data_sha256": self.digests["data"],
-        }
-        evaluations = {}
-        for split, evaluation in self.evaluations().items():
-            other = [key for key, value in own.items() if evaluation.get(key) != value]
-            if other:
-                log.warning(
-                    f"{self.path / layout.evaluation(split)} does not belong to the run's circuit "
-                    f"({', '.join(other)} differ); evaluate it again"
-                )
-            else:
-                evaluations[split] = evaluation
-        settings = flatten(_portable(self.config))
-        return RunRecord(
-            name or self.path.name, settings, file.circuit, evaluations, self.digests,
-            settings.keys() - settings_with("distinguishes", False), self.path,
-        )  # fmt: skip
-
-    def _check_size(self, file: CircuitFile) -> None:
-        """Raise ConfigError if the circuit, before any clean-up, is not of the size asked for."""
-        config, size = self.config, len(file.circuit)
-        size = file.origin.get("cleanup", {}).get("num_edges_before", size)
-        if (config.sparsity, config.num_edges) != (None, None):
+        file, config, own = self.circuit(), self.config, {}
+        own["edges_sha256"], own["ablation"] = file.circuit.digest(), to_dict(config.ablation)
+        own["model_sha256"], own["data_sha256"] = self.digests["model"], self.digests["data"]
+        size = file.origin.get("cleanup", {}).get("num_edges_before", len(file.circuit))
+        asked = size
+        if (config.num_edges, config.sparsity) != (None, None):
             asked = self.graph.resolve_size(config.num_edges, config.sparsity)
-            if size != asked:
-                raise ConfigError(
-                    f"its circuit has {size:,} edges, but the run asked for {asked:,}; choose that "
-                    f"one again by `edgeprune export {self.path}`, and evaluate it"
+        if size != asked or self.is_unfinished(file.origin.get("scores", {})):
+            raise ConfigError(
+                "its circuit is unfinished, or of another size than it asked for; let the run end "
+                f"(its command, with resume=auto), then `edgeprune export {self.path}` and evaluate"
+            )
+        evaluations = self.evaluations()
+        for split, found in list(evaluations.items()):
+            if any(found.get(key) != value for key, value in own.items()):
+                del evaluations[split]
+                log.warning(
+                    f"{self.path / layout.evaluation(split)} is of another circuit, model, data or "
+                    "ablation than the run's; evaluate it again"
                 )
+        settings = flatten(_portable(config))
+        distinguishing = settings.keys() - settings_with("distinguishes", False)
+        name = self.path.resolve().name if name == "." else name
+        return RunRecord(
+            name, settings, file.circuit, evaluations, self.digests, distinguishing, self.path
+        )
 
     # --------------------------------------------------------------- what the training loop writes
 
     def latest(self) -> Checkpoint | None:
         """The last intact checkpoint, or None."""
         return checkpoints.load_latest(self.path / layout.CHECKPOINTS)
-
-    def load(self, step: int) -> Checkpoint:
-        """The checkpoint of a step."""
-        return checkpoints.load_checkpoint(self.path / layout.CHECKPOINTS, step)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint."""
@@ -278,23 +239,18 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a crash or a full disk damaged."""
-        file = self.path / layout.METRICS
-        lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
-        read = []
-        for line in lines:
-            try:
-                metrics = json.loads(line)
-                int(metrics["step"])
-            except (ValueError, KeyError, TypeError):
-                break
-            read.append(metrics)
+        file, read = self.path / layout.METRICS, []
+        try:
+            for line in file.read_text("utf-8", "replace").splitlines():
+                read.append({**json.loads(line), "step": int(json.loads(line)["step"])})
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
         return read
 
     def truncate_log(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after a step; they will be written again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_text(self.path / layout.METRICS, text)
+        lines = (json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
+        write_text(self.path / layout.METRICS, "".join(lines))
 
     # ------------------------------------------------------------------------------------- set-up
 
@@ -306,7 +262,6 @@ class Run:
         Raises:
             ConfigError: on resuming, the data file or the model has changed.
         """
-        model.fingerprint()
         place = Path(self.config.run_dir)
         world.on_rank_zero(lambda: self._begin(model, place))
         self.path, self.is_new = place, False
@@ -317,17 +272,15 @@ class Run:
             if self.config.task.path is None:
                 manifest["data"]["path"] = str(place / layout.DATA)
             write_json(self.path / layout.MANIFEST, manifest)
-            _swap(self.path, place)
+            put_in_place(self.path, place)
             return
         for key, digest in self.digests.items():
             if digest != manifest[key]["sha256"]:
-                was = self.manifest[key]
                 raise ConfigError(
-                    f"cannot resume {place}: the {key} has changed since the run began "
-                    f"({was.get('path') or was.get('name')}); restore it, or start again with "
-                    "overwrite=true"
+                    f"cannot resume {place}: the {key} has changed since the run began; restore "
+                    "it, or start again with overwrite=true"
                 )
-        write_text(place / layout.CONFIG, yaml.safe_dump(_portable(self.config), sort_keys=False))
+        write_text(place / layout.CONFIG, _as_yaml(self.config))
 
 
 def is_run(path: Path) -> bool:
@@ -358,27 +311,24 @@ def claim(config: PruneConfig, world: World) -> Iterator[Run]:
         if is_run(place):
             held.append(_lock(place))
             _check_claim(place, config)
+            if config.resume == "auto":
+                return
         elif place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise ConfigError(
-                f"{place} is neither empty nor a run directory; choose another run_dir="
-            )
-        if not (is_run(place) and config.resume is Resume.auto):
-            new.mkdir(parents=True, exist_ok=True)
-            held.append(_lock(new))
-            for leftover in new.iterdir():  # of a run that was killed during set-up
-                if leftover.name != layout.LOCK:
-                    leftover.unlink()
-            write_text(new / layout.CONFIG, yaml.safe_dump(_portable(config), sort_keys=False))
+            raise ConfigError(f"{place} is neither empty nor a run; choose another run_dir=")
+        new.mkdir(parents=True, exist_ok=True)
+        held.append(_lock(new))
+        for leftover in (layout.DATA, layout.MANIFEST):  # of a run killed during set-up
+            (new / leftover).unlink(missing_ok=True)
+        write_text(new / layout.CONFIG, _as_yaml(config))
 
     try:
         world.on_rank_zero(prepare)
         is_new = world.any(world.is_rank_zero and new.exists())
-        run = Run(new if is_new else place, config, is_new=is_new)
-        yield run
+        yield Run(new if is_new else place, config, is_new=is_new)
     finally:
         for lock in held:
             lock.release()
-        if held and new.exists():
+        if held:
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -388,14 +338,13 @@ def _lock(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"another run is using {folder}; wait until it ends, stop it, or choose another "
-            "run_dir="
+            f"another run is using {folder}; wait until it ends, or choose another run_dir="
         ) from None
     return lock
 
 
 def _check_claim(place: Path, config: PruneConfig) -> None:
-    """Whether a run may replace or continue the one in a directory."""
+    """Raise ConfigError unless a run may replace or continue the one in a directory."""
     if config.overwrite:
         for name, path in (("task.path", config.task.path), ("model.path", config.model.path)):
             if path and Path(path).resolve().is_relative_to(place.resolve()):
@@ -404,7 +353,7 @@ def _check_claim(place: Path, config: PruneConfig) -> None:
                     "elsewhere, or choose another run_dir="
                 )
         return
-    if config.resume is Resume.never:
+    if config.resume == "never":
         raise ConfigError(
             f"{place} already holds a run; continue it with resume=auto, replace it with "
             "overwrite=true, or choose another run_dir="
@@ -420,43 +369,32 @@ def _check_claim(place: Path, config: PruneConfig) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"{place} holds a run with other settings, which cannot be resumed with these "
-            f"({'; '.join(changed)}). Use its settings, another run_dir=, or overwrite=true"
+            f"the run in {place} cannot be resumed with other settings ({'; '.join(changed)}); use "
+            "its settings, another run_dir=, or overwrite=true"
         )
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Put a folder in the place of another one, which is deleted."""
-    old = place.with_name(f".{place.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _portable(config: PruneConfig) -> dict[str, Any]:
     """The settings as JSON values, with paths that are valid from any directory."""
     settings = to_dict(config)
-    for part in ("task", "model"):
-        path = settings[part]["path"]
-        if path and path != "embedded" and (part == "task" or Path(path).exists()):  # or a hub name
-            settings[part]["path"] = str(Path(path).absolute())
+    for part in (settings["task"], settings["model"]):
+        if part["path"] and Path(part["path"]).exists():  # not a hub name
+            part["path"] = str(Path(part["path"]).absolute())
     return settings
+
+
+def _as_yaml(config: PruneConfig) -> str:
+    return yaml.safe_dump(_portable(config), sort_keys=False)
 
 
 def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
     """The content of run.json."""
+    libraries = ("torch", "transformers")
     return {
         "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": file_digest(data_path)},
         "model": {"name": model.name, "sha256": model.fingerprint(), "d_model": model.d_model},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in libraries}},
         "machine": {
             "device": str(model.device),
             "threads": torch.get_num_threads(),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict
-from edgeprune.errors import ConfigError
+from edgeprune.errors import CircuitError, ConfigError
 from edgeprune.formats import CircuitFile, read_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run, is_run
+
+EXAMPLES = {
+    "model": "model=embedded, or model.path=... with a folder or a hub name",
+    "data": "task=ioi, or task.path=... with a file",
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,12 @@ class Source:
     origin: dict[str, Any]
 
     def read(self, graph: CircuitGraph | None = None) -> CircuitFile:
-        """Read the file.
-
-        Args:
-            graph: the model's graph; None: the one that is known.
-        """
+        """Read the file; `graph` is the model's, None: the one that is known."""
         return read_circuit(self.path, graph or self.graph)
+
+    def digest(self, part: str) -> str | None:
+        """SHA-256 of the `model` or the `data` it belongs to."""
+        return self.origin.get(part, {}).get("sha256")
 
     def model(self, given: ModelConfig | None = None) -> ModelConfig:
         """The given settings, or those of the model in which the circuit was found."""
@@ -50,7 +55,7 @@ class Source:
             return given
         task = self._settings("data", TaskConfig)
         if self.run is None and Path(self.origin["data"]["path"]).is_file():
-            task.path = self.origin["data"]["path"]  # what was generated lies in the run
+            task.path = self.origin["data"]["path"]  # what a run generated
         return task
 
     def ablation(self, given: AblationConfig | None = None) -> AblationConfig:
@@ -60,23 +65,16 @@ class Source:
     @property
     def title(self) -> str | None:
         """Task and model for people, such as 'ioi in embedded'; None where unknown."""
-        try:
-            parts = (self._settings("data", TaskConfig), self._settings("model", ModelConfig))
-        except ConfigError:
+        if not {"model", "data"} <= self.origin.keys():
             return None
-        return " in ".join(part.title for part in parts)
+        return f"{self._settings('data', TaskConfig).title} in {self.model().title}"
 
     def _settings(self, part: str, schema: type) -> Any:
-        try:
-            return from_dict(schema, self.origin[part]["settings"])
-        except (KeyError, TypeError):
-            group = {
-                "model": "model=embedded, or model.path=...",
-                "data": "task=ioi, or task.path=...",
-            }
+        if part not in self.origin:
             raise ConfigError(
-                f"nothing next to {self.path} identifies its {part}; give {group[part]}"
-            ) from None
+                f"nothing next to {self.path} identifies its {part}; give {EXAMPLES[part]}"
+            )
+        return from_dict(schema, self.origin[part]["settings"])
 
 
 def find(given: str | Path) -> Source:
@@ -93,9 +91,7 @@ def find(given: str | Path) -> Source:
         )
     if path.is_dir():
         names = [n for n in (layout.CIRCUIT, layout.EDGES) if (path / n).is_file()]
-        if not names:
-            Run.open(path).circuit()  # says why there is none
-        path = path / names[0]
+        path = path / names[0] if names else Run.open(path).circuit_path
     run = Run.open(path.parent) if is_run(path.parent) else None
     origin, graph = (run.origin, run.graph) if run else ({}, None)
     note = path.with_name(layout.CIRCUIT)
@@ -103,17 +99,10 @@ def find(given: str | Path) -> Source:
         found = read_circuit(note)
         origin, graph = {**origin, **found.origin}, found.circuit.graph
     elif run is None:
-        origin = _own_origin(path)
+        with suppress(CircuitError):  # unless it does not describe itself
+            file = read_circuit(path)
+            origin, graph = file.origin, file.circuit.graph
     return Source(path, run, graph, origin)
-
-
-def _own_origin(path: Path) -> dict[str, Any]:
-    """The origin in a circuit.json by another name, or nothing."""
-    try:
-        content = json.loads(path.read_bytes())
-        return content["origin"] if content.get("format") == "edgeprune/circuit" else {}
-    except (OSError, ValueError, AttributeError, KeyError):
-        return {}
 
 
 def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit:

@@ -214,7 +214,7 @@ def train(
     trainer: Trainer,
     *,
     store: Store | None = None,
-    on_step: Callable[[StepMetrics], object] = lambda metrics: None,
+    listeners: Sequence[Callable[[StepMetrics], object]] = (),
 ) -> None:
     """Train to the end, from the latest checkpoint of the store if it has one.
 
@@ -225,7 +225,7 @@ def train(
         trainer: at step 0. Under several processes each calls this with its own trainer and store;
             all read the checkpoint, and rank 0 alone writes.
         store: where checkpoints and metrics are kept; None writes nothing and handles no signals.
-        on_step: called after each step.
+        listeners: called after each step.
 
     Raises:
         Interrupted: by a signal (see `on_stop_signals`), after a checkpoint was saved.
@@ -235,7 +235,9 @@ def train(
     """
     if store is None:
         while trainer.step < trainer.settings.steps:
-            on_step(trainer.train_step())
+            metrics = trainer.train_step()
+            for listener in listeners:
+                listener(metrics)
         return
     checkpoint = store.latest()
     if checkpoint is not None:
@@ -251,11 +253,11 @@ def train(
 
     # With several processes, one that fails ignores signals until it has reported the reason.
     with on_stop_signals(receive, restore_on_error=alone):
-        _train_and_save(trainer, store, on_step, received)
+        _train_and_save(trainer, store, listeners, received)
 
 
 def _train_and_save(
-    trainer: Trainer, store: Store, on_step: Callable[[StepMetrics], object], received: list[int]
+    trainer: Trainer, store: Store, listeners: Sequence[Callable], received: list[int]
 ) -> None:
     """Do the steps that remain, until a signal is received."""
     settings, world, saved = trainer.settings, trainer.world, trainer.step
@@ -271,7 +273,8 @@ def _train_and_save(
         is_last = trainer.step == settings.steps
         if world.is_rank_zero and (trainer.step % settings.log_every == 0 or is_last):
             store.log(metrics.to_dict())
-        on_step(metrics)
+        for listener in listeners:
+            listener(metrics)
         stop = world.any(bool(received))
         if trainer.step % settings.checkpoint_every == 0 or is_last or stop:
             saved = trainer.step
