@@ -84,7 +84,7 @@ class Method:
         return values.to(self.device).requires_grad_()
 
     def noise(self, step: int) -> Tensor:
-        """The step's noise for the gates of the edges, [edge]."""
+        """[edge], uniform noise for a step's gates."""
         counts = (self.graph.num_edges,)
         return hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)[0]
 
@@ -155,8 +155,5 @@ def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:
     *read, gradient = torch.stack([*scalars.values(), grad_gates.sum()]).tolist()
     values = dict(zip(scalars, read, strict=True))
     if not (math.isfinite(values["loss"]) and math.isfinite(gradient)):
-        raise FloatingPointError(
-            f"the loss is {values['loss']}, and its gradients with respect to the gates sum to "
-            f"{gradient}"
-        )
+        raise FloatingPointError(f"the loss is {values['loss']}, the sum of gradients {gradient}")
     return values

@@ -55,8 +55,10 @@ class Lagrangian(Method):
             for kind in self._log_alpha
             for i in (1, 2)
         }
-        lambdas = {"params": list(self._lambdas.values()), "lr": self.lambda_learning_rate}
-        self.optimizer.add_param_group({**lambdas, "maximize": True})
+        lambdas = list(self._lambdas.values())
+        self.optimizer.add_param_group(
+            {"params": lambdas, "lr": self.lambda_learning_rate, "maximize": True}
+        )
         self.parameters = {f"{kind}_log_alpha": x for kind, x in self._log_alpha.items()}
         self.parameters |= self._lambdas
 

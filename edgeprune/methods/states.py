@@ -19,10 +19,9 @@ from edgeprune.scores import EdgeScores
 def scores_from_state(
     graph: CircuitGraph, state: Mapping[str, Tensor], origin: Mapping[str, Any]
 ) -> EdgeScores:
-    """Scores from a saved state.
+    """The log odds of p = sigmoid(edge log alpha): without node gates, log alpha itself.
 
-    A score is the log odds of p = sigmoid(edge log alpha), times sigmoid(log alpha of its writer)
-    with node gates; without, that is log alpha itself.
+    With node gates p is multiplied by sigmoid(log alpha of the writer).
 
     Raises:
         CheckpointError: the state does not fit the graph.
@@ -38,15 +37,10 @@ def scores_from_state(
 def circuit_by_threshold(
     graph: CircuitGraph, state: Mapping[str, Tensor]
 ) -> tuple[Circuit, dict[str, float]]:
-    """The circuit of a saved state whose size is not given, as published.
+    """The circuit of a saved state whose size is not given, as published, and its thresholds.
 
-    Thresholds are chosen such that the binary gates are as sparse as the deterministic ones.
-
-    Returns:
-        The circuit, and the thresholds `edge` and, with node gates, `node`.
-
-    Raises:
-        CheckpointError: the state does not fit the graph.
+    The thresholds, `edge` and with node gates `node`, are chosen such that the binary gates are as
+    sparse as the deterministic ones.
     """
     gates = deterministic_gates(graph, state)
     thresholds = {kind: hard_concrete.search_threshold(x) for kind, x in gates.items()}

@@ -49,9 +49,8 @@ class World:
     def join(cls, device: str, timeout: int) -> World:
         """Join the processes that `accelerate launch`, `torchrun` or run_scripts/ have started.
 
-        Args:
-            device: `auto`, `cpu` or `cuda`; any device if there is only one process.
-            timeout: minutes after which a process stops waiting for another.
+        A process stops waiting for another after `timeout` minutes. A device other than `auto`,
+        `cpu` and `cuda` is for a single process.
         """
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else it waits for dead processes
@@ -62,27 +61,22 @@ class World:
                 raise ValueError(f"{state.num_processes} of {expected} joined")
         except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
             raise ProcessError(
-                f"the processes of the run could not connect: {str(error).splitlines()[0]}. Each "
+                f"the processes of the run could not connect: {_first_line(error)}. Each "
                 "needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             ) from None
         if expected == 1:
             return cls(device=device)
         if device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(
-                f"model.device={device} is a single device, but there are {expected} processes; "
-                "use auto, cpu or cuda"
-            )
+            raise ConfigError(f"model.device={device} is one device, for {expected} processes")
         return cls(expected, state.process_index, str(state.device))
 
     def shard(
         self, load: Callable[[], CircuitModel], meta_model: CircuitModel, *, offload: bool
     ) -> CircuitModel:
-        """Load a model whose layers are split over the processes; only rank 0 ever holds all of it.
+        """Split a model's layers over the processes; only rank 0, which loads it, holds all of it.
 
-        Args:
-            load: loads the model on the CPU; called by rank 0.
-            meta_model: the same model without weights (see `load_meta_model`); it receives them.
-            offload: whether the shards stay in the CPU's memory while they are not used.
+        `meta_model` (see `load_meta_model`) receives the weights and is returned. With `offload`,
+        shards stay in the CPU's memory while they are not used.
         """
         if self.count == 1:
             raise ConfigError("launcher.shard=true needs several processes, but there is only one")
@@ -114,8 +108,8 @@ class World:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        other_is_dead = isinstance(error, ProcessError) and not isinstance(error, RankZeroFailed)
-        if isinstance(error, Exception | None) and not other_is_dead:  # would wait for it
+        is_dead = isinstance(error, ProcessError) and not isinstance(error, RankZeroFailed)
+        if isinstance(error, Exception | None) and not is_dead:  # leaving may wait for the dead
             self.close()
 
     @property
@@ -144,8 +138,7 @@ class World:
     def on_rank_zero(self, function: Callable[[], object]) -> None:
         """Call a function on rank 0 while the other processes wait.
 
-        Raises:
-            RankZeroFailed: on the other ranks, if it raises.
+        If it raises, the other processes raise RankZeroFailed.
         """
         failure = None
         try:
@@ -168,7 +161,7 @@ class World:
         """The number of every process, by rank."""
         if self.count == 1:
             return [number]
-        numbers = torch.zeros(self.count, dtype=torch.long, device=PartialState().device)
+        numbers = torch.zeros(self.count, dtype=torch.long, device=self.device)
         numbers[self.rank] = number
         self.collective(lambda: dist.all_reduce(numbers))
         return numbers.tolist()
@@ -181,6 +174,10 @@ class World:
             raise
         except RuntimeError as error:
             raise ProcessError(
-                f"another process of the run died or stopped responding: {str(error)[:200]!r}. See "
-                "its messages; continue with the same command and resume=auto"
+                f"another process of the run died or stopped responding: {_first_line(error)}. "
+                "Continue with the same command and resume=auto"
             ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -99,9 +99,8 @@ class Trainer:
             raise ConfigError(
                 f"a step has {size} pairs, but there are {world.count} processes; start fewer"
             )
-        if self.model.output is not Output.logits and (
-            settings.micro_batch_size or world.count > 1
-        ):
+        is_split = settings.micro_batch_size or world.count > 1
+        if is_split and self.model.output is not Output.logits:
             raise ConfigError(
                 f"the outputs of {self.model.name} are not logits; their variance is that of whole "
                 "batches: leave out trainer.micro_batch_size, and start one process"
@@ -144,10 +143,8 @@ class Trainer:
             gates: [edge] in [0, 1].
         """
         part = partial(self._differentiate_part, pairs, gates.detach())
-        if is_sharded(self.model.architecture.blocks[0].layer):  # gathers layers from the others
-            distance, grad_gates = self.world.collective(part)
-        else:
-            distance, grad_gates = part()
+        waits = is_sharded(self.model.architecture.blocks[0].layer)  # for layers of other processes
+        distance, grad_gates = self.world.collective(part) if waits else part()
         self.world.sum([distance, grad_gates])
         return distance, grad_gates
 
@@ -171,11 +168,12 @@ class Trainer:
     @cached_property
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
-        size = self.settings.micro_batch_size
-        size = size or math.ceil(self.settings.batch_size / self.world.count)
-        return KeptPasses.where_they_fit(
-            self.model, self.pairs, size, corrupted=self.ablation.needs_corrupted
+        per_process = math.ceil(self.settings.batch_size / self.world.count)
+        size, corrupted = (
+            self.settings.micro_batch_size or per_process,
+            self.ablation.needs_corrupted,
         )
+        return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
 
     def scores(self) -> EdgeScores:
         """The method's current scores; `origin` names the method and the step."""
@@ -187,11 +185,7 @@ class Trainer:
         return Checkpoint(self.step, self.method.state_dict())
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, to the same bits as without the interruption.
-
-        Raises:
-            CheckpointError: it belongs to another graph or another method.
-        """
+        """Continue from a checkpoint, to the same bits as without the interruption."""
         self.method.load_state_dict(checkpoint.state)
         self.step = checkpoint.step
 
@@ -210,12 +204,10 @@ class Store(Protocol):
     def truncate_log(self, step: int) -> None: ...
 
 
-def train(
-    trainer: Trainer,
-    *,
-    store: Store | None = None,
-    listeners: Sequence[Callable[[StepMetrics], object]] = (),
-) -> None:
+Listeners = Sequence[Callable[[StepMetrics], object]]
+
+
+def train(trainer: Trainer, *, store: Store | None = None, listeners: Listeners = ()) -> None:
     """Train to the end, from the latest checkpoint of the store if it has one.
 
     A stop signal ends training after the current step; a second one interrupts at once, except
@@ -231,54 +223,50 @@ def train(
         Interrupted: by a signal (see `on_stop_signals`), after a checkpoint was saved.
         TrainingError: the loss is not finite; the state before it is saved.
         CheckpointError: a checkpoint cannot be written or does not fit.
-        ConfigError: the processes have read different checkpoints.
     """
-    if store is None:
-        while trainer.step < trainer.settings.steps:
-            metrics = trainer.train_step()
-            for listener in listeners:
-                listener(metrics)
-        return
-    checkpoint = store.latest()
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
-    trainer.world.check_same("the checkpoints", str(trainer.step))
     alone, received = trainer.world.count == 1, []
+    if store is None:
+        return _train(trainer, store, listeners, received)
 
     def receive(number: int, frame: object) -> None:
         if received and alone and number != signal.SIGHUP:  # shell and terminal both send SIGHUP
             raise KeyboardInterrupt
         received.append(number)
 
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
+    trainer.world.check_same("the checkpoints", str(trainer.step))
+    if trainer.world.is_rank_zero:
+        store.truncate_log(trainer.step)
     # With several processes, one that fails ignores signals until it has reported the reason.
     with on_stop_signals(receive, restore_on_error=alone):
-        _train_and_save(trainer, store, listeners, received)
+        _train(trainer, store, listeners, received)
 
 
-def _train_and_save(
-    trainer: Trainer, store: Store, listeners: Sequence[Callable], received: list[int]
+def _train(
+    trainer: Trainer, store: Store | None, listeners: Listeners, received: list[int]
 ) -> None:
     """Do the steps that remain, until a signal is received."""
     settings, world, saved = trainer.settings, trainer.world, trainer.step
-    if world.is_rank_zero:
-        store.truncate_log(trainer.step)
+    writes = store is not None and world.is_rank_zero
     while trainer.step < settings.steps:
         try:
             metrics = trainer.train_step()
         except (TrainingError, ProcessError, torch.OutOfMemoryError):
-            if world.is_rank_zero and trainer.step != saved:
+            if writes and trainer.step != saved:
                 store.save(trainer.checkpoint())
             raise
         is_last = trainer.step == settings.steps
-        if world.is_rank_zero and (trainer.step % settings.log_every == 0 or is_last):
+        if writes and (is_last or trainer.step % settings.log_every == 0):
             store.log(metrics.to_dict())
         for listener in listeners:
             listener(metrics)
         stop = world.any(bool(received))
-        if trainer.step % settings.checkpoint_every == 0 or is_last or stop:
+        if is_last or stop or trainer.step % settings.checkpoint_every == 0:
             saved = trainer.step
-            if world.is_rank_zero:
+            if writes:
                 store.save(trainer.checkpoint())
         if stop:
             world.any(False)  # wait until rank 0 has saved
