@@ -11,7 +11,8 @@ from edgeprune.circuit import Circuit
 from edgeprune.errors import CheckpointError
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete, held
-from edgeprune.methods.paper import circuit_by_threshold, scores_from_state
+from edgeprune.methods.states import circuit_by_threshold, scores_from_state
+from edgeprune.scores import EdgeScores
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 
@@ -23,6 +24,10 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def normal(count: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def read(saved: dict[str, torch.Tensor]) -> EdgeScores:
+    return scores_from_state(GRAPH, saved, {})
 
 
 def state(edge: torch.Tensor, node: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -149,11 +154,11 @@ def test_projected_gradient_is_that_of_shifted_expected_gates():
 
 def test_scores_are_log_odds():
     edge, node = normal(GRAPH.num_edges), normal(GRAPH.num_writers, 1)
-    assert torch.equal(scores_from_state(GRAPH, state(edge)).values, edge.double())
+    assert torch.equal(read(state(edge)).values, edge.double())
     p = torch.sigmoid(edge.double()) * torch.sigmoid(node.double())[GRAPH.edge_writers()]
-    torch.testing.assert_close(scores_from_state(GRAPH, state(edge, node)).values, torch.logit(p))
+    torch.testing.assert_close(read(state(edge, node)).values, torch.logit(p))
     far = torch.linspace(30, 60, GRAPH.num_edges)  # p is 1 in float32; the order is kept
-    values = scores_from_state(GRAPH, state(far, torch.full((GRAPH.num_writers,), 700.0))).values
+    values = read(state(far, torch.full((GRAPH.num_writers,), 700.0))).values
     torch.testing.assert_close(values, far.double())
 
 
@@ -165,9 +170,7 @@ log_alphas = st.lists(few_values, min_size=GRAPH.num_edges, max_size=GRAPH.num_e
 @given(log_alphas, st.integers(0, GRAPH.num_edges), st.booleans())
 def test_every_size_is_hit_exactly(values, num_edges, node_gates):
     edge = torch.tensor(values)
-    scores = scores_from_state(
-        GRAPH, state(edge, edge[: GRAPH.num_writers] if node_gates else None)
-    )
+    scores = read(state(edge, edge[: GRAPH.num_writers] if node_gates else None))
     circuit = scores.circuit(num_edges=num_edges)
     assert len(circuit) == num_edges
     kept = torch.tensor(circuit.mask())
@@ -182,7 +185,7 @@ def test_edges_of_closed_writers_come_last():
     edge[from_closed] = 9.0
     node[GRAPH.writers.index("a0.h0")] = -5.0
     saved = state(edge, node)
-    by_size = scores_from_state(GRAPH, saved).circuit(num_edges=GRAPH.num_edges - len(from_closed))
+    by_size = read(saved).circuit(num_edges=GRAPH.num_edges - len(from_closed))
     by_threshold, _ = circuit_by_threshold(GRAPH, saved)
     for circuit in (by_size, by_threshold):
         assert all(writer != "a0.h0" for writer, _ in circuit.edges)
@@ -193,10 +196,10 @@ def test_circuit_by_threshold_by_hand():
     log_alpha = torch.where(torch.arange(GRAPH.num_edges) % 2 == 0, 10.0, -10.0)
     circuit, thresholds = circuit_by_threshold(GRAPH, state(log_alpha))
     assert circuit == Circuit.from_mask(GRAPH, (log_alpha > 0).tolist())
-    assert 0 < thresholds.edge < 1
-    assert thresholds.node is None
+    assert 0 < thresholds["edge"] < 1
+    assert "node" not in thresholds
 
 
 def test_a_state_of_another_graph_is_refused():
     with pytest.raises(CheckpointError, match="edge_log_alpha"):
-        scores_from_state(GRAPH, state(torch.zeros(3)))
+        read(state(torch.zeros(3)))

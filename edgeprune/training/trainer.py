@@ -169,10 +169,8 @@ class Trainer:
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
         per_process = math.ceil(self.settings.batch_size / self.world.count)
-        size, corrupted = (
-            self.settings.micro_batch_size or per_process,
-            self.ablation.needs_corrupted,
-        )
+        size = self.settings.micro_batch_size or per_process
+        corrupted = self.ablation.needs_corrupted
         return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
 
     def scores(self) -> EdgeScores:
