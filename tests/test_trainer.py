@@ -179,10 +179,6 @@ def test_a_checkpoint_of_another_graph_or_method_is_refused(model):
         trainer(model, "nodes").restore(trainer(model).checkpoint())
 
 
-def test_seeds_differ(model):
-    assert trainer(model, seed=0).train_step() != trainer(model, seed=1).train_step()
-
-
 class Descent(Method):
     """A method of a few lines: gates without noise follow the gradient."""
 

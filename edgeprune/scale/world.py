@@ -68,7 +68,7 @@ class World:
             return cls(device=device)
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"model.device={device} is one device, for {expected} processes")
-        return cls(expected, state.process_index, str(state.device))
+        return cls(expected, state.process_index, "cpu" if on_cpu else str(state.device))
 
     def shard(
         self, load: Callable[[], CircuitModel], meta_model: CircuitModel, *, offload: bool
