@@ -9,7 +9,8 @@ from edgeprune.circuit import Circuit
 from edgeprune.errors import CheckpointError
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete, held
-from edgeprune.methods.states import circuit_by_threshold, scores_from_state
+from edgeprune.methods.method import scores_from_state
+from edgeprune.methods.paper import circuit_by_threshold
 from edgeprune.scores import EdgeScores
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))

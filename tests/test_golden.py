@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.circuit import Circuit
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.paper import penalty
-from edgeprune.methods.states import circuit_above, deterministic_gates
+from edgeprune.methods.paper import circuit_above, deterministic_gates, penalty
 from edgeprune.metrics import kl_per_token
 from edgeprune.models.load import wrap_model
 from edgeprune.prompts import Pair, collate

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from edgeprune.errors import CheckpointError
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.states import check_shapes
+from edgeprune.scores import EdgeScores
 
 
 @dataclass(kw_only=True, eq=False)
@@ -129,9 +132,8 @@ class Method:
 def rising_target(step: int, start: float, end: float, warmup_steps: int, shape: str) -> float:
     """The target sparsity of a step: rises over `warmup_steps`, then stays; steps count from 0.
 
-    Args:
-        shape: "linear", or "logarithmic": 1 - target falls by the same factor in each step (at once
-            if `end` is 1).
+    `shape` is "linear", or "logarithmic": 1 - target falls by the same factor in each step (at once
+    if `end` is 1).
     """
     progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
     if shape == "linear":
@@ -157,3 +159,39 @@ def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:
     if not (math.isfinite(values["loss"]) and math.isfinite(gradient)):
         raise FloatingPointError(f"the loss is {values['loss']}, the sum of gradients {gradient}")
     return values
+
+
+def scores_from_state(
+    graph: CircuitGraph, state: Mapping[str, Tensor], origin: Mapping[str, Any]
+) -> EdgeScores:
+    """The log odds of p = sigmoid(edge log alpha): without node gates, log alpha itself.
+
+    With node gates p is multiplied by sigmoid(log alpha of the writer).
+
+    Raises:
+        CheckpointError: the state does not fit the graph.
+    """
+    log_alpha = log_alphas(graph, state)
+    if "node" not in log_alpha:
+        return EdgeScores(graph, log_alpha["edge"], origin=origin)
+    edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
+    log_p = edge + node[torch.tensor(graph.edge_writers())]
+    return EdgeScores(graph, log_p - torch.log(-torch.expm1(log_p)), origin=origin)
+
+
+def log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; float32 on the CPU."""
+    counts = {"edge": graph.num_edges}
+    if "node_log_alpha" in state:
+        counts["node"] = graph.num_writers
+    check_shapes(state, {f"{kind}_log_alpha": (count,) for kind, count in counts.items()})
+    return {kind: state[f"{kind}_log_alpha"].detach().cpu() for kind in counts}
+
+
+def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the state has tensors of these names and shapes."""
+    for name, shape in shapes.items():
+        found = list(state[name].shape) if name in state else "missing"
+        if found != list(shape):
+            wrong = f"{name} is {found}, expected shape {list(shape)}"
+            raise CheckpointError(f"the checkpoint is of another graph or method: {wrong}")

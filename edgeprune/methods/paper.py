@@ -6,13 +6,16 @@ Learned Lagrange multipliers drive the gates to a target sparsity. Nodes may hav
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from edgeprune.circuit import Circuit
+from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.method import Method, read_finite, rising_target
+from edgeprune.methods.method import Method, log_alphas, read_finite, rising_target
 
 log = logging.getLogger("edgeprune")
 
@@ -108,6 +111,36 @@ def penalty(lambda_1: Tensor, lambda_2: Tensor, sparsity: Tensor, target: float)
     """lambda_1 (s - t) + lambda_2 (s - t)^2, the Lagrangian relaxation of s = t."""
     excess = sparsity - target
     return lambda_1 * excess + lambda_2 * excess**2
+
+
+def circuit_by_threshold(
+    graph: CircuitGraph, state: Mapping[str, Tensor]
+) -> tuple[Circuit, dict[str, float]]:
+    """The circuit of a saved state whose size is not given, as published, and its thresholds.
+
+    The thresholds, `edge` and with node gates `node`, are chosen such that the binary gates are as
+    sparse as the deterministic ones.
+    """
+    gates = deterministic_gates(graph, state)
+    thresholds = {kind: hard_concrete.search_threshold(x) for kind, x in gates.items()}
+    return circuit_above(graph, gates, thresholds), thresholds
+
+
+def deterministic_gates(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; see `hard_concrete.deterministic`."""
+    groups = {"edge": graph.gate_groups(), "node": graph.node_groups()}
+    log_alpha = log_alphas(graph, state)
+    return {kind: hard_concrete.deterministic(x, groups[kind]) for kind, x in log_alpha.items()}
+
+
+def circuit_above(
+    graph: CircuitGraph, gates: Mapping[str, Tensor], thresholds: Mapping[str, float]
+) -> Circuit:
+    """The edges whose gate and, with node gates, whose writer's gate are above the thresholds."""
+    kept = gates["edge"] > thresholds["edge"]
+    if "node" in gates:
+        kept &= (gates["node"] > thresholds["node"])[torch.tensor(graph.edge_writers())]
+    return Circuit.from_mask(graph, kept.tolist())
 
 
 def warn_if_unfinished(sparsity: float, requested: float) -> None:

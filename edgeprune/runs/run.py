@@ -30,7 +30,7 @@ from edgeprune.evaluation.report import RunRecord
 from edgeprune.files import file_digest, put_in_place, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
-from edgeprune.methods.states import scores_from_state
+from edgeprune.methods.method import scores_from_state
 from edgeprune.runs import layout
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores

@@ -95,14 +95,10 @@ class World:
         return meta_model
 
     def close(self) -> None:
-        """Leave the process group. A process that exits without may be aborted by others' exit.
-
-        After sharding, gloo's threads stay alive. A thread that is just releasing a tensor needs
-        the interpreter and aborts the process if it is gone, hence the short wait.
-        """
+        """Leave the process group; without, the exit of other processes may abort this one."""
         if self.count > 1 and dist.is_initialized():
             PartialState().destroy_process_group()
-            time.sleep(0.1)
+            time.sleep(0.1)  # gloo's threads abort if they release tensors after the interpreter
 
     def __enter__(self) -> World:
         return self

@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: the disk is full or read-only; earlier checkpoints are untouched.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in checkpoint.state.items()}
-    metadata = {"checkpoint": _label(checkpoint.step, state)}  # several would come in any order
+    metadata = {"checkpoint": _label(checkpoint.step, state)}  # one entry, to have one order
     path = checkpoint_path(folder, checkpoint.step)
     try:
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))

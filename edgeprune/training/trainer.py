@@ -22,8 +22,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.errors import ConfigError, Interrupted, ProcessError, TrainingError
-from edgeprune.methods.method import Method
-from edgeprune.methods.states import scores_from_state
+from edgeprune.methods.method import Method, scores_from_state
 from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair, collate, training_pairs
 from edgeprune.scale.launch import on_stop_signals
@@ -190,6 +189,8 @@ class Trainer:
 
 # ---------------------------------------------------------------------------------------- the loop
 
+Listener = Callable[[StepMetrics], object]
+
 
 class Store(Protocol):
     """Where a run keeps its checkpoints and metrics: a folder, `path`."""
@@ -202,10 +203,9 @@ class Store(Protocol):
     def truncate_log(self, step: int) -> None: ...
 
 
-Listeners = Sequence[Callable[[StepMetrics], object]]
-
-
-def train(trainer: Trainer, *, store: Store | None = None, listeners: Listeners = ()) -> None:
+def train(
+    trainer: Trainer, *, store: Store | None = None, listeners: Sequence[Listener] = ()
+) -> None:
     """Train to the end, from the latest checkpoint of the store if it has one.
 
     A stop signal ends training after the current step; a second one interrupts at once, except
@@ -244,7 +244,7 @@ def train(trainer: Trainer, *, store: Store | None = None, listeners: Listeners 
 
 
 def _train(
-    trainer: Trainer, store: Store | None, listeners: Listeners, received: list[int]
+    trainer: Trainer, store: Store | None, listeners: Sequence[Listener], received: list[int]
 ) -> None:
     """Do the steps that remain, until a signal is received."""
     settings, world, saved = trainer.settings, trainer.world, trainer.step
