@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.methods.paper import Lagrangian
 from edgeprune.models.load import wrap_model
@@ -52,10 +53,8 @@ with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
     for module in (model.architecture.body, model.architecture.unembed):
         move(module)
     vars(method).update(moved(vars(method)))
-    trainer = Trainer(
-        model, pairs, method, steps=9, batch_size=8, seed=0, ablation=ablation,
-        micro_batch_size=micro_batch_size,
-    )  # fmt: skip
+    settings = TrainerConfig(steps=9, batch_size=8, micro_batch_size=micro_batch_size)
+    trainer = Trainer(model, pairs, method, settings, 0, ablation)
     assert model.device.type == "gpu"
     for step in range(2):  # the second uses the buffers of the first
         distance, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))

@@ -15,6 +15,7 @@ from conftest import random_gpt2, random_pairs
 from safetensors.torch import save_file
 from test_trainer import LAGRANGIAN
 
+from edgeprune.config import TrainerConfig
 from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
 from edgeprune.methods.paper import Lagrangian
@@ -56,9 +57,8 @@ def run(world: World, job: dict) -> None:
     settings = {**METHOD, "node_gates": job.pop("node_gates", False)}
     method = Lagrangian(model.graph, seed=3, device=model.device, steps=STEPS, **settings)
     ablation = Ablation(model, "interchange", pairs)
-    trainer = Trainer(
-        model, pairs, method, steps=STEPS, seed=3, ablation=ablation, world=world, **job
-    )
+    config = TrainerConfig(steps=STEPS, **job)
+    trainer = Trainer(model, pairs, method, config, 3, ablation, world)
     if resume is not None:
         trainer.restore(load_latest(Path(resume)))
     kl = 0.0

@@ -14,12 +14,11 @@ import torch
 from conftest import run_cli
 from safetensors.torch import load_file
 
-from edgeprune.errors import ConfigError
 from edgeprune.scale.world import World
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
-    "trainer.steps=20", "trainer.checkpoint_every=5", "launcher.timeout=2",
+    "trainer.steps=20", "trainer.checkpoint_every=5", "launcher.timeout=1",
     "trainer.batch_size=5", "num_edges=60", "sparsity=null",
 )  # fmt: skip
 FIRST, LAST = (f"checkpoints/step-{step:08d}.safetensors" for step in (5, 20))
@@ -128,8 +127,6 @@ def test_parts_add_up_to_the_batch():
         parts = [World(count, rank).part(range(7)) for rank in range(count)]
         assert [i for part in parts for i in part] == list(range(7))
         assert {len(part) for part in parts} <= {7 // count, 7 // count + 1}
-    with pytest.raises(ConfigError, match="7 pairs, .* 8 processes"):
-        World(8, 0).part(range(7))
 
 
 @pytest.fixture(scope="module")
@@ -140,30 +137,21 @@ def one_process(tmp_path_factory):
     return run_dir
 
 
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"),
-    "accelerate": (
-        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m",
-    ),
-    "edgeprune": (),
-}  # fmt: skip
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "settings"),
     [
-        ("torchrun", ()),
-        ("accelerate", ()),
-        ("edgeprune", ("launcher=accelerate", "launcher.processes=2")),
-        ("torchrun", ("launcher.shard=true",)),
-        ("torchrun", ("launcher.shard=true", "launcher.offload=true")),
+        (TORCHRUN, ()),
+        ((), ("launcher=accelerate", "launcher.processes=2")),
+        (TORCHRUN, ("launcher.shard=true", "launcher.offload=true")),
     ],
 )
 def test_a_launched_run_equals_that_of_one_process(one_process, tmp_path, launcher, settings):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "edgeprune", "prune", *SMALL]
+    command = [sys.executable, "-m", *launcher, "edgeprune", "prune", *SMALL]
     done = subprocess.run(
         [*command, *settings, f"run_dir={run_dir}"], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -183,20 +171,26 @@ def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_dies_ends_the_run_with_a_message(one_process, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_or_hangs_ends_the_run(one_process, tmp_path, victim, number):
     """The same command finishes the run, with another number of processes."""
     run_dir = tmp_path / "run"
     command = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
     processes = start(2, "-m", "edgeprune", *command)
     wait_for(run_dir / FIRST, processes)
+    processes[victim].send_signal(number)
+    ((code, _, error),) = finish([processes[1 - victim]], timeout=110)
     processes[victim].kill()
-    code, _, error = finish(processes, timeout=60)[1 - victim]
     assert code == 1
     assert "Traceback" not in error
-    last = error.strip().splitlines()[-1]
-    assert "another process of the run died or stopped responding" in last
-    assert "resume=auto" in last
+    assert "another process of the run died or stopped responding" in error.splitlines()[-1]
     assert not (run_dir / LAST).exists()
     done = run_cli(*command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -228,44 +222,9 @@ def test_processes_given_different_commands_refuse(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_refusal_by_rank_zero_ends_all(one_process):
-    processes = start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={one_process}")
-    (code, _, error), (other, *quiet) = finish(processes)
-    assert (code, other) == (2, 2)
-    assert "already holds a run" in error
-    assert quiet == ["", ""]
-
-
-def test_another_number_of_processes_than_was_started_is_refused(tmp_path):
-    command = ("prune", *SMALL, f"run_dir={tmp_path}/run", "launcher.processes=3")
-    done = run_cli(*command, WORLD_SIZE="2", RANK="0")
-    assert done.returncode == 2
-    assert "launcher.processes=3, but 2 were started" in done.stderr
-
-
-@pytest.mark.slow
 def test_a_process_without_the_others_does_not_hang(tmp_path):
     command = ("prune", *SMALL, f"run_dir={tmp_path}/run")
     done = run_cli(*command, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 1
     assert "the processes of the run could not connect: " in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_after_the_timeout(tmp_path):
-    run_dir = tmp_path / "run"
-    command = ("prune", *SMALL, "trainer.steps=5000", "launcher.timeout=1", f"run_dir={run_dir}")
-    processes = start(2, "-m", "edgeprune", *command)
-    wait_for(run_dir / FIRST, processes)
-    processes[1].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
-    try:
-        error = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[0].returncode == 1
-    assert 30 < time.monotonic() - stopped < 110
-    assert "Traceback" not in error
-    assert "another process of the run died or stopped responding" in error.strip().splitlines()[-1]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune.circuit import Circuit
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.paper import Thresholds, circuit_above, deterministic_gates, penalty
+from edgeprune.methods.paper import circuit_above, deterministic_gates, penalty
 from edgeprune.metrics import kl_per_token
 from edgeprune.models.load import wrap_model
 from edgeprune.prompts import Pair, collate
@@ -107,7 +107,7 @@ def test_thresholds_and_circuit(case):
     close((gates["edge"] <= threshold).float().mean(), recorded["edge_sparsity"])
     if "pos_embeds" not in case.graph.writers:  # left out of the published node count
         close(hard_concrete.search_threshold(gates["node"]), recorded["node_threshold"])
-    thresholds = Thresholds(recorded["edge_threshold"], recorded["node_threshold"])
+    thresholds = {kind: recorded[f"{kind}_threshold"] for kind in KINDS}
     circuit = circuit_above(case.graph, gates, thresholds)
     assert circuit.edge_set == {tuple(edge) for edge in case.meta["edges"]}
     close(circuit.sparsity, recorded["effective_edge_sparsity"])

@@ -20,13 +20,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgeprune.circuit import Circuit
+from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.methods.paper import Lagrangian
 from edgeprune.models.load import wrap_model
 from edgeprune.prompts import Pair, collate
-from edgeprune.training.loop import train
-from edgeprune.training.trainer import Trainer
+from edgeprune.training.trainer import Trainer, train
 
 TOKENS = 8
 A, B, C, P, N = (slice(start, start + 8) for start in range(0, 40, 8))
@@ -125,7 +125,7 @@ def test_pruning_finds_the_circuit(seed):
         warmup="linear", node_gates=False, start_node_sparsity=0.0, target_node_sparsity=0.0,
         init_mean=0.0, init_std=0.01,
     )  # fmt: skip
-    ablation = Ablation(model, "interchange", pairs)
-    trainer = Trainer(model, pairs, method, steps=600, batch_size=32, seed=seed, ablation=ablation)
+    ablation, settings = Ablation(model, "interchange", pairs), TrainerConfig(batch_size=32)
+    trainer = Trainer(model, pairs, method, settings, seed, ablation)
     train(trainer)
     assert trainer.scores().circuit(num_edges=len(CIRCUIT)).edge_set == CIRCUIT

@@ -13,17 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, call, random_gpt2, random_pairs, run_cli, write_jsonl
+from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune import Run, load_circuit
-from edgeprune.engine.ablation import Ablation
-from edgeprune.errors import Interrupted
-from edgeprune.methods import METHODS
-from edgeprune.models.load import wrap_model
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.scale.launch import stop_signals
-from edgeprune.training.loop import train
 from edgeprune.training.trainer import Trainer
 
 SMALL = (
@@ -298,34 +292,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, number):
     for name in ("metrics.jsonl", "edges.json", "scores.safetensors",
                  "checkpoints/step-00000040.safetensors"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def test_a_hangup_is_ignored_under_nohup():
-    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert signal.SIGHUP not in stop_signals()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in stop_signals()
-    finally:
-        signal.signal(signal.SIGHUP, old)
-
-
-def test_a_run_stopped_in_its_last_step_does_not_continue_with_what_follows(a_run, tmp_path):
-    model, pairs = wrap_model(random_gpt2()), random_pairs(4)
-    method = METHODS["priced"](model.graph, seed=0, device=model.device, steps=2,
-                               learning_rate=0.1, adam_epsilon=1e-8, edge_price=0.01,
-                               lr_warmup_steps=0, init_mean=1.0, init_std=0.01)  # fmt: skip
-    trainer = Trainer(model, pairs, method, steps=2, batch_size=2, seed=0,
-                      ablation=Ablation(model, "interchange", pairs))  # fmt: skip
-    store = Run(tmp_path, Run.open(a_run).config)
-
-    def stop_at_the_end(metrics):
-        if metrics.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Interrupted):
-        train(trainer, store=store, on_step=stop_at_the_end, checkpoint_every=100, log_every=10)
-    assert steps(tmp_path) == [2]
 
 
 @pytest.mark.slow

@@ -9,20 +9,19 @@ import pytest
 import torch
 from conftest import random_gpt2, random_pairs
 
+from edgeprune.config import TrainerConfig
 from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from edgeprune.methods.hard_concrete import probability_open
 from edgeprune.methods.held import Held
-from edgeprune.methods.learning import TargetSchedule, learning_rate_factor
+from edgeprune.methods.method import Method, learning_rate_factor, rising_target
 from edgeprune.methods.paper import Lagrangian, penalty
 from edgeprune.methods.priced import Priced
 from edgeprune.models.load import wrap_model
-from edgeprune.scores import EdgeScores
 from edgeprune.training.checkpoint import load_latest, save_checkpoint
-from edgeprune.training.loop import train
 from edgeprune.training.progress import progress
-from edgeprune.training.trainer import Trainer
+from edgeprune.training.trainer import Trainer, train
 
 STEPS = 12
 LEARNED = {"learning_rate": 0.5, "lr_warmup_steps": 2, "init_mean": 1.0, "init_std": 0.01}
@@ -47,10 +46,8 @@ def trainer(model, method: str = "lagrangian", seed: int = 0, of_trainer=None, *
     make, settings = METHODS[method]
     pairs = random_pairs(10)
     made = make(model.graph, seed=seed, device=model.device, steps=STEPS, **{**settings, **changes})
-    return Trainer(
-        model, pairs, made, steps=STEPS, batch_size=4, seed=seed,
-        ablation=Ablation(model, "interchange", pairs), **(of_trainer or {}),
-    )  # fmt: skip
+    settings = TrainerConfig(steps=STEPS, batch_size=4, **(of_trainer or {}))
+    return Trainer(model, pairs, made, settings, seed, Ablation(model, "interchange", pairs))
 
 
 def log_alpha(run: Trainer) -> torch.Tensor:
@@ -75,14 +72,14 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
     ],
 )
 def test_targets_rise_and_stay(shape, values):
-    schedule = TargetSchedule(0.2, values[-1], 4, shape)
-    assert [schedule.at(step) for step in range(6)] == pytest.approx(values)
+    targets = [rising_target(step, 0.2, values[-1], 4, shape) for step in range(6)]
+    assert targets == pytest.approx(values)
 
 
 def test_limits_of_schedules():
-    at_once = TargetSchedule(0.25, 1.0, 2, "logarithmic")
-    assert [at_once.at(step) for step in range(4)] == [0.25, 1, 1, 1]
-    assert TargetSchedule(0.0, 1.1, 0, "linear").at(0) == 1.1
+    targets = [rising_target(step, 0.25, 1.0, 2, "logarithmic") for step in range(4)]
+    assert targets == [0.25, 1, 1, 1]
+    assert rising_target(0, 0.0, 1.1, 0, "linear") == 1.1
 
 
 def test_learning_rates_rise_and_fall_to_zero():
@@ -182,41 +179,29 @@ def test_a_checkpoint_of_another_graph_or_method_is_refused(model):
         trainer(model, "nodes").restore(trainer(model).checkpoint())
 
 
-def test_seeds_differ(model):
-    assert trainer(model, seed=0).train_step() != trainer(model, seed=1).train_step()
-
-
-class Descent:
-    """A method of a few lines: gates are its parameters, and follow the gradient."""
-
-    def __init__(self, graph):
-        self.graph, self.values = graph, torch.full((graph.num_edges,), 0.5)
+class Descent(Method):
+    """A method of a few lines: gates without noise follow the gradient."""
 
     def gates(self, step):
-        return self.values.clone()
+        return torch.sigmoid(self.log_alpha).detach()
 
     def update(self, step, distance, grad_gates):
-        self.values = (self.values - 10 * grad_gates).clamp(0, 1)
+        self.log_alpha.grad = grad_gates
+        self.apply_gradients(step)
         return {"loss": distance.item(), "distance": distance.item(), "mean": 0.25, "none": None}
 
-    def scores(self):
-        return EdgeScores(self.graph, self.values, origin={"method": "descent"})
 
-
-def test_the_trainer_takes_any_method(model):
-    pairs = random_pairs(4)
-    run = Trainer(
-        model, pairs, Descent(model.graph), steps=20, batch_size=4, seed=0,
-        ablation=Ablation(model, "interchange", pairs),
-    )  # fmt: skip
-    history = []
-    train(run, on_step=history.append)
+def test_a_new_method_needs_two_functions(model, monkeypatch):
+    monkeypatch.setitem(METHODS, "descent", (Descent, {**LEARNED, "adam_epsilon": 1e-8}))
+    run, history = trainer(model, "descent"), []
+    train(run, listeners=[history.append])
     assert history[-1].kl < 0.7 * history[0].kl
     assert history[0].to_dict() == {
         "step": 1, "loss": history[0].loss, "kl": history[0].kl, "unexplained": None,
         "mean": 0.25, "none": None,
     }  # fmt: skip
-    assert run.scores().origin == {"method": "descent", "step": 20}
+    assert torch.equal(run.scores().values, log_alpha(run).double())
+    assert run.scores().origin["step"] == STEPS
 
 
 # -------------------------------------------------------------------------------- the same results
@@ -276,28 +261,46 @@ class MemoryStore:
 
 def test_checkpoints_and_log_lines_at_intervals_and_at_the_end(model):
     store = MemoryStore()
-    train(trainer(model), store=store, checkpoint_every=5, log_every=4)
+    train(trainer(model, of_trainer={"checkpoint_every": 5, "log_every": 4}), store=store)
     assert [checkpoint.step for checkpoint in store.saved] == [5, 10, 12]
     assert [line["step"] for line in store.lines] == [4, 8, 12]
 
 
-def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model):
-    whole, store = MemoryStore(), MemoryStore()
-    train(trainer(model), store=whole, log_every=1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("last", [7, STEPS])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model, number, last):
+    whole, store, every = MemoryStore(), MemoryStore(), {"checkpoint_every": 5, "log_every": 1}
+    train(trainer(model, of_trainer=every), store=whole)
 
     def interrupt(metrics):
-        if metrics.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if metrics.step == last:
+            os.kill(os.getpid(), number)
 
     with pytest.raises(Interrupted) as caught:
-        train(trainer(model), store=store, on_step=interrupt, checkpoint_every=5, log_every=1)
-    assert caught.value.exit_code == 128 + signal.SIGTERM
-    assert [checkpoint.step for checkpoint in store.saved] == [5, 7]
+        train(trainer(model, of_trainer=every), store=store, listeners=[interrupt])
+    assert caught.value.exit_code == 128 + number
+    assert [checkpoint.step for checkpoint in store.saved][-1] == last
     store.saved.pop()  # as if the machine had crashed before
-    resumed = trainer(model)
-    train(resumed, store=store, log_every=1)
+    resumed = trainer(model, of_trainer=every)
+    train(resumed, store=store)
     assert store.lines == whole.lines
     assert torch.equal(log_alpha(resumed), whole.saved[-1].state["edge_log_alpha"])
+
+
+def test_a_second_signal_interrupts_and_nohup_is_respected(model):
+    def interrupt(metrics):
+        os.kill(os.getpid(), signal.SIGHUP)
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer(model), store=MemoryStore(), listeners=[interrupt])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_failure_saves_the_state_before_it(model, monkeypatch):

@@ -20,7 +20,7 @@ from edgeprune.config import ExportConfig
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import CleanUp, clean_up
 from edgeprune.formats import write_circuit
-from edgeprune.methods import circuit_by_threshold
+from edgeprune.methods.paper import circuit_by_threshold
 from edgeprune.runs import layout
 from edgeprune.runs.data import load_pairs
 from edgeprune.runs.run import Run
@@ -105,8 +105,8 @@ def choose(
     circuit, thresholds = circuit_by_threshold(scores.graph, state)
     return circuit, {
         "chosen_by": "threshold",
-        "edge_threshold": thresholds.edge,
-        "node_threshold": thresholds.node,
+        "edge_threshold": thresholds["edge"],
+        "node_threshold": thresholds.get("node"),
     }
 
 

@@ -35,10 +35,9 @@ from edgeprune.runs.run import Run, claim
 from edgeprune.scale.memory import free_memory, in_gb, plan_memory
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
-from edgeprune.training.loop import train
+from edgeprune.training.progress import open_tracker
 from edgeprune.training.progress import progress as progress_bar
-from edgeprune.training.tracker import Tracker
-from edgeprune.training.trainer import StepMetrics, Trainer
+from edgeprune.training.trainer import StepMetrics, Trainer, train
 
 log = logging.getLogger("edgeprune")
 
@@ -137,12 +136,7 @@ def _prune(
     method = METHODS[settings.method](
         model.graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
     )
-    trainer = Trainer(
-        model, pairs, method, steps=settings.steps, batch_size=settings.batch_size,
-        seed=config.seed, ablation=ablation, world=world,
-        micro_batch_size=settings.micro_batch_size, recompute=settings.recompute,
-        cuda_graph=settings.cuda_graph,
-    )  # fmt: skip
+    trainer = Trainer(model, pairs, method, settings, config.seed, ablation, world)
     history: list[StepMetrics] = []
     with ExitStack() as stack:
         show = stack.enter_context(progress_bar(settings.steps, "step", enabled=progress))
@@ -152,12 +146,9 @@ def _prune(
             if world.is_rank_zero:
                 stack.callback(_plot, run)
                 if config.tracker.kind == "wandb":
-                    tracker = Tracker(config.tracker.project, run.path, to_dict(config))
+                    tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
                     listeners.append(stack.enter_context(tracker))
-        train(
-            trainer, store=run, on_step=lambda metrics: [tell(metrics) for tell in listeners],
-            checkpoint_every=settings.checkpoint_every, log_every=settings.log_every,
-        )  # fmt: skip
+        train(trainer, store=run, listeners=listeners)
     scores, state = trainer.scores(), method.state_dict()
     del trainer  # releases what it has cached
     model.release()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.console import print_result
 from edgeprune.config import PruneConfig
-from edgeprune.scale.launch import check_launched, in_processes, launch_processes
+from edgeprune.scale.launch import launch_processes
 
 
 def prune(config: PruneConfig) -> None:
     """Learn the gates of a model's edges on a task; leaves a run directory."""
-    if in_processes():
-        check_launched(config.launcher.processes)
-    elif config.launcher.processes != 1:
+    if config.launcher.processes != 1 and "WORLD_SIZE" not in os.environ:
         launch_processes(config.launcher.processes, HydraConfig.get().overrides.task)
         return
     from edgeprune.api.prune import prune_run

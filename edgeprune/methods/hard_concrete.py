@@ -14,20 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BETA = 2 / 3
-"""Temperature of the distribution."""
-GAMMA, ZETA = -0.1, 1.1
-"""Limits to which the sigmoid is stretched before clamping."""
-EPSILON = 1e-6
-"""Probabilities and noise are kept this far from 0 and 1."""
-DETERMINISTIC_SCALE = 0.8
-"""Steepness of deterministic gates, as published."""
-SEARCH_TOLERANCE = 1e-5
-"""Width at which the binary search for a threshold stops, as published."""
+BETA = 2 / 3  # temperature of the distribution
+GAMMA, ZETA = -0.1, 1.1  # limits to which the sigmoid is stretched before clamping
+EPSILON = 1e-6  # probabilities and noise are kept this far from 0 and 1
+DETERMINISTIC_SCALE = 0.8  # steepness of deterministic gates, as published
+SEARCH_TOLERANCE = 1e-5  # width at which the search for a threshold stops, as published
 
 
 @lru_cache(maxsize=1)
-def uniform_noise(seed: int, step: int, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+def uniform_noise(
+    seed: int, step: int, counts: tuple[int, ...], device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     """The noise of one training step: one tensor in [EPSILON, 1 - EPSILON] per count.
 
     Drawn on the CPU from a generator seeded by (seed, step), so that it does not depend on the
@@ -35,15 +32,14 @@ def uniform_noise(seed: int, step: int, counts: tuple[int, ...]) -> tuple[Tensor
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     low, high = EPSILON, 1 - EPSILON
-    return tuple(torch.rand(n, generator=generator) * (high - low) + low for n in counts)
+    noise = (torch.rand(n, generator=generator) * (high - low) + low for n in counts)
+    return tuple(x.to(device, non_blocking=True) for x in noise)
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     """clamp(sigmoid((log u - log(1 - u) + log alpha) / beta) * (zeta - gamma) + gamma, 0, 1).
 
-    Args:
-        log_alpha: any shape.
-        uniform: noise of the same shape, in [EPSILON, 1 - EPSILON].
+    u is the uniform noise, in [EPSILON, 1 - EPSILON]; any shape, the same for both.
     """
     logistic = torch.log(uniform) - torch.log1p(-uniform)
     concrete = torch.sigmoid((logistic + log_alpha) / BETA)
@@ -88,7 +84,6 @@ def search_threshold(gates: Tensor) -> float:
     """
     wanted = sparsity(gates).item()
     low, high = 0.0, 1.0
-    threshold = 0.5
     while high - low > SEARCH_TOLERANCE:
         threshold = (low + high) / 2
         if (gates <= threshold).float().mean().item() > wanted:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete
 from edgeprune.methods.hard_concrete import BETA, GAMMA, ZETA
-from edgeprune.methods.learning import (
-    TargetSchedule,
-    initial_log_alpha,
-    learning_rate_factor,
-    load_state,
-    read_finite,
-    state_of,
-)
-from edgeprune.scores import EdgeScores
+from edgeprune.methods.method import Method, read_finite, rising_target
 
 MAX_SHIFT = 64.0
 """Largest shift of log alpha that is tried to reach a sparsity."""
@@ -30,89 +21,52 @@ MIN_TOTAL_GRADIENT = 0.01
 """Gradients whose absolute values sum to less than this (nats) are not scaled up to unit size."""
 
 
-class Held:
+@dataclass(kw_only=True, eq=False)
+class Held(Method):
     """Minimises the distance at a sparsity that is exactly the target in every step.
 
     Before each step one number is added to all log alphas, so that the sampled gates have the
-    target sparsity; the gradient is projected accordingly (see `project`).
+    target sparsity; the gradient is projected accordingly (see `project`), to a mean absolute
+    value of 1, to which `adam_epsilon` compares.
 
-    Args:
-        target_sparsity: in [0, 1].
-        adam_epsilon: AdamW's epsilon; the projected gradients have a mean absolute value of 1.
-
-    The other arguments are those of `Lagrangian`.
+    Attributes:
+        start_sparsity, target_sparsity: target at the start and after the warm-up, in [0, 1].
+        sparsity_warmup_steps, warmup: length and shape of its rise, see `rising_target`.
     """
 
-    def __init__(
-        self,
-        graph: CircuitGraph,
-        *,
-        seed: int,
-        device: torch.device | str,
-        steps: int,
-        learning_rate: float,
-        adam_epsilon: float,
-        lr_warmup_steps: int,
-        start_sparsity: float,
-        target_sparsity: float,
-        sparsity_warmup_steps: int,
-        warmup: str,
-        init_mean: float,
-        init_std: float,
-    ) -> None:
-        self.graph, self.seed = graph, seed
-        self._steps, self._lr_warmup_steps = steps, lr_warmup_steps
-        self._learning_rate = learning_rate
-        self._target = TargetSchedule(
-            start_sparsity, target_sparsity, sparsity_warmup_steps, warmup
-        )
-        generator = torch.Generator().manual_seed(seed)
-        self._log_alpha = initial_log_alpha(graph.num_edges, init_mean, init_std, generator, device)
-        self._optimizer = torch.optim.AdamW(
-            [self._log_alpha], lr=learning_rate, eps=adam_epsilon, weight_decay=0.0
-        )
+    start_sparsity: float
+    target_sparsity: float
+    sparsity_warmup_steps: int
+    warmup: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._shift(0)
 
     @torch.no_grad()
     def gates(self, step: int) -> Tensor:
         """See `Method.gates`."""
-        self._sampled = hard_concrete.sample(self._log_alpha, self._noise(step))
+        self._sampled = hard_concrete.sample(self.log_alpha, self.noise(step))
         return self._sampled
 
     def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         """See `Method.update`."""
         sparsity = hard_concrete.sparsity(self._sampled)
         read = read_finite(grad_gates, loss=distance, distance=distance, sparsity=sparsity)
-        learning_rate = self._learning_rate * learning_rate_factor(
-            step, self._steps, self._lr_warmup_steps
-        )
-        self._optimizer.param_groups[0]["lr"] = learning_rate
-        self._log_alpha.grad = project(grad_gates, self._log_alpha.detach())
-        self._optimizer.step()
+        self.log_alpha.grad = project(grad_gates, self.log_alpha.detach())
+        learning_rate = self.apply_gradients(step)
         self._shift(step + 1)
-        return {**read, "target": self._target.at(step), "learning_rate": learning_rate}
+        return {**read, "target": self._target(step), "learning_rate": learning_rate}
 
-    def _noise(self, step: int) -> Tensor:
-        (noise,) = hard_concrete.uniform_noise(self.seed, step, (self.graph.num_edges,))
-        return noise.to(self._log_alpha.device, non_blocking=True)
+    def _target(self, step: int) -> float:
+        ends = self.start_sparsity, self.target_sparsity
+        return rising_target(step, *ends, self.sparsity_warmup_steps, self.warmup)
 
     @torch.no_grad()
     def _shift(self, step: int) -> None:
         """Bring the gates to the target of the step that comes next."""
-        target = self._target.at(step)
-        self._log_alpha.add_(shift_to_sparsity(self._log_alpha, self._noise(step), target))
-
-    def scores(self) -> EdgeScores:
-        """Log alpha, the log odds of the gate."""
-        return EdgeScores(self.graph, self._log_alpha, origin={"method": "held"})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Method.state_dict`."""
-        return state_of({"edge_log_alpha": self._log_alpha}, self._optimizer)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See `Method.load_state_dict`."""
-        load_state({"edge_log_alpha": self._log_alpha}, self._optimizer, state)
+        shift = shift_to_sparsity(self.log_alpha, self.noise(step), self._target(step))
+        self.log_alpha.add_(shift)
 
 
 def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tensor:

@@ -1,37 +1,68 @@
-"""What the trainer needs of a method that learns its scores by gradient descent.
+"""What learned methods share: a log alpha per edge, AdamW and its schedule, and the saved state.
 
-To add a method, write a class with these members in a file of its own. The trainer samples nothing,
-owns no parameters and knows no objective beyond the distance of the circuit from the full model.
+To add a method, write a subclass of `Method` in a file of its own and enter it in `METHODS`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from edgeprune.errors import CheckpointError
+from edgeprune.graph import CircuitGraph
+from edgeprune.methods import hard_concrete
 from edgeprune.scores import EdgeScores
 
 
-class Method(Protocol):
-    """Produces the gates of an optimisation step and consumes their gradient.
+@dataclass(kw_only=True, eq=False)
+class Method:
+    """Produces the gates of an optimisation step and learns from their gradient.
 
-    Constructed with `(graph, *, seed, device, steps, ...)`, where all further settings are explicit
-    keyword arguments.
+    The trainer runs the circuit in between. It samples nothing, owns no parameters and knows no
+    objective beyond the distance of the circuit from the full model.
+
+    Attributes:
+        graph: the graph whose edges are scored.
+        seed: seed of the initial values and of the noise of every step.
+        device: where the parameters are.
+        steps: number of optimisation steps of the whole run.
+        learning_rate: peak learning rate of log alpha.
+        lr_warmup_steps: steps of linear warm-up of all learning rates, which then fall to 0.
+        weight_decay, adam_epsilon: AdamW's.
+        init_mean, init_std: log alphas start at N(init_mean, init_std).
     """
 
+    graph: CircuitGraph = field(kw_only=False)
+    seed: int
+    device: torch.device | str
+    steps: int
+    learning_rate: float
+    lr_warmup_steps: int
+    weight_decay: float = 0.0
+    adam_epsilon: float
+    init_mean: float
+    init_std: float
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self.log_alpha = self.new_log_alpha(self.graph.num_edges)
+        self.parameters = {"edge_log_alpha": self.log_alpha}
+        settings = {"eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+        self.optimizer = torch.optim.AdamW([self.log_alpha], self.learning_rate, **settings)
+
     def gates(self, step: int) -> Tensor:
-        """The gates of a training step.
+        """The gates of a training step: [edge] in [0, 1], without gradient history.
 
-        Args:
-            step: number of steps done before this one.
-
-        Returns:
-            [edge] in [0, 1], without gradient history. A function of the parameters, the seed and
-            `step` alone, hence the same on every process and in a resumed run.
+        They depend on the parameters, the seed and `step` (the number of steps done) alone, hence
+        are the same on every process and in a resumed run.
         """
-        ...
+        raise NotImplementedError
 
     def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         """Do one optimisation step; called once after each `gates(step)`.
@@ -39,7 +70,7 @@ class Method(Protocol):
         Args:
             step: as given to `gates`.
             distance: scalar; distance of the circuit from the full model on the batch.
-            grad_gates: [edge]; gradient of `distance` with respect to the gates.
+            grad_gates: [edge]; its gradient.
 
         Returns:
             What is logged: `loss` and `distance`, then the method's own numbers, the most
@@ -48,20 +79,119 @@ class Method(Protocol):
         Raises:
             FloatingPointError: the loss or the gradient is not finite; nothing was changed.
         """
-        ...
+        raise NotImplementedError
 
-    def scores(self) -> EdgeScores:
-        """The current scores; `origin` names the method."""
-        ...
+    def new_log_alpha(self, count: int) -> Tensor:
+        """[count], a leaf; drawn on the CPU and then moved to the device."""
+        values = self.init_mean + self.init_std * torch.randn(count, generator=self._generator)
+        return values.to(self.device).requires_grad_()
+
+    def noise(self, step: int) -> Tensor:
+        """[edge], uniform noise for a step's gates."""
+        counts = (self.graph.num_edges,)
+        return hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)[0]
+
+    def apply_gradients(self, step: int) -> float:
+        """Do a step of AdamW and clear the gradients; returns the learning rate of log alpha."""
+        factor = learning_rate_factor(step, self.steps, self.lr_warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.learning_rate * factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the next step depends on: parameters, multipliers, optimiser state."""
-        ...
+        """Everything the next step depends on: parameters by name, AdamW's state as `name/key`.
+
+        `scores_from_state` reads the scores from it.
+        """
+        state = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = value
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`, to the same bits.
 
         Raises:
-            CheckpointError: the state belongs to another graph or another method.
+            CheckpointError: the state belongs to another graph or method; nothing was changed.
         """
-        ...
+        check_shapes(state, {name: x.shape for name, x in self.parameters.items()})
+        for name, parameter in self.parameters.items():
+            parameter.detach().copy_(state[name])
+            prefix = f"{name}/"
+            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if found:  # AdamW keeps its count of steps on the CPU
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in found.items()
+                }
+
+
+def rising_target(step: int, start: float, end: float, warmup_steps: int, shape: str) -> float:
+    """The target sparsity of a step: rises over `warmup_steps`, then stays; steps count from 0.
+
+    `shape` is "linear", or "logarithmic": 1 - target falls by the same factor in each step (at once
+    if `end` is 1).
+    """
+    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    if shape == "linear":
+        return start + (end - start) * progress
+    return 1 - (1 - start) ** (1 - progress) * (1 - end) ** progress
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to 1, then linear decay to 0 at the end; steps count from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
+
+
+def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:
+    """Read scalars as floats, waiting for the device once.
+
+    Raises:
+        FloatingPointError: the scalar `loss` or the sum of the gradient is not finite.
+    """
+    *read, gradient = torch.stack([*scalars.values(), grad_gates.sum()]).tolist()
+    values = dict(zip(scalars, read, strict=True))
+    if not (math.isfinite(values["loss"]) and math.isfinite(gradient)):
+        raise FloatingPointError(f"the loss is {values['loss']}, the sum of gradients {gradient}")
+    return values
+
+
+def scores_from_state(
+    graph: CircuitGraph, state: Mapping[str, Tensor], origin: Mapping[str, Any]
+) -> EdgeScores:
+    """The log odds of p = sigmoid(edge log alpha): without node gates, log alpha itself.
+
+    With node gates p is multiplied by sigmoid(log alpha of the writer).
+
+    Raises:
+        CheckpointError: the state does not fit the graph.
+    """
+    log_alpha = log_alphas(graph, state)
+    if "node" not in log_alpha:
+        return EdgeScores(graph, log_alpha["edge"], origin=origin)
+    edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
+    log_p = edge + node[torch.tensor(graph.edge_writers())]
+    return EdgeScores(graph, log_p - torch.log(-torch.expm1(log_p)), origin=origin)
+
+
+def log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; float32 on the CPU."""
+    counts = {"edge": graph.num_edges}
+    if "node_log_alpha" in state:
+        counts["node"] = graph.num_writers
+    check_shapes(state, {f"{kind}_log_alpha": (count,) for kind, count in counts.items()})
+    return {kind: state[f"{kind}_log_alpha"].detach().cpu() for kind in counts}
+
+
+def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the state has tensors of these names and shapes."""
+    for name, shape in shapes.items():
+        found = list(state[name].shape) if name in state else "missing"
+        if found != list(shape):
+            wrong = f"{name} is {found}, expected shape {list(shape)}"
+            raise CheckpointError(f"the checkpoint is of another graph or method: {wrong}")

@@ -30,7 +30,7 @@ from edgeprune.evaluation.report import RunRecord
 from edgeprune.files import file_digest, put_in_place, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
-from edgeprune.methods import scores_from_state
+from edgeprune.methods.method import scores_from_state
 from edgeprune.runs import layout
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
@@ -323,7 +323,7 @@ def claim(config: PruneConfig, world: World) -> Iterator[Run]:
 
     try:
         world.on_rank_zero(prepare)
-        is_new = bool(world.from_rank_zero(int(new.exists())))
+        is_new = world.any(world.is_rank_zero and new.exists())
         yield Run(new if is_new else place, config, is_new=is_new)
     finally:
         for lock in held:

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine."""
+"""Starting the processes of a run on this machine, and the signals that stop them."""
 
 from __future__ import annotations
 
@@ -6,51 +6,44 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from edgeprune.errors import ConfigError, JobFailed
-
-
-def stop_signals() -> list[int]:
-    """Signals that stop a run; SIGHUP only if it is not ignored (as it is under nohup)."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return numbers if is_ignored else [*numbers, signal.SIGHUP]
+from edgeprune.errors import JobFailed
 
 
-def in_processes() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return "WORLD_SIZE" in os.environ
-
-
-def check_launched(count: int | None) -> None:
-    """In a process started by a launcher, check the number of processes in the settings.
+@contextmanager
+def on_stop_signals(
+    handler: Callable[[int, object], None], *, restore_on_error: bool = True
+) -> Iterator[None]:
+    """Handle SIGINT, SIGTERM, SIGUSR1 and, unless it is ignored (as under nohup), SIGHUP.
 
     Args:
-        count: `launcher.processes`; 1 (the default) and None accept any number.
-
-    Raises:
-        ConfigError: it differs from the number that was started.
+        restore_on_error: whether the old handlers return after an exception too.
     """
-    started = os.environ["WORLD_SIZE"]
-    if count not in (None, 1) and str(count) != started:
-        raise ConfigError(
-            f"launcher.processes={count}, but {started} were started; leave it out where "
-            "`accelerate launch`, `torchrun` or a batch script starts the processes"
-        )
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, handler) for number in numbers}
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if completed or restore_on_error:
+            for number in old:
+                signal.signal(number, old[number])
 
 
 def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
     """Run `edgeprune prune` in several processes on this machine, with `accelerate launch`.
-
-    Signals to this process are forwarded to them.
 
     Args:
         count: number of processes; None: one per GPU.
         overrides: the settings of the run.
 
     Raises:
-        JobFailed: a process failed or was stopped.
+        JobFailed: a process failed or was stopped; signals to this process are forwarded.
     """
     if count is None:
         import torch
@@ -70,12 +63,8 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
         received.append(number)
         process.terminate()
 
-    old = {number: signal.signal(number, stop) for number in stop_signals()}
-    try:
+    with on_stop_signals(stop):
         code = process.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
     if code != 0:
         raise JobFailed(
             f"the run's {count} processes exited with code {code}; see their messages above. "

@@ -6,10 +6,8 @@ and a SHA-256 over the names and bytes of all tensors.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +25,7 @@ log = logging.getLogger("edgeprune")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training continues from.
-
-    Attributes:
-        step: number of optimisation steps done.
-        state: see `Method.state_dict`.
-    """
+    """The number of optimisation steps done, and `Method.state_dict()` after them."""
 
     step: int
     state: Mapping[str, Tensor]
@@ -54,15 +47,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: the disk is full or read-only; earlier checkpoints are untouched.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in checkpoint.state.items()}
-    metadata = {"checkpoint": _label(checkpoint.step, state)}  # several would come in any order
+    metadata = {"checkpoint": _label(checkpoint.step, state)}  # one entry, to have one order
     path = checkpoint_path(folder, checkpoint.step)
     try:
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
     except (OSError, SafetensorError) as error:
-        remedy = "free some space" if _is_disk_full(error) else "remove the cause"
         raise CheckpointError(
-            f"cannot save the checkpoint of step {checkpoint.step} in {folder}: {error}. Earlier "
-            f"checkpoints are intact; {remedy} and continue with resume=auto"
+            f"cannot save {path}: {error}. Earlier checkpoints are intact; remove the cause and "
+            "continue with resume=auto"
         ) from None
 
 
@@ -78,11 +70,11 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"no checkpoint of step {step} in {folder}; available: {available}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            label = (file.metadata() or {}).get("checkpoint")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
-    if metadata.get("checkpoint") != _label(step, state):
+    if label != _label(step, state):
         raise CheckpointError(f"checkpoint {path} is damaged: it was altered after it was written")
     return Checkpoint(step, state)
 
@@ -104,10 +96,3 @@ def _label(step: int, state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode() + b"\0")
         digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
     return f"step {step}, sha256 {digest.hexdigest()}"
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Whether a disk or a quota is full; safetensors gives the number only within its message."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT)

@@ -1,55 +1,69 @@
-"""Progress of long work: a bar on a terminal, a few lines elsewhere."""
+"""Where the numbers of a run are shown: a progress bar or a few lines, and Weights & Biases."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+
+from edgeprune.training.trainer import StepMetrics
 
 log = logging.getLogger("edgeprune")
 
 
 @contextmanager
 def progress(
-    total: int, text: str, *, enabled: bool = True
+    total: int, unit: str, *, enabled: bool = True
 ) -> Iterator[Callable[[int, object], None]]:
-    """Show the progress of `total` units of work.
-
-    Args:
-        total: number of units.
-        text: what a unit is called, such as "step".
-        enabled: if False, nothing is shown.
+    """Show the progress of `total` units of work, such as steps, unless it is disabled.
 
     Yields:
         A function to call with the number of units done and something to show next to it.
     """
-    if not enabled:
-        yield lambda done, status="": None
-    elif sys.stderr.isatty():
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(text, total=total)
-            yield lambda done, status="": bar.update(
-                task, completed=done, description=f"{text} {done}/{total}  {status}"
-            )
-    else:
-        yield _log_quarters(total, text)
+    start, quarters = time.perf_counter(), set()
 
-
-def _log_quarters(total: int, text: str) -> Callable[[int, object], None]:
-    """Log the first call and each quarter of the work."""
-    start, last = time.perf_counter(), -1
-
-    def show(done: int, status: object = "") -> None:
-        nonlocal last
-        quarter = 4 * done // total
-        if quarter > last:
+    def log_quarters(done: int, status: object) -> None:
+        if 4 * done // total not in quarters:
+            quarters.add(4 * done // total)
             seconds = time.perf_counter() - start
-            log.info(f"{text} {done}/{total}  {status}  {seconds:.0f} s")
-            last = quarter
+            log.info(f"{unit} {done}/{total}  {status}  {seconds:.0f} s")
 
-    return show
+    if not enabled:
+        yield lambda done, status: None
+    elif not sys.stderr.isatty():
+        yield log_quarters
+    else:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda done, status: bar.update(
+                task, completed=done, description=f"{unit} {done}/{total}  {status}"
+            )
+
+
+@contextmanager
+def open_tracker(
+    project: str, run_dir: Path, settings: dict[str, Any]
+) -> Iterator[Callable[[StepMetrics], None]]:
+    """Open a wandb run, offline without an API key; yields a function that logs a step."""
+    import wandb
+
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
+    mode = None if has_key or "WANDB_MODE" in os.environ else "offline"
+    run = wandb.init(project=project, name=run_dir.name, dir=run_dir, config=settings, mode=mode)
+    exit_code = 1
+    try:
+        yield lambda metrics: run.log(
+            {name: x for name, x in metrics.to_dict().items() if x is not None}, step=metrics.step
+        )
+        exit_code = 0
+    finally:
+        run.finish(exit_code)

@@ -1,30 +1,37 @@
-"""The trainer: one optimisation step after another, for any method. It touches no files."""
+"""The trainer, which does one optimisation step after another, and the loop around it."""
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.activations import Activations
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
-from edgeprune.errors import ConfigError, TrainingError
-from edgeprune.methods.method import Method
+from edgeprune.errors import ConfigError, Interrupted, ProcessError, TrainingError
+from edgeprune.methods.method import Method, scores_from_state
 from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair, collate, training_pairs
+from edgeprune.scale.launch import on_stop_signals
 from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.checkpoint import Checkpoint
+
+log = logging.getLogger("edgeprune")
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,8 @@ class StepMetrics:
     Attributes:
         step: number of steps done, including this one.
         loss: what was minimised.
-        kl: nats per predicted token; None where the model's outputs are not logits.
-        unexplained: fraction of the outputs' variance that is unexplained; None where they are
-            logits.
+        kl: nats per predicted token, where the model's outputs are logits; else None.
+        unexplained: fraction of the outputs' variance, where they are not logits; else None.
         values: the method's own numbers, such as `sparsity`, `target` and `learning_rate`.
     """
 
@@ -48,13 +54,8 @@ class StepMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in one flat dictionary, as in a line of metrics.jsonl."""
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "kl": self.kl,
-            "unexplained": self.unexplained,
-            **self.values,
-        }
+        shared = {name: value for name, value in vars(self).items() if name != "values"}
+        return {**shared, **self.values}
 
     def __str__(self) -> str:
         """The distance and the first two of the method's numbers, for a progress bar."""
@@ -63,61 +64,52 @@ class StepMetrics:
         return "  ".join([distance, *shown])
 
 
+@dataclass(eq=False)
 class Trainer:
     """Runs the circuit on batches and lets a method learn from the gradient of its gates.
 
-    Args:
+    Attributes:
         model: the frozen model.
         pairs: training prompts.
         method: gives the gates of each step and learns from their gradient.
-        steps: number of optimisation steps of the whole run.
-        batch_size: pairs per step.
+        settings: number of steps, batch size, and how a batch is run.
         seed: seed of the order of the data.
         ablation: the values of ablated edges.
-        world: the processes that share the run, each with a trainer of its own; together they take
-            the same step as a single process would.
-        micro_batch_size: pairs run at a time, to save memory; None runs the whole batch.
-        recompute: whether blocks are run again in the backward pass, to save memory.
-        cuda_graph: whether passes are recorded as CUDA graphs and replayed.
+        world: the processes that share the run, each with a trainer of its own.
+        step: number of optimisation steps done.
 
     Raises:
-        ConfigError: a batch has fewer pairs than there are processes; a batch is to be split
-            although the model's outputs are not logits; or CUDA graphs without a GPU.
+        ConfigError: a batch cannot be split as asked for, or CUDA graphs without a GPU.
     """
 
-    def __init__(
-        self,
-        model: CircuitModel,
-        pairs: Sequence[Pair],
-        method: Method,
-        *,
-        steps: int,
-        batch_size: int,
-        seed: int,
-        ablation: Ablation,
-        world: World | None = None,
-        micro_batch_size: int | None = None,
-        recompute: bool = False,
-        cuda_graph: bool = False,
-    ) -> None:
-        self.model, self.pairs, self.method = model, pairs, method
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.ablation = ablation
-        self.world = world or World()
-        self.micro_batch_size, self.recompute = micro_batch_size, recompute
-        self.cuda_graph = cuda_graph
-        self.step = 0
-        self.world.check_batch(min(batch_size, len(pairs)))
-        if model.output is not Output.logits and (micro_batch_size or self.world.count > 1):
+    model: CircuitModel
+    pairs: Sequence[Pair]
+    method: Method
+    settings: TrainerConfig
+    seed: int
+    ablation: Ablation
+    world: World = field(default_factory=World)
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        settings, world, device = self.settings, self.world, self.model.device.type
+        size = min(settings.batch_size, len(self.pairs))
+        if size < world.count:
             raise ConfigError(
-                f"the outputs of {model.name} are not logits, and their variance is computed over "
-                "the whole batch; leave out trainer.micro_batch_size, and start one process"
+                f"a step has {size} pairs, but there are {world.count} processes; start fewer"
             )
-        if cuda_graph and model.device.type != "cuda":
+        is_split = settings.micro_batch_size or world.count > 1
+        if is_split and self.model.output is not Output.logits:
             raise ConfigError(
-                f"trainer.cuda_graph=true requires a GPU, but the model is on {model.device.type}; "
-                "leave it out"
+                f"the outputs of {self.model.name} are not logits; their variance is that of whole "
+                "batches: leave out trainer.micro_batch_size, and start one process"
             )
+        if settings.cuda_graph and device != "cuda":
+            raise ConfigError(f"trainer.cuda_graph=true requires a GPU; the model is on {device}")
+        self._differentiate_batch = partial(differentiate, self.model, recompute=settings.recompute)
+        if settings.cuda_graph:
+            graphs = CudaGraphs(self.model, recompute=settings.recompute)
+            self._differentiate_batch = graphs.differentiate
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -126,16 +118,15 @@ class Trainer:
             TrainingError: the loss or a gradient is not finite; nothing was changed.
             ProcessError: another process died or stopped responding; nothing was changed.
         """
-        pairs = training_pairs(self.pairs, self.batch_size, self.seed, self.step)
+        pairs = training_pairs(self.pairs, self.settings.batch_size, self.seed, self.step)
         gates = self.method.gates(self.step)
         distance, grad_gates = self.differentiate(pairs, gates)
         try:
             values = self.method.update(self.step, distance, grad_gates)
         except FloatingPointError as error:
             raise TrainingError(
-                f"step {self.step + 1}: {error}, on the batch that begins with "
-                f"{pairs[0].text!r}; the state before this step is kept. Lower "
-                "trainer.learning_rate, or use model.dtype=float32"
+                f"step {self.step + 1}: {error}, on the batch that begins with {pairs[0].text!r}; "
+                "lower trainer.learning_rate, or use model.dtype=float32"
             ) from None
         self.step += 1
         loss, distance = values.pop("loss"), values.pop("distance")
@@ -147,18 +138,12 @@ class Trainer:
         """Distance of the circuit from the full model on a batch, and its gradient.
 
         Args:
-            pairs: the batch, over all processes.
+            pairs: the batch, to be divided among the processes; all get the same result.
             gates: [edge] in [0, 1].
-
-        Returns:
-            The distance, a scalar, and its gradient with respect to the gates, [edge]; the same on
-            every process.
         """
         part = partial(self._differentiate_part, pairs, gates.detach())
-        if is_sharded(self.model.architecture.blocks[0].layer):  # gathers layers from the others
-            distance, grad_gates = self.world.collective(part)
-        else:
-            distance, grad_gates = part()
+        waits = is_sharded(self.model.architecture.blocks[0].layer)  # for layers of other processes
+        distance, grad_gates = self.world.collective(part) if waits else part()
         self.world.sum([distance, grad_gates])
         return distance, grad_gates
 
@@ -168,7 +153,7 @@ class Trainer:
         total = torch.zeros((), device=gates.device)
         grad_gates = torch.zeros_like(gates)
         part = self.world.part(pairs)
-        size = self.micro_batch_size or len(part)
+        size = self.settings.micro_batch_size or len(part)
         for start in range(0, len(part), size):
             batch = collate(part[start : start + size]).to(gates.device)
             reference, corrupted = self._run_pair(batch)
@@ -180,34 +165,112 @@ class Trainer:
         return total, grad_gates
 
     @cached_property
-    def _differentiate_batch(self) -> Callable[..., Gradient]:
-        """See `engine.gradient.differentiate`."""
-        if self.cuda_graph:
-            return CudaGraphs(self.model, recompute=self.recompute).differentiate
-        return partial(differentiate, self.model, recompute=self.recompute)
-
-    @cached_property
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
-        size = self.micro_batch_size or math.ceil(self.batch_size / self.world.count)
-        return KeptPasses.where_they_fit(
-            self.model, self.pairs, size, corrupted=self.ablation.needs_corrupted
-        )
+        per_process = math.ceil(self.settings.batch_size / self.world.count)
+        size = self.settings.micro_batch_size or per_process
+        corrupted = self.ablation.needs_corrupted
+        return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
 
     def scores(self) -> EdgeScores:
-        """The method's current scores; `origin` also has the step."""
-        scores = self.method.scores()
-        return replace(scores, origin={**scores.origin, "step": self.step})
+        """The method's current scores; `origin` names the method and the step."""
+        origin = {"method": self.settings.method, "step": self.step}
+        return scores_from_state(self.model.graph, self.method.state_dict(), origin)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         return Checkpoint(self.step, self.method.state_dict())
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, to the same bits as without the interruption.
-
-        Raises:
-            CheckpointError: it belongs to another graph or another method.
-        """
+        """Continue from a checkpoint, to the same bits as without the interruption."""
         self.method.load_state_dict(checkpoint.state)
         self.step = checkpoint.step
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+Listener = Callable[[StepMetrics], object]
+
+
+class Store(Protocol):
+    """Where a run keeps its checkpoints and metrics: a folder, `path`."""
+
+    path: Path
+
+    def latest(self) -> Checkpoint | None: ...
+    def save(self, checkpoint: Checkpoint) -> None: ...
+    def log(self, metrics: dict[str, Any]) -> None: ...
+    def truncate_log(self, step: int) -> None: ...
+
+
+def train(
+    trainer: Trainer, *, store: Store | None = None, listeners: Sequence[Listener] = ()
+) -> None:
+    """Train to the end, from the latest checkpoint of the store if it has one.
+
+    A stop signal ends training after the current step; a second one interrupts at once, except
+    under several processes, whose launchers repeat signals and kill what takes too long.
+
+    Args:
+        trainer: at step 0. Under several processes each calls this with its own trainer and store;
+            all read the checkpoint, and rank 0 alone writes.
+        store: where checkpoints and metrics are kept; None writes nothing and handles no signals.
+        listeners: called after each step.
+
+    Raises:
+        Interrupted: by a signal (see `on_stop_signals`), after a checkpoint was saved.
+        TrainingError: the loss is not finite; the state before it is saved.
+        CheckpointError: a checkpoint cannot be written or does not fit.
+    """
+    alone, received = trainer.world.count == 1, []
+    if store is None:
+        return _train(trainer, store, listeners, received)
+
+    def receive(number: int, frame: object) -> None:
+        if received and alone and number != signal.SIGHUP:  # shell and terminal both send SIGHUP
+            raise KeyboardInterrupt
+        received.append(number)
+
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
+    trainer.world.check_same("the checkpoints", str(trainer.step))
+    if trainer.world.is_rank_zero:
+        store.truncate_log(trainer.step)
+    # With several processes, one that fails ignores signals until it has reported the reason.
+    with on_stop_signals(receive, restore_on_error=alone):
+        _train(trainer, store, listeners, received)
+
+
+def _train(
+    trainer: Trainer, store: Store | None, listeners: Sequence[Listener], received: list[int]
+) -> None:
+    """Do the steps that remain, until a signal is received."""
+    settings, world, saved = trainer.settings, trainer.world, trainer.step
+    writes = store is not None and world.is_rank_zero
+    while trainer.step < settings.steps:
+        try:
+            metrics = trainer.train_step()
+        except (TrainingError, ProcessError, torch.OutOfMemoryError):
+            if writes and trainer.step != saved:
+                store.save(trainer.checkpoint())
+            raise
+        is_last = trainer.step == settings.steps
+        if writes and (is_last or trainer.step % settings.log_every == 0):
+            store.log(metrics.to_dict())
+        for listener in listeners:
+            listener(metrics)
+        stop = world.any(bool(received))
+        if is_last or stop or trainer.step % settings.checkpoint_every == 0:
+            saved = trainer.step
+            if writes:
+                store.save(trainer.checkpoint())
+        if stop:
+            world.any(False)  # wait until rank 0 has saved
+            number = received[0] if received else signal.SIGTERM
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} after step {trainer.step}; a checkpoint "
+                f"was saved in {store.path}. Continue with the same command and resume=auto",
+                number,
+            )
