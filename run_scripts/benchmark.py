@@ -42,10 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # edgeprune need n
 
 import published
 
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import CircuitModel, lookaheads
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import StepInputs, differentiate
-from edgeprune.engine.lookahead import lookaheads
 from edgeprune.errors import UserError
 from edgeprune.files import write_json
 from edgeprune.methods import hard_concrete
@@ -194,7 +193,9 @@ def gradient_cosine(
     gradients = []
     for kind in ("float32", dtype):
         model.release()
-        model.to(getattr(torch, kind))
+        for module in (model.architecture.body, model.architecture.unembed):
+            for weight in module.parameters():
+                weight.data = weight.data.to(getattr(torch, kind))
         if fused and gradients:
             fuse(model)
         leaf = gates.clone().requires_grad_()

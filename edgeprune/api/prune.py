@@ -104,7 +104,6 @@ def prune(
         TrainingError: the loss is not finite.
     """
     config = trainer_config(trainer, settings)
-    CircuitModel.check(model)
     model.check_prompts(pairs)
     whole = from_dict(PruneConfig, {
         "model": {"path": model.name}, "run_dir": "-", "sparsity": sparsity,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.errors import ConfigError, DataError
 from edgeprune.prompts import Batch, Pair, iterate_batches
 
@@ -20,16 +18,18 @@ KINDS = ("interchange", "zero", "mean")
 class Ablation:
     """Provides the ablation values of each batch.
 
-    Attributes:
-        kind: `interchange`, `zero` or `mean`.
-        needs_corrupted: whether the values are activations on the corrupted prompts.
-
     Args:
         model: the model whose activations are averaged for mean ablation.
-        kind: see above.
+        kind: `interchange`, `zero` or `mean`.
         reference_set: the prompts; mean ablation averages over the clean ones.
         per_position: whether mean ablation uses one mean per position, or one over all positions.
         batch_size: pairs per forward pass of mean ablation.
+
+    Attributes:
+        kind: as given.
+        needs_corrupted: whether the values are activations on the corrupted prompts.
+        means: the mean activations of mean ablation, with a batch axis of length 1, and a position
+            axis of length 1 unless `per_position`.
 
     Raises:
         ConfigError: unknown kind.
@@ -47,7 +47,7 @@ class Ablation:
     ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(KINDS)}")
-        self.kind = kind
+        self.kind, self.per_position = kind, per_position
         self.needs_corrupted = kind == "interchange"
         if self.needs_corrupted and all(p.clean_ids == p.corrupted_ids for p in reference_set):
             raise DataError(
@@ -55,11 +55,9 @@ class Ablation:
                 "interchange ablation changes nothing; give corrupted prompts with other answers, "
                 "or use ablation zero or mean"
             )
-        self.means: MeanActivations | None = None
+        self.means: Activations | None = None
         if kind == "mean":
-            self.means = mean_activations(
-                model, reference_set, batch_size, per_position=per_position
-            )
+            self.means = _mean_activations(model, reference_set, batch_size, per_position)
 
     @classmethod
     def of(
@@ -80,30 +78,12 @@ class Ablation:
         Args:
             batch: the prompts.
             corrupted: activations on their corrupted prompts, if `needs_corrupted`.
-        """
-        if self.needs_corrupted:
-            return corrupted
-        return None if self.means is None else self.means.for_batch(batch)
-
-
-@dataclass(frozen=True)
-class MeanActivations:
-    """Mean activations, with a batch axis of length 1.
-
-    Attributes:
-        means: the position axis has length 1 unless `per_position`.
-        per_position: whether there is one mean per position.
-    """
-
-    means: Activations
-    per_position: bool
-
-    def for_batch(self, batch: Batch) -> Activations:
-        """Expand the means to the shape of a batch.
 
         Raises:
-            ValueError: the batch has positions that the reference set does not have.
+            ValueError: the batch has positions for which there is no mean.
         """
+        if self.means is None:
+            return corrupted if self.needs_corrupted else None
         num_examples, length = batch.clean_ids.shape
         known = self.means.residuals[0].shape[-2]
         if self.per_position and length > known:
@@ -120,17 +100,10 @@ class MeanActivations:
 
 
 @torch.no_grad()
-def mean_activations(
-    model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, per_position: bool
-) -> MeanActivations:
-    """Average the activations on the clean prompts of a reference set; padding is left out.
-
-    Args:
-        model: the model.
-        pairs: the reference set.
-        batch_size: pairs per forward pass.
-        per_position: whether to compute one mean per position, or one over all positions.
-    """
+def _mean_activations(
+    model: CircuitModel, pairs: Sequence[Pair], batch_size: int, per_position: bool
+) -> Activations:
+    """Average the activations on the clean prompts; padding is left out."""
     totals: Activations | None = None
     width = max(len(pair.clean_ids) for pair in pairs)
     counts = torch.zeros(width)
@@ -154,5 +127,4 @@ def mean_activations(
         totals = totals.map(lambda x: x.sum(-2, keepdim=True))
         counts = counts.sum(0, keepdim=True)
     like = next(model.architecture.body.parameters())
-    means = totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))
-    return MeanActivations(means, per_position)
+    return totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))

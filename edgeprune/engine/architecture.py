@@ -11,27 +11,16 @@ from edgeprune.metrics import Output
 
 
 class Block(Protocol):
-    """One transformer block, run with a separate input per reader.
+    """One transformer block, run with a separate input per reader."""
 
-    Attributes:
-        layer: the loaded module of the whole block.
-        d_head: width of a head.
-        attention_norm: the norm of the queries', keys' and values' inputs.
-        attention_output: the output projection of the heads.
-        mlp_norm: the norm of the MLP's input.
-        mlp: everything between `mlp_norm` and the residual stream.
-        mlp_output: the loaded module whose output the MLP adds to the residual stream.
-        fused: whether a Triton kernel applies `attention_norm` and projects; may be set.
-    """
-
-    layer: nn.Module
+    layer: nn.Module  # the loaded module of the whole block
     d_head: int
-    attention_norm: nn.Module
-    attention_output: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-    mlp_output: nn.Module
-    fused: bool
+    attention_norm: nn.Module  # the norm of the queries', keys' and values' inputs
+    attention_output: nn.Module  # the output projection of the heads
+    mlp_norm: nn.Module  # the norm of the MLP's input
+    mlp: nn.Module  # everything between `mlp_norm` and the residual stream
+    mlp_output: nn.Module  # the loaded module whose output is added to the residual stream
+    fused: bool  # whether Triton kernels apply `attention_norm` and project; may be set
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
@@ -48,33 +37,21 @@ class Block(Protocol):
         """Scale the heads' values so that the heads' outboxes are linear in them."""
         ...
 
-    def head_delta(
-        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
-    ) -> Tensor:
+    def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
         """The heads' deltas, [head, ..., d_model]; see `heads.project_from_heads`."""
         ...
 
 
 class Architecture(Protocol):
-    """A loaded model with its parts named.
+    """A loaded model with its parts named."""
 
-    Attributes:
-        embedding_writers: names of the embedding writers, in order.
-        output: what `logits` returns.
-        may_pad: whether padding on the right leaves the positions before it unchanged.
-        blocks: one per layer.
-        body: the model without `unembed`.
-        final_norm: the norm before `unembed`.
-        unembed: the projection to the vocabulary.
-    """
-
-    embedding_writers: tuple[str, ...]
-    output: Output
-    may_pad: bool
+    embedding_writers: tuple[str, ...]  # in order
+    output: Output  # what `logits` returns
+    may_pad: bool  # whether padding on the right leaves the positions before it unchanged
     blocks: Sequence[Block]
-    body: nn.Module
+    body: nn.Module  # the model without `unembed`
     final_norm: nn.Module
-    unembed: nn.Module
+    unembed: nn.Module  # the projection to the vocabulary
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""

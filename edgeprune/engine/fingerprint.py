@@ -16,13 +16,7 @@ CHUNK_SIZE = 2**22
 
 
 def fingerprint(architecture: Architecture, tokenizer: Any, settings: dict[str, Any]) -> str:
-    """SHA-256 that changes with any weight (see `_bit_sums`), any setting and the tokenizer.
-
-    Args:
-        architecture: has the weights.
-        tokenizer: a fast tokenizer is included; anything else is ignored.
-        settings: JSON values.
-    """
+    """SHA-256 that changes with any weight, any setting (JSON values) and a fast tokenizer."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if hasattr(tokenizer, "backend_tokenizer"):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -39,7 +33,7 @@ def fingerprint(architecture: Architecture, tokenizer: Any, settings: dict[str, 
 
 
 def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum a weight's bit patterns, read as integers, over its rows and over its columns.
+    """Sum a weight's bit patterns, as integers, over its rows and over its columns.
 
     Integer sums are exact, so they are the same on every device, and any single edit changes them.
     The scales of weights in 4 or 8 bits are not included.

@@ -14,14 +14,12 @@ from torch.autograd.function import once_differentiable
 def attention_mask(
     make: Callable[..., Any], config: Any, embeddings: Tensor, window: int | None = None
 ) -> Any:
-    """Make a causal mask with the library, or None where SDPA needs none.
+    """Make a causal mask with a function of the library, or None where SDPA needs none.
 
     The library leaves out such masks as well, but in some versions not while a CUDA graph is
     recorded; the graph would then contain another kernel than the ordinary step.
 
     Args:
-        make: the library's function.
-        config: the model's configuration.
         embeddings: [batch, pos, d_model], without padding on the left.
         window: size of the sliding window, in tokens; None: no window.
     """
@@ -37,12 +35,7 @@ def is_foldable(norm: nn.Module) -> bool:
 
 
 def project_to_heads(
-    x: Tensor,
-    norm: nn.Module,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    *,
-    fused: bool = False,
+    x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None, fused: bool = False
 ) -> Tensor:
     """Norm and project a separate input per head.
 
@@ -138,21 +131,16 @@ def centre(x: Tensor) -> Tensor:
 
 
 def project_from_heads(
-    values: Tensor,
-    ablation_values: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    centred: bool,
+    values: Tensor, ablated: Tensor | None, weight: Tensor, bias: Tensor | None, *, centred: bool
 ) -> Tensor:
-    """Compute the heads' outboxes minus what ablated edges carry.
+    """Compute the heads' deltas: their outboxes minus what ablated edges carry.
 
     The bias of the output projection is divided equally among the heads; it cancels in a
     difference.
 
     Args:
         values: [..., head * d_head].
-        ablation_values: the same shape, or None for zero outboxes.
+        ablated: what ablated edges carry: the same shape, or None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
         centred: whether to subtract the mean over d_model.
@@ -163,9 +151,9 @@ def project_from_heads(
     num_heads, _, d_model = weight.shape
     if centred:  # the weights are smaller than the outboxes
         weight = centre(weight)
-    delta = values if ablation_values is None else values - ablation_values
+    delta = values if ablated is None else values - ablated
     by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
-    if ablation_values is None and bias is not None:
+    if ablated is None and bias is not None:
         share = centre(bias) if centred else bias
         share = (share / num_heads).expand(num_heads, 1, d_model)
         outboxes = torch.baddbmm(share, by_head, weight)

@@ -71,14 +71,12 @@ def _tile(weight: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _place(num_tokens, d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):
-    """What a program works on.
+    """The part of the arrays that a program computes.
 
     Returns:
-        head: a scalar.
-        tokens, among_all, is_token: [TOKENS]: indices within the head and among all heads, and
-            whether they are in range.
-        own: [PADDED], indices into d_head.
-        in_y, is_y: [TOKENS, PADDED]: offsets into y, and whether they are in range.
+        The head; the tokens' indices within the head and among all heads, and whether they exist,
+        [TOKENS] each; the indices into d_head, [PADDED]; the offsets into y and whether they exist,
+        [TOKENS, PADDED] each.
     """
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)

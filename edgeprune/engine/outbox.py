@@ -34,8 +34,7 @@ in reverse order:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -49,39 +48,25 @@ MULTIPLE = 8
 
 
 class Workspace:
-    """Named buffers, kept from one step to the next.
+    """Named flat buffers, kept from one step to the next.
 
     Attributes:
+        buffers: the buffers by name.
         generation: number of forward passes that have used the workspace.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.generation = 0
 
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """All buffers, as flat tensors."""
-        return tuple(self._buffers.values())
-
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor in a named buffer, valid until the same name is taken again.
-
-        Args:
-            name: name of the buffer, which grows if it is too small.
-            shape: shape of the tensor.
-            like: a tensor of the same dtype and device.
-        """
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if (
-            buffer is None
-            or buffer.numel() < size
-            or buffer.dtype != like.dtype
-            or buffer.device != like.device
-        ):
-            self._buffers.pop(name, None)  # frees the old buffer before the new one is allocated
-            buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        """An uninitialised tensor of like's dtype and device, valid until its name is taken again."""
+        size, kind = math.prod(shape), (like.dtype, like.device)
+        buffer = self.buffers.pop(name, None)
+        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
+            del buffer  # frees its memory before the new buffer is allocated
+            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        self.buffers[name] = buffer
         return buffer[:size].view(shape)
 
     def take_outboxes(self, name: str, count: int, like: Tensor) -> Tensor:
@@ -108,7 +93,7 @@ class Outboxes:
         gates: per site, [reader, writer], in the dtype of the deltas.
         grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
         delta: [token, writer, d_model].
-        gradients: the gradients of the deltas; None if gradients are disabled.
+        gradients: the gradients of the deltas.
         num_written: number of writers that have been written.
     """
 
@@ -124,28 +109,30 @@ class Outboxes:
     ) -> None:
         workspace.generation += 1
         self.workspace = workspace
-        self._generation = workspace.generation
+        self.generation = workspace.generation
         self._batch_pos = like.shape[:2]
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
         grad_gates = torch.empty_like(gates)  # filled completely: every edge is mixed once
         self.grad_gates = split_by_site(grad_gates, sites)
         num_writers += MULTIPLE if _pads_writers(like) else 1  # room for the base and the padding
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
-        self.gradients = _DeltaGradients(workspace, self.delta) if torch.is_grad_enabled() else None
+        self.gradients = _DeltaGradients(workspace, self.delta)
         self.num_written = 0
         self._site = 0  # the next site to be read
-        self._keep_inputs = keep_inputs
-        self._inputs = self.delta[:, :0]  # [token, reader, d_model], of the current look-ahead
-        self._num_read = 0  # readers of the current look-ahead that have been read
         self._num_inputs = 0  # readers of all look-aheads so far
-        self._mixed: list[_Mixed] = []  # of the current look-ahead, the innermost last
+        self._keep_inputs = keep_inputs
+        # The current look-ahead: its inputs, [token, reader, d_model]; how many readers have been
+        # read; and the mixes that include unread ones, the innermost last: (stop, n) if the first n
+        # writers have been mixed into the inputs of the readers before `stop`.
+        self._inputs, self._num_read = self.delta[:, :0], 0
+        self._mixed: list[tuple[int, int]] = []
         self._link = _Begin.apply(gates, grad_gates)
 
     def write(self, delta: Tensor) -> None:
         """Append the deltas of the next writers, [writer, batch, pos, d_model]."""
         writers = slice(self.num_written, self.num_written + len(delta))
         self.num_written = writers.stop
-        if self.gradients is None or delta.requires_grad:
+        if delta.requires_grad:
             self._link = _Write.apply(self._link, delta, self, writers)
         else:
             self.gradients.leave_out(writers)
@@ -181,22 +168,16 @@ class Outboxes:
         return inputs.unflatten(1, self._batch_pos)  # [reader, batch, pos, d_model]
 
     def _mix(self, sites: range, base: Tensor | None) -> None:
-        """Mix the deltas written so far into the inputs of some sites, and a base into the first's.
-
-        Deltas that an earlier mix of the same look-ahead has added are skipped.
-        """
+        """Mix what is not mixed yet into the inputs of some sites, and a base into the first's."""
         num_readers = sum(len(self.gates[site]) for site in sites)
         is_new = self._num_read == self._inputs.shape[1]
-        first_writer = 0
         if is_new:
             self._begin_lookahead(num_readers)
-        else:  # find the innermost earlier mix that includes the next reader
-            while self._mixed[-1].stop_reader <= self._num_read:
-                self._mixed.pop()
-            first_writer = self._mixed[-1].num_writers
+        while self._mixed[-1][0] <= self._num_read:
+            self._mixed.pop()
         readers = slice(self._num_read, self._num_read + num_readers)
-        writers = slice(first_writer, self.num_written)
-        self._mixed.append(_Mixed(readers.stop, writers.stop))
+        writers = slice(self._mixed[-1][1], self.num_written)
+        self._mixed.append((readers.stop, writers.stop))
         inputs = self._inputs[:, readers]  # [token, reader, d_model]
         if base is not None:
             base = base.reshape(-1, base.shape[-1])  # [token, d_model]
@@ -207,18 +188,12 @@ class Outboxes:
         self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
         self._num_inputs += num_readers
         self._num_read = 0
-        if self.gradients is not None and _prefers_whole_buffers(self.delta):
+        self._mixed = [(num_readers, 0)]
+        if _prefers_whole_buffers(self.delta):
             self.gradients.begin_buffer(self.num_written)
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """The deltas written so far at some tokens, differentiable.
-
-        Args:
-            rows, cols: [predicted], the batch and position indices of distinct tokens.
-
-        Returns:
-            [writer, predicted, d_model].
-        """
+        """The deltas at distinct tokens (rows, cols), differentiable: [writer, predicted, d_model]."""
         return _At.apply(self._link, self, rows * self._batch_pos[1] + cols)
 
     def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -234,7 +209,7 @@ class Outboxes:
                 was_called = True
                 return function()
             self.num_written, self._site = start
-            self._inputs, self._num_read, self._mixed = self.delta[:, :0], 0, []
+            self._inputs, self._num_read = self.delta[:, :0], 0
             link = self._link
             try:
                 return function()
@@ -242,21 +217,6 @@ class Outboxes:
                 self._link = link
 
         return run
-
-    def check_current(self) -> None:
-        """Assert that no later forward pass has taken the buffers."""
-        assert self._generation == self.workspace.generation, (
-            "these outboxes were overwritten by a later forward pass: "
-            "call backward before the next one"
-        )
-
-
-@dataclass(frozen=True)
-class _Mixed:
-    """The first `num_writers` writers are mixed into the inputs of readers before `stop_reader`."""
-
-    stop_reader: int
-    num_writers: int
 
 
 class _DeltaGradients:
@@ -282,63 +242,32 @@ class _DeltaGradients:
             self._starts.append(writer)
 
     @cached_property
-    def _buffers(self) -> list[tuple[slice, Tensor]]:
-        """The writers of each buffer, and the buffer; allocated after the forward pass."""
+    def _buffers(self) -> list[tuple[int, Tensor]]:
+        """The first writer of each buffer, and the buffer; allocated after the forward pass."""
 
         def zeros(start: int, stop: int) -> Tensor:
             name, like = f"gradient {start}", self._delta[:, 0]
             return self._workspace.take_outboxes(name, stop - start, like).zero_()
 
         bounds = pairwise([*self._starts, self._delta.shape[1]])
-        return [(slice(start, stop), zeros(start, stop)) for start, stop in bounds]
+        return [(start, zeros(start, stop)) for start, stop in bounds]
 
-    def get(self, writers: slice) -> Tensor:
-        """The gradients of the writers of one write: [token, writer, d_model]."""
-        return next(
-            buffer[:, writers.start - span.start : writers.stop - span.start]
-            for span, buffer in self._buffers
-            if span.start <= writers.start < span.stop
-        )
-
-    def add_mixed(self, writers: slice, gates: Tensor, grad_inputs: Tensor) -> None:
-        """Add gates.T @ grad_inputs to the gradients of some writers.
-
-        Args:
-            writers: all writers of one or more buffers, or some of one buffer.
-            gates: [reader, writer], the columns of `writers`.
-            grad_inputs: [token, reader, d_model].
-        """
-        for span, buffer in self._buffers:
-            start, stop = max(span.start, writers.start), min(span.stop, writers.stop)
-            if start >= stop:
-                continue
-            mixing = gates[:, start - writers.start : stop - writers.start].T  # [writer, reader]
-            target = buffer[:, start - span.start : stop - span.start]  # [token, writer, d_model]
-            _add_mixed(self._workspace, target, mixing, grad_inputs)
-
-    def add_at(self, tokens: Tensor, grad_delta: Tensor) -> None:
-        """Add to the gradients of the first writers at some tokens.
-
-        Args:
-            tokens: [predicted], indices of distinct tokens.
-            grad_delta: [writer, predicted, d_model].
-        """
-        for span, buffer in self._buffers:
-            if span.start < len(grad_delta):
-                part = grad_delta[span].transpose(0, 1)  # [predicted, writer, d_model]
-                buffer[:, : part.shape[1]].index_add_(0, tokens, part)
+    def parts(self, writers: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield, per buffer with some of the writers, which ones and their gradients."""
+        for first, buffer in self._buffers:
+            start, stop = max(first, writers.start), min(first + buffer.shape[1], writers.stop)
+            if start < stop:
+                part = slice(start - writers.start, stop - writers.start)
+                yield part, buffer[:, start - first : stop - first]
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
-    """base + gates @ delta, differentiated by autograd: for few tokens.
+    """base + gates @ delta, [reader, token, d_model], differentiated by autograd: for few tokens.
 
     Args:
         gates: [reader, writer].
         delta: [writer, token, d_model].
         base: [token, d_model]; None: zeros.
-
-    Returns:
-        [reader, token, d_model].
     """
     mixed = gates.to(delta.dtype) @ delta.flatten(1)  # [reader, token * d_model]
     mixed = mixed.view(len(gates), *delta.shape[1:])  # [reader, token, d_model]
@@ -349,6 +278,18 @@ def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tenso
     """Split [edge] into one [reader, writer] view per site, given the size of each."""
     parts = gates.split([readers * writers for readers, writers in sites])
     return [part.view(site) for part, site in zip(parts, sites, strict=True)]
+
+
+# ---------------------------------------------------------------- the operations, linked in order
+
+
+def _outboxes(ctx: Any) -> Outboxes:
+    """Take the outboxes from a context, which frees them after the backward pass."""
+    boxes, ctx.boxes = ctx.boxes, None
+    assert boxes.generation == boxes.workspace.generation, (
+        "these outboxes were overwritten by a later forward pass; call backward before it"
+    )
+    return boxes
 
 
 class _Begin(torch.autograd.Function):
@@ -372,7 +313,6 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
-        boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.writers, ctx.batch_pos = boxes, writers, delta.shape[1:3]
         _store(boxes, delta, writers)
@@ -382,11 +322,8 @@ class _Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         # All later mixes have added their gradients: the link made autograd run them first.
-        boxes, ctx.boxes = ctx.boxes, None
-        boxes.check_current()
-        grad_delta = boxes.gradients.get(ctx.writers).transpose(0, 1)  # [writer, token, d_model]
-        grad_delta = grad_delta.unflatten(1, ctx.batch_pos)  # [writer, batch, pos, d_model]
-        return None, grad_delta, None, None
+        ((_, grad_delta),) = _outboxes(ctx).gradients.parts(ctx.writers)  # [token, writer, d_model]
+        return None, grad_delta.transpose(0, 1).unflatten(1, ctx.batch_pos), None, None
 
 
 def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
@@ -417,7 +354,6 @@ class _Mix(torch.autograd.Function):
         base: Tensor | None,
         is_new: bool,
     ) -> Tensor:
-        boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
         gates = torch.cat([boxes.gates[site][:, writers] for site in sites])  # [reader, writer]
@@ -438,12 +374,11 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        # The reads have stored the inputs' gradients in place of the inputs.
-        boxes, grad_inputs = ctx.boxes, ctx.inputs  # [token, reader, d_model]
-        ctx.boxes = ctx.inputs = None
-        boxes.check_current()
+        boxes, grad_inputs = _outboxes(ctx), ctx.inputs  # [token, reader, d_model], by the reads
+        ctx.inputs = None
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
-        boxes.gradients.add_mixed(mixed, ctx.gates, grad_inputs)
+        for part, target in boxes.gradients.parts(mixed):
+            _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
         grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
         parts = grad_gates.split([len(target) for target in targets])  # per site, [reader, writer]
@@ -457,16 +392,14 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor) -> Tensor:
-        boxes.check_current()
         ctx.boxes, ctx.inputs = boxes, inputs
         return inputs.data.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, inputs = ctx.boxes, ctx.inputs
-        ctx.boxes = ctx.inputs = None
-        boxes.check_current()
+        _outboxes(ctx)
+        inputs, ctx.inputs = ctx.inputs, None
         if grad.data_ptr() != inputs.data_ptr():  # else the projection has stored it already
             inputs.copy_(grad.transpose(0, 1))
         return None, None, None
@@ -477,16 +410,14 @@ class _At(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, tokens: Tensor) -> Tensor:
-        boxes.check_current()
         ctx.boxes, ctx.tokens = boxes, tokens
         return boxes.delta[tokens, : boxes.num_written].transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, ctx.boxes = ctx.boxes, None
-        boxes.check_current()
-        boxes.gradients.add_at(ctx.tokens, grad)
+        for part, target in _outboxes(ctx).gradients.parts(slice(0, len(grad))):
+            target.index_add_(0, ctx.tokens, grad[part].transpose(0, 1))
         return None, None, None
 
 
@@ -494,20 +425,9 @@ class _At(torch.autograd.Function):
 
 
 def _add_mixed(
-    workspace: Workspace,
-    target: Tensor,
-    gates: Tensor,
-    values: Tensor,
-    *,
-    overwrite: bool = False,
+    workspace: Workspace, target: Tensor, gates: Tensor, values: Tensor, *, overwrite: bool = False
 ) -> None:
-    """target += gates @ values, or target = gates @ values.
-
-    Args:
-        target: [token, reader, d_model].
-        gates: [reader, writer].
-        values: [token, writer, d_model].
-    """
+    """target += gates @ values, or target = gates @ values; target: [token, reader, d_model]."""
     beta = 0 if overwrite else 1  # factor of what `target` holds
     if _is_writer_major(target):
         _flatten(target).addmm_(gates, _flatten(values), beta=beta)

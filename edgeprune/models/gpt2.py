@@ -37,12 +37,10 @@ class GPT2Block:
 
     def attend(self, x: Tensor, mask: Any) -> Tensor:
         """[3 * head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
-        project = self.attention.c_attn
-        weight = rearrange(
-            project.weight, "d_model (reader d_head) -> reader d_head d_model", d_head=self.d_head
-        )
-        bias = rearrange(project.bias, "(reader d_head) -> reader d_head", d_head=self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, [weight], bias, fused=self.fused)
+        project, heads = self.attention.c_attn, (-1, self.d_head)
+        weight = project.weight.T.unflatten(0, heads)  # [reader, d_head, d_model]
+        bias = project.bias.unflatten(0, heads)  # [reader, d_head]
+        qkv = project_to_heads(x, self.attention_norm, [weight], bias, self.fused)
         qkv = rearrange(qkv, "(part head) batch pos d_head -> part batch head pos d_head", part=3)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward
@@ -54,15 +52,10 @@ class GPT2Block:
     def scale(self, values: Tensor) -> Tensor:
         return values
 
-    def head_delta(
-        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
-    ) -> Tensor:
-        """See `project_from_heads`."""
+    def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
         project = self.attention_output
-        weight = rearrange(
-            project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
-        )
-        return project_from_heads(values, ablation_values, weight, project.bias, centred=centred)
+        weight = project.weight.unflatten(0, (-1, self.d_head))  # [head, d_head, d_model]
+        return project_from_heads(values, ablated, weight, project.bias, centred=centred)
 
 
 class GPT2:

@@ -39,10 +39,11 @@ def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
     """
     if batch is None:
         batch = random_batch(model, 2, min(CHECK_LENGTH, model.max_length), predicted=4)
+    swapped = replace(batch, clean_ids=batch.corrupted_ids, corrupted_ids=batch.clean_ids)
     gates = torch.ones(model.graph.num_edges, device=model.device)
     with _narrow_window(model.architecture.body.config):
         reference, corrupted = model.run_pair(batch)
-        corrupted_logits, _ = model.run_pair(swap_prompts(batch))
+        corrupted_logits, _ = model.run_pair(swapped)
         full = model.run_circuit(batch, gates, corrupted)
         empty = model.run_circuit(batch, 0 * gates, corrupted)
     _compare(model, full, reference, "all gates open should give the full model")
@@ -55,14 +56,13 @@ def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
 def _narrow_window(config: Any) -> Iterator[None]:
     """Narrow the sliding window of attention masks, if there is one."""
     window = getattr(config, "sliding_window", None)
-    if window is None:
-        yield
-        return
-    config.sliding_window = min(window, CHECK_LENGTH // 3)
+    if window is not None:
+        config.sliding_window = min(window, CHECK_LENGTH // 3)
     try:
         yield
     finally:
-        config.sliding_window = window
+        if window is not None:
+            config.sliding_window = window
 
 
 def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -> None:
@@ -79,7 +79,7 @@ def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -
 
 
 def random_batch(model: CircuitModel, batch_size: int, length: int, *, predicted: int) -> Batch:
-    """Make prompts of random tokens.
+    """Make pairs of prompts of random tokens, on the model's device.
 
     Args:
         model: has the vocabulary and the device.
@@ -87,16 +87,8 @@ def random_batch(model: CircuitModel, batch_size: int, length: int, *, predicted
         length: number of tokens of each prompt.
         predicted: number of tokens to predict, at the end.
     """
-    vocabulary = model.architecture.body.config.vocab_size
     noise = torch.Generator().manual_seed(0)
+    vocabulary = model.architecture.body.config.vocab_size
     ids = torch.randint(vocabulary, (2, batch_size, length), generator=noise).tolist()
-    pairs = [
-        Pair(tuple(clean), tuple(corrupted), tuple(clean[:predicted]))
-        for clean, corrupted in zip(*ids, strict=True)
-    ]
+    pairs = [Pair(tuple(a), tuple(b), tuple(a[:predicted])) for a, b in zip(*ids, strict=True)]
     return collate(pairs).to(model.device)
-
-
-def swap_prompts(batch: Batch) -> Batch:
-    """The batch with clean and corrupted prompts exchanged."""
-    return replace(batch, clean_ids=batch.corrupted_ids, corrupted_ids=batch.clean_ids)

@@ -111,7 +111,6 @@ class World:
             init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,)),
             self.device,
             send=lambda tensor: self.collective(lambda: dist.broadcast(tensor, 0)),
-            is_tied=bool(self.from_rank_zero(int(whole is not None and whole.is_tied))),
             offload=offload,
         )
         return meta_model

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from edgeprune.engine.ablation import Ablation
-from edgeprune.engine.activations import Activations
 from edgeprune.engine.cache import KeptPasses
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.errors import ConfigError, TrainingError
