@@ -316,8 +316,10 @@ class _CircuitPass:
         return residual if self.always_on is None else residual + self.always_on
 
     def run_layers(self, layers: range) -> Tensor:
-        """Run the layers of one look-ahead, except for what is left to `finish`; return the head
-        values of the last one, [batch, pos, head * d_head]."""
+        """Run the layers of one look-ahead, except for what is left to `finish`.
+
+        Returns the last layer's head values, [batch, pos, head * d_head].
+        """
         model, boxes = self.model, self.boxes
         for index, layer in enumerate(layers):
             block, site = model.architecture.blocks[layer], 2 * layer
@@ -338,10 +340,10 @@ class _CircuitPass:
         return values
 
     def finish(self, values: Tensor) -> Tensor:
-        """Run the rest of the model at the predicted tokens; return logits, [predicted, vocabulary].
+        """Run the rest of the model at the predicted tokens.
 
-        Args:
-            values: the last layer's head values, [batch, pos, head * d_head].
+        Maps the last layer's head values, [batch, pos, head * d_head], to logits,
+        [predicted, vocabulary].
         """
         arch, boxes = self.model.architecture, self.boxes
         block, at = arch.blocks[-1], (self.batch.rows, self.batch.cols)

@@ -60,7 +60,7 @@ class Workspace:
         self.generation = 0
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor of like's dtype and device, valid until its name is taken again."""
+        """An uninitialised tensor like `like`, valid until the same name is taken again."""
         size, kind = math.prod(shape), (like.dtype, like.device)
         buffer = self.buffers.pop(name, None)
         if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
@@ -93,7 +93,6 @@ class Outboxes:
         gates: per site, [reader, writer], in the dtype of the deltas.
         grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
         delta: [token, writer, d_model].
-        gradients: the gradients of the deltas.
         num_written: number of writers that have been written.
     """
 
@@ -116,7 +115,6 @@ class Outboxes:
         self.grad_gates = split_by_site(grad_gates, sites)
         num_writers += MULTIPLE if _pads_writers(like) else 1  # room for the base and the padding
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
-        self.gradients = _DeltaGradients(workspace, self.delta)
         self.num_written = 0
         self._site = 0  # the next site to be read
         self._num_inputs = 0  # readers of all look-aheads so far
@@ -126,6 +124,7 @@ class Outboxes:
         # writers have been mixed into the inputs of the readers before `stop`.
         self._inputs, self._num_read = self.delta[:, :0], 0
         self._mixed: list[tuple[int, int]] = []
+        self._starts = [0]  # the first writer of each buffer of gradients
         self._link = _Begin.apply(gates, grad_gates)
 
     def write(self, delta: Tensor) -> None:
@@ -134,9 +133,11 @@ class Outboxes:
         self.num_written = writers.stop
         if delta.requires_grad:
             self._link = _Write.apply(self._link, delta, self, writers)
-        else:
-            self.gradients.leave_out(writers)
-            _store(self, delta, writers)
+            return
+        _store(self, delta, writers)
+        # Embeddings, the first writers, depend on no gate and need no gradient.
+        if writers.start == self._starts[0] and not _pads_writers(self.delta):
+            self._starts[0] = writers.stop
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.
@@ -189,12 +190,35 @@ class Outboxes:
         self._num_inputs += num_readers
         self._num_read = 0
         self._mixed = [(num_readers, 0)]
-        if _prefers_whole_buffers(self.delta):
-            self.gradients.begin_buffer(self.num_written)
+        if _prefers_whole_buffers(self.delta) and self.num_written > self._starts[-1]:
+            self._starts.append(self.num_written)
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """The deltas at distinct tokens (rows, cols), differentiable: [writer, predicted, d_model]."""
+        """The deltas of all writers at distinct tokens, [writer, predicted, d_model]."""
         return _At.apply(self._link, self, rows * self._batch_pos[1] + cols)
+
+    @cached_property
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """Buffers of the deltas' gradients, [token, writer, d_model], each with its first writer.
+
+        Where a product into a whole buffer is faster than into a part of one, each buffer has the
+        writers between the beginnings of two look-aheads. Allocated after the forward pass.
+        """
+
+        def zeros(start: int, stop: int) -> Tensor:
+            name, like = f"gradient {start}", self.delta[:, 0]
+            return self.workspace.take_outboxes(name, stop - start, like).zero_()
+
+        bounds = pairwise([*self._starts, self.delta.shape[1]])
+        return [(start, zeros(start, stop)) for start, stop in bounds]
+
+    def gradients(self, writers: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield, per buffer with some of the writers, which ones and their gradients."""
+        for first, buffer in self._gradients:
+            start, stop = max(first, writers.start), min(first + buffer.shape[1], writers.stop)
+            if start < stop:
+                part = slice(start - writers.start, stop - writers.start)
+                yield part, buffer[:, start - first : stop - first]
 
     def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Wrap a function that reads and writes, so that the backward pass may call it again.
@@ -219,55 +243,11 @@ class Outboxes:
         return run
 
 
-class _DeltaGradients:
-    """The gradients of the deltas, in one or several [token, writer, d_model] buffers.
-
-    Where a product into a whole buffer is faster than into a part of one, each buffer has the
-    writers between the beginnings of two look-aheads.
-    """
-
-    def __init__(self, workspace: Workspace, delta: Tensor) -> None:
-        self._workspace = workspace
-        self._delta = delta  # [token, writer, d_model]
-        self._starts = [0]  # the first writer of each buffer
-
-    def leave_out(self, writers: slice) -> None:
-        """Skip the first writers, embeddings, which depend on no gate and need no gradient."""
-        if writers.start == self._starts[0] and not _pads_writers(self._delta):
-            self._starts[0] = writers.stop
-
-    def begin_buffer(self, writer: int) -> None:
-        """Begin a buffer at a writer. Called in order; repeated calls have no effect."""
-        if writer > self._starts[-1]:
-            self._starts.append(writer)
-
-    @cached_property
-    def _buffers(self) -> list[tuple[int, Tensor]]:
-        """The first writer of each buffer, and the buffer; allocated after the forward pass."""
-
-        def zeros(start: int, stop: int) -> Tensor:
-            name, like = f"gradient {start}", self._delta[:, 0]
-            return self._workspace.take_outboxes(name, stop - start, like).zero_()
-
-        bounds = pairwise([*self._starts, self._delta.shape[1]])
-        return [(start, zeros(start, stop)) for start, stop in bounds]
-
-    def parts(self, writers: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yield, per buffer with some of the writers, which ones and their gradients."""
-        for first, buffer in self._buffers:
-            start, stop = max(first, writers.start), min(first + buffer.shape[1], writers.stop)
-            if start < stop:
-                part = slice(start - writers.start, stop - writers.start)
-                yield part, buffer[:, start - first : stop - first]
-
-
 def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
-    """base + gates @ delta, [reader, token, d_model], differentiated by autograd: for few tokens.
+    """base + gates @ delta, differentiated by autograd: for few tokens.
 
-    Args:
-        gates: [reader, writer].
-        delta: [writer, token, d_model].
-        base: [token, d_model]; None: zeros.
+    Maps [reader, writer], [writer, token, d_model] and [token, d_model] (None: zeros) to
+    [reader, token, d_model].
     """
     mixed = gates.to(delta.dtype) @ delta.flatten(1)  # [reader, token * d_model]
     mixed = mixed.view(len(gates), *delta.shape[1:])  # [reader, token, d_model]
@@ -322,7 +302,7 @@ class _Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         # All later mixes have added their gradients: the link made autograd run them first.
-        ((_, grad_delta),) = _outboxes(ctx).gradients.parts(ctx.writers)  # [token, writer, d_model]
+        ((_, grad_delta),) = _outboxes(ctx).gradients(ctx.writers)  # [token, writer, d_model]
         return None, grad_delta.transpose(0, 1).unflatten(1, ctx.batch_pos), None, None
 
 
@@ -332,15 +312,10 @@ def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
 
 
 class _Mix(torch.autograd.Function):
-    """inputs += gates @ delta, for some writers and the readers of some sites.
+    """inputs += gates @ delta for some writers and sites, or inputs = gates @ delta if `is_new`.
 
-    Args:
-        inputs: [token, reader, d_model].
-        sites: the sites that read.
-        writers: the writers to be mixed in.
-        base: [token, d_model] or None, added to the inputs of the first site's readers. For the
-            product it takes the place of the next writer, with gates of 1.
-        is_new: whether to overwrite the inputs instead of adding to them.
+    The base, [token, d_model] or None, is added to the inputs of the first site's readers: for the
+    product it takes the place of the next writer, with gates of 1.
     """
 
     @staticmethod
@@ -377,7 +352,7 @@ class _Mix(torch.autograd.Function):
         boxes, grad_inputs = _outboxes(ctx), ctx.inputs  # [token, reader, d_model], by the reads
         ctx.inputs = None
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
-        for part, target in boxes.gradients.parts(mixed):
+        for part, target in boxes.gradients(mixed):
             _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
         grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
@@ -406,7 +381,7 @@ class _Read(torch.autograd.Function):
 
 
 class _At(torch.autograd.Function):
-    """The deltas of all writers at some tokens, [writer, predicted, d_model]."""
+    """The deltas of all writers at some tokens: see `Outboxes.at`."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, tokens: Tensor) -> Tensor:
@@ -416,7 +391,7 @@ class _At(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        for part, target in _outboxes(ctx).gradients.parts(slice(0, len(grad))):
+        for part, target in _outboxes(ctx).gradients(slice(0, len(grad))):
             target.index_add_(0, ctx.tokens, grad[part].transpose(0, 1))
         return None, None, None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 import sys
 from collections.abc import Iterator
@@ -133,8 +132,7 @@ def wrap_model(
 ) -> CircuitModel:
     """Wrap a loaded Hugging Face model in a circuit model; this freezes it.
 
-    Raises:
-        ModelError: the family is not supported.
+    Raises ModelError if the family is not supported.
     """
     config = hf_model.config
     _check_family(config, name)
@@ -146,12 +144,9 @@ def wrap_model(
     torch.backends.cuda.enable_cudnn_sdp(False)
     architecture = FAMILIES[config.model_type](hf_model)
     num_heads = config.num_attention_heads
-    graph = CircuitGraph(
-        num_layers=config.num_hidden_layers,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", num_heads),
-        embedding_writers=architecture.embedding_writers if embedding_writers else (),
-    )
+    num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
+    writers = architecture.embedding_writers if embedding_writers else ()
+    graph = CircuitGraph(config.num_hidden_layers, num_heads, num_kv_heads, writers)
     return CircuitModel(architecture, graph, tokenizer, name, _unusual_settings(config))
 
 
@@ -159,8 +154,8 @@ def fuse(model: CircuitModel) -> None:
     """Norm and project the heads' inputs with Triton kernels, which move less memory.
 
     Raises:
-        ModelError: the model is not on a GPU or not in bfloat16, its norms cannot be folded into
-            the projections, or Triton is missing.
+        ModelError: the model is not on a GPU or not in bfloat16, or its norms cannot be folded into
+            the projections.
     """
     weight = next(model.architecture.body.parameters())
     if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
@@ -171,17 +166,14 @@ def fuse(model: CircuitModel) -> None:
     blocks = model.architecture.blocks
     if not all(is_foldable(block.attention_norm) for block in blocks):
         raise ModelError(f"fused kernels do not support the norms of {model.name}; omit fused=true")
-    if importlib.util.find_spec("triton") is None:
-        raise ModelError("fused kernels need the package triton; pip install triton")
     for block in blocks:
         block.fused = True
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to a GPU if there is one, else the CPU, and check other devices.
+    """Resolve `auto` to a GPU if there is one, else the CPU.
 
-    Raises:
-        ModelError: this machine does not have the device.
+    Raises ModelError for a device that this machine does not have.
     """
     gpus = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     devices = ["cpu", *(gpus if len(gpus) > 1 else [])]
@@ -285,8 +277,7 @@ def _translate_errors(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except LOAD_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].removesuffix("from one of:").strip()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load model {name!r}: {reason} (give a folder with config.json and "
             "*.safetensors, a .gguf file, or a hub name)"

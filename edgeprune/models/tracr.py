@@ -38,11 +38,7 @@ FIELDS = (
 
 
 def find_folder(name_or_path: str | Path) -> Path | None:
-    """The folder of a Tracr model, or None for anything else; `tracr/NAME` is an included model.
-
-    Raises:
-        ModelError: there is no included model of this name.
-    """
+    """The folder of a Tracr model, or None for anything else; `tracr/NAME` is an included model."""
     path = Path(name_or_path)
     if not path.exists() and path.parts[:1] == ("tracr",) and len(path.parts) == 2:
         path = TRACR_MODELS / path.name
@@ -56,23 +52,18 @@ def find_folder(name_or_path: str | Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
-
-    Raises:
-        ModelError: it is not JSON, lacks a field, or the kind of model is not supported.
-    """
+    """Read a folder's config.json; raises ModelError unless it is that of a supported model."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
-    if missing := [name for name in FIELDS if name not in config]:
-        raise ModelError(f"{path} lacks {', '.join(missing)}; expected a Tracr model's config")
+    missing = [name for name in FIELDS if name not in config]
     kind = [config.get(key) for key in ("output_type", "activation", "layer_norm")]
-    if kind[0] not in OUTPUTS or kind[1] not in (None, "relu") or kind[2]:
+    if missing or kind[0] not in OUTPUTS or kind[1] not in (None, "relu") or kind[2]:
         raise ModelError(
-            f"{path}: output_type, activation and layer_norm are {kind}, expected "
-            f"{' or '.join(OUTPUTS)}, relu and false"
+            f"{path} lacks {missing}, and output_type, activation and layer_norm are {kind}; "
+            f"expected a Tracr model: {' or '.join(OUTPUTS)}, relu, no layer_norm"
         )
     return config
 
@@ -235,12 +226,8 @@ def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
         raise ModelError(
             f"{folder / WEIGHTS} does not hold the tensors of {CONFIG}: {error}"
         ) from None
-    graph = CircuitGraph(
-        num_layers=config["n_layers"],
-        num_heads=config["n_heads"],
-        num_kv_heads=config["n_heads"],
-        embedding_writers=Tracr.embedding_writers if embedding_writers else (),
-    )
+    num_heads, writers = config["n_heads"], Tracr.embedding_writers if embedding_writers else ()
+    graph = CircuitGraph(config["n_layers"], num_heads, num_heads, writers)
     model.requires_grad_(False).eval()
     return CircuitModel(model, graph, tokenizer, str(folder), config)
 

@@ -158,18 +158,15 @@ def _weight_bytes(model: CircuitModel, shares: int, offload: bool, bits: int | N
     return outside_layers + max(layers) + (0 if offload else sum(layers) // shares)
 
 
-def _weights(model: CircuitModel) -> dict[int, Tensor]:
-    """Parameters and buffers by the identity of their memory; tied ones count once."""
-    return {
-        _memory(tensor): tensor
-        for module in (model.architecture.body, model.architecture.unembed)
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-
-
 def _memory(tensor: Tensor) -> int:
     """The identity of a tensor's memory."""
     return tensor.untyped_storage()._cdata
+
+
+def _weights(model: CircuitModel) -> dict[int, Tensor]:
+    """Parameters and buffers by the identity of their memory; tied ones count once."""
+    modules = (model.architecture.body, model.architecture.unembed)
+    return {_memory(x): x for m in modules for x in (*m.parameters(), *m.buffers())}
 
 
 def _saved_bytes(
