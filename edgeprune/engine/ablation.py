@@ -26,7 +26,6 @@ class Ablation:
         batch_size: pairs per forward pass of mean ablation.
 
     Attributes:
-        kind: as given.
         needs_corrupted: whether the values are activations on the corrupted prompts.
         means: the mean activations of mean ablation, with a batch axis of length 1, and a position
             axis of length 1 unless `per_position`.
@@ -73,14 +72,9 @@ class Ablation:
         return cls(model, ablation, reference_set, batch_size=batch_size)
 
     def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
-        """The ablation values of a batch; None stands for zeros.
+        """The ablation values of a batch, given its corrupted activations; None stands for zeros.
 
-        Args:
-            batch: the prompts.
-            corrupted: activations on their corrupted prompts, if `needs_corrupted`.
-
-        Raises:
-            ValueError: the batch has positions for which there is no mean.
+        Raises ValueError if the batch has positions for which there is no mean.
         """
         if self.means is None:
             return corrupted if self.needs_corrupted else None
@@ -116,10 +110,9 @@ def _mean_activations(
         counts[:length] += is_token.sum(0).cpu()
 
         def total(x: Tensor, is_token: Tensor = is_token, length: int = length) -> Tensor:
-            """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d]."""
-            # On the CPU, because Apple's GPUs have no float64.
+            """Sum over the examples, on the CPU because Apple's GPUs have no float64."""
             summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True).cpu().double()
-            return nn.functional.pad(summed, (0, 0, 0, width - length))
+            return nn.functional.pad(summed, (0, 0, 0, width - length))  # [..., 1, width, d]
 
         batch_totals = activations.map(total)
         totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)

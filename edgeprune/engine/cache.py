@@ -19,14 +19,8 @@ class KeptPasses:
     """The results of `CircuitModel.run_pair` for any batch of a training set.
 
     The model is frozen, so reference logits and corrupted activations never change; they are half
-    of a step's operations. Each pair is always run in the same batch, so that a resumed run sees
-    the same bits.
-
-    Args:
-        model: the model.
-        pairs: the training set.
-        batch_size: pairs per forward pass.
-        corrupted: whether to run the corrupted prompts.
+    of a step's operations. Each pair is always run in the same batch (of `batch_size` pairs), so
+    that a resumed run sees the same bits.
     """
 
     def __init__(
@@ -43,12 +37,11 @@ class KeptPasses:
             references.append(reference)
             start, length = len(self._tokens), batch.clean_ids.shape[1]
             if activations is not None:
-                new = activations.stacked()
-                if self._activations is None:
-                    self._activations = new.map(
-                        lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
-                    )
-                at = (..., slice(start, start + len(batch.pairs)), slice(length), slice(None))
+                new, rows = activations.stacked(), slice(start, start + len(batch.pairs))
+                self._activations = self._activations or new.map(
+                    lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
+                )
+                at = (..., rows, slice(length), slice(None))
                 self._activations.map(lambda kept, x, at=at: kept[at].copy_(x), new)
             for row, pair in enumerate(batch.pairs, start):
                 self._row[pair] = row

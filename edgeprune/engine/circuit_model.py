@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edgeprune.engine.architecture import Architecture, Block
-from edgeprune.engine.fingerprint import fingerprint
+from edgeprune.engine.architecture import Architecture, Block, fingerprint
 from edgeprune.engine.heads import centre
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.graph import CircuitGraph
@@ -80,9 +79,7 @@ class CircuitModel:
     """A frozen model with a gate on every edge.
 
     Args:
-        architecture: the loaded model with its parts named.
-        graph: its nodes and edges.
-        tokenizer: its tokenizer, or None.
+        architecture, graph, tokenizer: the loaded model; the tokenizer may be None.
         name: shown in messages.
         settings: everything but the weights that determines what the model computes, as JSON
             values; part of the fingerprint.
@@ -166,8 +163,6 @@ class CircuitModel:
         """Subtract the mean over the last axis if all norms are LayerNorms."""
         return centre(x) if self.is_centred else x
 
-    # ----------------------------------------------------------------------------- the full model
-
     @torch.no_grad()
     def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:
         """Run the full model on [batch, pos] and record the activations of the examples in `keep`.
@@ -212,9 +207,6 @@ class CircuitModel:
         Returns:
             The reference, [predicted, vocabulary]: logits on the clean prompts; and the activations
             on the corrupted prompts, or None.
-
-        Raises:
-            ValueError: the batch is padded and the model attends to padding.
         """
         self.check_padding(batch)
         ids = batch.clean_ids  # [batch, pos]
@@ -223,8 +215,6 @@ class CircuitModel:
         states, activations = self.run_full(ids, slice(len(batch.clean_ids), None))
         reference = self.architecture.logits(states[batch.rows, batch.cols])
         return reference, activations if corrupted else None
-
-    # -------------------------------------------------------------------------------- the circuit
 
     def run_circuit(
         self,
@@ -254,7 +244,8 @@ class CircuitModel:
         self.check_padding(batch)
         if gates.shape != (self.graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{self.graph.num_edges}]")
-        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, recompute=recompute)
+        keep_inputs = torch.is_grad_enabled() and not recompute
+        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs)
         for layers in lookaheads(self.graph):
             run_layers = partial(circuit_pass.run_layers, layers)
             if recompute:
@@ -266,7 +257,7 @@ class CircuitModel:
 
 
 class _CircuitPass:
-    """The state of one `CircuitModel.run_circuit`; see there for the arguments.
+    """The state of one `CircuitModel.run_circuit`.
 
     Layer l reads at the sites 2 l (heads) and 2 l + 1 (MLP), the final norm at the last site. From
     the outputs of the last layer's heads on, only the predicted tokens matter, so the last two
@@ -279,8 +270,7 @@ class _CircuitPass:
         batch: Batch,
         gates: Tensor,
         ablation_values: Activations | None,
-        *,
-        recompute: bool,
+        keep_inputs: bool,
     ) -> None:
         arch, graph = model.architecture, model.graph
         self.model, self.batch, self.ablation_values = model, batch, ablation_values
@@ -292,7 +282,6 @@ class _CircuitPass:
 
         embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
         stream = embeddings[0]  # [batch, pos, d_model]
-        keep_inputs = torch.is_grad_enabled() and not recompute
         self.boxes = Outboxes(
             model.workspace, graph.num_writers, gates, sites, stream, keep_inputs=keep_inputs
         )

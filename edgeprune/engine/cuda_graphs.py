@@ -42,11 +42,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def differentiate(self, inputs: StepInputs, *, share: float) -> Gradient:
-        """See `gradient.differentiate`.
-
-        Raises:
-            ConfigError: the model does something that a graph cannot record.
-        """
+        """See `gradient.differentiate`; raises ConfigError if the step cannot be recorded."""
         key = (inputs.batch.clean_ids.shape, inputs.reference.shape, share)
         if key not in self._recordings:
             if len(self._recordings) < MAX_GRAPHS:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 def attention_mask(
@@ -19,9 +18,7 @@ def attention_mask(
     The library leaves out such masks as well, but in some versions not while a CUDA graph is
     recorded; the graph would then contain another kernel than the ordinary step.
 
-    Args:
-        embeddings: [batch, pos, d_model], without padding on the left.
-        window: size of the sliding window, in tokens; None: no window.
+    The embeddings are [batch, pos, d_model]; the sliding window, if there is one, is in tokens.
     """
     sees_all = window is None or embeddings.shape[1] < window
     if sees_all and config._attn_implementation == "sdpa":
@@ -45,11 +42,11 @@ def project_to_heads(
 
     Args:
         x: [head, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
-        norm: the norm. It is called as usual if it cannot be folded, and in float16, where the
-            unnormed inputs would overflow.
+        norm: called as usual if it cannot be folded, and in float16, where the unnormed inputs
+            would overflow.
         weights: [head, d_head, d_model] each, one after another for all heads.
         bias: [head, d_head] or None.
-        fused: whether to use the Triton kernel if the norm can be folded.
+        fused: whether to use the Triton kernels if the norm can be folded.
 
     Returns:
         [head, batch, pos, d_head].
@@ -85,8 +82,7 @@ class _ScaledProjection(torch.autograd.Function):
         if fused:
             from edgeprune.engine import kernels  # needs Triton
 
-            factor = None  # computed by the kernels
-            y, negated = kernels.project(x, weight, eps)
+            factor, (y, negated) = None, kernels.project(x, weight, eps)
         else:
             exact = x.float() if x.device.type == "cpu" else x  # a CPU's 16-bit norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
@@ -99,7 +95,6 @@ class _ScaledProjection(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, negated, factor, y, scale, *weights = ctx.saved_tensors
         weight = _fold(scale, weights)  # [head, d_head, d_model]
@@ -133,20 +128,17 @@ def centre(x: Tensor) -> Tensor:
 def project_from_heads(
     values: Tensor, ablated: Tensor | None, weight: Tensor, bias: Tensor | None, *, centred: bool
 ) -> Tensor:
-    """Compute the heads' deltas: their outboxes minus what ablated edges carry.
+    """Compute the heads' deltas, [head, ..., d_model]: their outboxes minus ablation values.
 
     The bias of the output projection is divided equally among the heads; it cancels in a
     difference.
 
     Args:
         values: [..., head * d_head].
-        ablated: what ablated edges carry: the same shape, or None for zero outboxes.
+        ablated: the values of ablated edges, of the same shape; None for zero outboxes.
         weight: [head, d_head, d_model].
         bias: [d_model] or None.
         centred: whether to subtract the mean over d_model.
-
-    Returns:
-        [head, ..., d_model].
     """
     num_heads, _, d_model = weight.shape
     if centred:  # the weights are smaller than the outboxes

@@ -26,11 +26,9 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Args:
         x: [head, token, d_model], contiguous along the last axis.
         weight: [head, d_head, d_model], contiguous.
-        eps: the norm's epsilon.
 
     Returns:
-        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32,
-        which the backward pass needs.
+        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32.
     """
     num_heads, num_tokens, d_model = x.shape
     y = x.new_empty(num_heads, num_tokens, weight.shape[1])
@@ -44,12 +42,9 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def put_gradient(x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor) -> None:
-    """Overwrite the input of `project` with its gradient; x is read once and written once.
+    """Overwrite the input of `project` with its gradient, given that of y, [head, token, d_head].
 
-    Args:
-        x, weight: the arguments of `project`.
-        y, negated: its results.
-        grad: the gradient of y, [head, token, d_head].
+    y and negated are the results of `project`; x is read once and written once.
     """
     _, num_tokens, d_model = x.shape
     with torch.cuda.device_of(x):

@@ -25,7 +25,7 @@ in reverse order:
 
     forward                                     backward
     _Begin                                      return grad_gates
-    _Write   store the deltas                   return the deltas' gradients
+    _Write   (the deltas are stored)            return the deltas' gradients
     _Mix     inputs += gates @ deltas           grad_deltas += gates.T @ grad_inputs
                                                 grad_gates = grad_inputs @ deltas.T
     _Read    return one site's inputs           store the inputs' gradients in place of the inputs
@@ -41,7 +41,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 MULTIPLE = 8
 """On a GPU in 16 bits, writers are padded to a multiple of this for tensor cores."""
@@ -81,8 +80,8 @@ class Outboxes:
     """The deltas of one forward pass, mixed site by site.
 
     Args:
-        workspace: holds the buffers. Only the latest `Outboxes` of a workspace may be used, and
-            differentiated once.
+        workspace: holds the buffers. Only its latest `Outboxes` may be used, and differentiated
+            once.
         num_writers: number of writers of the whole model.
         gates: [edge] in [0, 1], the edges of `sites` in the graph's order; 1 = clean.
         sites: number of readers and writers of each site.
@@ -92,8 +91,7 @@ class Outboxes:
     Attributes:
         gates: per site, [reader, writer], in the dtype of the deltas.
         grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
-        delta: [token, writer, d_model].
-        num_written: number of writers that have been written.
+        delta: [token, writer, d_model], of which `num_written` writers have been written.
     """
 
     def __init__(
@@ -131,13 +129,12 @@ class Outboxes:
         """Append the deltas of the next writers, [writer, batch, pos, d_model]."""
         writers = slice(self.num_written, self.num_written + len(delta))
         self.num_written = writers.stop
+        with torch.no_grad():
+            self.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
         if delta.requires_grad:
             self._link = _Write.apply(self._link, delta, self, writers)
-            return
-        _store(self, delta, writers)
-        # Embeddings, the first writers, depend on no gate and need no gradient.
-        if writers.start == self._starts[0] and not _pads_writers(self.delta):
-            self._starts[0] = writers.stop
+        elif writers.start == self._starts[0] and not _pads_writers(self.delta):
+            self._starts[0] = writers.stop  # embeddings, which depend on no gate
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.
@@ -282,33 +279,25 @@ class _Begin(torch.autograd.Function):
         return torch.empty(0, device=gates.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         grad_gates, ctx.grad_gates = ctx.grad_gates, None
         return grad_gates, None
 
 
 class _Write(torch.autograd.Function):
-    """Stores deltas, [writer, batch, pos, d_model]."""
+    """Returns the gradients of deltas, [writer, batch, pos, d_model], that have been stored."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.writers, ctx.batch_pos = boxes, writers, delta.shape[1:3]
-        _store(boxes, delta, writers)
         return torch.empty(0, device=delta.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         # All later mixes have added their gradients: the link made autograd run them first.
         ((_, grad_delta),) = _outboxes(ctx).gradients(ctx.writers)  # [token, writer, d_model]
         return None, grad_delta.transpose(0, 1).unflatten(1, ctx.batch_pos), None, None
-
-
-def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
-    """[writer, batch, pos, d_model] -> part of the buffer, [token, writer, d_model]."""
-    boxes.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
 
 
 class _Mix(torch.autograd.Function):
@@ -347,7 +336,6 @@ class _Mix(torch.autograd.Function):
         return torch.empty(0, device=link.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         boxes, grad_inputs = _outboxes(ctx), ctx.inputs  # [token, reader, d_model], by the reads
         ctx.inputs = None
@@ -371,7 +359,6 @@ class _Read(torch.autograd.Function):
         return inputs.data.transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         _outboxes(ctx)
         inputs, ctx.inputs = ctx.inputs, None
@@ -389,7 +376,6 @@ class _At(torch.autograd.Function):
         return boxes.delta[tokens, : boxes.num_written].transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         for part, target in _outboxes(ctx).gradients(slice(0, len(grad))):
             target.index_add_(0, ctx.tokens, grad[part].transpose(0, 1))

@@ -49,8 +49,7 @@ class LlamaBlock:
             self.heads_norm = None
             self.mlp_norm = layer.post_attention_layernorm
             self.mlp = self.mlp_output = layer.mlp
-        self.attention = attention
-        self.layer_type = layer_type
+        self.attention, self.layer_type = attention, layer_type
         self.num_heads = attention.config.num_attention_heads
         self.num_kv_heads = attention.config.num_key_value_heads
         self.d_head = attention.head_dim
@@ -79,8 +78,7 @@ class LlamaBlock:
         """Compute queries, keys and values before rotation."""
         attention = self.attention
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        heads = (-1, self.d_head)
-        # [head or kv_head, d_head, d_model] each
+        heads = (-1, self.d_head)  # weights are [head or kv_head, d_head, d_model] each
         weights = [_weight(linear, x.dtype).unflatten(0, heads) for linear in projections]
         bias = None
         if attention.q_proj.bias is not None:  # [head + 2 * kv_head, d_head]

@@ -28,11 +28,8 @@ CHECK_LENGTH = 24
 def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
     """Check that gates of 1 give the full model, and gates of 0 the corrupted prompt.
 
-    Sliding windows are narrowed during the check, so that the prompts exceed them.
-
-    Args:
-        model: the model.
-        batch: the prompts; None: random ones.
+    Sliding windows are narrowed during the check, so that the prompts exceed them. Random prompts
+    are used if none are given.
 
     Raises:
         ModelError: the logits differ by more than the tolerance.
@@ -79,14 +76,7 @@ def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -
 
 
 def random_batch(model: CircuitModel, batch_size: int, length: int, *, predicted: int) -> Batch:
-    """Make pairs of prompts of random tokens, on the model's device.
-
-    Args:
-        model: has the vocabulary and the device.
-        batch_size: number of pairs.
-        length: number of tokens of each prompt.
-        predicted: number of tokens to predict, at the end.
-    """
+    """Pairs of random prompts of `length` tokens, the last `predicted` of which are predicted."""
     noise = torch.Generator().manual_seed(0)
     vocabulary = model.architecture.body.config.vocab_size
     ids = torch.randint(vocabulary, (2, batch_size, length), generator=noise).tolist()

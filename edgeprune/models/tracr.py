@@ -100,9 +100,6 @@ class TracrTokenizer:
         return " ".join(str(names[column]) for column in ids)
 
 
-# ------------------------------------------------------------------------------------ the modules
-
-
 class TracrLayer(nn.Module):
     """One layer, run as a whole or as an `architecture.Block`."""
 
@@ -206,9 +203,6 @@ class Tracr(nn.Module):
         return self.unembed(x)
 
 
-# ---------------------------------------------------------------------------------------- loading
-
-
 def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
     """Load the Tracr model of a folder, in float32 on the CPU; see `load_model`.
 
@@ -240,20 +234,15 @@ def _state_dict(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tensor
         "unembed.weight": weights.pop("unembed").T,
     }
     for layer in range(num_layers):
-
-        def take(name: str, prefix: str = f"blocks.{layer}.") -> Tensor:
-            return weights.pop(f"{prefix}{name}")
-
-        own = {
-            "qkv_weight": torch.cat([take(f"attn.W_{part}") for part in "QKV"]).transpose(1, 2),
-            "qkv_bias": torch.cat([take(f"attn.b_{part}") for part in "QKV"]),
-            "attention_output.weight": take("attn.W_O").flatten(0, 1).T,
-            "attention_output.bias": take("attn.b_O"),
-            "mlp.0.weight": take("mlp.W_in").T,
-            "mlp.0.bias": take("mlp.b_in"),
-            "mlp.2.weight": take("mlp.W_out").T,
-            "mlp.2.bias": take("mlp.b_out"),
-        }
-        state |= {f"layers.{layer}.{name}": weight for name, weight in own.items()}
+        file, own = f"blocks.{layer}.", f"layers.{layer}."
+        for kind, name in ("W", "qkv_weight"), ("b", "qkv_bias"):
+            parts = [weights.pop(f"{file}attn.{kind}_{part}") for part in "QKV"]
+            state[own + name] = torch.cat(parts)
+        state[own + "qkv_weight"] = state[own + "qkv_weight"].transpose(1, 2)
+        state[own + "attention_output.weight"] = weights.pop(file + "attn.W_O").flatten(0, 1).T
+        state[own + "attention_output.bias"] = weights.pop(file + "attn.b_O")
+        for index, name in (0, "in"), (2, "out"):
+            state[f"{own}mlp.{index}.weight"] = weights.pop(f"{file}mlp.W_{name}").T
+            state[f"{own}mlp.{index}.bias"] = weights.pop(f"{file}mlp.b_{name}")
     state |= weights  # what is left is reported as unexpected
     return {name: weight.float().contiguous() for name, weight in state.items()}

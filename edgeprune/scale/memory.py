@@ -115,9 +115,7 @@ def memory_allowed(
     The limit of a container or a SLURM job is set on the process's group or one of its parents.
     Cached files that are not in use can be freed, so they count as free.
 
-    Args:
-        root: where control groups are mounted.
-        own: the file that names this process's group, as "0::/path".
+    They are mounted at `root`, and `own` names this process's group, as "0::/path".
     """
     lines = own.read_text().splitlines() if own.is_file() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
@@ -149,9 +147,8 @@ def _weight_bytes(model: CircuitModel, shares: int, offload: bool, bits: int | N
         )
 
     modules = [block.layer for block in model.architecture.blocks]
-    outside_layers = sum(x.nbytes for x in _weights(model).values()) - sum(
-        map(layer_bytes, modules)
-    )
+    outside_layers = sum(x.nbytes for x in _weights(model).values())
+    outside_layers -= sum(map(layer_bytes, modules))
     layers = [layer_bytes(layer, bits) for layer in modules]
     if shares == 1:
         return outside_layers + sum(layers)

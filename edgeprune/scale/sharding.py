@@ -37,8 +37,7 @@ def shard_model(
     Args:
         model: the model without weights (on the meta device); filled in place.
         whole: on rank 0, the same model on the CPU; None on the others.
-        mesh: the device mesh of all processes.
-        device: where this process runs.
+        mesh, device: the device mesh of all processes, and where this process runs.
         send: a collective that fills a tensor with rank 0's.
         offload: whether the shard stays in the CPU's memory while the layer does not run.
     """
