@@ -220,15 +220,6 @@ def test_masks_by_mean_ablation_and_without_embedding_writers():
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def test_every_token_of_a_corrupted_input_is_another():
-    model = load_model("tracr/xproportion")
-    pairs = read_pairs(model)
-    assert len(set(pairs)) == len(pairs) == 4 * 4**4
-    for pair in pairs:
-        assert pair.clean_ids[0] == pair.corrupted_ids[0]
-        assert all(a != b for a, b in zip(pair.clean_ids[1:], pair.corrupted_ids[1:], strict=True))
-
-
 def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_there():
     model = load_model("tracr/xproportion")
     assert len(read_pairs(model)[0].target_values) == 5

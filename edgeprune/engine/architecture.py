@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from edgeprune.engine.heads import centre
 from edgeprune.metrics import Output
 
 CHUNK_SIZE = 2**22
 """Number of elements of a weight that `fingerprint` converts to int64 at a time."""
 
 
-class Block(Protocol):
+class Block:
     """One transformer block, run with a separate input per reader."""
 
     layer: nn.Module  # the loaded module of the whole block
@@ -26,7 +28,7 @@ class Block(Protocol):
     mlp_norm: nn.Module  # the norm of the MLP's input
     mlp: nn.Module  # everything between `mlp_norm` and the residual stream
     mlp_output: nn.Module  # the loaded module whose output is added to the residual stream
-    fused: bool  # whether Triton kernels apply `attention_norm` and project; may be set
+    fused = False  # whether Triton kernels apply `attention_norm` and project
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
@@ -37,23 +39,48 @@ class Block(Protocol):
                 gradient.
             inputs: the result of `Architecture.attention_inputs`.
         """
-        ...
+        raise NotImplementedError
 
     def scale(self, values: Tensor) -> Tensor:
         """Scale the heads' values so that the heads' outboxes are linear in them."""
-        ...
+        return values
+
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight by which the heads write, [head, d_head, d_model]."""
+        raise NotImplementedError
 
     def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
-        """The heads' deltas, [head, ..., d_model]; see `heads.project_from_heads`."""
-        ...
+        """Compute the heads' deltas, [head, ..., d_model]: their outboxes minus ablation values.
+
+        The bias of the output projection is divided equally among the heads; it cancels in a
+        difference.
+
+        Args:
+            values: [..., head * d_head].
+            ablated: the values of ablated edges, of the same shape; None for zero outboxes.
+            centred: whether to subtract the mean over d_model.
+        """
+        weight, bias = self.output_weight(values.dtype), self.attention_output.bias
+        num_heads, _, d_model = weight.shape
+        if centred:  # the weights are smaller than the outboxes
+            weight = centre(weight)
+        delta = values if ablated is None else values - ablated
+        by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
+        if ablated is None and bias is not None:
+            share = centre(bias) if centred else bias
+            share = (share / num_heads).expand(num_heads, 1, d_model)
+            outboxes = torch.baddbmm(share, by_head, weight)
+        else:
+            outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
+        return outboxes.view(num_heads, *values.shape[:-1], d_model)
 
 
-class Architecture(Protocol):
+class Architecture:
     """A loaded model with its parts named."""
 
     embedding_writers: tuple[str, ...]  # in order
-    output: Output  # what `logits` returns
-    may_pad: bool  # whether padding on the right leaves the positions before it unchanged
+    output = Output.logits  # what `logits` returns
+    may_pad = True  # whether padding on the right leaves the positions before it unchanged
     blocks: Sequence[Block]
     body: nn.Module  # the model without `unembed`
     final_norm: nn.Module
@@ -61,15 +88,14 @@ class Architecture(Protocol):
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
-        ...
+        raise NotImplementedError
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
         """Masks and rotary embeddings for `Block.attend`, given [batch, pos, d_model]."""
-        ...
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed final hidden states [..., d_model] -> [..., vocabulary]."""
-        ...
+        return self.unembed(x)
 
 
 def fingerprint(architecture: Architecture, tokenizer: Any, settings: dict[str, Any]) -> str:

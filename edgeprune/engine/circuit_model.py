@@ -11,14 +11,14 @@ A training step, from the prompts to the gradient of the gates:
 
        input[reader] = ablated residual stream + sum over writers of gate * delta[writer]
 
-   A block turns its readers' inputs into the deltas of its heads and its MLP (models/, heads.py).
+   A block turns its readers' inputs into the deltas of its heads and its MLP (architecture.py).
 3. `differentiate` in gradient.py takes the KL divergence from the reference and runs autograd.
    Backward, each block overwrites its readers' inputs with their gradients; each mix then adds
    gates.T @ grad_inputs to the writers' gradients, and writes grad_inputs @ delta.T, the gradient
    of its gates, into one flat [edge] tensor (`_Mix.backward` in outbox.py).
 
-Hugging Face loads the model and runs the full model. `architecture.py` lists what a model family
-provides for the circuit pass.
+Hugging Face loads the model and runs the full model. A model family provides the parts of the
+circuit pass that `architecture.py` lists.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -123,32 +122,3 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def centre(x: Tensor) -> Tensor:
     """Subtract the mean over the last axis."""
     return x - x.mean(-1, keepdim=True)
-
-
-def project_from_heads(
-    values: Tensor, ablated: Tensor | None, weight: Tensor, bias: Tensor | None, *, centred: bool
-) -> Tensor:
-    """Compute the heads' deltas, [head, ..., d_model]: their outboxes minus ablation values.
-
-    The bias of the output projection is divided equally among the heads; it cancels in a
-    difference.
-
-    Args:
-        values: [..., head * d_head].
-        ablated: the values of ablated edges, of the same shape; None for zero outboxes.
-        weight: [head, d_head, d_model].
-        bias: [d_model] or None.
-        centred: whether to subtract the mean over d_model.
-    """
-    num_heads, _, d_model = weight.shape
-    if centred:  # the weights are smaller than the outboxes
-        weight = centre(weight)
-    delta = values if ablated is None else values - ablated
-    by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
-    if ablated is None and bias is not None:
-        share = centre(bias) if centred else bias
-        share = (share / num_heads).expand(num_heads, 1, d_model)
-        outboxes = torch.baddbmm(share, by_head, weight)
-    else:
-        outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
-    return outboxes.view(num_heads, *values.shape[:-1], d_model)

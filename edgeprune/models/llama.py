@@ -21,17 +21,15 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
-from edgeprune.metrics import Output
+from edgeprune.engine.architecture import Architecture, Block
+from edgeprune.engine.heads import attention_mask, project_to_heads
 
 AttentionInputs = dict[str, tuple[Any, tuple[Tensor, Tensor]]]
 """Per layer type, an attention mask and (cos, sin) of the rotation, [1, pos, d_head] each."""
 
 
-class LlamaBlock:
-    """Runs a loaded decoder layer head by head; see `architecture.Block`."""
-
-    fused = False
+class LlamaBlock(Block):
+    """Runs a loaded decoder layer head by head."""
 
     def __init__(self, layer: nn.Module, layer_type: str) -> None:
         attention = layer.self_attn
@@ -99,21 +97,17 @@ class LlamaBlock:
         mean_square = written.float().square().mean(-1, keepdim=True)
         return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
-    def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
-        linear = self.attention_output
-        weight = _weight(linear, values.dtype)
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        weight = _weight(self.attention_output, dtype)
         if self.heads_norm is not None:
             weight = (1 + self.heads_norm.weight)[:, None] * weight
-        weight = weight.T.unflatten(0, (-1, self.d_head))  # [head, d_head, d_model]
-        return project_from_heads(values, ablated, weight, linear.bias, centred=centred)
+        return weight.T.unflatten(0, (-1, self.d_head))
 
 
-class Llama:
-    """A loaded model of the Llama family with its parts named; see `architecture.Architecture`."""
+class Llama(Architecture):
+    """A loaded model of the Llama family."""
 
     embedding_writers = ("embeds",)
-    output = Output.logits
-    may_pad = True
 
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model
@@ -132,7 +126,6 @@ class Llama:
         return self.body.embed_tokens(ids)[None]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Normed final states [..., d_model] -> [..., vocabulary]."""
         logits = self.unembed(x)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 

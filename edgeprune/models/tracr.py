@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeprune.engine.architecture import Architecture, Block
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.engine.heads import project_from_heads, project_to_heads
+from edgeprune.engine.heads import project_to_heads
 from edgeprune.errors import DataError, ModelError
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
@@ -100,10 +101,8 @@ class TracrTokenizer:
         return " ".join(str(names[column]) for column in ids)
 
 
-class TracrLayer(nn.Module):
-    """One layer, run as a whole or as an `architecture.Block`."""
-
-    fused = False
+class TracrLayer(nn.Module, Block):
+    """One layer, run as a whole or head by head."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -136,9 +135,6 @@ class TracrLayer(nn.Module):
         values = scores.softmax(-1) @ v  # [head, batch, pos, d_head]
         return values.permute(1, 2, 0, 3).flatten(2)
 
-    def scale(self, values: Tensor) -> Tensor:
-        return values
-
     @property
     def layer(self) -> nn.Module:
         return self
@@ -147,14 +143,12 @@ class TracrLayer(nn.Module):
     def mlp_output(self) -> nn.Module:
         return self.mlp
 
-    def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
-        linear = self.attention_output
-        weight = linear.weight.T.unflatten(0, (-1, self.d_head))  # [head, d_head, d_model]
-        return project_from_heads(values, ablated, weight, linear.bias, centred=centred)
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.attention_output.weight.T.unflatten(0, (-1, self.d_head))
 
 
-class Tracr(nn.Module):
-    """The whole model, and its own `architecture.Architecture`."""
+class Tracr(nn.Module, Architecture):
+    """The whole model."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
 
@@ -194,13 +188,6 @@ class Tracr(nn.Module):
         tokens = self.tok_embed(ids)
         positions = self.pos_embed[: ids.shape[1]].to(tokens.dtype)
         return torch.stack([tokens, positions.expand_as(tokens)])
-
-    def attention_inputs(self, embeddings: Tensor) -> None:
-        return None
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Final states [..., d_model] -> [..., output column]."""
-        return self.unembed(x)
 
 
 def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:

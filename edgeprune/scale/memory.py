@@ -186,9 +186,7 @@ def _saved_bytes(
     return sum(storage.nbytes() for memory, storage in saved.items() if memory not in known)
 
 
-def _run_step(
-    model: CircuitModel, batch: Batch, corrupted: Activations, *, recompute: bool
-) -> None:
+def _run_step(model: CircuitModel, batch: Batch, corrupted: Activations, recompute: bool) -> None:
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad():
         model.run_circuit(batch, gates, corrupted, recompute=recompute).sum().backward()
