@@ -42,10 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # edgeprune need n
 
 import published
 
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import CircuitModel, lookaheads
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import StepInputs, differentiate
-from edgeprune.engine.lookahead import lookaheads
 from edgeprune.errors import UserError
 from edgeprune.files import write_json
 from edgeprune.methods import hard_concrete
@@ -184,8 +183,15 @@ def gradient_cosine(args: argparse.Namespace) -> float:
     gradients = []
     for dtype in ("float32", args.dtype):
         model.release()
+<<<<<<< HEAD
         model.to(getattr(torch, dtype))
         if args.fused and gradients:
+=======
+        for module in (model.architecture.body, model.architecture.unembed):
+            for weight in module.parameters():
+                weight.data = weight.data.to(getattr(torch, kind))
+        if fused and gradients:
+>>>>>>> h2-engine
             fuse(model)
         inputs = StepInputs(batch, *model.run_pair(batch), gates.clone().requires_grad_())
         gradients.append(differentiate(model, inputs)[1])

@@ -28,14 +28,14 @@ def head_outboxes(attention, q_in: list[Tensor], k_in: list[Tensor], v_in: list[
     return outboxes
 
 
-def run_gpt2(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
+def run_gpt2(model, graph, ids: Tensor, gates=None, ablated=None):
     """Run a GPT-2 with gates.
 
     Args:
         model: of Hugging Face.
         graph: its CircuitGraph.
         ids: [batch, pos].
-        edge, node: gates, [edge] and [writer]; None: all 1.
+        gates: [edge]; None: all 1.
         ablated: per writer, what an edge with gate 0 carries; None: zeros.
 
     Returns:
@@ -44,7 +44,7 @@ def run_gpt2(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
     transformer = model.transformer
     tokens = transformer.wte(ids)
     positions = transformer.wpe(torch.arange(ids.shape[1])).expand_as(tokens)
-    stream = Stream([tokens, positions], graph, edge, node, ablated)
+    stream = Stream([tokens, positions], graph, gates, ablated)
     for layer, block in enumerate(transformer.h):
         inputs = [
             [block.ln_1(stream.read(f"a{layer}.h{h}.{kind}")) for h in range(graph.num_heads)]
@@ -55,14 +55,14 @@ def run_gpt2(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
     return model.lm_head(transformer.ln_f(stream.read("resid_post"))), stream.outboxes
 
 
-def run_llama(model, graph, ids: Tensor, edge=None, node=None, ablated=None):
+def run_llama(model, graph, ids: Tensor, gates=None, ablated=None):
     """Run a model of the Llama family; see `run_gpt2`.
 
     Each head's q, k and v are slices of the whole projection of its input.
     """
     body = model.model
     tokens = body.embed_tokens(ids)
-    stream = Stream([tokens], graph, edge, node, ablated)
+    stream = Stream([tokens], graph, gates, ablated)
     pos = torch.arange(ids.shape[1])
     for layer, block in enumerate(body.layers):
         attention = block.self_attn
@@ -127,30 +127,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Stream:
     """The outboxes written so far."""
 
-    def __init__(self, embeddings: list[Tensor], graph, edge, node, ablated) -> None:
-        edge = torch.ones(graph.num_edges) if edge is None else edge
-        self.gate_of = dict(zip(graph.edges, edge, strict=True))
-        self.graph, self.node, self.ablated = graph, node, ablated
-        self.outboxes: list[Tensor] = []
-        self.always_on = torch.zeros_like(embeddings[0])
-        if graph.embedding_writers:
-            self.write(embeddings)
-        else:
-            self.always_on = sum(embeddings)
+    def __init__(self, embeddings: list[Tensor], graph, gates, ablated) -> None:
+        gates = torch.ones(graph.num_edges) if gates is None else gates
+        self.gate_of = dict(zip(graph.edges, gates, strict=True))
+        self.graph, self.ablated = graph, ablated
+        self.outboxes = list(embeddings) if graph.embedding_writers else []
+        self.always_on = 0 if graph.embedding_writers else sum(embeddings)
 
     def write(self, values: list[Tensor]) -> None:
-        for x in values:
-            index = len(self.outboxes)
-            if self.node is not None:
-                x = self.node[index] * x + (1 - self.node[index]) * self.ablation_value(index)
-            self.outboxes.append(x)
+        self.outboxes += values
 
     def read(self, reader: str) -> Tensor:
         total = self.always_on
-        for index, x in enumerate(self.outboxes):
+        for index, clean in enumerate(self.outboxes):
             gate = self.gate_of[self.graph.writers[index], reader]
-            total = total + gate * x + (1 - gate) * self.ablation_value(index)
+            ablated = 0 if self.ablated is None else self.ablated[index]
+            total = total + gate * clean + (1 - gate) * ablated
         return total
-
-    def ablation_value(self, index: int) -> Tensor | int:
-        return 0 if self.ablated is None else self.ablated[index]

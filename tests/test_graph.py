@@ -71,7 +71,7 @@ def test_unknown_and_impossible_edges_are_refused():
     for edge in (("a9.h0", "m0"), ("tok_embeds", "m7"), ("m0", "a0.h0.q"), ("m0", "m0")):
         with pytest.raises(ValueError):
             graph.edge_index(edge)
-    with pytest.raises(ValueError, match="3 heads cannot share 2"):
+    with pytest.raises(ValueError, match="3 heads"):
         CircuitGraph(1, 3, 2, ())
 
 
@@ -86,12 +86,12 @@ def test_a_size_is_given_in_exactly_one_way():
 
 @pytest.mark.parametrize("counts", [(0, 2, 2), (2, 2, 0), (2, -2, 2), (2, 2, 1.0), (True, 2, 2)])
 def test_counts_are_positive_integers(counts):
-    with pytest.raises(ValueError, match="num_"):
+    with pytest.raises(ValueError, match="positive"):
         CircuitGraph(*counts, GPT2)
 
 
 def test_counts_beyond_any_model_are_refused_at_once():
-    with pytest.raises(ValueError, match="1,000,000,000 layers"):
+    with pytest.raises(ValueError, match="1,000,000,000"):
         CircuitGraph(10**9, 1, 1, ())
     assert CircuitGraph(126, 128, 8, ("embeds",)).num_edges > 10**8  # Llama 3.1 405B
 

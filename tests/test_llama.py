@@ -108,40 +108,29 @@ def test_logits_and_gradients_equal_the_naive_engine(name, ablation):
     check_against_naive(run_llama, hf_model, wrap_model(hf_model), ablation)
 
 
-def break_rotation(block) -> None:
-    block.rotate = lambda q, k, cos, sin: (q, k)
+FAULTS = {
+    "rotation": lambda block: {"rotate": lambda q, k, cos, sin: (q, k)},
+    "grouping": lambda block: {
+        "rotate": lambda q, k, cos, sin, own=block.rotate: own(q, k.flip(1), cos, sin)
+    },
+    "window": lambda block: {"layer_type": "full_attention"},
+    "norm": lambda block: {"attention_norm": torch.nn.Identity()},
+}
 
 
-def break_grouping(block) -> None:
-    rotate = block.rotate
-
-    def rotate_and_flip_keys(q, k, cos, sin):
-        q, k = rotate(q, k, cos, sin)
-        return q, k.flip(1)
-
-    block.rotate = rotate_and_flip_keys
-
-
-def break_window(block) -> None:
-    block.layer_type = "full_attention"
-
-
-def break_norm(block) -> None:
-    block.attention_norm = torch.nn.Identity()
-
-
-@pytest.mark.parametrize("fault", [break_rotation, break_grouping, break_window, break_norm])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_parity_check_catches_a_wrong_circuit_pass(fault):
     model = wrap_model(random_llama(MistralConfig(**SMALL, sliding_window=1000)))
     verify_parity(model)
-    fault(model.architecture.blocks[1])
+    block = model.architecture.blocks[1]
+    vars(block).update(FAULTS[fault](block))
     with pytest.raises(ModelError, match="parity"):
         verify_parity(model)
     assert model.architecture.body.config.sliding_window == 1000
 
 
-@pytest.mark.parametrize("model_type", ["olmo2", "phi3", "granite", "cohere"])
-def test_models_that_only_resemble_llama_are_refused_by_name(model_type, tmp_path):
+@pytest.mark.parametrize("model_type", ["gpt_neox", "olmo2", "phi3", "granite", "cohere"])
+def test_models_that_only_resemble_others_are_refused_by_name(model_type, tmp_path):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     with pytest.raises(ModelError, match=model_type):
         load_model(tmp_path)

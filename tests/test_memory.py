@@ -79,28 +79,24 @@ def test_free_memory_respects_the_limits_of_all_control_groups(tmp_path, monkeyp
     """As in a container or a SLURM job, whose limit is not set on the innermost group."""
     root, own = tmp_path / "cgroup", tmp_path / "own"
 
-    def group(path: str, limit: object, current: int, inactive: int) -> None:
+    def group(path: str, limit: object, current: int, inactive: int) -> float:
         folder = root / path
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{current}\n")
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\nslab 1\n")
+        return memory_allowed(root, own)
 
     assert memory_allowed(root, own) == math.inf  # no control groups
     own.write_text("4:memory:/older\n0::/job/step/task\n")
     assert memory_allowed(root, own) == math.inf  # version 1
-    group("job", 1000, 700, 200)
-    group("job/step", 900, 100, 0)
-    group("job/step/task", "max", 100, 0)
-    assert memory_allowed(root, own) == 1000 - 700 + 200
-    group("job/step", 900, 600, 50)
-    assert memory_allowed(root, own) == 900 - 600 + 50
-    group("job/step", 900, 901, 0)
-    assert memory_allowed(root, own) == 0
+    assert group("job", 1000, 700, 200) == 1000 - 700 + 200
+    assert group("job/step/task", "max", 100, 0) == 500
+    assert group("job/step", 900, 600, 50) == 900 - 600 + 50
+    assert group("job/step", 900, 901, 0) == 0
     own.write_text("0::/elsewhere/of/the/host\n")  # a container, which sees its own as the root
     assert memory_allowed(root, own) == math.inf
-    group("", 300, 100, 0)
-    assert memory_allowed(root, own) == 200
+    assert group("", 300, 100, 0) == 200
 
     monkeypatch.setattr(memory, "memory_allowed", lambda: 200)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -98,7 +98,7 @@ def test_prune_resume_export_evaluate_draw(tmp_path, data):
     assert "Head 4." in (whole / "circuit.dot").read_text()
 
     shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "checkpoints/step-00000200")
+    (broken / "checkpoints/step-00000200.safetensors").unlink()
     (broken / "edges.json").unlink()
     run(*prune, f"run_dir={broken}", "resume=auto")
     assert edges_of(broken / "edges.json") == edges_of(whole / "edges.json")

@@ -23,7 +23,6 @@ from tracr_builder import (
     Layer,
     Program,
     Unit,
-    above,
     make_weights,
     structural_edges,
     write_folder,
@@ -148,15 +147,6 @@ def test_true_edges_are_found_by_every_seed(folder, ablation, seed):
     check_recovery(folder, ablation, seed)
 
 
-def test_the_comparison_can_fail(tmp_path):
-    shutil.copytree(TRACR_MODELS / "neighbours", tmp_path / "wrong")
-    path = tmp_path / "wrong/ground_truth_edges.json"
-    truth = json.loads(path.read_text())
-    path.write_text(json.dumps({**truth, "edges": truth["edges"][1:]}))
-    with pytest.raises(AssertionError, match="too many"):
-        check_recovery(tmp_path / "wrong", "zero", seed=0)
-
-
 def test_programs_differ_in_name_alone():
     configs = {path.name: experiment(path.name) for path in TRACR_MODELS.iterdir()}
     for name, config in configs.items():
@@ -207,18 +197,15 @@ def test_circuits_agree_with_a_pass_written_from_the_definition(folder, script, 
 
 
 def test_padding_is_refused_where_it_would_be_attended_to():
-    bidirectional, causal = load_model("tracr/reverse"), load_model("tracr/brackets")
-    for model in (bidirectional, causal):
+    for name in ("reverse", "brackets"):
+        model = load_model(f"tracr/{name}")
         pairs = read_pairs(model, lengths=[2])[:1] + read_pairs(model, lengths=[3])[:1]
-        batch = collate(pairs)
-        if model is causal:
-            short = model.run_pair(batch)[0][:2]
+        if name == "brackets":  # causal
+            short = model.run_pair(collate(pairs))[0][:2]
             assert torch.equal(short, model.run_pair(collate(pairs[:1]))[0])
-            continue
-        with pytest.raises(ValueError, match="3 to 4 tokens"):
-            model.run_pair(batch)
-        with pytest.raises(ValueError, match="3 to 4 tokens"):
-            model.run_circuit(batch, torch.ones(model.graph.num_edges), None)
+        else:
+            with pytest.raises(ValueError, match="3 to 4 tokens"):
+                model.run_pair(collate(pairs))
 
 
 def test_masks_by_mean_ablation_and_without_embedding_writers():
@@ -231,15 +218,6 @@ def test_masks_by_mean_ablation_and_without_embedding_writers():
 
 
 # ---------------------------------------------------------------------------------------- prompts
-
-
-def test_every_token_of_a_corrupted_input_is_another():
-    model = load_model("tracr/xproportion")
-    pairs = read_pairs(model)
-    assert len(set(pairs)) == len(pairs) == 4 * 4**4
-    for pair in pairs:
-        assert pair.clean_ids[0] == pair.corrupted_ids[0]
-        assert all(a != b for a, b in zip(pair.clean_ids[1:], pair.corrupted_ids[1:], strict=True))
 
 
 def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_there():
@@ -261,6 +239,7 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
 @pytest.mark.parametrize(
     ("change", "field"),
     [
+<<<<<<< HEAD
         ({"corrupted_ids": [0]}, "2 and 1 tokens"),
         ({"clean_ids": "0 1"}, "clean_ids"),
         ({"clean_ids": [0, 5]}, "clean_ids"),
@@ -271,6 +250,18 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
         ({"target_ids": [3]}, "target_ids"),
         ({"target_ids": [-2]}, "target_ids"),
         ({"target_values": [1]}, "target_values"),
+=======
+        ({"corrupted_ids": [0]}, "2 and 1"),
+        ({"clean_ids": "0 1"}, "'clean_ids'"),
+        ({"clean_ids": [0, 10]}, "0 to 9"),
+        ({"corrupted_ids": [-1, 0]}, "0 to 9"),
+        ({"clean_ids": [True, 1]}, "'clean_ids'"),
+        ({"target_ids": [1, 1, 1]}, "3 targets"),
+        ({"target_ids": []}, "'target_ids'"),
+        ({"target_ids": [4]}, "0 to 3"),
+        ({"target_ids": [-2]}, "0 to 3"),
+        ({"target_values": [10**400]}, "'target_values'"),
+>>>>>>> h2-engine
     ],
 )
 def test_lines_of_ids_are_checked(change, field):
@@ -292,27 +283,18 @@ def test_targets_are_of_the_kind_that_the_model_gives(name, field, other):
         encode_records([{**record, other: [1]}], tokenizer)
 
 
-def test_a_program_has_no_weights_in_few_bits():
+def test_what_a_program_cannot_do_is_refused(tokenizer):
     for load in (load_model, load_meta_model):
-        with pytest.raises(ModelError, match="4 bits are for the Llama family, got .* tracr"):
+        with pytest.raises(ModelError, match="tracr"):
             load("tracr/reverse", bits=4)
-
-
-def test_a_program_takes_no_text():
-    record = {"clean": "a b <predict>c</predict>", "corrupted": "a d <predict>c</predict>"}
-    with pytest.raises(DataError, match="takes token ids, not text"):
-        encode_records([record], load_model("tracr/reverse").tokenizer)
-
-
-def test_the_prompts_of_a_program_need_a_program(tokenizer):
-    with pytest.raises(ConfigError):
+    program = load_tokenizer("tracr/reverse")
+    text = {"clean": "a b <predict>c</predict>", "corrupted": "a d <predict>c</predict>"}
+    with pytest.raises(DataError, match="token ids"):
+        encode_records([text], program)
+    with pytest.raises(DataError, match="length 9"):
+        make_records(program.folder, program.config, lengths=[9])
+    with pytest.raises(ConfigError):  # the task of programs, for another model
         generate_records("tracr", tokenizer, {}, 0)
-
-
-def test_no_input_of_that_length():
-    tokenizer = load_tokenizer("tracr/reverse")
-    with pytest.raises(ValueError, match="no input of length 9"):
-        make_records(tokenizer.folder, tokenizer.config, lengths=[9])
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -346,20 +328,19 @@ def test_values_are_scored_by_their_largest_error():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "gelu"}, "only ReLU"),
-        ({"layer_norm": True}, "without layer norm"),
-        ({"output_type": "mixed"}, "'mixed', expected categorical or numerical"),
-        ({"n_heads": None}, "lacks n_heads"),
-        ({"d_mlp": 3}, "mlp.W_in is .* expected .*3"),
-        ({"n_layers": 2}, "has no tensor 'blocks.1"),
-        ("weights", "cannot be read"),
-        ("config", "cannot be read"),
-        ("tensor", "unexpected tensors extra"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"layer_norm": True}, "True"),
+        ({"output_type": "mixed"}, "'mixed'"),
+        ({"n_heads": None}, "n_heads"),
+        ({"d_mlp": 3}, "mlp"),
+        ({"n_layers": 2}, "blocks.1"),
+        ("weights", "weights"),
+        ("config", "config"),
+        ("tensor", "extra"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, change, message):
-    folder = tmp_path / "model"
-    shutil.copytree(TRACR_MODELS / "neighbours", folder)
+    folder = shutil.copytree(TRACR_MODELS / "neighbours", tmp_path / "model")
     config, weights = folder / "config.json", folder / "weights.safetensors"
     if change == "weights":
         weights.write_bytes(weights.read_bytes()[:100])
@@ -378,8 +359,6 @@ def test_damaged_folders_are_refused(tmp_path, change, message):
 def test_a_name_or_folder_without_a_model_is_refused(load, tmp_path):
     with pytest.raises(ModelError, match=r"'nope'.* brackets, neighbours"):
         load("tracr/nope")
-    with pytest.raises(ModelError, match="choose brackets"):  # a folder of models
-        load(TRACR_MODELS)
     with pytest.raises(ModelError, match=str(tmp_path)):
         load(tmp_path)
 
@@ -403,58 +382,39 @@ def test_searching_again_gives_the_same_true_edges(tmp_path, script):
 # -------------------------------------------------------------------------------------- the builder
 
 
-def swap_case() -> Program:
-    """a -> b, b -> a, by one MLP; a head that no one reads."""
-    return Program(
-        name="swap",
-        description="",
-        tokens=("a", "b"),
-        max_length=2,
-        reference_length=2,
-        layers=(
-            Layer(
-                (Head((), (("tokens:a", "unread", 1.0),)),),
-                (
-                    Unit({"tokens:a": 1.0}, {"out:b": 1.0}),
-                    Unit({"tokens:b": 1.0}, {"out:a": 1.0}),
-                ),
-            ),
+# a -> b, b -> a, by one MLP; a head that no one reads
+SWAP = Program(
+    name="swap",
+    description="",
+    tokens=("a", "b"),
+    max_length=2,
+    reference_length=2,
+    layers=(
+        Layer(
+            (Head((), (("tokens:a", "unread", 1.0),)),),
+            (Unit({"tokens:a": 1.0}, {"out:b": 1.0}), Unit({"tokens:b": 1.0}, {"out:a": 1.0})),
         ),
-        output={"out:a": "a", "out:b": "b"},
-        compute=lambda x: ["b" if token == "a" else "a" for token in x],
-    )
+    ),
+    output={"out:a": "a", "out:b": "b"},
+    compute=lambda x: ["b" if token == "a" else "a" for token in x],
+)
 
 
 def test_builder_by_hand(tmp_path):
-    program = swap_case()
-    assert structural_edges(program) == [("tok_embeds", "m0"), ("m0", "resid_post")]
-    weights = make_weights(program)
+    assert structural_edges(SWAP) == [("tok_embeds", "m0"), ("m0", "resid_post")]
+    weights = make_weights(SWAP)
     # labels: indices:0, indices:1, one, out:a, out:b, tokens:BOS, tokens:a, tokens:b, ...
     assert weights["tok_embed"][0].nonzero()[:, 0].tolist() == [2, 6]
     assert weights["pos_embed"].nonzero().tolist() == [[1, 0], [2, 1]]
     assert weights["blocks.0.mlp.W_in"].nonzero().tolist() == [[6, 0], [7, 1]]
     assert weights["blocks.0.mlp.W_out"].nonzero().tolist() == [[0, 4], [1, 3]]
     assert weights["unembed"].nonzero().tolist() == [[3, 0], [4, 1]]
-    write_folder(program, tmp_path / "swap")
+    write_folder(SWAP, tmp_path / "swap")
     model = load_model(tmp_path / "swap")
     pairs = read_pairs(model)
     assert [pair.clean_ids for pair in pairs] == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
     assert [pair.target_ids for pair in pairs] == [(1, 1), (1, 0), (0, 1), (0, 0)]
-    reference, _ = model.run_pair(collate(pairs))
-    assert reference.argmax(-1).tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
-
-
-def test_a_step_by_hand():
-    units = above("x", 0.5, {"y": 2.0}, width=0.2)
-
-    def y(x: float) -> float:
-        total = 0.0
-        for unit in units:
-            inner = unit.reads["x"] * x + unit.reads["one"]
-            total += max(0.0, inner) * unit.writes["y"]
-        return total
-
-    assert [y(x) for x in (0.0, 0.4, 0.5, 0.6, 1.0)] == pytest.approx([0, 0, 1, 2, 2])
+    assert model.run_pair(collate(pairs))[0].argmax(-1).tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.errors import ConfigError, DataError
 from edgeprune.prompts import Batch, Pair, iterate_batches
 
@@ -20,16 +18,17 @@ KINDS = ("interchange", "zero", "mean")
 class Ablation:
     """Provides the ablation values of each batch.
 
-    Attributes:
-        kind: `interchange`, `zero` or `mean`.
-        needs_corrupted: whether the values are activations on the corrupted prompts.
-
     Args:
         model: the model whose activations are averaged for mean ablation.
-        kind: see above.
+        kind: `interchange`, `zero` or `mean`.
         reference_set: the prompts; mean ablation averages over the clean ones.
         per_position: whether mean ablation uses one mean per position, or one over all positions.
         batch_size: pairs per forward pass of mean ablation.
+
+    Attributes:
+        needs_corrupted: whether the values are activations on the corrupted prompts.
+        means: the mean activations of mean ablation, with a batch axis of length 1, and a position
+            axis of length 1 unless `per_position`.
 
     Raises:
         ConfigError: unknown kind.
@@ -47,7 +46,7 @@ class Ablation:
     ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(KINDS)}")
-        self.kind = kind
+        self.kind, self.per_position = kind, per_position
         self.needs_corrupted = kind == "interchange"
         if self.needs_corrupted and all(p.clean_ids == p.corrupted_ids for p in reference_set):
             raise DataError(
@@ -55,11 +54,9 @@ class Ablation:
                 "interchange ablation changes nothing; give corrupted prompts with other answers, "
                 "or use ablation zero or mean"
             )
-        self.means: MeanActivations | None = None
+        self.means: Activations | None = None
         if kind == "mean":
-            self.means = mean_activations(
-                model, reference_set, batch_size, per_position=per_position
-            )
+            self.means = _mean_activations(model, reference_set, batch_size, per_position)
 
     @classmethod
     def of(
@@ -75,35 +72,12 @@ class Ablation:
         return cls(model, ablation, reference_set, batch_size=batch_size)
 
     def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
-        """The ablation values of a batch; None stands for zeros.
+        """The ablation values of a batch, given its corrupted activations; None stands for zeros.
 
-        Args:
-            batch: the prompts.
-            corrupted: activations on their corrupted prompts, if `needs_corrupted`.
+        Raises ValueError if the batch has positions for which there is no mean.
         """
-        if self.needs_corrupted:
-            return corrupted
-        return None if self.means is None else self.means.for_batch(batch)
-
-
-@dataclass(frozen=True)
-class MeanActivations:
-    """Mean activations, with a batch axis of length 1.
-
-    Attributes:
-        means: the position axis has length 1 unless `per_position`.
-        per_position: whether there is one mean per position.
-    """
-
-    means: Activations
-    per_position: bool
-
-    def for_batch(self, batch: Batch) -> Activations:
-        """Expand the means to the shape of a batch.
-
-        Raises:
-            ValueError: the batch has positions that the reference set does not have.
-        """
+        if self.means is None:
+            return corrupted if self.needs_corrupted else None
         num_examples, length = batch.clean_ids.shape
         known = self.means.residuals[0].shape[-2]
         if self.per_position and length > known:
@@ -120,17 +94,10 @@ class MeanActivations:
 
 
 @torch.no_grad()
-def mean_activations(
-    model: CircuitModel, pairs: Sequence[Pair], batch_size: int, *, per_position: bool
-) -> MeanActivations:
-    """Average the activations on the clean prompts of a reference set; padding is left out.
-
-    Args:
-        model: the model.
-        pairs: the reference set.
-        batch_size: pairs per forward pass.
-        per_position: whether to compute one mean per position, or one over all positions.
-    """
+def _mean_activations(
+    model: CircuitModel, pairs: Sequence[Pair], batch_size: int, per_position: bool
+) -> Activations:
+    """Average the activations on the clean prompts; padding is left out."""
     totals: Activations | None = None
     width = max(len(pair.clean_ids) for pair in pairs)
     counts = torch.zeros(width)
@@ -143,10 +110,9 @@ def mean_activations(
         counts[:length] += is_token.sum(0).cpu()
 
         def total(x: Tensor, is_token: Tensor = is_token, length: int = length) -> Tensor:
-            """Sum over the examples: [..., batch, pos, d] -> [..., 1, width, d]."""
-            # On the CPU, because Apple's GPUs have no float64.
+            """Sum over the examples, on the CPU because Apple's GPUs have no float64."""
             summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True).cpu().double()
-            return nn.functional.pad(summed, (0, 0, 0, width - length))
+            return nn.functional.pad(summed, (0, 0, 0, width - length))  # [..., 1, width, d]
 
         batch_totals = activations.map(total)
         totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)
@@ -154,5 +120,4 @@ def mean_activations(
         totals = totals.map(lambda x: x.sum(-2, keepdim=True))
         counts = counts.sum(0, keepdim=True)
     like = next(model.architecture.body.parameters())
-    means = totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))
-    return MeanActivations(means, per_position)
+    return totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))

@@ -1,37 +1,34 @@
-"""What a model family has to provide: `Block` and `Architecture`, implemented in `models/`."""
+"""What a model family has to provide (implemented in `models/`), and a model's fingerprint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from edgeprune.engine.heads import centre
 from edgeprune.metrics import Output
 
+CHUNK_SIZE = 2**22
+"""Number of elements of a weight that `fingerprint` converts to int64 at a time."""
 
-class Block(Protocol):
-    """One transformer block, run with a separate input per reader.
 
-    Attributes:
-        layer: the loaded module of the whole block.
-        d_head: width of a head.
-        attention_norm: the norm of the queries', keys' and values' inputs.
-        attention_output: the output projection of the heads.
-        mlp_norm: the norm of the MLP's input.
-        mlp: everything between `mlp_norm` and the residual stream.
-        mlp_output: the loaded module whose output the MLP adds to the residual stream.
-        fused: whether a Triton kernel applies `attention_norm` and projects; may be set.
-    """
+class Block:
+    """One transformer block, run with a separate input per reader."""
 
-    layer: nn.Module
+    layer: nn.Module  # the loaded module of the whole block
     d_head: int
-    attention_norm: nn.Module
-    attention_output: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-    mlp_output: nn.Module
-    fused: bool
+    attention_norm: nn.Module  # the norm of the queries', keys' and values' inputs
+    attention_output: nn.Module  # the output projection of the heads
+    mlp_norm: nn.Module  # the norm of the MLP's input
+    mlp: nn.Module  # everything between `mlp_norm` and the residual stream
+    mlp_output: nn.Module  # the loaded module whose output is added to the residual stream
+    fused = False  # whether Triton kernels apply `attention_norm` and project
 
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
@@ -42,48 +39,92 @@ class Block(Protocol):
                 gradient.
             inputs: the result of `Architecture.attention_inputs`.
         """
-        ...
+        raise NotImplementedError
 
     def scale(self, values: Tensor) -> Tensor:
         """Scale the heads' values so that the heads' outboxes are linear in them."""
-        ...
+        return values
 
-    def head_delta(
-        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
-    ) -> Tensor:
-        """The heads' deltas, [head, ..., d_model]; see `heads.project_from_heads`."""
-        ...
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight by which the heads write, [head, d_head, d_model]."""
+        raise NotImplementedError
+
+    def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
+        """Compute the heads' deltas, [head, ..., d_model]: their outboxes minus ablation values.
+
+        The bias of the output projection is divided equally among the heads; it cancels in a
+        difference.
+
+        Args:
+            values: [..., head * d_head].
+            ablated: the values of ablated edges, of the same shape; None for zero outboxes.
+            centred: whether to subtract the mean over d_model.
+        """
+        weight, bias = self.output_weight(values.dtype), self.attention_output.bias
+        num_heads, _, d_model = weight.shape
+        if centred:  # the weights are smaller than the outboxes
+            weight = centre(weight)
+        delta = values if ablated is None else values - ablated
+        by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
+        if ablated is None and bias is not None:
+            share = centre(bias) if centred else bias
+            share = (share / num_heads).expand(num_heads, 1, d_model)
+            outboxes = torch.baddbmm(share, by_head, weight)
+        else:
+            outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
+        return outboxes.view(num_heads, *values.shape[:-1], d_model)
 
 
-class Architecture(Protocol):
-    """A loaded model with its parts named.
+class Architecture:
+    """A loaded model with its parts named."""
 
-    Attributes:
-        embedding_writers: names of the embedding writers, in order.
-        output: what `logits` returns.
-        may_pad: whether padding on the right leaves the positions before it unchanged.
-        blocks: one per layer.
-        body: the model without `unembed`.
-        final_norm: the norm before `unembed`.
-        unembed: the projection to the vocabulary.
-    """
-
-    embedding_writers: tuple[str, ...]
-    output: Output
-    may_pad: bool
+    embedding_writers: tuple[str, ...]  # in order
+    output = Output.logits  # what `logits` returns
+    may_pad = True  # whether padding on the right leaves the positions before it unchanged
     blocks: Sequence[Block]
-    body: nn.Module
+    body: nn.Module  # the model without `unembed`
     final_norm: nn.Module
-    unembed: nn.Module
+    unembed: nn.Module  # the projection to the vocabulary
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
-        ...
+        raise NotImplementedError
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
         """Masks and rotary embeddings for `Block.attend`, given [batch, pos, d_model]."""
-        ...
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed final hidden states [..., d_model] -> [..., vocabulary]."""
-        ...
+        return self.unembed(x)
+
+
+def fingerprint(architecture: Architecture, tokenizer: Any, settings: dict[str, Any]) -> str:
+    """SHA-256 that changes with any weight, any setting (JSON values) and a fast tokenizer."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    if hasattr(tokenizer, "backend_tokenizer"):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for changed_by_use in ("padding", "truncation"):
+            content.pop(changed_by_use, None)
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    weights = dict(architecture.body.named_parameters())
+    weights |= {f"unembed.{name}": w for name, w in architecture.unembed.named_parameters()}
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        for sums in _bit_sums(weight.detach()):
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum a weight's bit patterns, as integers, over its rows and over its columns.
+
+    Integer sums are exact, so they are the same on every device, and any single edit changes them.
+    The scales of weights in 4 or 8 bits are not included.
+    """
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    num_rows = weight.shape[0] if weight.dim() else 1
+    num_columns = weight.numel() // max(1, num_rows)
+    bits = weight.view(integer[weight.element_size()]).reshape(num_rows, num_columns)
+    chunks = bits.split(max(1, CHUNK_SIZE // max(1, num_columns)))
+    over_rows = sum(chunk.sum(0, dtype=torch.int64) for chunk in chunks)  # [column]
+    return over_rows, torch.cat([chunk.sum(1, dtype=torch.int64) for chunk in chunks])  # [row]

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.prompts import Batch, Pair, iterate_batches
 
 MAX_KEPT = 2 * 2**30
@@ -20,14 +19,8 @@ class KeptPasses:
     """The results of `CircuitModel.run_pair` for any batch of a training set.
 
     The model is frozen, so reference logits and corrupted activations never change; they are half
-    of a step's operations. Each pair is always run in the same batch, so that a resumed run sees
-    the same bits.
-
-    Args:
-        model: the model.
-        pairs: the training set.
-        batch_size: pairs per forward pass.
-        corrupted: whether to run the corrupted prompts.
+    of a step's operations. Each pair is always run in the same batch (of `batch_size` pairs), so
+    that a resumed run sees the same bits.
     """
 
     def __init__(
@@ -38,28 +31,23 @@ class KeptPasses:
         self._row: dict[Pair, int] = {}
         self._tokens: list[Tensor] = []  # per pair, its rows of the reference
         self._activations: Activations | None = None
+        num_tokens = 0
         for batch in iterate_batches(pairs, batch_size):
             reference, activations = model.run_pair(batch.to(model.device), corrupted=corrupted)
+            references.append(reference)
             start, length = len(self._tokens), batch.clean_ids.shape[1]
-            rows = slice(start, start + len(batch.pairs))
             if activations is not None:
-                self._keep(activations.stacked(), len(pairs), width, rows, length)
-            token = sum(len(reference) for reference in references)
+                new, rows = activations.stacked(), slice(start, start + len(batch.pairs))
+                self._activations = self._activations or new.map(
+                    lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
+                )
+                at = (..., rows, slice(length), slice(None))
+                self._activations.map(lambda kept, x, at=at: kept[at].copy_(x), new)
             for row, pair in enumerate(batch.pairs, start):
                 self._row[pair] = row
-                self._tokens.append(torch.arange(token, token + len(pair.target_ids)))
-                token += len(pair.target_ids)
-            references.append(reference)
+                self._tokens.append(num_tokens + torch.arange(len(pair.target_ids)))
+                num_tokens += len(pair.target_ids)
         self._reference = torch.cat(references)
-
-    def _keep(
-        self, activations: Activations, num_pairs: int, width: int, rows: slice, length: int
-    ) -> None:
-        if self._activations is None:
-            self._activations = activations.map(
-                lambda x: x.new_zeros(*x.shape[:-3], num_pairs, width, x.shape[-1])
-            )
-        self._activations.map(lambda kept, new: kept[..., rows, :length, :].copy_(new), activations)
 
     @classmethod
     def where_they_fit(
@@ -73,18 +61,14 @@ class KeptPasses:
     @staticmethod
     def size(model: CircuitModel, pairs: Sequence[Pair], *, corrupted: bool) -> int:
         """Size of the kept passes in bytes."""
-        config, graph = model.architecture.body.config, model.graph
-        d_heads = model.architecture.blocks[0].d_head * graph.num_heads
-        sites = 2 * graph.num_layers + 1
-        per_position = (
-            len(model.architecture.embedding_writers) + graph.num_layers + sites
-        ) * config.hidden_size + graph.num_layers * d_heads
-        width = max(len(pair.clean_ids) for pair in pairs)
-        predicted = sum(len(pair.target_ids) for pair in pairs)
-        numbers = predicted * config.vocab_size
+        arch, layers = model.architecture, model.graph.num_layers
+        numbers = sum(len(pair.target_ids) for pair in pairs) * arch.body.config.vocab_size
         if corrupted:
-            numbers += len(pairs) * width * per_position
-        return numbers * model.architecture.body.get_input_embeddings().weight.element_size()
+            # embeddings, MLPs and sites; and the heads' values
+            per_position = model.d_model * (len(arch.embedding_writers) + 3 * layers + 1)
+            per_position += layers * model.graph.num_heads * arch.blocks[0].d_head
+            numbers += len(pairs) * max(len(pair.clean_ids) for pair in pairs) * per_position
+        return numbers * arch.body.get_input_embeddings().weight.element_size()
 
     def run_pair(self, batch: Batch) -> tuple[Tensor, Activations | None]:
         """See `CircuitModel.run_pair`."""

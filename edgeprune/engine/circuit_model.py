@@ -11,20 +11,20 @@ A training step, from the prompts to the gradient of the gates:
 
        input[reader] = ablated residual stream + sum over writers of gate * delta[writer]
 
-   A block turns its readers' inputs into the deltas of its heads and its MLP (models/, heads.py).
+   A block turns its readers' inputs into the deltas of its heads and its MLP (architecture.py).
 3. `differentiate` in gradient.py takes the KL divergence from the reference and runs autograd.
    Backward, each block overwrites its readers' inputs with their gradients; each mix then adds
    gates.T @ grad_inputs to the writers' gradients, and writes grad_inputs @ delta.T, the gradient
    of its gates, into one flat [edge] tensor (`_Mix.backward` in outbox.py).
 
-Hugging Face loads the model and runs the full model. `architecture.py` lists what a model family
-provides for the circuit pass.
+Hugging Face loads the model and runs the full model. A model family provides the parts of the
+circuit pass that `architecture.py` lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,28 +32,54 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.architecture import Architecture, Block
-from edgeprune.engine.fingerprint import fingerprint
+from edgeprune.engine.architecture import Architecture, Block, fingerprint
 from edgeprune.engine.heads import centre
-from edgeprune.engine.lookahead import lookaheads
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair
 
+MAX_LOOKAHEAD = 8
+"""Maximum layers per look-ahead: more save little, and take memory when blocks are recomputed."""
 
-def do_nothing(layer: nn.Module, x: Tensor) -> None:
-    """The default of the hooks `CircuitModel.begin_layer` and `end_layer`."""
+
+@dataclass(frozen=True)
+class Activations:
+    """What the full model computes on a batch of prompts: values for ablated edges.
+
+    Attributes:
+        embeddings: [embedding writer, batch, pos, d_model].
+        head_values: per layer, [batch, pos, head * d_head]: the input of the output projection,
+            after `Block.scale`.
+        mlp_outputs: per layer, [batch, pos, d_model].
+        residuals: per site, [batch, pos, d_model]: the residual stream, without its mean over
+            d_model if all norms are LayerNorms.
+    """
+
+    embeddings: Tensor
+    head_values: Sequence[Tensor] | Tensor
+    mlp_outputs: Sequence[Tensor] | Tensor
+    residuals: Sequence[Tensor] | Tensor
+
+    def stacked(self) -> Activations:
+        """Stack each sequence into one tensor, so that `map` makes four calls."""
+        layers = map(torch.stack, (self.head_values, self.mlp_outputs, self.residuals))
+        return Activations(self.embeddings, *layers)
+
+    def map(self, function: Callable[..., Tensor], *others: Activations) -> Activations:
+        """Apply a function to every tensor (and to the corresponding tensors of the others)."""
+        fields = zip(*(vars(x).values() for x in (self, *others)), strict=True)
+        return Activations(*(
+            function(*items) if isinstance(items[0], Tensor) else tuple(map(function, *items))
+            for items in fields
+        ))  # fmt: skip
 
 
 class CircuitModel:
     """A frozen model with a gate on every edge.
 
     Args:
-        architecture: the loaded model with its parts named.
-        graph: its nodes and edges.
-        tokenizer: its tokenizer, or None.
+        architecture, graph, tokenizer: the loaded model; the tokenizer may be None.
         name: shown in messages.
         settings: everything but the weights that determines what the model computes, as JSON
             values; part of the fingerprint.
@@ -73,27 +99,16 @@ class CircuitModel:
         name: str,
         settings: dict[str, Any],
     ) -> None:
-        self.architecture = architecture
-        self.graph = graph
-        self.tokenizer = tokenizer
-        self.name = name
-        self.settings = settings
+        self.architecture, self.graph, self.tokenizer = architecture, graph, tokenizer
+        self.name, self.settings = name, settings
         self.workspace = Workspace()
-        self.begin_layer: Callable[[nn.Module, Tensor], None] = do_nothing
-        self.end_layer: Callable[[nn.Module, Tensor], None] = do_nothing
+        self.begin_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
+        self.end_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
         self.digest: str | None = None
         # A LayerNorm subtracts the mean of its input, so the outboxes are kept without it.
         norms = [architecture.final_norm]
         norms += [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
-
-    @staticmethod
-    def check(model: Any) -> None:
-        """Raises TypeError unless the argument is a CircuitModel."""
-        if not isinstance(model, CircuitModel):
-            raise TypeError(
-                f"got a {type(model).__name__}, expected a CircuitModel, from load_model"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -105,35 +120,19 @@ class CircuitModel:
         return self.architecture.body.config.max_position_embeddings
 
     @property
-    def output(self) -> Output:
-        """What the model's outputs are."""
-        return self.architecture.output
-
-    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.architecture.body.config.hidden_size
 
     @property
-    def is_tied(self) -> bool:
-        """Whether the embeddings and the output projection share one matrix."""
-        embeddings = self.architecture.body.get_input_embeddings()
-        return self.architecture.unembed.weight is embeddings.weight
+    def output(self) -> Output:
+        """What the model's outputs are."""
+        return self.architecture.output
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Check prompts given by the user.
-
-        Raises:
-            ValueError: there are no prompts, or one is too long for the model.
-            TypeError: they are not pairs of token ids.
-        """
+        """Raises ValueError if there are no prompts, or one is too long for the model."""
         if not len(pairs):
             raise ValueError("got no prompts; give at least one pair, from load_dataset")
-        if not isinstance(pairs[0], Pair):
-            raise TypeError(
-                f"prompts are of type {type(pairs[0]).__name__}, expected pairs of token ids, from "
-                "load_dataset or encode_pair"
-            )
         longest = max(len(pair.clean_ids) for pair in pairs)
         if longest > self.max_length:
             raise ValueError(
@@ -156,12 +155,6 @@ class CircuitModel:
             self.digest = fingerprint(self.architecture, self.tokenizer, self.settings)
         return self.digest
 
-    def to(self, dtype: torch.dtype) -> None:
-        """Convert the weights, and with them the activations, but not the rotary frequencies."""
-        modules = (self.architecture.body, self.architecture.unembed)
-        for weight in (p for module in modules for p in module.parameters()):
-            weight.data = weight.data.to(dtype)
-
     def release(self) -> None:
         """Free the memory that is kept from one step to the next."""
         self.workspace = Workspace()
@@ -170,15 +163,9 @@ class CircuitModel:
         """Subtract the mean over the last axis if all norms are LayerNorms."""
         return centre(x) if self.is_centred else x
 
-    # ----------------------------------------------------------------------------- the full model
-
     @torch.no_grad()
     def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:
-        """Run the full model and record activations.
-
-        Args:
-            ids: [batch, pos].
-            keep: the examples whose activations are recorded.
+        """Run the full model on [batch, pos] and record the activations of the examples in `keep`.
 
         Returns:
             The hidden states after the final norm, [batch, pos, d_model], and the activations.
@@ -188,56 +175,46 @@ class CircuitModel:
         mlp_outputs: list[Tensor] = []
         residuals: list[Tensor] = []
 
-        def record_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            mlp_outputs.append(output[keep].clone())
+        def record(store: list[Tensor], change: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+            """A hook that stores a module's output, or its input if it has not run yet."""
 
-        with ExitStack() as hooks:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any = None) -> None:
+                store.append(change((inputs[0] if output is None else output)[keep]).clone())
 
-            def record_input(
-                module: nn.Module, store: list[Tensor], change: Callable[[Tensor], Tensor]
-            ) -> None:
-                def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                    store.append(change(inputs[0][keep]).clone())
+            return hook
 
-                hooks.enter_context(module.register_forward_pre_hook(hook))
-
-            for block in arch.blocks:
-                record_input(block.attention_norm, residuals, self.centre)
-                record_input(block.attention_output, head_values, block.scale)
-                record_input(block.mlp_norm, residuals, self.centre)
-                hooks.enter_context(block.mlp_output.register_forward_hook(record_output))
-            record_input(arch.final_norm, residuals, self.centre)
+        hooks = [arch.final_norm.register_forward_pre_hook(record(residuals, self.centre))]
+        for block in arch.blocks:
+            hooks += [
+                block.attention_norm.register_forward_pre_hook(record(residuals, self.centre)),
+                block.attention_output.register_forward_pre_hook(record(head_values, block.scale)),
+                block.mlp_norm.register_forward_pre_hook(record(residuals, self.centre)),
+                block.mlp_output.register_forward_hook(record(mlp_outputs)),
+            ]
+        try:
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        return states, Activations(
-            arch.embed(ids[keep]), tuple(head_values), tuple(mlp_outputs), tuple(residuals)
-        )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states, Activations(arch.embed(ids[keep]), head_values, mlp_outputs, residuals)
 
     def run_pair(
         self, batch: Batch, *, corrupted: bool = True
     ) -> tuple[Tensor, Activations | None]:
-        """Run clean and corrupted prompts through the full model, in one batch.
-
-        Args:
-            batch: the prompts.
-            corrupted: whether to run the corrupted prompts.
+        """Run clean and, if asked, corrupted prompts through the full model, in one batch.
 
         Returns:
             The reference, [predicted, vocabulary]: logits on the clean prompts; and the activations
             on the corrupted prompts, or None.
-
-        Raises:
-            ValueError: the batch is padded and the model attends to padding.
         """
         self.check_padding(batch)
-        num_examples, ids = len(batch.clean_ids), batch.clean_ids
+        ids = batch.clean_ids  # [batch, pos]
         if corrupted:
             ids = torch.cat([ids, batch.corrupted_ids])  # [2 * batch, pos]
-        states, activations = self.run_full(ids, slice(num_examples, None))
+        states, activations = self.run_full(ids, slice(len(batch.clean_ids), None))
         reference = self.architecture.logits(states[batch.rows, batch.cols])
         return reference, activations if corrupted else None
-
-    # -------------------------------------------------------------------------------- the circuit
 
     def run_circuit(
         self,
@@ -247,10 +224,9 @@ class CircuitModel:
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """Run the clean prompts with a gate on every edge.
+        """Run the clean prompts of a batch with a gate on every edge.
 
         Args:
-            batch: the prompts.
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
             ablation_values: what an edge with gate 0 carries: activations on the corrupted prompts,
                 mean activations, or None for zeros.
@@ -268,7 +244,8 @@ class CircuitModel:
         self.check_padding(batch)
         if gates.shape != (self.graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{self.graph.num_edges}]")
-        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, recompute=recompute)
+        keep_inputs = torch.is_grad_enabled() and not recompute
+        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs)
         for layers in lookaheads(self.graph):
             run_layers = partial(circuit_pass.run_layers, layers)
             if recompute:
@@ -280,7 +257,7 @@ class CircuitModel:
 
 
 class _CircuitPass:
-    """The state of one `CircuitModel.run_circuit`; see there for the arguments.
+    """The state of one `CircuitModel.run_circuit`.
 
     Layer l reads at the sites 2 l (heads) and 2 l + 1 (MLP), the final norm at the last site. From
     the outputs of the last layer's heads on, only the predicted tokens matter, so the last two
@@ -293,27 +270,20 @@ class _CircuitPass:
         batch: Batch,
         gates: Tensor,
         ablation_values: Activations | None,
-        *,
-        recompute: bool,
+        keep_inputs: bool,
     ) -> None:
         arch, graph = model.architecture, model.graph
-        self.model = model
-        self.batch = batch
-        self.ablation_values = ablation_values
+        self.model, self.batch, self.ablation_values = model, batch, ablation_values
         sites = [(len(site.readers), site.num_writers) for site in graph.sites]
         sites, self.last_sites = sites[:-2], sites[-2:]
+        self.num_sites = len(sites)
         num_last = sum(readers * writers for readers, writers in self.last_sites)
         gates, self.last_gates = gates.split([graph.num_edges - num_last, num_last])
 
         embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
         stream = embeddings[0]  # [batch, pos, d_model]
         self.boxes = Outboxes(
-            model.workspace,
-            graph.num_writers,
-            gates,
-            sites,
-            stream,
-            keep_inputs=torch.is_grad_enabled() and not recompute,
+            model.workspace, graph.num_writers, gates, sites, stream, keep_inputs=keep_inputs
         )
         delta = embeddings if ablation_values is None else embeddings - ablation_values.embeddings
         delta = model.centre(delta)
@@ -326,7 +296,6 @@ class _CircuitPass:
         self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
         self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs
         self.attention_inputs = arch.attention_inputs(stream)
-        self.num_sites = len(sites)
 
     def base(self, site: int) -> Tensor | None:
         """The input of a site's readers if all gates are 0: [batch, pos, d_model]; None: zeros."""
@@ -338,8 +307,7 @@ class _CircuitPass:
     def run_layers(self, layers: range) -> Tensor:
         """Run the layers of one look-ahead, except for what is left to `finish`.
 
-        Returns:
-            The last layer's head values, [batch, pos, head * d_head].
+        Returns the last layer's head values, [batch, pos, head * d_head].
         """
         model, boxes = self.model, self.boxes
         for index, layer in enumerate(layers):
@@ -363,11 +331,8 @@ class _CircuitPass:
     def finish(self, values: Tensor) -> Tensor:
         """Run the rest of the model at the predicted tokens.
 
-        Args:
-            values: the last layer's head values, [batch, pos, head * d_head].
-
-        Returns:
-            Logits, [predicted, vocabulary].
+        Maps the last layer's head values, [batch, pos, head * d_head], to logits,
+        [predicted, vocabulary].
         """
         arch, boxes = self.model.architecture, self.boxes
         block, at = arch.blocks[-1], (self.batch.rows, self.batch.cols)
@@ -392,3 +357,26 @@ def _mlp_delta(block: Block, x: Tensor, ablated: Tensor | None) -> Tensor:
     """Run the MLP and subtract its ablation value (None: zeros): [..., d_model] -> [1, ...]."""
     output = block.mlp(block.mlp_norm(x))
     return (output if ablated is None else output - ablated)[None]
+
+
+def lookaheads(graph: CircuitGraph) -> list[range]:
+    """The layers of each look-ahead (see `Outboxes.read`), such that the least memory is moved.
+
+    Counts arrays of [token, d_model]. Forward and backward, a look-ahead moves four times what was
+    written before it (deltas or their gradients). Adding what is written during it moves four times
+    the inputs of its readers (or their gradients): those of its layer with index i as often as the
+    binary form of i has ones.
+    """
+    layers, num_readers = range(graph.num_layers), len(graph.sites[0].readers) + 1
+
+    def split(length: int) -> list[range]:
+        return [layers[start : start + length] for start in layers[::length]]
+
+    def num_arrays(length: int) -> int:
+        return sum(
+            graph.sites[2 * part.start].num_writers
+            + num_readers * sum(index.bit_count() for index in range(len(part)))
+            for part in split(length)
+        )
+
+    return split(min(range(2, MAX_LOOKAHEAD + 1), key=num_arrays))

@@ -18,19 +18,12 @@ MAX_GRAPHS = 16
 
 @dataclass(frozen=True)
 class _Recording:
-    """A CUDA graph and the memory that it reads and writes.
+    """A CUDA graph and the memory that it reads and writes."""
 
-    Attributes:
-        graph: a torch.cuda.CUDAGraph.
-        inputs: the tensors that it reads.
-        gradient: the tensors that it writes.
-        buffers: address and size of each buffer of the workspace.
-    """
-
-    graph: Any
+    graph: torch.cuda.CUDAGraph
     inputs: StepInputs
     gradient: Gradient
-    buffers: frozenset[tuple[int, int]]
+    buffers: frozenset[tuple[int, int]]  # address and size of each buffer of the workspace
 
 
 class CudaGraphs:
@@ -39,26 +32,17 @@ class CudaGraphs:
     A step of a small model launches more than a thousand operations, each of which runs for less
     time than Python takes to launch it. A graph launches them all at once, with the same results.
     The first batch of a shape runs as usual, which initialises libraries and buffers; the second is
-    recorded.
-
-    Args:
-        model: on a GPU, and not sharded.
-        recompute: see `CircuitModel.run_circuit`.
+    recorded. The model must be on a GPU and not sharded.
     """
 
     def __init__(self, model: CircuitModel, *, recompute: bool) -> None:
-        self._model = model
-        self._recompute = recompute
+        self._model, self._recompute = model, recompute
         self._recordings: dict[Any, _Recording | None] = {}
         self._stream = torch.cuda.Stream(model.device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def differentiate(self, inputs: StepInputs, *, share: float) -> Gradient:
-        """See `gradient.differentiate`.
-
-        Raises:
-            ConfigError: the model does something that a graph cannot record.
-        """
+        """See `gradient.differentiate`; raises ConfigError if the step cannot be recorded."""
         key = (inputs.batch.clean_ids.shape, inputs.reference.shape, share)
         if key not in self._recordings:
             if len(self._recordings) < MAX_GRAPHS:
@@ -75,7 +59,7 @@ class CudaGraphs:
 
     def _buffers(self) -> frozenset[tuple[int, int]]:
         """Address and size of the current buffers: a larger batch or `release` replaces them."""
-        buffers = self._model.workspace.buffers
+        buffers = self._model.workspace.buffers.values()
         return frozenset((buffer.data_ptr(), buffer.nbytes) for buffer in buffers)
 
     def _run(self, inputs: StepInputs, share: float) -> Gradient:

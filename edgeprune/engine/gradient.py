@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.metrics import faithfulness
 from edgeprune.prompts import Batch
 
@@ -35,14 +34,14 @@ class StepInputs:
 
     def map(self, function: Callable[..., Tensor], *others: StepInputs) -> StepInputs:
         """Apply a function to every tensor (and to the corresponding tensors of the others)."""
-        values = self.ablation_values
-        if values is not None:
-            values = values.map(function, *(other.ablation_values for other in others))
+        batches, references, values, gates = zip(
+            *(vars(inputs).values() for inputs in (self, *others)), strict=True
+        )
         return StepInputs(
-            self.batch.map(function, *(other.batch for other in others)),
-            function(self.reference, *(other.reference for other in others)),
-            values,
-            function(self.gates, *(other.gates for other in others)),
+            batches[0].map(function, *batches[1:]),
+            function(*references),
+            None if values[0] is None else values[0].map(function, *values[1:]),
+            function(*gates),
         )
 
 
@@ -51,11 +50,7 @@ def differentiate(
 ) -> Gradient:
     """Run the circuit forward and backward; circuit_model.py begins with a walkthrough.
 
-    Args:
-        model: the frozen model.
-        inputs: prompts, reference, ablation values and gates.
-        share: factor of distance and gradient: the fraction of the whole batch that this is.
-        recompute: see `CircuitModel.run_circuit`.
+    Distance and gradient are multiplied by `share`, the fraction of the whole batch that this is.
     """
     logits = model.run_circuit(
         inputs.batch, inputs.gates, inputs.ablation_values, recompute=recompute

@@ -6,24 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 def attention_mask(
     make: Callable[..., Any], config: Any, embeddings: Tensor, window: int | None = None
 ) -> Any:
-    """Make a causal mask with the library, or None where SDPA needs none.
+    """Make a causal mask with a function of the library, or None where SDPA needs none.
 
     The library leaves out such masks as well, but in some versions not while a CUDA graph is
     recorded; the graph would then contain another kernel than the ordinary step.
 
-    Args:
-        make: the library's function.
-        config: the model's configuration.
-        embeddings: [batch, pos, d_model], without padding on the left.
-        window: size of the sliding window, in tokens; None: no window.
+    The embeddings are [batch, pos, d_model]; the sliding window, if there is one, is in tokens.
     """
     sees_all = window is None or embeddings.shape[1] < window
     if sees_all and config._attn_implementation == "sdpa":
@@ -37,12 +31,7 @@ def is_foldable(norm: nn.Module) -> bool:
 
 
 def project_to_heads(
-    x: Tensor,
-    norm: nn.Module,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    *,
-    fused: bool = False,
+    x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None, fused: bool = False
 ) -> Tensor:
     """Norm and project a separate input per head.
 
@@ -52,11 +41,11 @@ def project_to_heads(
 
     Args:
         x: [head, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
-        norm: the norm. It is called as usual if it cannot be folded, and in float16, where the
-            unnormed inputs would overflow.
+        norm: called as usual if it cannot be folded, and in float16, where the unnormed inputs
+            would overflow.
         weights: [head, d_head, d_model] each, one after another for all heads.
         bias: [head, d_head] or None.
-        fused: whether to use the Triton kernel if the norm can be folded.
+        fused: whether to use the Triton kernels if the norm can be folded.
 
     Returns:
         [head, batch, pos, d_head].
@@ -92,8 +81,7 @@ class _ScaledProjection(torch.autograd.Function):
         if fused:
             from edgeprune.engine import kernels  # needs Triton
 
-            factor = None  # computed by the kernels
-            y, negated = kernels.project(x, weight, eps)
+            factor, (y, negated) = None, kernels.project(x, weight, eps)
         else:
             exact = x.float() if x.device.type == "cpu" else x  # a CPU's 16-bit norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
@@ -106,7 +94,6 @@ class _ScaledProjection(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, negated, factor, y, scale, *weights = ctx.saved_tensors
         weight = _fold(scale, weights)  # [head, d_head, d_model]
@@ -135,40 +122,3 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def centre(x: Tensor) -> Tensor:
     """Subtract the mean over the last axis."""
     return x - x.mean(-1, keepdim=True)
-
-
-def project_from_heads(
-    values: Tensor,
-    ablation_values: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    centred: bool,
-) -> Tensor:
-    """Compute the heads' outboxes minus what ablated edges carry.
-
-    The bias of the output projection is divided equally among the heads; it cancels in a
-    difference.
-
-    Args:
-        values: [..., head * d_head].
-        ablation_values: the same shape, or None for zero outboxes.
-        weight: [head, d_head, d_model].
-        bias: [d_model] or None.
-        centred: whether to subtract the mean over d_model.
-
-    Returns:
-        [head, ..., d_model].
-    """
-    num_heads, _, d_model = weight.shape
-    if centred:  # the weights are smaller than the outboxes
-        weight = centre(weight)
-    delta = values if ablation_values is None else values - ablation_values
-    by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
-    if ablation_values is None and bias is not None:
-        share = centre(bias) if centred else bias
-        share = (share / num_heads).expand(num_heads, 1, d_model)
-        outboxes = torch.baddbmm(share, by_head, weight)
-    else:
-        outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
-    return outboxes.view(num_heads, *values.shape[:-1], d_model)

@@ -26,11 +26,9 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Args:
         x: [head, token, d_model], contiguous along the last axis.
         weight: [head, d_head, d_model], contiguous.
-        eps: the norm's epsilon.
 
     Returns:
-        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32,
-        which the backward pass needs.
+        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32.
     """
     num_heads, num_tokens, d_model = x.shape
     y = x.new_empty(num_heads, num_tokens, weight.shape[1])
@@ -44,12 +42,9 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def put_gradient(x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor) -> None:
-    """Overwrite the input of `project` with its gradient; x is read once and written once.
+    """Overwrite the input of `project` with its gradient, given that of y, [head, token, d_head].
 
-    Args:
-        x, weight: the arguments of `project`.
-        y, negated: its results.
-        grad: the gradient of y, [head, token, d_head].
+    y and negated are the results of `project`; x is read once and written once.
     """
     _, num_tokens, d_model = x.shape
     with torch.cuda.device_of(x):
@@ -71,14 +66,12 @@ def _tile(weight: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _place(num_tokens, d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):
-    """What a program works on.
+    """The part of the arrays that a program computes.
 
     Returns:
-        head: a scalar.
-        tokens, among_all, is_token: [TOKENS]: indices within the head and among all heads, and
-            whether they are in range.
-        own: [PADDED], indices into d_head.
-        in_y, is_y: [TOKENS, PADDED]: offsets into y, and whether they are in range.
+        The head; the tokens' indices within the head and among all heads, and whether they exist,
+        [TOKENS] each; the indices into d_head, [PADDED]; the offsets into y and whether they exist,
+        [TOKENS, PADDED] each.
     """
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)

@@ -25,7 +25,7 @@ in reverse order:
 
     forward                                     backward
     _Begin                                      return grad_gates
-    _Write   store the deltas                   return the deltas' gradients
+    _Write   (the deltas are stored)            return the deltas' gradients
     _Mix     inputs += gates @ deltas           grad_deltas += gates.T @ grad_inputs
                                                 grad_gates = grad_inputs @ deltas.T
     _Read    return one site's inputs           store the inputs' gradients in place of the inputs
@@ -34,54 +34,38 @@ in reverse order:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 MULTIPLE = 8
 """On a GPU in 16 bits, writers are padded to a multiple of this for tensor cores."""
 
 
 class Workspace:
-    """Named buffers, kept from one step to the next.
+    """Named flat buffers, kept from one step to the next.
 
     Attributes:
+        buffers: the buffers by name.
         generation: number of forward passes that have used the workspace.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.generation = 0
 
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """All buffers, as flat tensors."""
-        return tuple(self._buffers.values())
-
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor in a named buffer, valid until the same name is taken again.
-
-        Args:
-            name: name of the buffer, which grows if it is too small.
-            shape: shape of the tensor.
-            like: a tensor of the same dtype and device.
-        """
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if (
-            buffer is None
-            or buffer.numel() < size
-            or buffer.dtype != like.dtype
-            or buffer.device != like.device
-        ):
-            self._buffers.pop(name, None)  # frees the old buffer before the new one is allocated
-            buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        """An uninitialised tensor like `like`, valid until the same name is taken again."""
+        size, kind = math.prod(shape), (like.dtype, like.device)
+        buffer = self.buffers.pop(name, None)
+        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
+            del buffer  # frees its memory before the new buffer is allocated
+            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        self.buffers[name] = buffer
         return buffer[:size].view(shape)
 
     def take_outboxes(self, name: str, count: int, like: Tensor) -> Tensor:
@@ -96,8 +80,8 @@ class Outboxes:
     """The deltas of one forward pass, mixed site by site.
 
     Args:
-        workspace: holds the buffers. Only the latest `Outboxes` of a workspace may be used, and
-            differentiated once.
+        workspace: holds the buffers. Only its latest `Outboxes` may be used, and differentiated
+            once.
         num_writers: number of writers of the whole model.
         gates: [edge] in [0, 1], the edges of `sites` in the graph's order; 1 = clean.
         sites: number of readers and writers of each site.
@@ -107,9 +91,7 @@ class Outboxes:
     Attributes:
         gates: per site, [reader, writer], in the dtype of the deltas.
         grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
-        delta: [token, writer, d_model].
-        gradients: the gradients of the deltas; None if gradients are disabled.
-        num_written: number of writers that have been written.
+        delta: [token, writer, d_model], of which `num_written` writers have been written.
     """
 
     def __init__(
@@ -124,32 +106,35 @@ class Outboxes:
     ) -> None:
         workspace.generation += 1
         self.workspace = workspace
-        self._generation = workspace.generation
+        self.generation = workspace.generation
         self._batch_pos = like.shape[:2]
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
         grad_gates = torch.empty_like(gates)  # filled completely: every edge is mixed once
         self.grad_gates = split_by_site(grad_gates, sites)
         num_writers += MULTIPLE if _pads_writers(like) else 1  # room for the base and the padding
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
-        self.gradients = _DeltaGradients(workspace, self.delta) if torch.is_grad_enabled() else None
         self.num_written = 0
         self._site = 0  # the next site to be read
-        self._keep_inputs = keep_inputs
-        self._inputs = self.delta[:, :0]  # [token, reader, d_model], of the current look-ahead
-        self._num_read = 0  # readers of the current look-ahead that have been read
         self._num_inputs = 0  # readers of all look-aheads so far
-        self._mixed: list[_Mixed] = []  # of the current look-ahead, the innermost last
+        self._keep_inputs = keep_inputs
+        # The current look-ahead: its inputs, [token, reader, d_model]; how many readers have been
+        # read; and the mixes that include unread ones, the innermost last: (stop, n) if the first n
+        # writers have been mixed into the inputs of the readers before `stop`.
+        self._inputs, self._num_read = self.delta[:, :0], 0
+        self._mixed: list[tuple[int, int]] = []
+        self._starts = [0]  # the first writer of each buffer of gradients
         self._link = _Begin.apply(gates, grad_gates)
 
     def write(self, delta: Tensor) -> None:
         """Append the deltas of the next writers, [writer, batch, pos, d_model]."""
         writers = slice(self.num_written, self.num_written + len(delta))
         self.num_written = writers.stop
-        if self.gradients is None or delta.requires_grad:
+        with torch.no_grad():
+            self.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
+        if delta.requires_grad:
             self._link = _Write.apply(self._link, delta, self, writers)
-        else:
-            self.gradients.leave_out(writers)
-            _store(self, delta, writers)
+        elif writers.start == self._starts[0] and not _pads_writers(self.delta):
+            self._starts[0] = writers.stop  # embeddings, which depend on no gate
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.
@@ -181,22 +166,16 @@ class Outboxes:
         return inputs.unflatten(1, self._batch_pos)  # [reader, batch, pos, d_model]
 
     def _mix(self, sites: range, base: Tensor | None) -> None:
-        """Mix the deltas written so far into the inputs of some sites, and a base into the first's.
-
-        Deltas that an earlier mix of the same look-ahead has added are skipped.
-        """
+        """Mix what is not mixed yet into the inputs of some sites, and a base into the first's."""
         num_readers = sum(len(self.gates[site]) for site in sites)
         is_new = self._num_read == self._inputs.shape[1]
-        first_writer = 0
         if is_new:
             self._begin_lookahead(num_readers)
-        else:  # find the innermost earlier mix that includes the next reader
-            while self._mixed[-1].stop_reader <= self._num_read:
-                self._mixed.pop()
-            first_writer = self._mixed[-1].num_writers
+        while self._mixed[-1][0] <= self._num_read:
+            self._mixed.pop()
         readers = slice(self._num_read, self._num_read + num_readers)
-        writers = slice(first_writer, self.num_written)
-        self._mixed.append(_Mixed(readers.stop, writers.stop))
+        writers = slice(self._mixed[-1][1], self.num_written)
+        self._mixed.append((readers.stop, writers.stop))
         inputs = self._inputs[:, readers]  # [token, reader, d_model]
         if base is not None:
             base = base.reshape(-1, base.shape[-1])  # [token, d_model]
@@ -207,19 +186,36 @@ class Outboxes:
         self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
         self._num_inputs += num_readers
         self._num_read = 0
-        if self.gradients is not None and _prefers_whole_buffers(self.delta):
-            self.gradients.begin_buffer(self.num_written)
+        self._mixed = [(num_readers, 0)]
+        if _prefers_whole_buffers(self.delta) and self.num_written > self._starts[-1]:
+            self._starts.append(self.num_written)
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """The deltas written so far at some tokens, differentiable.
-
-        Args:
-            rows, cols: [predicted], the batch and position indices of distinct tokens.
-
-        Returns:
-            [writer, predicted, d_model].
-        """
+        """The deltas of all writers at distinct tokens, [writer, predicted, d_model]."""
         return _At.apply(self._link, self, rows * self._batch_pos[1] + cols)
+
+    @cached_property
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """Buffers of the deltas' gradients, [token, writer, d_model], each with its first writer.
+
+        Where a product into a whole buffer is faster than into a part of one, each buffer has the
+        writers between the beginnings of two look-aheads. Allocated after the forward pass.
+        """
+
+        def zeros(start: int, stop: int) -> Tensor:
+            name, like = f"gradient {start}", self.delta[:, 0]
+            return self.workspace.take_outboxes(name, stop - start, like).zero_()
+
+        bounds = pairwise([*self._starts, self.delta.shape[1]])
+        return [(start, zeros(start, stop)) for start, stop in bounds]
+
+    def gradients(self, writers: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield, per buffer with some of the writers, which ones and their gradients."""
+        for first, buffer in self._gradients:
+            start, stop = max(first, writers.start), min(first + buffer.shape[1], writers.stop)
+            if start < stop:
+                part = slice(start - writers.start, stop - writers.start)
+                yield part, buffer[:, start - first : stop - first]
 
     def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Wrap a function that reads and writes, so that the backward pass may call it again.
@@ -234,7 +230,7 @@ class Outboxes:
                 was_called = True
                 return function()
             self.num_written, self._site = start
-            self._inputs, self._num_read, self._mixed = self.delta[:, :0], 0, []
+            self._inputs, self._num_read = self.delta[:, :0], 0
             link = self._link
             try:
                 return function()
@@ -243,102 +239,12 @@ class Outboxes:
 
         return run
 
-    def check_current(self) -> None:
-        """Assert that no later forward pass has taken the buffers."""
-        assert self._generation == self.workspace.generation, (
-            "these outboxes were overwritten by a later forward pass: "
-            "call backward before the next one"
-        )
-
-
-@dataclass(frozen=True)
-class _Mixed:
-    """The first `num_writers` writers are mixed into the inputs of readers before `stop_reader`."""
-
-    stop_reader: int
-    num_writers: int
-
-
-class _DeltaGradients:
-    """The gradients of the deltas, in one or several [token, writer, d_model] buffers.
-
-    Where a product into a whole buffer is faster than into a part of one, each buffer has the
-    writers between the beginnings of two look-aheads.
-    """
-
-    def __init__(self, workspace: Workspace, delta: Tensor) -> None:
-        self._workspace = workspace
-        self._delta = delta  # [token, writer, d_model]
-        self._starts = [0]  # the first writer of each buffer
-
-    def leave_out(self, writers: slice) -> None:
-        """Skip the first writers, embeddings, which depend on no gate and need no gradient."""
-        if writers.start == self._starts[0] and not _pads_writers(self._delta):
-            self._starts[0] = writers.stop
-
-    def begin_buffer(self, writer: int) -> None:
-        """Begin a buffer at a writer. Called in order; repeated calls have no effect."""
-        if writer > self._starts[-1]:
-            self._starts.append(writer)
-
-    @cached_property
-    def _buffers(self) -> list[tuple[slice, Tensor]]:
-        """The writers of each buffer, and the buffer; allocated after the forward pass."""
-
-        def zeros(start: int, stop: int) -> Tensor:
-            name, like = f"gradient {start}", self._delta[:, 0]
-            return self._workspace.take_outboxes(name, stop - start, like).zero_()
-
-        bounds = pairwise([*self._starts, self._delta.shape[1]])
-        return [(slice(start, stop), zeros(start, stop)) for start, stop in bounds]
-
-    def get(self, writers: slice) -> Tensor:
-        """The gradients of the writers of one write: [token, writer, d_model]."""
-        return next(
-            buffer[:, writers.start - span.start : writers.stop - span.start]
-            for span, buffer in self._buffers
-            if span.start <= writers.start < span.stop
-        )
-
-    def add_mixed(self, writers: slice, gates: Tensor, grad_inputs: Tensor) -> None:
-        """Add gates.T @ grad_inputs to the gradients of some writers.
-
-        Args:
-            writers: all writers of one or more buffers, or some of one buffer.
-            gates: [reader, writer], the columns of `writers`.
-            grad_inputs: [token, reader, d_model].
-        """
-        for span, buffer in self._buffers:
-            start, stop = max(span.start, writers.start), min(span.stop, writers.stop)
-            if start >= stop:
-                continue
-            mixing = gates[:, start - writers.start : stop - writers.start].T  # [writer, reader]
-            target = buffer[:, start - span.start : stop - span.start]  # [token, writer, d_model]
-            _add_mixed(self._workspace, target, mixing, grad_inputs)
-
-    def add_at(self, tokens: Tensor, grad_delta: Tensor) -> None:
-        """Add to the gradients of the first writers at some tokens.
-
-        Args:
-            tokens: [predicted], indices of distinct tokens.
-            grad_delta: [writer, predicted, d_model].
-        """
-        for span, buffer in self._buffers:
-            if span.start < len(grad_delta):
-                part = grad_delta[span].transpose(0, 1)  # [predicted, writer, d_model]
-                buffer[:, : part.shape[1]].index_add_(0, tokens, part)
-
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
     """base + gates @ delta, differentiated by autograd: for few tokens.
 
-    Args:
-        gates: [reader, writer].
-        delta: [writer, token, d_model].
-        base: [token, d_model]; None: zeros.
-
-    Returns:
-        [reader, token, d_model].
+    Maps [reader, writer], [writer, token, d_model] and [token, d_model] (None: zeros) to
+    [reader, token, d_model].
     """
     mixed = gates.to(delta.dtype) @ delta.flatten(1)  # [reader, token * d_model]
     mixed = mixed.view(len(gates), *delta.shape[1:])  # [reader, token, d_model]
@@ -351,6 +257,18 @@ def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tenso
     return [part.view(site) for part, site in zip(parts, sites, strict=True)]
 
 
+# ---------------------------------------------------------------- the operations, linked in order
+
+
+def _outboxes(ctx: Any) -> Outboxes:
+    """Take the outboxes from a context, which frees them after the backward pass."""
+    boxes, ctx.boxes = ctx.boxes, None
+    assert boxes.generation == boxes.workspace.generation, (
+        "these outboxes were overwritten by a later forward pass; call backward before it"
+    )
+    return boxes
+
+
 class _Begin(torch.autograd.Function):
     """The first link. Its backward pass runs last, after every mix has written its gradient."""
 
@@ -361,49 +279,32 @@ class _Begin(torch.autograd.Function):
         return torch.empty(0, device=gates.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         grad_gates, ctx.grad_gates = ctx.grad_gates, None
         return grad_gates, None
 
 
 class _Write(torch.autograd.Function):
-    """Stores deltas, [writer, batch, pos, d_model]."""
+    """Returns the gradients of deltas, [writer, batch, pos, d_model], that have been stored."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, delta: Tensor, boxes: Outboxes, writers: slice) -> Tensor:
-        boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.writers, ctx.batch_pos = boxes, writers, delta.shape[1:3]
-        _store(boxes, delta, writers)
         return torch.empty(0, device=delta.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
         # All later mixes have added their gradients: the link made autograd run them first.
-        boxes, ctx.boxes = ctx.boxes, None
-        boxes.check_current()
-        grad_delta = boxes.gradients.get(ctx.writers).transpose(0, 1)  # [writer, token, d_model]
-        grad_delta = grad_delta.unflatten(1, ctx.batch_pos)  # [writer, batch, pos, d_model]
-        return None, grad_delta, None, None
-
-
-def _store(boxes: Outboxes, delta: Tensor, writers: slice) -> None:
-    """[writer, batch, pos, d_model] -> part of the buffer, [token, writer, d_model]."""
-    boxes.delta[:, writers].copy_(delta.flatten(1, 2).transpose(0, 1))
+        ((_, grad_delta),) = _outboxes(ctx).gradients(ctx.writers)  # [token, writer, d_model]
+        return None, grad_delta.transpose(0, 1).unflatten(1, ctx.batch_pos), None, None
 
 
 class _Mix(torch.autograd.Function):
-    """inputs += gates @ delta, for some writers and the readers of some sites.
+    """inputs += gates @ delta for some writers and sites, or inputs = gates @ delta if `is_new`.
 
-    Args:
-        inputs: [token, reader, d_model].
-        sites: the sites that read.
-        writers: the writers to be mixed in.
-        base: [token, d_model] or None, added to the inputs of the first site's readers. For the
-            product it takes the place of the next writer, with gates of 1.
-        is_new: whether to overwrite the inputs instead of adding to them.
+    The base, [token, d_model] or None, is added to the inputs of the first site's readers: for the
+    product it takes the place of the next writer, with gates of 1.
     """
 
     @staticmethod
@@ -417,7 +318,6 @@ class _Mix(torch.autograd.Function):
         base: Tensor | None,
         is_new: bool,
     ) -> Tensor:
-        boxes.check_current()
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
         gates = torch.cat([boxes.gates[site][:, writers] for site in sites])  # [reader, writer]
@@ -436,14 +336,12 @@ class _Mix(torch.autograd.Function):
         return torch.empty(0, device=link.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        # The reads have stored the inputs' gradients in place of the inputs.
-        boxes, grad_inputs = ctx.boxes, ctx.inputs  # [token, reader, d_model]
-        ctx.boxes = ctx.inputs = None
-        boxes.check_current()
+        boxes, grad_inputs = _outboxes(ctx), ctx.inputs  # [token, reader, d_model], by the reads
+        ctx.inputs = None
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
-        boxes.gradients.add_mixed(mixed, ctx.gates, grad_inputs)
+        for part, target in boxes.gradients(mixed):
+            _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
         grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
         parts = grad_gates.split([len(target) for target in targets])  # per site, [reader, writer]
@@ -457,36 +355,30 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, inputs: Tensor) -> Tensor:
-        boxes.check_current()
         ctx.boxes, ctx.inputs = boxes, inputs
         return inputs.data.transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, inputs = ctx.boxes, ctx.inputs
-        ctx.boxes = ctx.inputs = None
-        boxes.check_current()
+        _outboxes(ctx)
+        inputs, ctx.inputs = ctx.inputs, None
         if grad.data_ptr() != inputs.data_ptr():  # else the projection has stored it already
             inputs.copy_(grad.transpose(0, 1))
         return None, None, None
 
 
 class _At(torch.autograd.Function):
-    """The deltas of all writers at some tokens, [writer, predicted, d_model]."""
+    """The deltas of all writers at some tokens: see `Outboxes.at`."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, boxes: Outboxes, tokens: Tensor) -> Tensor:
-        boxes.check_current()
         ctx.boxes, ctx.tokens = boxes, tokens
         return boxes.delta[tokens, : boxes.num_written].transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        boxes, ctx.boxes = ctx.boxes, None
-        boxes.check_current()
-        boxes.gradients.add_at(ctx.tokens, grad)
+        for part, target in _outboxes(ctx).gradients(slice(0, len(grad))):
+            target.index_add_(0, ctx.tokens, grad[part].transpose(0, 1))
         return None, None, None
 
 
@@ -494,20 +386,9 @@ class _At(torch.autograd.Function):
 
 
 def _add_mixed(
-    workspace: Workspace,
-    target: Tensor,
-    gates: Tensor,
-    values: Tensor,
-    *,
-    overwrite: bool = False,
+    workspace: Workspace, target: Tensor, gates: Tensor, values: Tensor, *, overwrite: bool = False
 ) -> None:
-    """target += gates @ values, or target = gates @ values.
-
-    Args:
-        target: [token, reader, d_model].
-        gates: [reader, writer].
-        values: [token, writer, d_model].
-    """
+    """target += gates @ values, or target = gates @ values; target: [token, reader, d_model]."""
     beta = 0 if overwrite else 1  # factor of what `target` holds
     if _is_writer_major(target):
         _flatten(target).addmm_(gates, _flatten(values), beta=beta)

@@ -88,7 +88,6 @@ def clean_up(
     """
     if not tolerance >= 0:
         raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, at least 0")
-    CircuitModel.check(model)
     Circuit.check(circuit, model.graph)
     if scores.graph != model.graph:
         raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")

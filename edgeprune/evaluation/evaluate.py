@@ -84,7 +84,6 @@ def evaluate(
     """
     if head_permuted < 0:
         raise ValueError(f"head_permuted={head_permuted} is out of range: it must be at least 0")
-    CircuitModel.check(model)
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)

@@ -13,14 +13,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
-from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
-from edgeprune.metrics import Output
+from edgeprune.engine.architecture import Architecture, Block
+from edgeprune.engine.heads import attention_mask, project_to_heads
 
 
-class GPT2Block:
-    """Runs a loaded block head by head; see `architecture.Block`."""
-
-    fused = False
+class GPT2Block(Block):
+    """Runs a loaded block head by head."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -37,12 +35,10 @@ class GPT2Block:
 
     def attend(self, x: Tensor, mask: Any) -> Tensor:
         """[3 * head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
-        project = self.attention.c_attn
-        weight = rearrange(
-            project.weight, "d_model (reader d_head) -> reader d_head d_model", d_head=self.d_head
-        )
-        bias = rearrange(project.bias, "(reader d_head) -> reader d_head", d_head=self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, [weight], bias, fused=self.fused)
+        project, heads = self.attention.c_attn, (-1, self.d_head)
+        weight = project.weight.T.unflatten(0, heads)  # [reader, d_head, d_model]
+        bias = project.bias.unflatten(0, heads)  # [reader, d_head]
+        qkv = project_to_heads(x, self.attention_norm, [weight], bias, self.fused)
         qkv = rearrange(qkv, "(part head) batch pos d_head -> part batch head pos d_head", part=3)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention.config._attn_implementation, eager_attention_forward
@@ -51,32 +47,20 @@ class GPT2Block:
         values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
         return rearrange(values, "batch pos head d_head -> batch pos (head d_head)")
 
-    def scale(self, values: Tensor) -> Tensor:
-        return values
-
-    def head_delta(
-        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
-    ) -> Tensor:
-        """See `project_from_heads`."""
-        project = self.attention_output
-        weight = rearrange(
-            project.weight, "(head d_head) d_model -> head d_head d_model", d_head=self.d_head
-        )
-        return project_from_heads(values, ablation_values, weight, project.bias, centred=centred)
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.attention_output.weight.unflatten(0, (-1, self.d_head))
 
 
-class GPT2:
-    """A loaded GPT-2 with its parts named; see `architecture.Architecture`."""
+class GPT2(Architecture):
+    """A loaded GPT-2."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
-    output = Output.logits
-    may_pad = True
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.body = model.transformer
         self.blocks = [GPT2Block(layer) for layer in self.body.h]
         self.final_norm = self.body.ln_f
-        self.logits = self.unembed = model.lm_head
+        self.unembed = model.lm_head
 
     def embed(self, ids: Tensor) -> Tensor:
         """[batch, pos] -> [2, batch, pos, d_model]: token and position embeddings."""

@@ -13,7 +13,6 @@ still add up to the output: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +21,15 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgeprune.engine.heads import attention_mask, project_from_heads, project_to_heads
-from edgeprune.metrics import Output
+from edgeprune.engine.architecture import Architecture, Block
+from edgeprune.engine.heads import attention_mask, project_to_heads
+
+AttentionInputs = dict[str, tuple[Any, tuple[Tensor, Tensor]]]
+"""Per layer type, an attention mask and (cos, sin) of the rotation, [1, pos, d_head] each."""
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """Inputs of attention besides the hidden states.
-
-    Attributes:
-        masks: per layer type, an attention mask.
-        rotations: per layer type, (cos, sin), [1, pos, d_head] each.
-    """
-
-    masks: dict[str, Any]
-    rotations: dict[str, tuple[Tensor, Tensor]]
-
-
-class LlamaBlock:
-    """Runs a loaded decoder layer head by head; see `architecture.Block`."""
-
-    fused = False
+class LlamaBlock(Block):
+    """Runs a loaded decoder layer head by head."""
 
     def __init__(self, layer: nn.Module, layer_type: str) -> None:
         attention = layer.self_attn
@@ -60,8 +47,7 @@ class LlamaBlock:
             self.heads_norm = None
             self.mlp_norm = layer.post_attention_layernorm
             self.mlp = self.mlp_output = layer.mlp
-        self.attention = attention
-        self.layer_type = layer_type
+        self.attention, self.layer_type = attention, layer_type
         self.num_heads = attention.config.num_attention_heads
         self.num_kv_heads = attention.config.num_key_value_heads
         self.d_head = attention.head_dim
@@ -71,10 +57,10 @@ class LlamaBlock:
 
     def attend(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """[head + 2 * kv_head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
-        attention = self.attention
+        attention, (mask, rotation) = self.attention, inputs[self.layer_type]
         q, k, v = self._project(x)  # [batch, head or kv_head, pos, d_head] each
         if getattr(attention, "use_rope", True):
-            q, k = self.rotate(q, k, *inputs.rotations[self.layer_type])
+            q, k = self.rotate(q, k, *rotation)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, self.eager_attention
         )
@@ -83,21 +69,19 @@ class LlamaBlock:
             options["sliding_window"] = attention.config.sliding_window
         if getattr(attention, "attn_logit_softcapping", None) is not None:
             options["softcap"] = attention.attn_logit_softcapping
-        values, _ = attend(attention, q, k, v, inputs.masks[self.layer_type], **options)
+        values, _ = attend(attention, q, k, v, mask, **options)
         return self.scale(rearrange(values, "batch pos head d_head -> batch pos (head d_head)"))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute queries, keys and values before rotation."""
         attention = self.attention
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights = [
-            _weight(linear).to(x.dtype).view(-1, self.d_head, x.shape[-1]) for linear in projections
-        ]  # [head or kv_head, d_head, d_model] each
+        heads = (-1, self.d_head)  # weights are [head or kv_head, d_head, d_model] each
+        weights = [_weight(linear, x.dtype).unflatten(0, heads) for linear in projections]
         bias = None
-        if attention.q_proj.bias is not None:
-            biases = torch.cat([linear.bias for linear in projections])
-            bias = rearrange(biases, "(head d_head) -> head d_head", d_head=self.d_head)
-        qkv = project_to_heads(x, self.attention_norm, weights, bias, fused=self.fused)
+        if attention.q_proj.bias is not None:  # [head + 2 * kv_head, d_head]
+            bias = torch.cat([linear.bias for linear in projections]).unflatten(0, heads)
+        qkv = project_to_heads(x, self.attention_norm, weights, bias, self.fused)
         qkv = qkv.transpose(0, 1)  # [batch, head + 2 * kv_head, pos, d_head]
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         if hasattr(attention, "q_norm"):
@@ -109,30 +93,21 @@ class LlamaBlock:
         if self.heads_norm is None:
             return values
         linear = self.attention_output
-        written = nn.functional.linear(values, _weight(linear).to(values.dtype), linear.bias)
+        written = nn.functional.linear(values, _weight(linear, values.dtype), linear.bias)
         mean_square = written.float().square().mean(-1, keepdim=True)
         return values * torch.rsqrt(mean_square + self.heads_norm.eps).to(values.dtype)
 
-    def head_delta(
-        self, values: Tensor, ablation_values: Tensor | None, *, centred: bool
-    ) -> Tensor:
-        """See `project_from_heads`."""
-        linear = self.attention_output
-        weight = _weight(linear).to(values.dtype)
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        weight = _weight(self.attention_output, dtype)
         if self.heads_norm is not None:
             weight = (1 + self.heads_norm.weight)[:, None] * weight
-        weight = rearrange(
-            weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
-        )
-        return project_from_heads(values, ablation_values, weight, linear.bias, centred=centred)
+        return weight.T.unflatten(0, (-1, self.d_head))
 
 
-class Llama:
-    """A loaded model of the Llama family with its parts named; see `architecture.Architecture`."""
+class Llama(Architecture):
+    """A loaded model of the Llama family."""
 
     embedding_writers = ("embeds",)
-    output = Output.logits
-    may_pad = True
 
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model
@@ -151,31 +126,33 @@ class Llama:
         return self.body.embed_tokens(ids)[None]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Normed final states [..., d_model] -> [..., vocabulary]."""
         logits = self.unembed(x)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def attention_inputs(self, embeddings: Tensor) -> AttentionInputs:
-        body = self.body
+        rotary, config = self.body.rotary_emb, self.body.config
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         layer_types = {block.layer_type for block in self.blocks}
-        masks = {}
-        for layer_type in layer_types:
-            make, window = create_causal_mask, None
-            if layer_type == "sliding_attention":
-                make, window = create_sliding_window_causal_mask, body.config.sliding_window
-            masks[layer_type] = attention_mask(make, body.config, embeddings, window)
-        if hasattr(body.rotary_emb, "layer_types"):  # frequencies differ by layer type
-            rotations = {t: body.rotary_emb(embeddings, positions, t) for t in layer_types}
+        if hasattr(rotary, "layer_types"):  # frequencies differ by layer type
+            rotations = {t: rotary(embeddings, positions, t) for t in layer_types}
         else:
-            rotations = dict.fromkeys(layer_types, body.rotary_emb(embeddings, positions))
-        return AttentionInputs(masks, rotations)
+            rotations = dict.fromkeys(layer_types, rotary(embeddings, positions))
+
+        def mask(layer_type: str) -> Any:
+            if layer_type == "sliding_attention":
+                make, window = create_sliding_window_causal_mask, config.sliding_window
+                return attention_mask(make, config, embeddings, window)
+            return attention_mask(create_causal_mask, config, embeddings)
+
+        return {layer_type: (mask(layer_type), rotations[layer_type]) for layer_type in layer_types}
 
 
-def _weight(linear: nn.Linear) -> Tensor:
+def _weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The weight, [out, in], dequantised if it was loaded in 4 or 8 bits."""
-    if linear.weight.is_floating_point():
-        return linear.weight
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # slow to import
+    weight = linear.weight
+    if not weight.is_floating_point():
+        # This module is slow to import.
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    return dequantize_bnb_weight(linear.weight, getattr(linear, "state", None))
+        weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
+    return weight.to(dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
-    modeling_gguf_pytorch_utils,
 )
-from transformers.utils import is_bitsandbytes_available, is_gguf_available, logging
+from transformers.utils import logging
 
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import is_foldable
@@ -29,9 +26,8 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.models import tracr
 from edgeprune.models.gpt2 import GPT2
 from edgeprune.models.llama import Llama
-from edgeprune.models.parity import TOLERANCE, verify_parity
-from edgeprune.paths import EMBEDDED_MODEL, TRACR_MODELS
-from edgeprune.prompts import collate
+from edgeprune.models.parity import TOLERANCE, random_batch, verify_parity
+from edgeprune.paths import EMBEDDED_MODEL
 
 LLAMA_FAMILY = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3",
@@ -69,7 +65,8 @@ def load_model(
         name_or_path: a hub name, a folder with safetensors weights, a .gguf file (its weights are
             expanded to `dtype`), `embedded` for the included small GPT-2, the folder of a Tracr
             model (see `tracr.py`), or `tracr/NAME` for an included one.
-        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...; or `meta` for a model
+            without weights, as `load_meta_model`.
         dtype: dtype of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...; `auto` is `sdpa`,
             or `eager` for models with capped attention scores, which `sdpa` does not support.
@@ -83,83 +80,45 @@ def load_model(
         ModelError: the model is not found, has no safetensors weights, is of an unsupported family,
             cannot have the dtype, bits or kernels, or fails the parity check.
     """
-    device = pick_device(device)
-    batch = None
-    folder = tracr.find_folder(name_or_path)
+    device = device if device == "meta" else pick_device(device)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r} is not supported; choose {', '.join(DTYPES)}")
+    batch, name = None, str(name_or_path)
+    folder = tracr.find_folder(name)
     if folder is not None:
-        _check_bits(bits, "tracr")
+        _quantization(bits, "tracr")
         model = tracr.load(folder, embedding_writers=embedding_writers)
-        model.architecture.body.to(device=device, dtype=_dtype(dtype))
-        batch = collate(tracr.random_pairs(model.tokenizer.config)).to(device)
+        model.architecture.body.to(device=device, dtype=DTYPES[dtype])
+        batch = random_batch(model, 8, model.max_length, predicted=model.max_length)
     else:
-        config = _load_config(name_or_path, trust_remote_code)
-        _hide_progress_bars()
-        with _translate_errors(name_or_path):
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                **_source(name_or_path),
-                dtype=_dtype(dtype),
-                device_map=device,
-                attn_implementation=_attention(attention, config, name_or_path),
-                quantization_config=_quantization(name_or_path, bits, config.model_type),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-            )
-        for module in hf_model.modules():  # bitsandbytes would repack 4-bit weights for some CPUs
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
-        model = wrap_model(
-            hf_model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers
-        )
-    if fused:
-        fuse(model)
-    verify_parity(model, batch)
+        source = {**_source(name), "trust_remote_code": trust_remote_code}
+        with _translate_errors(name):
+            hf_model = _load_hf_model(source, device, DTYPES[dtype], attention, bits)
+        tokenizer = load_tokenizer(name, trust_remote_code)
+        model = wrap_model(hf_model, tokenizer, name=name, embedding_writers=embedding_writers)
+    if device != "meta":
+        if fused:
+            fuse(model)
+        verify_parity(model, batch)
     return model
 
 
-def load_meta_model(
-    name_or_path: str | Path,
-    *,
-    dtype: str = "float32",
-    attention: str = "auto",
-    bits: int | None = None,
-    embedding_writers: bool = True,
-    trust_remote_code: bool = False,
-) -> CircuitModel:
+def load_meta_model(name_or_path: str | Path, **settings: Any) -> CircuitModel:
     """Load a model's shape (on the meta device, without weights) and its tokenizer.
 
-    Arguments and errors as `load_model`; `bits` is only checked.
+    Settings and errors as `load_model`; `bits` is only checked.
     """
-    folder = tracr.find_folder(name_or_path)
-    if folder is not None:
-        _check_bits(bits, "tracr")
-        model = tracr.load(folder, embedding_writers=embedding_writers)
-        model.architecture.body.to(device="meta", dtype=_dtype(dtype))
-        return model
-    config = _load_config(name_or_path, trust_remote_code)
-    _check_bits(bits, config.model_type)
-    with _translate_errors(name_or_path), torch.device("meta"):
-        hf_model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=_dtype(dtype),
-            attn_implementation=_attention(attention, config, name_or_path),
-            trust_remote_code=trust_remote_code,
-        )
-    tokenizer = load_tokenizer(name_or_path, trust_remote_code)
-    return wrap_model(
-        hf_model, tokenizer, name=str(name_or_path), embedding_writers=embedding_writers
-    )
+    return load_model(name_or_path, device="meta", **settings)
 
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
     """Load only a model's tokenizer; arguments and errors as `load_model`."""
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
-        return tracr.TracrTokenizer(folder, tracr.read_config(folder))
-    with _translate_errors(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            **_source(name_or_path), trust_remote_code=trust_remote_code
-        )
+        return tracr.TracrTokenizer(folder)
+    source = _source(str(name_or_path))
+    with _translate_errors(str(name_or_path)):
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ModelError(
             f"{name_or_path} has no fast tokenizer (tokenizer.json), which is needed to find the "
@@ -173,21 +132,21 @@ def wrap_model(
 ) -> CircuitModel:
     """Wrap a loaded Hugging Face model in a circuit model; this freezes it.
 
-    Raises:
-        ModelError: the family is not supported.
+    Raises ModelError if the family is not supported.
     """
     config = hf_model.config
     _check_family(config, name)
     hf_model.requires_grad_(False).eval()
-    _configure_gpus()
+    # Accumulate 16-bit products in float32. cuDNN attention plans each shape anew, and the plans
+    # need not give the same bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     architecture = FAMILIES[config.model_type](hf_model)
     num_heads = config.num_attention_heads
-    graph = CircuitGraph(
-        num_layers=config.num_hidden_layers,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", num_heads),
-        embedding_writers=architecture.embedding_writers if embedding_writers else (),
-    )
+    num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
+    writers = architecture.embedding_writers if embedding_writers else ()
+    graph = CircuitGraph(config.num_hidden_layers, num_heads, num_kv_heads, writers)
     return CircuitModel(architecture, graph, tokenizer, name, _unusual_settings(config))
 
 
@@ -195,8 +154,8 @@ def fuse(model: CircuitModel) -> None:
     """Norm and project the heads' inputs with Triton kernels, which move less memory.
 
     Raises:
-        ModelError: the model is not on a GPU or not in bfloat16, its norms cannot be folded into
-            the projections, or Triton is missing.
+        ModelError: the model is not on a GPU or not in bfloat16, or its norms cannot be folded into
+            the projections.
     """
     weight = next(model.architecture.body.parameters())
     if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
@@ -207,28 +166,23 @@ def fuse(model: CircuitModel) -> None:
     blocks = model.architecture.blocks
     if not all(is_foldable(block.attention_norm) for block in blocks):
         raise ModelError(f"fused kernels do not support the norms of {model.name}; omit fused=true")
-    if importlib.util.find_spec("triton") is None:
-        raise ModelError("fused kernels need the package triton; pip install triton")
     for block in blocks:
         block.fused = True
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to a GPU if there is one, else the CPU, and check other devices.
+    """Resolve `auto` to a GPU if there is one, else the CPU.
 
-    Raises:
-        ModelError: this machine does not have the device.
+    Raises ModelError for a device that this machine does not have.
     """
-    num_gpus = torch.cuda.device_count()
+    gpus = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices = ["cpu", *(gpus if len(gpus) > 1 else [])]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
-        return "cuda" if num_gpus else "cpu"
-    kind, _, number = device.partition(":")
-    index = int(number) if number.isdecimal() else 0 if not number else -1
-    counts = {"cpu": 1, "cuda": num_gpus, "mps": int(torch.backends.mps.is_available())}
-    if not 0 <= index < counts.get(kind, 0):
+        return "cuda" if "cuda" in devices else "cpu"
+    if device not in devices:
         raise ModelError(
-            f"there is no device {device!r} on this machine, which has a CPU (cpu) and {num_gpus} "
-            "GPUs (cuda, cuda:0, ...); auto takes a GPU if there is one"
+            f"there is no device {device!r} on this machine; choose auto or {', '.join(devices)}"
         )
     return device
 
@@ -236,19 +190,43 @@ def pick_device(device: str) -> str:
 # ---------------------------------------------------------------------------------------- details
 
 
-def _load_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
-    with _translate_errors(name_or_path):
-        config = AutoConfig.from_pretrained(
-            **_source(name_or_path), trust_remote_code=trust_remote_code
-        )
-    _check_family(config, name_or_path)
-    return config
+def _load_hf_model(
+    source: dict[str, Any], device: str, dtype: torch.dtype, attention: str, bits: int | None
+) -> Any:
+    """Load a model with the library; `source` has arguments of `from_pretrained`."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(**source)
+    _check_family(config, source["pretrained_model_name_or_path"])
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if is_capped and attention == "sdpa":
+        raise ModelError("sdpa does not support this model's capped attention scores; use eager")
+    if attention == "auto":
+        attention = "eager" if is_capped else "sdpa"
+    settings = {"dtype": dtype, "attn_implementation": attention}
+    quantization = _quantization(bits, config.model_type)
+    if device == "meta":
+        settings["trust_remote_code"] = source["trust_remote_code"]
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **settings)
+    if "gguf_file" in source:
+        if bits is not None:
+            raise ModelError(f"a GGUF file is already quantised; omit bits={bits}")
+        quantization = GgufConfig(dequantize=True)
+    hf_model = AutoModelForCausalLM.from_pretrained(
+        **source, **settings, device_map=device, quantization_config=quantization,
+        use_safetensors=True,
+    )  # fmt: skip
+    for module in hf_model.modules():  # bitsandbytes would repack 4-bit weights for some CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return hf_model
 
 
-def _check_family(config: Any, name_or_path: str | Path) -> None:
+def _check_family(config: Any, name: str) -> None:
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"model type {config.model_type!r} of {name_or_path} is not supported; "
+            f"model type {config.model_type!r} of {name} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
 
@@ -263,109 +241,44 @@ def _unusual_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def _configure_gpus() -> None:
-    """Accumulate 16-bit products in float32, and disable cuDNN attention.
-
-    cuDNN plans each shape anew, and the plans need not give the same bits.
-    """
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _hide_progress_bars() -> None:
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        hidden = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
-        modeling_gguf_pytorch_utils.tqdm = hidden  # GGUF loading ignores the setting
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ModelError(f"dtype={name!r} is not supported; choose {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _attention(attention: str, config: Any, name_or_path: str | Path) -> str:
-    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if is_capped and attention == "sdpa":
-        raise ModelError(
-            f"{name_or_path} caps its attention scores, which sdpa does not support; use eager"
-        )
-    if attention == "auto":
-        return "eager" if is_capped else "sdpa"
-    return attention
-
-
-def _check_bits(bits: int | None, model_type: str) -> None:
-    if bits not in (None, 4, 8):
+def _quantization(bits: int | None, model_type: str) -> BitsAndBytesConfig | None:
+    if bits is None:
+        return None
+    if bits not in (4, 8):
         raise ModelError(f"weights in {bits} bits are not supported; give 4 or 8, or none")
-    if bits is not None and model_type not in LLAMA_FAMILY:
+    if model_type not in LLAMA_FAMILY:
         raise ModelError(
             f"weights in {bits} bits are for the Llama family, got model type {model_type}"
         )
-
-
-def _quantization(
-    name_or_path: str | Path, bits: int | None, model_type: str
-) -> GgufConfig | BitsAndBytesConfig | None:
-    is_gguf = Path(name_or_path).suffix == ".gguf"
-    if bits is None:
-        return GgufConfig(dequantize=True) if is_gguf else None
-    _check_bits(bits, model_type)
-    if is_gguf:
-        raise ModelError(f"a GGUF file is already quantised; omit bits={bits}")
-    if not is_bitsandbytes_available():
-        raise ModelError(f"weights in {bits} bits need a package; pip install 'edgeprune[bits]'")
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
 
-def _source(name_or_path: str | Path) -> dict[str, str]:
+def _source(name: str) -> dict[str, str]:
     """Where a model is, as arguments of `from_pretrained`."""
-    path = Path(name_or_path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such file: {path}")
-        if not is_gguf_available():
-            raise ModelError(f"{path}: GGUF needs two packages; pip install 'edgeprune[gguf]'")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.parts[:1] == ("tracr",) and len(path.parts) == 2 and not path.exists():
-        raise ModelError(
-            f"there is no included Tracr model {path.name!r}; choose "
-            f"{', '.join(_tracr_models(TRACR_MODELS))}, or give the folder of your own: "
-            "model=custom model.path=FOLDER"
-        )
-    if path.is_dir() and not (path / "config.json").exists() and (models := _tracr_models(path)):
-        raise ModelError(
-            f"{path} is not a model but a folder of models; choose {', '.join(models)}, for "
-            f"example model.path={path / models[0]}"
-        )
-    is_hub_name = len(path.parts) <= 2 and not str(name_or_path).startswith(("/", ".", "~"))
+    if name == "embedded":
+        return {"pretrained_model_name_or_path": str(EMBEDDED_MODEL)}
+    path, is_gguf = Path(name), name.endswith(".gguf")
+    is_hub_name = len(path.parts) <= 2 and not name.startswith(("/", ".", "~")) and not is_gguf
     if not is_hub_name and not path.exists():
         raise ModelError(
-            f"no folder {path}; give a folder with config.json and *.safetensors, a .gguf file, or "
-            "a hub name. If the model of a run has moved, add model=custom model.path=FOLDER"
+            f"there is no {path}; give a folder with config.json and *.safetensors, a .gguf file, "
+            "or a hub name. If the model of a run has moved, add model=custom model.path=FOLDER"
         )
-    name = EMBEDDED_MODEL if str(name_or_path) == "embedded" else name_or_path
-    return {"pretrained_model_name_or_path": str(name)}
-
-
-def _tracr_models(folder: Path) -> list[str]:
-    """The names of the first Tracr models in a folder."""
-    return [path.name for path in sorted(folder.iterdir()) if tracr.find_folder(path)][:10]
+    if is_gguf:
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": name}
 
 
 @contextmanager
-def _translate_errors(name_or_path: str | Path) -> Iterator[None]:
+def _translate_errors(name: str) -> Iterator[None]:
     """Turn the libraries' exceptions into a ModelError with their first line."""
     try:
         yield
     except ModelError:
         raise
     except LOAD_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].removesuffix("from one of:").strip()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"cannot load model {str(name_or_path)!r}: {reason} (give a folder with config.json "
-            "and *.safetensors, a .gguf file, or a hub name)"
+            f"cannot load model {name!r}: {reason} (give a folder with config.json and "
+            "*.safetensors, a .gguf file, or a hub name)"
         ) from None

@@ -28,21 +28,19 @@ CHECK_LENGTH = 24
 def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
     """Check that gates of 1 give the full model, and gates of 0 the corrupted prompt.
 
-    Sliding windows are narrowed during the check, so that the prompts exceed them.
-
-    Args:
-        model: the model.
-        batch: the prompts; None: random ones.
+    Sliding windows are narrowed during the check, so that the prompts exceed them. Random prompts
+    are used if none are given.
 
     Raises:
         ModelError: the logits differ by more than the tolerance.
     """
     if batch is None:
         batch = random_batch(model, 2, min(CHECK_LENGTH, model.max_length), predicted=4)
+    swapped = replace(batch, clean_ids=batch.corrupted_ids, corrupted_ids=batch.clean_ids)
     gates = torch.ones(model.graph.num_edges, device=model.device)
     with _narrow_window(model.architecture.body.config):
         reference, corrupted = model.run_pair(batch)
-        corrupted_logits, _ = model.run_pair(swap_prompts(batch))
+        corrupted_logits, _ = model.run_pair(swapped)
         full = model.run_circuit(batch, gates, corrupted)
         empty = model.run_circuit(batch, 0 * gates, corrupted)
     _compare(model, full, reference, "all gates open should give the full model")
@@ -55,14 +53,13 @@ def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
 def _narrow_window(config: Any) -> Iterator[None]:
     """Narrow the sliding window of attention masks, if there is one."""
     window = getattr(config, "sliding_window", None)
-    if window is None:
-        yield
-        return
-    config.sliding_window = min(window, CHECK_LENGTH // 3)
+    if window is not None:
+        config.sliding_window = min(window, CHECK_LENGTH // 3)
     try:
         yield
     finally:
-        config.sliding_window = window
+        if window is not None:
+            config.sliding_window = window
 
 
 def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -> None:
@@ -79,24 +76,9 @@ def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -
 
 
 def random_batch(model: CircuitModel, batch_size: int, length: int, *, predicted: int) -> Batch:
-    """Make prompts of random tokens.
-
-    Args:
-        model: has the vocabulary and the device.
-        batch_size: number of pairs.
-        length: number of tokens of each prompt.
-        predicted: number of tokens to predict, at the end.
-    """
-    vocabulary = model.architecture.body.config.vocab_size
+    """Pairs of random prompts of `length` tokens, the last `predicted` of which are predicted."""
     noise = torch.Generator().manual_seed(0)
+    vocabulary = model.architecture.body.config.vocab_size
     ids = torch.randint(vocabulary, (2, batch_size, length), generator=noise).tolist()
-    pairs = [
-        Pair(tuple(clean), tuple(corrupted), tuple(clean[:predicted]))
-        for clean, corrupted in zip(*ids, strict=True)
-    ]
+    pairs = [Pair(tuple(a), tuple(b), tuple(a[:predicted])) for a, b in zip(*ids, strict=True)]
     return collate(pairs).to(model.device)
-
-
-def swap_prompts(batch: Batch) -> Batch:
-    """The batch with clean and corrupted prompts exchanged."""
-    return replace(batch, clean_ids=batch.corrupted_ids, corrupted_ids=batch.clean_ids)

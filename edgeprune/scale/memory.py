@@ -12,11 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from edgeprune.engine.activations import Activations
-from edgeprune.engine.architecture import Block
 from edgeprune.engine.cache import MAX_KEPT, KeptPasses
-from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.engine.lookahead import lookaheads
+from edgeprune.engine.circuit_model import Activations, CircuitModel, lookaheads
 from edgeprune.models.load import pick_device
 from edgeprune.prompts import Batch, Pair, collate
 
@@ -29,25 +26,15 @@ WORKING_COPIES = 3
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per process at the peak of a step, the beginning of the backward pass.
+    """Bytes per process at the peak of a step, the beginning of the backward pass."""
 
-    Attributes:
-        weights: the model's weights; if sharded, the process's shard and one whole layer.
-        outboxes: deltas and their gradients, the readers' inputs, and temporary products.
-        blocks: what the blocks save for the backward pass.
-        working: temporary tensors while one block runs or is differentiated.
-        corrupted: ablation values and logits.
-        masks: log alphas, their gradients and the optimiser's state.
-        kept: kept passes over the training set (see `KeptPasses`).
-    """
-
-    weights: int
-    outboxes: int
-    blocks: int
-    working: int
-    corrupted: int
-    masks: int
-    kept: int
+    weights: int  # the model's weights; if sharded, the process's shard and one whole layer
+    outboxes: int  # deltas and their gradients, the readers' inputs, and temporary products
+    blocks: int  # what the blocks save for the backward pass
+    working: int  # temporary tensors while one block runs or is differentiated
+    corrupted: int  # ablation values and logits
+    masks: int  # log alphas, their gradients and the optimiser's state
+    kept: int  # kept passes over the training set, see `KeptPasses`
 
     @property
     def total(self) -> int:
@@ -84,24 +71,25 @@ def plan_memory(
         bits: bits per weight of the layers' matrices; None: as the model's dtype.
         corrupted_kept: whether kept passes include activations on the corrupted prompts.
     """
+    num_layers = model.graph.num_layers
     longest = max(pairs, key=lambda pair: len(pair.clean_ids))
     batch = collate([longest] * min(batch_size, len(pairs))).to("meta")
     corrupted = _empty_activations(model, batch)
     blocks = _saved_bytes(model, batch, corrupted, bits)
-    working = WORKING_COPIES * blocks // model.graph.num_layers
+    working = WORKING_COPIES * blocks // num_layers
     if recompute:  # only the blocks and inputs of one look-ahead exist at a time
-        blocks = blocks * len(lookaheads(model.graph)[0]) // model.graph.num_layers
+        blocks = blocks * len(lookaheads(model.graph)[0]) // num_layers
         model.release()
         _run_step(model, batch, corrupted, recompute=True)
     # the reference, the circuit's logits, and log-probabilities of one of them
     num_logits = 3 * len(batch.rows) * model.architecture.unembed.out_features
     kept = KeptPasses.size(model, pairs, corrupted=corrupted_kept)
     return MemoryPlan(
-        weights=_weight_bytes(model, shares=shares, offload=offload, bits=bits),
-        outboxes=sum(buffer.nbytes for buffer in model.workspace.buffers),
+        weights=_weight_bytes(model, shares, offload, bits),
+        outboxes=sum(buffer.nbytes for buffer in model.workspace.buffers.values()),
         blocks=blocks,
         working=working,
-        corrupted=sum(s.nbytes() for s in _storages(corrupted).values()) + 4 * num_logits,
+        corrupted=sum(tensor.nbytes for tensor in _tensors_of(corrupted)) + 4 * num_logits,
         masks=MASK_COPIES * 4 * model.graph.num_edges,
         kept=kept if kept <= MAX_KEPT else 0,
     )
@@ -110,10 +98,7 @@ def plan_memory(
 def free_memory(device: str) -> int:
     """Bytes that this process may still allocate, on its GPU or as its share of the machine.
 
-    A container's or batch job's limit is respected.
-
-    Args:
-        device: as for `load_model`.
+    A container's or batch job's limit is respected. `device` is as for `load_model`.
     """
     device = pick_device(device)
     if device.startswith("cuda"):
@@ -130,30 +115,20 @@ def memory_allowed(
     The limit of a container or a SLURM job is set on the process's group or one of its parents.
     Cached files that are not in use can be freed, so they count as free.
 
-    Args:
-        root: where control groups are mounted.
-        own: the file that names this process's group, as "0::/path".
+    They are mounted at `root`, and `own` names this process's group, as "0::/path".
     """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return math.inf
+    lines = own.read_text().splitlines() if own.is_file() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    group = root / path.strip("/")
-    parents = [folder for folder in group.parents if folder.is_relative_to(root)]
-    return min(_allowed_by(folder) for folder in (group, *parents))
-
-
-def _allowed_by(group: Path) -> float:
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
-            return math.inf
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no such group: the root, or version 1
-        return math.inf
+    group, allowed = root / path.strip("/"), math.inf
+    for folder in (group, *group.parents):
+        try:
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or no limit: "max"
+            continue
+        allowed = min(allowed, max(0, limit - used + int(stat.get("inactive_file", 0))))
+    return allowed
 
 
 def in_gb(size: int) -> str:
@@ -164,87 +139,76 @@ def in_gb(size: int) -> str:
 # --------------------------------------------------------------------------------------- counting
 
 
-def _weight_bytes(model: CircuitModel, *, shares: int, offload: bool, bits: int | None) -> int:
-    blocks = model.architecture.blocks
-    total = sum(tensor.nbytes for tensor in _weights(model).values())
-    outside_layers = total - sum(_layer_bytes(block, None) for block in blocks)
-    layers = [_layer_bytes(block, bits) for block in blocks]
+def _weight_bytes(model: CircuitModel, shares: int, offload: bool, bits: int | None) -> int:
+    def layer_bytes(layer: torch.nn.Module, bits: int | None = None) -> int:
+        return sum(
+            tensor.nbytes if bits is None or tensor.dim() < 2 else tensor.numel() * bits // 8
+            for tensor in (*layer.parameters(), *layer.buffers())
+        )
+
+    modules = [block.layer for block in model.architecture.blocks]
+    outside_layers = sum(x.nbytes for x in _weights(model).values())
+    outside_layers -= sum(map(layer_bytes, modules))
+    layers = [layer_bytes(layer, bits) for layer in modules]
     if shares == 1:
         return outside_layers + sum(layers)
     return outside_layers + max(layers) + (0 if offload else sum(layers) // shares)
 
 
-def _layer_bytes(block: Block, bits: int | None) -> int:
-    return sum(
-        tensor.nbytes if bits is None or tensor.dim() < 2 else tensor.numel() * bits // 8
-        for tensor in (*block.layer.parameters(), *block.layer.buffers())
-    )
+def _memory(tensor: Tensor) -> int:
+    """The identity of a tensor's memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def _weights(model: CircuitModel) -> dict[int, Tensor]:
     """Parameters and buffers by the identity of their memory; tied ones count once."""
-    return {
-        tensor.untyped_storage()._cdata: tensor
-        for module in (model.architecture.body, model.architecture.unembed)
-        for tensor in (*module.parameters(), *module.buffers())
-    }
+    modules = (model.architecture.body, model.architecture.unembed)
+    return {_memory(x): x for m in modules for x in (*m.parameters(), *m.buffers())}
 
 
 def _saved_bytes(
     model: CircuitModel, batch: Batch, corrupted: Activations, bits: int | None
 ) -> int:
     """Bytes that the blocks save for the backward pass of a step."""
-    known = {*_weights(model), *_storages(corrupted)}
+    known = {*_weights(model), *map(_memory, _tensors_of(corrupted))}
     if bits is not None:  # heads dequantise their matrices and save them
         for block in model.architecture.blocks:
-            known -= {weight.untyped_storage()._cdata for weight in block.attention.parameters()}
+            known -= set(map(_memory, block.attention.parameters()))
     saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage
+        saved[_memory(tensor)] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         _run_step(model, batch, corrupted, recompute=False)
-    for buffer in model.workspace.buffers:
-        saved.pop(buffer.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values())
+    known |= set(map(_memory, model.workspace.buffers.values()))
+    return sum(storage.nbytes() for memory, storage in saved.items() if memory not in known)
 
 
-def _run_step(
-    model: CircuitModel, batch: Batch, corrupted: Activations, *, recompute: bool
-) -> None:
+def _run_step(model: CircuitModel, batch: Batch, corrupted: Activations, recompute: bool) -> None:
     gates = torch.ones(model.graph.num_edges, device="meta", requires_grad=True)
     with torch.enable_grad():
         model.run_circuit(batch, gates, corrupted, recompute=recompute).sum().backward()
 
 
-def _storages(activations: Activations) -> dict[int, torch.UntypedStorage]:
-    """The memory of activations, by identity."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def add(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    activations.map(add)
-    return storages
+def _tensors_of(activations: Activations) -> list[Tensor]:
+    return [
+        activations.embeddings, *activations.head_values, *activations.mlp_outputs,
+        *activations.residuals,
+    ]  # fmt: skip
 
 
 def _empty_activations(model: CircuitModel, batch: Batch) -> Activations:
     """The activations of `run_pair`; the full model's own code does not run on the meta device."""
-    arch, graph = model.architecture, model.graph
+    arch, layers = model.architecture, model.graph.num_layers
     embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
-    stream = embeddings[0]
-    values = stream.new_empty(*stream.shape[:2], graph.num_heads * arch.blocks[0].d_head)
+    batch_pos, d_model = embeddings.shape[1:3], embeddings.shape[3]
 
-    def empty(like: Tensor, count: int) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(like) for _ in range(count))
+    def empty(count: int, width: int) -> list[Tensor]:
+        return [embeddings.new_empty(*batch_pos, width) for _ in range(count)]
 
-    layers = graph.num_layers
+    head_values = empty(layers, model.graph.num_heads * arch.blocks[0].d_head)
     return Activations(
-        embeddings, empty(values, layers), empty(stream, layers), empty(stream, 2 * layers + 1)
+        embeddings, head_values, empty(layers, d_model), empty(2 * layers + 1, d_model)
     )

@@ -27,7 +27,6 @@ def shard_model(
     device: str,
     *,
     send: Callable[[Tensor], object],
-    is_tied: bool,
     offload: bool,
 ) -> None:
     """Give each process its shard of the layers' weights, and all other weights.
@@ -38,10 +37,8 @@ def shard_model(
     Args:
         model: the model without weights (on the meta device); filled in place.
         whole: on rank 0, the same model on the CPU; None on the others.
-        mesh: the device mesh of all processes.
-        device: where this process runs.
+        mesh, device: the device mesh of all processes, and where this process runs.
         send: a collective that fills a tensor with rank 0's.
-        is_tied: whether the whole model is tied, as told by its weights, not its configuration.
         offload: whether the shard stays in the CPU's memory while the layer does not run.
     """
     arch, whole_arch = model.architecture, None if whole is None else whole.architecture
@@ -53,15 +50,33 @@ def shard_model(
     for child in arch.body.children():
         if not isinstance(child, nn.ModuleList):  # the list of layers
             child.to_empty(device=device)
-    _receive(arch.body, None if whole_arch is None else whole_arch.body, mesh, device, send)
+
+    def receive(part: str) -> None:
+        """Fill parameters and buffers with rank 0's, or with this process's shards of them."""
+        sources = {} if whole is None else dict(_tensors(getattr(whole_arch, part)))
+        for name, tensor in _tensors(getattr(arch, part)):
+            received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if whole is not None:
+                received.copy_(sources[name])
+            send(received)
+            if isinstance(tensor, DTensor):
+                received = distribute_tensor(received, mesh, tensor.placements, src_data_rank=None)
+                tensor, received = tensor.to_local(), received.to_local()
+            tensor.copy_(received)
+
+    receive("body")
+    # Whether the weights are tied, which the configuration may say wrongly.
+    is_tied = torch.zeros(1, device=device)
+    if whole is not None:
+        is_tied += whole_arch.unembed.weight is whole_arch.body.get_input_embeddings().weight
+    send(is_tied)
     if is_tied:
         arch.unembed.weight = arch.body.get_input_embeddings().weight
     else:
         weight = torch.empty_like(arch.unembed.weight, device="meta")
         arch.unembed.weight = nn.Parameter(weight, requires_grad=False)
         arch.unembed.to_empty(device=device)
-        unembed = None if whole_arch is None else whole_arch.unembed
-        _receive(arch.unembed, unembed, mesh, device, send)
+        receive("unembed")
     model.begin_layer, model.end_layer = _begin_layer, _end_layer
     model.digest = None if whole is None else whole.fingerprint()  # shards have no fingerprint
 
@@ -69,26 +84,6 @@ def shard_model(
 def is_sharded(layer: nn.Module) -> bool:
     """Whether a layer's weights are split over processes."""
     return isinstance(layer, FSDPModule)
-
-
-def _receive(
-    module: nn.Module,
-    whole: nn.Module | None,
-    mesh: Any,
-    device: str,
-    send: Callable[[Tensor], object],
-) -> None:
-    """Fill parameters and buffers with rank 0's, or with this process's shards of them."""
-    sources = {} if whole is None else dict(_tensors(whole))
-    for name, tensor in _tensors(module):
-        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if whole is not None:
-            received.copy_(sources[name])
-        send(received)
-        if isinstance(tensor, DTensor):
-            received = distribute_tensor(received, mesh, tensor.placements, src_data_rank=None)
-            tensor, received = tensor.to_local(), received.to_local()
-        tensor.copy_(received)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

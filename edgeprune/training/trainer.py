@@ -16,9 +16,8 @@ from torch import Tensor
 
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
-from edgeprune.engine.activations import Activations
 from edgeprune.engine.cache import KeptPasses
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.errors import ConfigError, Interrupted, ProcessError, TrainingError
