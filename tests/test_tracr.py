@@ -239,7 +239,6 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-<<<<<<< HEAD
         ({"corrupted_ids": [0]}, "2 and 1 tokens"),
         ({"clean_ids": "0 1"}, "clean_ids"),
         ({"clean_ids": [0, 5]}, "clean_ids"),
@@ -250,18 +249,6 @@ def test_bos_counts_where_the_config_says_so_and_nothing_is_known_to_be_right_th
         ({"target_ids": [3]}, "target_ids"),
         ({"target_ids": [-2]}, "target_ids"),
         ({"target_values": [1]}, "target_values"),
-=======
-        ({"corrupted_ids": [0]}, "2 and 1"),
-        ({"clean_ids": "0 1"}, "'clean_ids'"),
-        ({"clean_ids": [0, 10]}, "0 to 9"),
-        ({"corrupted_ids": [-1, 0]}, "0 to 9"),
-        ({"clean_ids": [True, 1]}, "'clean_ids'"),
-        ({"target_ids": [1, 1, 1]}, "3 targets"),
-        ({"target_ids": []}, "'target_ids'"),
-        ({"target_ids": [4]}, "0 to 3"),
-        ({"target_ids": [-2]}, "0 to 3"),
-        ({"target_values": [10**400]}, "'target_values'"),
->>>>>>> h2-engine
     ],
 )
 def test_lines_of_ids_are_checked(change, field):
