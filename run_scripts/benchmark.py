@@ -183,15 +183,10 @@ def gradient_cosine(args: argparse.Namespace) -> float:
     gradients = []
     for dtype in ("float32", args.dtype):
         model.release()
-<<<<<<< HEAD
-        model.to(getattr(torch, dtype))
-        if args.fused and gradients:
-=======
         for module in (model.architecture.body, model.architecture.unembed):
             for weight in module.parameters():
-                weight.data = weight.data.to(getattr(torch, kind))
-        if fused and gradients:
->>>>>>> h2-engine
+                weight.data = weight.data.to(getattr(torch, dtype))
+        if args.fused and gradients:
             fuse(model)
         inputs = StepInputs(batch, *model.run_pair(batch), gates.clone().requires_grad_())
         gradients.append(differentiate(model, inputs)[1])

@@ -94,11 +94,6 @@ def prune(
         ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss is not finite.
     """
-<<<<<<< HEAD
-    CircuitModel.check(model)
-=======
-    config = trainer_config(trainer, settings)
->>>>>>> h2-engine
     model.check_prompts(pairs)
     config = from_dict(PruneConfig, {
         "sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed,

@@ -89,10 +89,6 @@ class World:
             init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,)),
             self.device,
             send=lambda tensor: self.collective(lambda: dist.broadcast(tensor, 0)),
-<<<<<<< HEAD
-            is_tied=self.any(whole is not None and whole.is_tied),
-=======
->>>>>>> h2-engine
             offload=offload,
         )
         return meta_model
