@@ -1,7 +1,5 @@
 """edgeprune: find the circuit with which a language model does a task, by pruning its edges."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

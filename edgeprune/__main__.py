@@ -4,8 +4,6 @@ Settings are Hydra overrides (`trainer.steps=500`). Nothing heavy is imported be
 so that help is instant.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

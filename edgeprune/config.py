@@ -4,8 +4,6 @@ The string below a field is its help text. A field's metadata, set by `setting`,
 whether it may change when a run is resumed, and whether it distinguishes experiments in a report.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -1,7 +1,5 @@
 """Errors that are shown to the user as one message, without a traceback."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """Base class for errors shown to the user without a traceback.

@@ -1,7 +1,5 @@
 """Files are written whole or not at all; folders are replaced only if this program made them."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

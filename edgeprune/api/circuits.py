@@ -1,7 +1,5 @@
 """Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -74,9 +72,6 @@ def _check_formats(formats: Sequence[str]) -> None:
     unknown = [suffix for suffix in formats if suffix not in SUFFIXES]
     if unknown:
         raise ConfigError(f"formats has {unknown[0]!r}; choose from {', '.join(SUFFIXES)}")
-
-
-# --------------------------------------------------------------------------------------- compare
 
 
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
@@ -178,9 +173,6 @@ def _draw_comparison(
             draw_circuit(shown, folder / f"comparison.{suffix}", title=title, groups=groups)
     except GraphvizMissing as error:
         log.warning(str(error))
-
-
-# -------------------------------------------------------------------------------- report, prepare
 
 
 def report(config: ReportConfig) -> tuple[list[Group], Path]:

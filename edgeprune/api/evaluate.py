@@ -1,7 +1,5 @@
 """Measuring circuits that are named by their run directory or file."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Choosing a circuit from scores, and writing it in another format."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

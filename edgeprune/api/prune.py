@@ -1,7 +1,5 @@
 """Pruning: from a model and prompts to scores and a circuit, and with a run directory to a run."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

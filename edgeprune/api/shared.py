@@ -1,7 +1,5 @@
 """What several functions of the API need: models, ablations, a run's prompts, output paths."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`edgeprune draw`."""
 
-from __future__ import annotations
-
 from edgeprune.commands.console import print_result
 from edgeprune.config import DrawConfig
 

@@ -1,7 +1,5 @@
 """`edgeprune evaluate`."""
 
-from __future__ import annotations
-
 from edgeprune.commands.console import print_result, print_table
 from edgeprune.config import EvaluateConfig
 

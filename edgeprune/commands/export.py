@@ -1,7 +1,5 @@
 """`edgeprune export`."""
 
-from __future__ import annotations
-
 from edgeprune.commands.console import print_result
 from edgeprune.config import ExportConfig
 

@@ -1,7 +1,5 @@
 """Help texts, made from the settings' own docstrings and from what lies in conf/."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

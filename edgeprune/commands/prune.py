@@ -1,7 +1,5 @@
 """`edgeprune prune`."""
 
-from __future__ import annotations
-
 import os
 
 from hydra.core.hydra_config import HydraConfig

@@ -6,8 +6,6 @@ circuits. For large ones it would take minutes, and the result would be 50 scree
 on a grid with one row per layer and one column per head.
 """
 
-from __future__ import annotations
-
 import html
 import math
 import re
@@ -121,9 +119,6 @@ def draw_circuit(
             f"apt-get install graphviz, macOS: brew install graphviz). The source is in {fallback}"
         ) from None
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
-
-
-# ------------------------------------------------------------------------------------- the source
 
 
 def circuit_dot(
@@ -268,9 +263,6 @@ def _caption(
     if title:
         parts.insert(0, f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>")
     return f"<{gap.join(parts)}{gap}&#160;>"
-
-
-# ------------------------------------------------------------------------------------------ names
 
 
 @cache

@@ -1,7 +1,5 @@
 """What a model family has to provide (implemented in `models/`), and a model's fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The full model's passes over a small training set, run once and kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

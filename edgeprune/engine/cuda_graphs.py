@@ -1,7 +1,5 @@
 """Training steps recorded as CUDA graphs and replayed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Attention by single heads: masks and projections that all architectures share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ pass to scale it and to add the product of the gradient. These kernels save thre
 Only this module needs Triton, which is part of PyTorch's builds for GPUs.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

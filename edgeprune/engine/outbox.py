@@ -31,8 +31,6 @@ in reverse order:
     _Read    return one site's inputs           store the inputs' gradients in place of the inputs
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property

@@ -8,8 +8,6 @@ hundred passes over the data at most. A pass stops as soon as it is known to fai
 circuit are repeated until one removes nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

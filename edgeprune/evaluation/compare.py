@@ -1,7 +1,5 @@
 """Compare circuits: shared edges and nodes, agreement with a reference, and a consensus."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from functools import reduce

@@ -1,7 +1,5 @@
 """Evaluate a circuit, next to the full model and the empty circuit."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

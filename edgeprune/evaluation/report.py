@@ -248,9 +248,6 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
     return Table(["", "runs", "edges", "sparsity", *labels, "edge\nIoU"], rows, title)
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
 def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
     """Write runs.csv, frontier.csv, edges.csv, plots, consensus/ and report.html into a folder."""
     _write_csv(groups, folder / "runs.csv", _run_rows)

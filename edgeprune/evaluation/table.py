@@ -1,7 +1,5 @@
 """A table of text, for the console and for pages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

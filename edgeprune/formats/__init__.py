@@ -6,8 +6,6 @@ eap_json  a graph of EAP-IG or MIB as JSON
 eap_pt    the same as tensors
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -18,8 +18,6 @@ scores that we wrote are therefore read back exactly.
 Functions that read raise ValueError with a message, or whatever error damaged content leads to.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import replace
@@ -38,9 +36,6 @@ from edgeprune.scores import EdgeScores
 INPUT, LOGITS = "input", "logits"
 OWN_KEY = "edgeprune"
 """Key of what the format cannot represent."""
-
-
-# ------------------------------------------------------------------------------ the two graphs
 
 
 def _their_graph(graph: CircuitGraph) -> CircuitGraph:
@@ -96,9 +91,6 @@ def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGra
         for reduce in ("amax", "amin")
     )
     return torch.where(high >= -low, high, low)
-
-
-# -------------------------------------------------------------------------------------- reading
 
 
 def load_tensors(data: bytes) -> Any:
@@ -180,9 +172,6 @@ def _parse_tensors(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tenso
 def _check_neurons(some_partly: bool) -> None:
     if some_partly:
         raise ValueError("circuits of neurons are not supported: some nodes keep only some of them")
-
-
-# -------------------------------------------------------------------------------------- writing
 
 
 def write_json(

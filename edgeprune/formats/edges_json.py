@@ -1,7 +1,5 @@
 """Lists of edges: `edges.json`, a bare list, and `circuit.json`, which describes itself."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

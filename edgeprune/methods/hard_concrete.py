@@ -5,8 +5,6 @@ sets its distribution: a sigmoid of log alpha plus logistic noise, stretched sli
 and clamped, so that exact zeros and ones have positive probability.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Gates held exactly at the target sparsity of every step (trainer=fast)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

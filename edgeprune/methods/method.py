@@ -3,8 +3,6 @@
 To add a method, write a subclass of `Method` in a file of its own and enter it in `METHODS`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Learned Lagrange multipliers drive the gates to a target sparsity. Nodes may have gates as well.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

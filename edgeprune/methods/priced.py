@@ -1,7 +1,5 @@
 """A price per open edge, where the size of the circuit is to be found too (trainer=tracr)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """GPT-2: names its parts and runs a block with a separate input per reader."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ norm of the heads' sum multiplies every head's outbox by the same factor per tok
 still add up to the output: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

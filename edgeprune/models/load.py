@@ -1,7 +1,5 @@
 """Loading models: Hugging Face loads supported families, and each model passes a parity check."""
 
-from __future__ import annotations
-
 import struct
 import sys
 from collections.abc import Iterator
@@ -185,9 +183,6 @@ def pick_device(device: str) -> str:
             f"there is no device {device!r} on this machine; choose auto or {', '.join(devices)}"
         )
     return device
-
-
-# ---------------------------------------------------------------------------------------- details
 
 
 def _load_hf_model(

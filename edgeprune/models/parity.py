@@ -1,7 +1,5 @@
 """The parity check: a circuit model must compute exactly what the untouched model computes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

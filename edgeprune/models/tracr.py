@@ -6,8 +6,6 @@ Every prompt begins with BOS. The outputs are values, not logits: per position, 
 (the largest column is the answer) or a single number.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

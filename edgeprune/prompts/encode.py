@@ -1,7 +1,5 @@
 """Prompts as token ids: one record -> `Pair`, a JSONL file -> `PairDataset`."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable, Sequence

@@ -9,8 +9,6 @@ numbers, `target_values` (null where unknown). `answer_ids` and `distractor_ids`
 alternatives to the first target.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

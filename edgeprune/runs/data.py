@@ -1,7 +1,5 @@
 """The prompts of a task: generated into a folder, or the user's file."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter

@@ -74,8 +74,6 @@ class Run:
                 f"{file} is damaged ({error}); restore it as `edgeprune prune` wrote it"
             ) from None
 
-    # ------------------------------------------------------------------------- what it belongs to
-
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The content of run.json: graph, data, model, versions, machine.
@@ -127,8 +125,6 @@ class Run:
             "evaluation_batch_size": self.config.evaluation_batch_size,
         }
 
-    # ---------------------------------------------------------------------------- scores, circuit
-
     def checkpoint(self, step: int | None = None) -> Checkpoint:
         """The checkpoint of a step, or the last intact one.
 
@@ -179,8 +175,6 @@ class Run:
         """Whether scores of this origin are not those of the run's last step."""
         return origin.get("step", self.config.trainer.steps) < self.config.trainer.steps
 
-    # ------------------------------------------------------------------------------- measurements
-
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """The measurements of the run's circuit, by split."""
         paths = {split: self.path / layout.evaluation(split) for split in SPLITS}
@@ -222,8 +216,6 @@ class Run:
             name, settings, file.circuit, evaluations, self.digests, distinguishing, self.origin
         )
 
-    # --------------------------------------------------------------- what the training loop writes
-
     def latest(self) -> Checkpoint | None:
         """The last intact checkpoint, or None."""
         return checkpoints.load_latest(self.path / layout.CHECKPOINTS)
@@ -251,8 +243,6 @@ class Run:
         """Drop the lines of metrics.jsonl after a step; they will be written again."""
         lines = (json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
         write_text(self.path / layout.METRICS, "".join(lines))
-
-    # ------------------------------------------------------------------------------------- set-up
 
     def begin(self, model: CircuitModel, world: World) -> None:
         """Put a new run in its place, or check that a resumed one has the same model and data.

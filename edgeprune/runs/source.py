@@ -1,7 +1,5 @@
 """Which run, model, data and ablation a circuit that the user names belongs to."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path

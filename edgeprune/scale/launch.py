@@ -1,7 +1,5 @@
 """Starting the processes of a run on this machine, and the signals that stop them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

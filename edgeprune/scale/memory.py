@@ -1,7 +1,5 @@
 """The memory that pruning a model takes, computed from shapes, and the memory that is free."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -134,9 +132,6 @@ def memory_allowed(
 def in_gb(size: int) -> str:
     """A number of bytes for display, in GB."""
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"
-
-
-# --------------------------------------------------------------------------------------- counting
 
 
 def _weight_bytes(model: CircuitModel, shares: int, offload: bool, bits: int | None) -> int:

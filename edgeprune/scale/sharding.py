@@ -6,8 +6,6 @@ at the beginning and end of each layer, forward and backward. When blocks are re
 backward pass, these hooks run again; a layer that is being differentiated then stays gathered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet

@@ -4,8 +4,6 @@
 and a SHA-256 over the names and bytes of all tensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Mapping

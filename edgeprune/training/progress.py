@@ -1,7 +1,5 @@
 """Where the numbers of a run are shown: a progress bar or a few lines, and Weights & Biases."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """The trainer, which does one optimisation step after another, and the loop around it."""
 
-from __future__ import annotations
-
 import logging
 import math
 import signal

@@ -3,8 +3,6 @@
 A task is one module with a function that draws one example, and one line in `TASKS`.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from collections import defaultdict

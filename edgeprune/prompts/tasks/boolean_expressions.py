@@ -9,8 +9,6 @@ The instruction uses the chat markup of Llama 2, on which CodeLlama was trained.
 split `True` into several tokens get short forms, without system prompt and with a single example.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 After Mathwin et al. 2023. The corrupted prompt has a name of the other gender.
 """
 
-from __future__ import annotations
-
 import random
 
 from edgeprune.prompts.tasks.vocabulary import ADJECTIVES, FEMALE_NAMES, MALE_NAMES, ROLES

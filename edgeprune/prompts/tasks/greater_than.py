@@ -6,8 +6,6 @@ metric is the difference of their probabilities. Tokenizers that split numbers i
 variant with one digit to predict: "1237 to the year 123" -> 8, 9, corrupted to 1230.
 """
 
-from __future__ import annotations
-
 import random
 
 from edgeprune.prompts.tasks.vocabulary import EVENTS

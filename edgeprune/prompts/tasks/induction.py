@@ -5,8 +5,6 @@ other words, so that it does not tell how the second one continues. A space prec
 including the first.
 """
 
-from __future__ import annotations
-
 import random
 
 from edgeprune.prompts.tasks.vocabulary import WORDS

@@ -4,8 +4,6 @@ After Wang et al. 2023 (arXiv:2211.00593), with many templates in both orders. A
 2024 (arXiv:2406.16778), the corrupted prompt has three other, distinct names.
 """
 
-from __future__ import annotations
-
 import random
 
 from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES, OBJECTS, PLACES

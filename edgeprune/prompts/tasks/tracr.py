@@ -5,8 +5,6 @@ given lengths are used, since attention does not mask PAD and known circuits are
 length.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
