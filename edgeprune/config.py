@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -39,31 +38,16 @@ FREE = {"resumable": True, "distinguishes": False}
 """Metadata of settings that do not change what is learned, see `setting`."""
 
 
-def setting(
-    default: Any,
-    *,
-    resumable: bool = False,
-    distinguishes: bool = True,
-    digest: str | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    choices: tuple = (),
-) -> Any:
+def setting(default: Any, **metadata: Any) -> Any:
     """A field of a settings class.
 
     Args:
         default: its default value; a class or function is called to make one.
-        resumable: whether a run may be resumed with another value.
-        distinguishes: whether runs with different values are different experiments in a report.
-        digest: what identifies the value in place of its text: the digest of the run's `model` or
-            `data`, wherever these lie.
-        at_least, at_most, above: bounds of a number that is not None.
-        choices: the allowed values, if they are few.
+        metadata: `resumable=True` if a run may be resumed with another value;
+            `distinguishes=False` if runs with different values are the same experiment in a report;
+            `digest` ("model" or "data") if that digest of the run identifies the value, wherever it
+            lies; and the bounds `at_least`, `at_most`, `above` or the `choices` of a value.
     """
-    metadata = {"resumable": resumable, "distinguishes": distinguishes, "digest": digest,
-                "at_least": at_least, "at_most": at_most, "above": above,
-                "choices": choices}  # fmt: skip
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -76,23 +60,30 @@ class Settings:
     prefix = ""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value out of range; names the setting."""
+        """Raise ConfigError, which names the setting, for a value that cannot be used."""
         for entry in dataclasses.fields(self):
-            value, name = getattr(self, entry.name), f"{self.prefix}{entry.name}"
-            if value is None or not entry.metadata:
-                continue
-            allowed, rule = True, ""
-            if entry.metadata["choices"]:
-                allowed = value in entry.metadata["choices"]
-                rule = f"one of {', '.join(map(str, entry.metadata['choices']))}"
-            elif isinstance(value, float) and not math.isfinite(value):
-                allowed, rule = False, "finite"
-            for bound, holds in (("at_least", ge), ("at_most", le), ("above", gt)):
-                limit = entry.metadata[bound]
-                if allowed and limit is not None and not holds(value, limit):
-                    allowed, rule = False, f"{bound.replace('_', ' ')} {limit}"
-            if not allowed:
-                raise ConfigError(f"{name}={value} is out of range: it must be {rule}")
+            value = getattr(self, entry.name)
+            if isinstance(value, (ModelConfig, TaskConfig)):
+                value.require_path()
+            elif value is not None and entry.metadata:
+                bounds = ("choices", "at_least", "at_most", "above")
+                choices, least, most, above = map(entry.metadata.get, bounds)
+                rules = {
+                    f"one of {choices}": not choices or value in choices,
+                    "finite": not isinstance(value, float) or math.isfinite(value),
+                    f"at least {least}": least is None or value >= least,
+                    f"at most {most}": most is None or value <= most,
+                    f"greater than {above}": above is None or value > above,
+                }
+                broken = [rule for rule, holds in rules.items() if not holds]
+                if broken:
+                    raise ConfigError(f"{self.prefix}{entry.name}={value} must be {broken[0]}")
+        sizes = [getattr(self, name, None) for name in ("sparsity", "num_edges")]
+        if None not in sizes:
+            raise ConfigError(
+                f"got sparsity={sizes[0]} and num_edges={sizes[1]}; give only one; where an "
+                "experiment sets the other, add sparsity=null or num_edges=null"
+            )
 
 
 # ---------------------------------------------------------------------------------------- groups
@@ -368,15 +359,6 @@ class LauncherConfig(Settings):
 # -------------------------------------------------------------------------------------- commands
 
 
-def _check_one_size(config: Any) -> None:
-    """Raise ConfigError if both sparsity and num_edges are given."""
-    if config.sparsity is not None and config.num_edges is not None:
-        raise ConfigError(
-            f"got sparsity={config.sparsity} and num_edges={config.num_edges}; give only one; "
-            "where an experiment sets the other, add sparsity=null or num_edges=null"
-        )
-
-
 @dataclass
 class PruneConfig(Settings):
     """Learn the gates of a model's edges on a task."""
@@ -395,7 +377,7 @@ class PruneConfig(Settings):
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
     error where outputs are values. null: no clean-up."""
-    seed: int = setting(0, distinguishes=False, at_least=0)
+    seed: int = setting(0, distinguishes=False, at_least=0, at_most=2**31 - 1)
     """Seed of the initial values, the noise and the order of the data."""
     run_dir: str = setting("", **FREE)
     """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
@@ -406,15 +388,10 @@ class PruneConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_one_size(self)
-        self.model.require_path()
-        self.task.require_path()
         if not self.run_dir:
             raise ConfigError("run_dir is empty; name a folder, such as run_dir=runs/mine")
         if self.overwrite and self.resume == "auto":
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
-        if self.seed >= 2**31:
-            raise ConfigError(f"seed={self.seed} must be less than {2**31}")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
         sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
@@ -423,22 +400,13 @@ class PruneConfig(Settings):
                 "nothing says how sparse the circuit is to become: give sparsity=, num_edges= or "
                 "trainer.target_sparsity="
             )
-        if self.launcher.shard:
-            self._check_shard()
-
-    def _check_shard(self) -> None:
-        """Raise ConfigError for settings that a model split over processes cannot have."""
-        for is_set, name, reason in (
-            (self.cleanup is not None, "cleanup=", "one process cleans up (use `export` later)"),
-            (self.trainer.cuda_graph, "trainer.cuda_graph=true", "layers move between processes"),
-            (self.model.fused, "model.fused=true", "a sharded model is loaded on the CPU"),
-            (self.model.bits is not None, "model.bits=", "only whole weights can be split"),
-        ):
-            if is_set:
-                raise ConfigError(
-                    f"launcher.shard=true and {name} do not go together, since {reason}; leave "
-                    "out one of them"
-                )
+        one_process = {
+            "cleanup=": self.cleanup, "trainer.cuda_graph=": self.trainer.cuda_graph,
+            "model.fused=": self.model.fused, "model.bits=": self.model.bits,
+        }  # fmt: skip
+        given = [name for name, value in one_process.items() if value not in (None, False)]
+        if self.launcher.shard and given:
+            raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
 
     @property
     def title(self) -> str:
@@ -482,7 +450,6 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_one_size(self)
         if self.threshold and (self.sparsity, self.num_edges) != (None, None):
             raise ConfigError("threshold=true finds the size itself; leave out sparsity, num_edges")
 
@@ -510,12 +477,6 @@ class EvaluateConfig(Settings):
     """JSON file to write. null: evaluation-<split>.json next to the circuit if model, prompts and
     ablation are those of its run, otherwise none."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for part in (self.model, self.task):
-            if part is not None:
-                part.require_path()
-
 
 @dataclass
 class DrawConfig(Settings):
@@ -540,10 +501,6 @@ class DrawConfig(Settings):
     """null: the run's model and task."""
     model: ModelConfig | None = None
     """The model of a circuit file that does not identify it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_one_size(self)
 
 
 @dataclass
@@ -585,7 +542,7 @@ class PrepareConfig(Settings):
     """File to write."""
 
     def __post_init__(self) -> None:
-        self.model.require_path()
+        super().__post_init__()
         if self.task.name == CUSTOM or self.task.path is not None:
             raise ConfigError(
                 "prepare writes the prompts of one of the project's tasks, such as task=ioi; your "
@@ -609,9 +566,8 @@ COMMANDS = {
 # ------------------------------------------------------------------------------------- functions
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A settings object as JSON values, as written to config.yaml."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict
+"""A settings object as JSON values, as written to config.yaml."""
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -57,12 +57,7 @@ class EdgeScores:
     def circuit(self, *, num_edges: int | None = None, sparsity: float | None = None) -> Circuit:
         """The circuit of the highest-ranked edges, of exactly the requested size.
 
-        Args:
-            num_edges: number of edges to keep.
-            sparsity: fraction of the edges to remove, 0 to 1. Give one of the two.
-
-        Raises:
-            ConfigError: both or neither are given, or the size is out of range.
+        Arguments and errors as `CircuitGraph.resolve_size`.
         """
         size = self.graph.resolve_size(num_edges, sparsity)
         kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
@@ -90,14 +85,7 @@ class EdgeScores:
 
     @classmethod
     def load(cls, path: Path | str) -> EdgeScores:
-        """Read a file written by `save`.
-
-        Raises:
-            CircuitError: the file is missing, damaged or of another kind.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise CircuitError(f"no scores file {path}")
+        """Read a file written by `save`; raises CircuitError if it is missing or damaged."""
         try:
             with safe_open(path, "pt") as file:
                 metadata, values = file.metadata() or {}, file.get_tensor("scores")

@@ -75,11 +75,8 @@ def choose_from(
 ) -> tuple[EdgeScores, Circuit, dict[str, Any]]:
     """A run's scores, a circuit cut from them, and how it was chosen.
 
-    Args:
-        run: the run.
-        step: of the checkpoint; None: the last.
-        sparsity, num_edges: size of the circuit; neither: as the run asked for.
-        threshold: whether a threshold decides in place of a size.
+    Without a step, of the last checkpoint. Without a size, of the size that the run asked for, or
+    with `threshold` by a threshold.
     """
     scores = run.scores(step)
     if step is None and run.is_unfinished(scores.origin):

@@ -22,7 +22,6 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     """Load the model that settings name."""
     from edgeprune.models.load import load_model, pick_device  # transformers takes a second
 
-    config.require_path()
     device = pick_device(config.device)
     return load_model(
         config.path, device=device, dtype=config.dtype, attention=config.attention,
@@ -37,7 +36,6 @@ def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
         return source.graph
     from edgeprune.models.load import load_meta_model
 
-    model.require_path()
     return load_meta_model(
         model.path, embedding_writers=model.embedding_writers,
         trust_remote_code=model.trust_remote_code,
@@ -79,15 +77,7 @@ def check_output(output: Path, reads: Sequence[str | Path | None] = ()) -> None:
 
 
 def own_data(path: Path, digest: str) -> Path:
-    """The file of a run's prompts.
-
-    Args:
-        path: the file.
-        digest: its SHA-256 when the run began.
-
-    Raises:
-        ConfigError: the file is gone or has changed.
-    """
+    """The file of a run's prompts; raises ConfigError if it is gone or its SHA-256 changed."""
     if not path.is_file():
         raise ConfigError(
             f"{path}, which holds the prompts of the run, is gone; restore it, or measure on "

@@ -73,9 +73,7 @@ def usage(command: str) -> str:
 def command_help(command: str, arguments: Sequence[str] = ()) -> str:
     """The help of one command: settings with their defaults and meanings, choices, examples.
 
-    Args:
-        command: its name.
-        arguments: the other arguments; `trainer=NAME` among them chooses whose settings are listed.
+    `trainer=NAME` among the other arguments chooses whose settings are listed.
     """
     given = [a.removeprefix("trainer=") for a in arguments if a.startswith("trainer=")]
     trainer = given[-1] if given and given[-1] in choices_of("trainer") else "default"
@@ -125,11 +123,7 @@ def _described(
 ) -> list[tuple[str, str]]:
     """('trainer.steps=3000', 'Optimisation steps.') for every setting, nested ones included.
 
-    Args:
-        config: settings class.
-        prefix: of its names.
-        trainer: the trainer whose settings are listed.
-        given: values that replace the class's defaults.
+    `given` are values that replace the class's defaults.
     """
     rows = []
     hints, docs = get_type_hints(config), _field_docs(config)

@@ -76,11 +76,7 @@ class Source:
 
 
 def find(given: str | Path) -> Source:
-    """Find a circuit by a run directory, a folder with a circuit.json, or a file.
-
-    Raises:
-        ConfigError: there is nothing, or a run that has no circuit yet.
-    """
+    """Find a circuit by a run directory, a folder with a circuit.json, or a file."""
     path = Path(given)
     if not path.exists():
         raise ConfigError(
