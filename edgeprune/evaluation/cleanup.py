@@ -1,11 +1,10 @@
 """Clean-up: remove the edges that a circuit does not need, and add what it lacks.
 
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
-The clean-up cuts edges and measures the circuit that is left. It tries the least important edges
-first, several at once: twice as many after a success, half as many after a failure. It goes down to
-single edges in a small circuit and to 1/256 of the edges of a large one, so a sweep takes a few
-hundred passes over the data at most. A pass stops as soon as it is known to fail. Sweeps of a small
-circuit are repeated until one removes nothing.
+A sweep removes the least important edges first, several at once: twice as many after a success,
+half as many after a failure, down to single edges in a small circuit and to 1/256 of a large one.
+That takes a few hundred passes over the data at most, and a pass stops as soon as it is known to
+fail. Sweeps of a small circuit are repeated until one removes nothing.
 """
 
 import math
@@ -65,19 +64,17 @@ def clean_up(
     For logits, the distance from the full model is the mean KL divergence over examples, in nats
     per predicted token, and the limit is the given circuit's distance plus `tolerance`. For values,
     the distance is the largest absolute error of any output, and the limit is `tolerance`, because
-    such a model computes something exactly and its circuit has to as well; a circuit beyond the
-    limit first gets the highest-ranked missing edges until it is within.
+    such a model computes something exactly; a circuit beyond the limit first gets the
+    highest-ranked missing edges until it is within.
 
     Args:
         pairs: prompts on which the distance is measured.
-        tolerance: at least 0, see above.
         scores: the edges with the lowest scores are tried first.
         ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
             `mean` (over `pairs`, per position).
 
     Returns:
-        A circuit from which, if it has at most `SMALL` edges, no single edge can be removed. It is
-        a subset of the given one, unless edges had to be added.
+        A circuit from which, if it has at most `SMALL` edges, no single edge can be removed.
 
     Raises:
         ConfigError: the tolerance is negative.
