@@ -89,22 +89,17 @@ def _reduce_by_example(values: Tensor, batch: Batch, reduction: str) -> Tensor:
 class ExampleMetrics:
     """How one model does on each example; every tensor is [example], on the CPU.
 
-    Attributes:
-        kl, error: `distance_by_example` of logits and of values; the other one is NaN.
-        exact_match, correct: 1 if every most likely token is the reference's, or right; else 0.
-        logit_difference: log-sum-exp of the answers' logits minus that of the distractors', at the
-            token where they differ; NaN without distractors.
-        probability_difference: the same for the sums of their probabilities.
-        predicted: [predicted] per example, the most likely tokens, or the numbers output.
+    Differences are those of the answers minus the distractors at the token where they differ: of
+    log-sum-exps of logits, and of sums of probabilities. They are NaN without distractors.
     """
 
-    kl: Tensor
-    error: Tensor
-    exact_match: Tensor
-    correct: Tensor
+    kl: Tensor  # `distance_by_example` of logits; NaN for values
+    error: Tensor  # `distance_by_example` of values; NaN for logits
+    exact_match: Tensor  # 1 if every most likely token is the reference's, else 0
+    correct: Tensor  # 1 if every most likely token is the target or of another right answer, else 0
     logit_difference: Tensor
     probability_difference: Tensor
-    predicted: tuple[Tensor, ...]
+    predicted: tuple[Tensor, ...]  # [predicted] each, most likely tokens, or the numbers output
 
     @classmethod
     def concatenate(cls, batches: Sequence[Self]) -> Self:
@@ -170,25 +165,17 @@ def _answers_minus_distractors(logits: Tensor, batch: Batch) -> Tensor:
 class Metric:
     """An entry of `METRICS`.
 
-    Attributes:
-        name, label: key in `Metrics` and in files, and short name in tables.
-        description: what it measures, with its unit; also the label of an axis.
-        summary: its value over all examples, from those of the model, the full model and the empty
-            circuit.
-        better: direction of better circuits; None if the metric does not rank circuits.
-        format: format specification, or "" for three significant digits.
-        needs_distractors: whether it covers only examples with distractors.
-        headline: whether plots and short tables show it.
+    `summary` computes it from the examples of the model, the full model and the empty circuit.
     """
 
-    name: str
-    label: str
-    description: str
+    name: str  # key in `Metrics` and in files
+    label: str  # short name in tables
+    description: str  # what it measures, with its unit; also the label of an axis
     summary: Callable[[ExampleMetrics, ExampleMetrics, ExampleMetrics], float]
-    better: Literal["lower", "higher"] | None = "higher"
-    format: str = ""
-    needs_distractors: bool = False
-    headline: bool = False
+    better: Literal["lower", "higher"] | None = "higher"  # None: it does not rank circuits
+    format: str = ""  # format specification, or "" for three significant digits
+    needs_distractors: bool = False  # whether it covers only examples with distractors
+    headline: bool = False  # whether plots and short tables show it
 
     def text(self, value: float | None) -> str:
         """The value in this format; "–" for no value."""
@@ -217,28 +204,27 @@ METRICS = {
     for metric in (
         Metric("kl", "KL", "KL from the full model (nats per token)",
                # Rounding errors make a KL of 0 negative.
-               lambda model, *_: model.kl.mean().clamp(min=0).item(),
-               better="lower", headline=True),
+               lambda m, *_: m.kl.mean().clamp(min=0).item(), better="lower", headline=True),
         Metric("kl_standard_error", "standard error of KL", "standard error of the mean KL",
                _kl_standard_error, better=None),
         Metric("error", "error", "largest difference from the full model",
-               lambda model, *_: model.error.mean().item(), better="lower", headline=True),
+               lambda m, *_: m.error.mean().item(), better="lower", headline=True),
         Metric("exact_match", "exact match", "fraction with the full model's prediction",
-               lambda model, *_: model.exact_match.mean().item(), format=".3f", headline=True),
+               lambda m, *_: m.exact_match.mean().item(), format=".3f", headline=True),
         Metric("accuracy", "accuracy", "fraction with a correct prediction",
-               lambda model, *_: model.correct.mean().item(), format=".3f", headline=True),
+               lambda m, *_: m.correct.mean().item(), format=".3f", headline=True),
         Metric("two_way_accuracy", "two-way accuracy",
                "fraction whose answers are likelier than distractors (a tie counts half)",
                _two_way_accuracy, format=".3f", needs_distractors=True),
         Metric("logit_difference", "logit difference",
                "log-sum-exp of the answers' logits minus that of the distractors'",
-               lambda model, *_: model.logit_difference.nanmean().item(), needs_distractors=True),
+               lambda m, *_: m.logit_difference.nanmean().item(), needs_distractors=True),
         Metric("logit_difference_recovered", "logit difference recovered",
                "logit difference on a scale from the empty circuit (0) to the full model (1)",
                _recovered, format=".3f", needs_distractors=True),
         Metric("probability_difference", "probability difference",
                "probability of the answers minus that of the distractors",
-               lambda model, *_: model.probability_difference.nanmean().item(), format=".3f",
+               lambda m, *_: m.probability_difference.nanmean().item(), format=".3f",
                needs_distractors=True),
     )
 }  # fmt: skip

@@ -19,7 +19,6 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import Activations, CircuitModel
-from edgeprune.errors import ConfigError
 from edgeprune.graph import Edge
 from edgeprune.metrics import Output, distance_by_example
 from edgeprune.prompts import Batch, Pair, iterate_batches
@@ -31,9 +30,9 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class CleanUp:
-    """A cleaned-up circuit, its size and distance from the full model before and after.
+    """A cleaned-up circuit, its size and `clean_up`'s distance before and after.
 
-    `passes` is the number of circuits that were run over the data. See `clean_up` for the distance.
+    `passes` is the number of circuits that were run over the data.
     """
 
     circuit: Circuit
@@ -69,6 +68,7 @@ def clean_up(
 
     Args:
         pairs: prompts on which the distance is measured.
+        tolerance: at least 0, see above.
         scores: the edges with the lowest scores are tried first.
         ablation: what ablated edges carry, such as `Pruned.ablation`; or `interchange`, `zero` or
             `mean` (over `pairs`, per position).
@@ -77,12 +77,9 @@ def clean_up(
         A circuit from which, if it has at most `SMALL` edges, no single edge can be removed.
 
     Raises:
-        ConfigError: the tolerance is negative.
         ValueError: the circuit or the scores belong to another graph than the model's, there are no
             prompts, one is too long for the model, or the distance is not finite.
     """
-    if not tolerance >= 0:
-        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, at least 0")
     Circuit.check(circuit, model.graph)
     if scores.graph != model.graph:
         raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")
@@ -99,8 +96,8 @@ def clean_up(
         ),
     )
     before = search.distance(circuit)
-    search.run(before, tolerance)
-    found, after = search.circuit, search.distance(search.circuit)
+    found = search.run(before, tolerance)
+    after = search.distance(found)
     return CleanUp(found, len(circuit), len(found), before, after, search.passes)
 
 
@@ -117,15 +114,12 @@ class _Search:
     limit: float = math.inf
     passes: int = 0
 
-    def run(self, distance: float, tolerance: float) -> None:
+    def run(self, distance: float, tolerance: float) -> Circuit:
         """Improve the circuit, whose distance is given, as far as the tolerance allows."""
         self.limit = tolerance
         if self.model.output is Output.logits:
             if not math.isfinite(distance):
-                raise ValueError(
-                    f"the circuit's distance from the full model is {distance}, which is not a "
-                    "finite number; use model.dtype=float32"
-                )
+                raise ValueError(f"distance {distance} is not finite; use model.dtype=float32")
             self.limit += distance
         elif distance > self.limit:
             self._add_missing_edges()
@@ -135,7 +129,7 @@ class _Search:
             self._sweep()
             self._try(self.circuit.without_dangling())
             if len(self.circuit) == before or len(self.circuit) > SMALL:
-                return
+                return self.circuit
 
     def distance(self, circuit: Circuit, limit: float = math.inf) -> float:
         """Distance of a circuit from the full model; infinity as soon as it exceeds the limit."""

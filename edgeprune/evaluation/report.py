@@ -46,23 +46,15 @@ NOTE = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run.
-
-    Attributes:
-        settings: flattened settings, such as {'trainer.steps': 600}.
-        evaluations: `Evaluation.to_dict()` by split.
-        digests: SHA-256 of its `model` and `data`.
-        distinguishing: names of the settings that tell experiments apart.
-        origin: metadata for the files of consensus circuits.
-    """
+    """A finished run."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # flattened, such as {"trainer.steps": 600}
     circuit: Circuit
-    evaluations: Mapping[str, Mapping[str, Any]]
-    digests: Mapping[str, str]
-    distinguishing: Set[str]
-    origin: Mapping[str, Any]
+    evaluations: Mapping[str, Mapping[str, Any]]  # `Evaluation.to_dict()` by split
+    digests: Mapping[str, str]  # SHA-256 of its `model` and `data`
+    distinguishing: Set[str]  # names of the settings that tell experiments apart
+    origin: Mapping[str, Any]  # metadata for the files of consensus circuits
 
 
 class Spread(NamedTuple):
