@@ -2,16 +2,13 @@
 
 Logits are [predicted, vocabulary], one row per predicted token; `Batch` says which example each row
 belongs to. Compiled transformers output values instead of logits (see `Output`).
-Summaries, tables, plots and files of an evaluation are made from the table.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -26,10 +23,9 @@ SAME_NUMBER = 1e-3
 class Output(Enum):
     """What a model outputs at each position, which determines how two outputs are compared.
 
-    logits: logits of tokens, compared by the KL divergence of their probabilities.
-    one_hot: values near 1 in the answer's column and near 0 elsewhere, compared by their
-        difference, since a softmax of values between 0 and 1 is nearly flat.
-    number: one column that holds the answer itself, compared by the difference.
+    `logits` are compared by the KL divergence of their probabilities. `one_hot` values are near 1
+    in the answer's column and near 0 elsewhere, and a `number` is one column with the answer; both
+    are compared by their difference, as a softmax of values in [0, 1] is nearly flat.
     """
 
     logits = "logits"
@@ -47,12 +43,11 @@ def kl_per_token(reference: Tensor, logits: Tensor) -> Tensor:
 def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
     """sum |reference - outputs|^2 / sum |reference - mean reference|^2, over all predicted tokens.
 
-    0 for equal outputs; 1 is as bad as always outputting the mean. It has no unit, so the same
-    price per edge suits fractions and counts.
+    0 for equal outputs; 1 is as bad as always outputting the mean.
     """
     reference, outputs = reference.float(), outputs.float()
     variance = (reference - reference.mean(0)).square().sum()
-    constant = variance < 1e-6 * len(reference)  # the reference does not vary: mean squared error
+    constant = variance < 1e-6 * len(reference)  # then: mean squared error
     scale = torch.where(constant, float(len(reference)), variance)
     return (reference - outputs).square().sum() / scale
 
@@ -94,26 +89,20 @@ def _reduce_by_example(values: Tensor, batch: Batch, reduction: str) -> Tensor:
 class ExampleMetrics:
     """How one model does on each example; every tensor is [example], on the CPU.
 
-    Attributes:
-        kl, error: `distance_by_example` of logits and of values; the other one is NaN.
-        exact_match: 1 if every most likely token is the reference's, else 0.
-        correct: 1 if every most likely token is the target or belongs to another right answer.
-        logit_difference: log-sum-exp of the answers' logits minus that of the distractors', at the
-            token where they differ; NaN without distractors.
-        probability_difference: the same for the sums of their probabilities.
-        predicted: [predicted] per example, the most likely tokens, or the numbers output.
+    Differences are those of the answers minus the distractors at the token where they differ: of
+    log-sum-exps of logits, and of sums of probabilities. They are NaN without distractors.
     """
 
-    kl: Tensor
-    error: Tensor
-    exact_match: Tensor
-    correct: Tensor
+    kl: Tensor  # `distance_by_example` of logits; NaN for values
+    error: Tensor  # `distance_by_example` of values; NaN for logits
+    exact_match: Tensor  # 1 if every most likely token is the reference's, else 0
+    correct: Tensor  # 1 if every most likely token is the target or of another right answer, else 0
     logit_difference: Tensor
     probability_difference: Tensor
-    predicted: tuple[Tensor, ...]
+    predicted: tuple[Tensor, ...]  # [predicted] each, most likely tokens, or the numbers output
 
     @classmethod
-    def concatenate(cls, batches: Sequence[ExampleMetrics]) -> ExampleMetrics:
+    def concatenate(cls, batches: Sequence[Self]) -> Self:
         """The examples of several batches, in order."""
         parts = {field.name: [getattr(b, field.name) for b in batches] for field in fields(cls)}
         predicted = sum(parts.pop("predicted"), ())
@@ -123,11 +112,9 @@ class ExampleMetrics:
 def measure(
     batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
 ) -> ExampleMetrics:
-    """Compare a model's outputs with the full model's on the clean prompts and the right answers.
+    """Compare outputs with those of the full model on the clean prompts, and with right answers.
 
-    Args:
-        reference, outputs: [predicted, vocabulary], of the full model and of the model to measure.
-        output: the kind of both.
+    `reference` and `outputs` are [predicted, vocabulary].
     """
     if output is Output.number:
         predicted, expected, target = outputs[:, 0], reference[:, 0], batch.target_values
@@ -178,25 +165,17 @@ def _answers_minus_distractors(logits: Tensor, batch: Batch) -> Tensor:
 class Metric:
     """An entry of `METRICS`.
 
-    Attributes:
-        name, label: key in `Metrics` and in files, and short name in tables.
-        description: what it measures, with its unit; also the label of an axis.
-        summary: the metric over all examples, given those of the model, of the full model and of
-            the empty circuit.
-        better: direction of better circuits; None if the metric does not rank circuits.
-        format: format specification, or "" for three significant digits.
-        needs_distractors: whether it covers only examples with distractors.
-        headline: whether plots and short tables show it.
+    `summary` computes it from the examples of the model, the full model and the empty circuit.
     """
 
-    name: str
-    label: str
-    description: str
+    name: str  # key in `Metrics` and in files
+    label: str  # short name in tables
+    description: str  # what it measures, with its unit; also the label of an axis
     summary: Callable[[ExampleMetrics, ExampleMetrics, ExampleMetrics], float]
-    better: Literal["lower", "higher"] | None = "higher"
-    format: str = ""
-    needs_distractors: bool = False
-    headline: bool = False
+    better: Literal["lower", "higher"] | None = "higher"  # None: it does not rank circuits
+    format: str = ""  # format specification, or "" for three significant digits
+    needs_distractors: bool = False  # whether it covers only examples with distractors
+    headline: bool = False  # whether plots and short tables show it
 
     def text(self, value: float | None) -> str:
         """The value in this format; "–" for no value."""
@@ -225,28 +204,27 @@ METRICS = {
     for metric in (
         Metric("kl", "KL", "KL from the full model (nats per token)",
                # Rounding errors make a KL of 0 negative.
-               lambda model, *_: model.kl.mean().clamp(min=0).item(),
-               better="lower", headline=True),
+               lambda m, *_: m.kl.mean().clamp(min=0).item(), better="lower", headline=True),
         Metric("kl_standard_error", "standard error of KL", "standard error of the mean KL",
                _kl_standard_error, better=None),
         Metric("error", "error", "largest difference from the full model",
-               lambda model, *_: model.error.mean().item(), better="lower", headline=True),
+               lambda m, *_: m.error.mean().item(), better="lower", headline=True),
         Metric("exact_match", "exact match", "fraction with the full model's prediction",
-               lambda model, *_: model.exact_match.mean().item(), format=".3f", headline=True),
+               lambda m, *_: m.exact_match.mean().item(), format=".3f", headline=True),
         Metric("accuracy", "accuracy", "fraction with a correct prediction",
-               lambda model, *_: model.correct.mean().item(), format=".3f", headline=True),
+               lambda m, *_: m.correct.mean().item(), format=".3f", headline=True),
         Metric("two_way_accuracy", "two-way accuracy",
                "fraction whose answers are likelier than distractors (a tie counts half)",
                _two_way_accuracy, format=".3f", needs_distractors=True),
         Metric("logit_difference", "logit difference",
                "log-sum-exp of the answers' logits minus that of the distractors'",
-               lambda model, *_: model.logit_difference.nanmean().item(), needs_distractors=True),
+               lambda m, *_: m.logit_difference.nanmean().item(), needs_distractors=True),
         Metric("logit_difference_recovered", "logit difference recovered",
                "logit difference on a scale from the empty circuit (0) to the full model (1)",
                _recovered, format=".3f", needs_distractors=True),
         Metric("probability_difference", "probability difference",
                "probability of the answers minus that of the distractors",
-               lambda model, *_: model.probability_difference.nanmean().item(), format=".3f",
+               lambda m, *_: m.probability_difference.nanmean().item(), format=".3f",
                needs_distractors=True),
     )
 }  # fmt: skip
@@ -254,10 +232,9 @@ METRICS = {
 
 
 class Metrics(dict[str, float]):
-    """The value of every metric in `METRICS`, by name or as an attribute, such as `metrics.kl`.
+    """The value of each metric of `METRICS`, by name or as an attribute, such as `metrics.kl`.
 
-    Means are over examples, or over the examples with distractors where the metric needs them. NaN
-    where a metric does not apply.
+    Values are means over the examples to which a metric applies; NaN if there are none.
     """
 
     def __getattr__(self, name: str) -> float:
@@ -266,6 +243,6 @@ class Metrics(dict[str, float]):
         return self[name]
 
     @classmethod
-    def of(cls, model: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Metrics:
+    def of(cls, model: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Self:
         """Summarise a model's examples, given those of the full model and the empty circuit."""
         return cls({name: m.summary(model, full, empty) for name, m in METRICS.items()})

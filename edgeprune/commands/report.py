@@ -13,5 +13,5 @@ def report(config: ReportConfig) -> None:
     for group in groups:
         for series in group.series:
             print_table(frontier_table(group, series))
-    number = sum(len(group.runs) for group in groups)
+    number = sum(len(point.runs) for group in groups for point in group.points)
     print_result(f"{number} runs -> {folder}/report.html, plots, CSV files, consensus circuits")

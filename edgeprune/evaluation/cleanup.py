@@ -1,11 +1,10 @@
 """Clean-up: remove the edges that a circuit does not need, and add what it lacks.
 
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
-The clean-up cuts edges and measures the circuit that is left. It tries the least important edges
-first, several at once: twice as many after a success, half as many after a failure. It goes down to
-single edges in a small circuit and to 1/256 of the edges of a large one, so a sweep takes a few
-hundred passes over the data at most. A pass stops as soon as it is known to fail. Sweeps of a small
-circuit are repeated until one removes nothing.
+A sweep removes the least important edges first, several at once: twice as many after a success,
+half as many after a failure, down to single edges in a small circuit and to 1/256 of a large one.
+That takes a few hundred passes over the data at most, and a pass stops as soon as it is known to
+fail. Sweeps of a small circuit are repeated until one removes nothing.
 """
 
 import math
@@ -20,7 +19,6 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import Activations, CircuitModel
-from edgeprune.errors import ConfigError
 from edgeprune.graph import Edge
 from edgeprune.metrics import Output, distance_by_example
 from edgeprune.prompts import Batch, Pair, iterate_batches
@@ -32,9 +30,9 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class CleanUp:
-    """A cleaned-up circuit, its size and distance from the full model before and after.
+    """A cleaned-up circuit, its size and `clean_up`'s distance before and after.
 
-    `passes` is the number of circuits that were run over the data. See `clean_up` for the distance.
+    `passes` is the number of circuits that were run over the data.
     """
 
     circuit: Circuit
@@ -65,8 +63,8 @@ def clean_up(
     For logits, the distance from the full model is the mean KL divergence over examples, in nats
     per predicted token, and the limit is the given circuit's distance plus `tolerance`. For values,
     the distance is the largest absolute error of any output, and the limit is `tolerance`, because
-    such a model computes something exactly and its circuit has to as well; a circuit beyond the
-    limit first gets the highest-ranked missing edges until it is within.
+    such a model computes something exactly; a circuit beyond the limit first gets the
+    highest-ranked missing edges until it is within.
 
     Args:
         pairs: prompts on which the distance is measured.
@@ -76,16 +74,12 @@ def clean_up(
             `mean` (over `pairs`, per position).
 
     Returns:
-        A circuit from which, if it has at most `SMALL` edges, no single edge can be removed. It is
-        a subset of the given one, unless edges had to be added.
+        A circuit from which, if it has at most `SMALL` edges, no single edge can be removed.
 
     Raises:
-        ConfigError: the tolerance is negative.
         ValueError: the circuit or the scores belong to another graph than the model's, there are no
             prompts, one is too long for the model, or the distance is not finite.
     """
-    if not tolerance >= 0:
-        raise ConfigError(f"cleanup={tolerance} is out of range: it is a distance, at least 0")
     Circuit.check(circuit, model.graph)
     if scores.graph != model.graph:
         raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")
@@ -102,8 +96,8 @@ def clean_up(
         ),
     )
     before = search.distance(circuit)
-    search.run(before, tolerance)
-    found, after = search.circuit, search.distance(search.circuit)
+    found = search.run(before, tolerance)
+    after = search.distance(found)
     return CleanUp(found, len(circuit), len(found), before, after, search.passes)
 
 
@@ -120,15 +114,12 @@ class _Search:
     limit: float = math.inf
     passes: int = 0
 
-    def run(self, distance: float, tolerance: float) -> None:
+    def run(self, distance: float, tolerance: float) -> Circuit:
         """Improve the circuit, whose distance is given, as far as the tolerance allows."""
         self.limit = tolerance
         if self.model.output is Output.logits:
             if not math.isfinite(distance):
-                raise ValueError(
-                    f"the circuit's distance from the full model is {distance}, which is not a "
-                    "finite number; use model.dtype=float32"
-                )
+                raise ValueError(f"distance {distance} is not finite; use model.dtype=float32")
             self.limit += distance
         elif distance > self.limit:
             self._add_missing_edges()
@@ -138,7 +129,7 @@ class _Search:
             self._sweep()
             self._try(self.circuit.without_dangling())
             if len(self.circuit) == before or len(self.circuit) > SMALL:
-                return
+                return self.circuit
 
     def distance(self, circuit: Circuit, limit: float = math.inf) -> float:
         """Distance of a circuit from the full model; infinity as soon as it exceeds the limit."""

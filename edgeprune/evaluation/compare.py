@@ -15,10 +15,9 @@ from edgeprune.graph import Edge
 def overlap(a: Circuit, b: Circuit) -> dict[str, float]:
     """What two circuits have in common, by edges and by nodes.
 
-    `shared_edges` and `shared_nodes` are the numbers in both; `edge_iou` and `node_iou` are the
-    intersection over union, in [0, 1], 1 if both are empty. `edge_iou_by_chance` is expected for
-    edges drawn at random from the whole graph: of A and B edges e = A * B / all are shared, so the
-    IoU is e / (A + B - e).
+    The intersection over union (IoU) is in [0, 1], 1 if both are empty. `edge_iou_by_chance` is
+    expected for edges drawn at random from the whole graph: of A and B edges e = A * B / all are
+    shared, so it is e / (A + B - e).
 
     Raises:
         ValueError: the circuits belong to different graphs.
@@ -35,10 +34,9 @@ def overlap(a: Circuit, b: Circuit) -> dict[str, float]:
 
 
 def agreement(found: Set, reference: Set) -> dict[str, float | None]:
-    """How well a set matches a reference set; None where the denominator is 0.
+    """How well a set matches a reference set: precision, recall, and f1, their harmonic mean.
 
-    `precision` is the fraction of the found elements that are in the reference, `recall` the
-    fraction of the reference that was found, and `f1` their harmonic mean.
+    Each is in [0, 1], or None where its denominator is 0.
     """
     both = len(found & reference)
     return {
@@ -53,11 +51,7 @@ def _ratio(part: float, whole: float, undefined: float | None = None) -> float |
 
 
 def parts(circuits: Mapping[str, Circuit]) -> dict[str, Circuit]:
-    """The `intersection` and `union` of circuits, and as `only-NAME` the edges that one has alone.
-
-    Raises:
-        ValueError: the circuits belong to different graphs.
-    """
+    """The `intersection` and `union` of circuits, and as `only-NAME` what one of them has alone."""
     every = circuits.values()
     found = {"intersection": reduce(and_, every), "union": reduce(or_, every)}
     for name, circuit in circuits.items():
@@ -85,18 +79,12 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     The entries `connected` compare the circuits without their dangling edges. An edge can dangle in
     one circuit and not in another, so they cannot be derived from the other entries.
 
-    Args:
-        circuits: at least one, by name, all of one graph.
-        reference: name of the circuit to which the others are compared.
+    `reference` is the name of the circuit to which the others are compared.
 
     Raises:
-        ValueError: there are no circuits, they belong to different graphs, or none has the
-            reference's name.
+        KeyError: no circuit has the reference's name.
+        ValueError: the circuits belong to different graphs.
     """
-    if not circuits:
-        raise ValueError("got no circuits, expected at least one")
-    if reference is not None and reference not in circuits:
-        raise ValueError(f"unknown reference {reference!r}; choose {', '.join(circuits)}")
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     whole, alive = parts(circuits), parts(connected)
     result: dict[str, Any] = {
@@ -142,15 +130,12 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
     columns = "|sparsity|edges|nodes|only\nhere|connected\nedges|nodes|only\nhere"
     whole = result["union"]["all_edges"]
     title = f"circuits, of {whole:,} edges; connected edges lie on a path from input to output"
-    tables = [_table(columns, rows, title)]
-    pairs = result["pairs"]
+    tables, pairs = [_table(columns, rows, title)], result["pairs"]
     keys = ("shared_edges", "edge_iou", "edge_iou_by_chance", "shared_nodes", "node_iou")
     columns = "||shared\nedges|edge IoU|by\nchance|shared\nnodes|node IoU"
     for kind, overlaps in (("all", pairs), ("connected", [pair["connected"] for pair in pairs])):
-        rows = [
-            [pair["a"], pair["b"], *(shared[key] for key in keys)]
-            for pair, shared in zip(pairs, overlaps, strict=True)
-        ]
+        found = zip(pairs, overlaps, strict=True)
+        rows = [[pair["a"], pair["b"], *(shared[key] for key in keys)] for pair, shared in found]
         tables.append(_table(columns, rows, f"overlap of {kind} edges"))
     if "reference" in result:
         columns = "|edges:\nprecision|recall|F1|nodes:\nprecision|recall|F1"
@@ -161,11 +146,9 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(columns: str, rows: Sequence[Sequence[Any]], title: str) -> Table:
-    return Table(columns.split("|"), [list(map(_text, row)) for row in rows], title)
+    def text(value: str | float | None) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return "–" if value is None else f"{value:,}" if isinstance(value, int) else value
 
-
-def _text(value: str | float | None) -> str:
-    """A cell: fractions have three digits."""
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else value
+    return Table(columns.split("|"), [list(map(text, row)) for row in rows], title)

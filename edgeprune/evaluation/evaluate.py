@@ -34,20 +34,12 @@ class WorstExample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a circuit, and of the models to compare it with.
-
-    Attributes:
-        circuit, full, empty: the circuit, the full model, and the empty circuit.
-        head_permuted: mean over the same circuit between other heads, or None if not measured.
-        worst: the example on which the circuit is least faithful.
-        num_examples, num_with_distractors: number of prompts, and of those with distractors.
-        num_edges, sparsity: size of the circuit.
-    """
+    """Metrics of a circuit, and of the models to compare it with."""
 
     circuit: Metrics
     full: Metrics
     empty: Metrics
-    head_permuted: Metrics | None
+    head_permuted: Metrics | None  # mean over the same circuit between other heads, if measured
     worst: WorstExample
     num_examples: int
     num_edges: int
@@ -78,10 +70,8 @@ def evaluate(
 
     Raises:
         ValueError: the circuit belongs to another graph than the model's, there are no prompts, one
-            is too long for the model, or a number is out of range.
+            is too long for the model, or the batch size is out of range.
     """
-    if head_permuted < 0:
-        raise ValueError(f"head_permuted={head_permuted} is out of range: it must be at least 0")
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
@@ -151,14 +141,12 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     }
     if evaluation.head_permuted is not None:
         models["head-\npermuted"] = evaluation.head_permuted
-    some_lack_distractors = evaluation.num_with_distractors < evaluation.num_examples
-    rows = []
+    num, rows = evaluation.num_with_distractors, []
     for metric in METRICS.values():
         values = [metrics[metric.name] for metrics in models.values()]
         if not all(map(math.isnan, values)):
-            label = metric.label
-            if metric.needs_distractors and some_lack_distractors:
-                label += f" ({evaluation.num_with_distractors:,} prompts)"
+            covers_some = metric.needs_distractors and num < evaluation.num_examples
+            label = f"{metric.label} ({num:,} prompts)" if covers_some else metric.label
             rows.append([label, *map(metric.text, values)])
     return Table(["", *models], rows, title)
 

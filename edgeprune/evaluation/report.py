@@ -5,18 +5,17 @@ whose settings differ only in seed and requested size form a series, which is on
 series, runs with the same requested size form a point, whose spread is over seeds.
 """
 
-from __future__ import annotations
-
 import csv
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
 from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
@@ -37,35 +36,25 @@ REPORTED = [metric for metric in METRICS.values() if metric.better]
 """The metrics that rank circuits."""
 HEADLINES = [metric for metric in REPORTED if metric.headline]
 """The metrics of plots and of the console's tables."""
-DESCRIPTIONS = "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED)
 NOTE = (
-    "Lines and numbers are means over seeds; bands and the ranges in brackets go from the lowest "
-    "seed to the highest. Edge IoU is the intersection over union of the edges of two seeds, "
-    f"averaged over all pairs of seeds. {DESCRIPTIONS}."
+    "Numbers are means over seeds; brackets and bands go from the lowest seed to the highest. "
+    "Edge IoU is the intersection over union of two seeds' edges, averaged over pairs of seeds. "
+    + "; ".join(f"{metric.label}: {metric.description}" for metric in REPORTED)
 )
-"""What the page begins with."""
+"""The first paragraph of the page."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run.
-
-    Attributes:
-        settings: flattened settings, such as {'trainer.steps': 600}.
-        evaluations: `Evaluation.to_dict()` by split, all of this circuit, model, data and ablation.
-        digests: SHA-256 of its `model` and `data`.
-        distinguishing: names of the settings that tell experiments apart; `SIZE` and `seed` never
-            do, and paths of models and data do if their digests differ.
-        origin: what its circuits belong to, for consensus circuits.
-    """
+    """A finished run."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # flattened, such as {"trainer.steps": 600}
     circuit: Circuit
-    evaluations: Mapping[str, Mapping[str, Any]]
-    digests: Mapping[str, str]
-    distinguishing: Set[str] = frozenset()
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: Mapping[str, Mapping[str, Any]]  # `Evaluation.to_dict()` by split
+    digests: Mapping[str, str]  # SHA-256 of its `model` and `data`
+    distinguishing: Set[str]  # names of the settings that tell experiments apart
+    origin: Mapping[str, Any]  # metadata for the files of consensus circuits
 
 
 class Spread(NamedTuple):
@@ -76,7 +65,7 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> Self | None:
         """The spread of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
         return cls(fmean(known), min(known), max(known)) if known else None
@@ -88,25 +77,20 @@ def _spreads(evaluations: Iterable[Mapping[str, Any]], model: str) -> dict[str, 
 
 
 class Point:
-    """The runs of a series with the same requested size.
+    """The runs of a series with the same requested size, sorted by seed.
 
-    Attributes:
-        requested: the size, as text.
-        runs: sorted by seed.
-        evaluations: those on the split, of the runs that have one.
-        spreads: `num_edges` and every metric over runs, and `edge_iou` and `node_iou` over pairs of
-            runs; None where nothing was measured.
+    `evaluations` are those on the shown split; some runs may have none. `spreads` has `num_edges`,
+    every metric, and `edge_iou` over pairs of runs; None where nothing was measured.
     """
 
     def __init__(self, requested: str, runs: Sequence[RunRecord], split: str | None) -> None:
         self.requested = requested
         self.runs = runs
         self.evaluations = [run.evaluations[split] for run in runs if split in run.evaluations]
+        ious = (overlap(a.circuit, b.circuit)["edge_iou"] for a, b in combinations(runs, 2))
         self.spreads = _spreads(self.evaluations, "circuit")
         self.spreads["num_edges"] = Spread.of(len(run.circuit) for run in runs)
-        overlaps = [overlap(a.circuit, b.circuit) for a, b in combinations(runs, 2)]
-        for name in ("edge_iou", "node_iou"):
-            self.spreads[name] = Spread.of(pair[name] for pair in overlaps)
+        self.spreads["edge_iou"] = Spread.of(ious)
 
 
 @dataclass(frozen=True)
@@ -129,16 +113,11 @@ class Group:
         return [point for points in self.series.values() for point in points]
 
     @property
-    def runs(self) -> list[RunRecord]:
-        return [run for point in self.points for run in point.runs]
-
-    @property
     def evaluations(self) -> list[Mapping[str, Any]]:
         return [evaluation for point in self.points for evaluation in point.evaluations]
 
     @property
     def title(self) -> str:
-        """What is shown, and on which prompts."""
         prompts = f"{self.split} prompts" if self.evaluations else "not evaluated"
         if any(evaluation.get("training_prompts") for evaluation in self.evaluations):
             prompts += ", including training prompts"
@@ -151,16 +130,11 @@ class Group:
         return {"full model": full, "empty circuit": empty}
 
     def measured(self, metrics: Sequence[Metric]) -> list[Metric]:
-        """Those of the metrics that were measured."""
         return [m for m in metrics if any(point.spreads[m.name] for point in self.points)]
 
 
 def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Group]:
-    """Sort runs into groups, series and points.
-
-    Args:
-        split: whose evaluations are shown; None for the most frequent split of each group.
-    """
+    """Sort runs into groups, series and points; shows each group's most frequent split if None."""
     members = defaultdict(list)
     for run in runs:
         names = (_title(run, "task"), _title(run, "model"), run.settings.get("ablation.kind", ""))
@@ -181,7 +155,7 @@ def _title(run: RunRecord, part: str) -> str:
 
 def _series(runs: Sequence[RunRecord], split: str | None) -> dict[str, list[Point]]:
     keys = set().union(*(run.distinguishing for run in runs)) - {*SIZE, "seed"}
-    keys = (keys - {"task.name", "model.name"}) | {"task.path", "model.path"}
+    keys = keys - {"task.name", "model.name"} | {"task.path", "model.path"}
     keys = sorted(key for key in keys if len({_setting(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.settings.get("seed") or 0, run.name)):
@@ -191,10 +165,6 @@ def _series(runs: Sequence[RunRecord], split: str | None) -> dict[str, list[Poin
     for name, sizes in sorted(members.items()):
         points = [Point(_size(size, sizes), some, split) for size, some in sizes.items()]
         series[name] = sorted(points, key=lambda point: -point.spreads["num_edges"].mean)
-        for point in points:
-            if len({run.settings.get("seed") for run in point.runs}) < len(point.runs):
-                names = ", ".join(run.name for run in point.runs)
-                log.warning("runs of the same seed count as several seeds: %s", names)
     return series
 
 
@@ -207,20 +177,15 @@ def _setting(run: RunRecord, key: str) -> str:
 
 def _size(size: tuple, sizes: Iterable[tuple]) -> str:
     """A size as text; without its target sparsity if another setting identifies it."""
-    names = (key.split(".")[-1] for key in SIZE)
-    given = {name: value for name, value in zip(names, size, strict=True) if value is not None}
+    values = zip(SIZE, size, strict=True)
+    given = [f"{key.split('.')[-1]} {value}" for key, value in values if value is not None]
     if len(given) > 1 and sum(other[:-1] == size[:-1] for other in sizes) == 1:
-        del given["target_sparsity"]
-    return ", ".join(f"{name} {value}" for name, value in given.items()) or "by threshold"
+        given.pop()  # the target sparsity
+    return ", ".join(given) or "by threshold"
 
 
 def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Table:
-    """One row per point of a series, between the full model and the empty circuit.
-
-    Args:
-        series: a key of `group.series`.
-        detailed: whether to show all metrics, with their minimum and maximum over seeds.
-    """
+    """One row per point of a series; a detailed one has all metrics, and ranges over seeds."""
     metrics = group.measured(REPORTED if detailed else HEADLINES)
 
     def text(spread: Spread | None, format: Callable[[float], str]) -> str:
@@ -232,16 +197,16 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
     def row(name: str, runs: str, spreads: Mapping[str, Spread | None]) -> list[str]:
         size = spreads["num_edges"]
         sizes = [text(size, "{:,.0f}".format), f"{1 - size.mean / group.num_edges:.4f}"]
-        return [name, runs, *sizes, *(text(spreads[m.name], m.text) for m in metrics)]
+        iou = text(spreads.get("edge_iou"), "{:.3f}".format)
+        return [name, runs, *sizes, *(text(spreads[m.name], m.text) for m in metrics), iou]
 
     rows = []
     for point in group.series[series]:
         runs, evaluated = len(point.runs), len(point.evaluations)
         some = f"{runs}" if evaluated in (0, runs) else f"{runs} ({evaluated} evaluated)"
-        iou = text(point.spreads["edge_iou"], "{:.3f}".format)
-        rows.append([*row(point.requested, some, point.spreads), iou])
+        rows.append(row(point.requested, some, point.spreads))
     if group.evaluations:
-        full, empty = ([*row(name, "", of), ""] for name, of in group.baselines().items())
+        full, empty = (row(name, "", spreads) for name, spreads in group.baselines().items())
         rows = [full, *rows, empty]
     labels = [metric.label.replace(" ", "\n") for metric in metrics]
     title = f"{group.title}; {group.num_edges:,} edges" + (f"; {series}" if series else "")
@@ -249,16 +214,15 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
 
 
 def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
-    """Write runs.csv, frontier.csv, edges.csv, plots, consensus/ and report.html into a folder."""
-    _write_csv(groups, folder / "runs.csv", _run_rows)
-    _write_csv(groups, folder / "frontier.csv", _frontier_rows)
-    _write_csv(groups, folder / "edges.csv", _edge_rows)
+    """Write runs.csv, edges.csv, plots, consensus/ and report.html into a folder."""
+    _write_csv_files(groups, folder)
     names = [_file_name(group.task, group.model, group.ablation) for group in groups]
     sections = [Section(notes=[NOTE])]
     for number, (group, name) in enumerate(zip(groups, names, strict=True), 1):
         name = f"{name}-{number}" if names.count(name) > 1 else name  # they differ in their graphs
         section = Section(heading=f"{group.title}; {group.num_edges:,} edges", sections=[])
-        section["pictures"] = _draw_frontier(group, folder, name)
+        if group.evaluations:
+            section["pictures"] = _draw_frontier(group, folder, name)
         for index, (series, points) in enumerate(group.series.items(), 1):
             place = f"consensus/{name}-series-{index}"
             details = [_stability(point, folder, place) for point in points if len(point.runs) > 1]
@@ -274,69 +238,48 @@ def _file_name(*parts: str) -> str:
     return re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).strip("-.") or "runs"
 
 
-def _write_csv(
-    groups: Sequence[Group], path: Path, rows_of: Callable[[Group, Point], Iterator[dict[str, Any]]]
-) -> None:
-    """Write the rows of every point, each with what identifies the point."""
-    rows = []
+def _write_csv_files(groups: Sequence[Group], folder: Path) -> None:
+    """Write runs.csv, with a row per run, and edges.csv, with a row per edge of each point."""
+    runs, edges = [], []
     for group in groups:
         names = {"task": group.task, "model": group.model, "ablation": group.ablation}
         for series, points in group.series.items():
             for point in points:
                 where = {**names, "series": series, "asked": point.requested}
-                rows += [where | row for row in rows_of(group, point)]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                runs += [where | _run_row(run, group.split) for run in point.runs]
+                num = len(point.runs)
+                for (writer, reader), n in times_kept([run.circuit for run in point.runs]).items():
+                    edge = {"writer": writer, "reader": reader}
+                    edges.append(where | edge | {"times_kept": n, "runs": num, "share": n / num})
+    for name, rows in (("runs.csv", runs), ("edges.csv", edges)):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
 
-def _run_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
-    for run in point.runs:
-        connected = run.circuit.without_dangling()
-        evaluation = run.evaluations.get(group.split)
-        metrics = evaluation["circuit"] if evaluation else {}
-        yield {
-            "run": run.name,
-            "seed": run.settings.get("seed"),
-            "num_edges": len(run.circuit),
-            "sparsity": run.circuit.sparsity,
-            "num_edges_without_dangling": len(connected),
-            "num_nodes_without_dangling": len(connected.nodes),
-            "split": group.split if evaluation else None,
-            **{name: metrics.get(name) for name in METRICS},
-        }
-
-
-def _frontier_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
-    row = {"runs": len(point.runs), "evaluated": len(point.evaluations)}
-    row["num_edges"] = point.spreads["num_edges"].mean
-    row["sparsity"] = 1 - row["num_edges"] / group.num_edges
-    row["split"] = group.split
-    for name in (*(metric.name for metric in REPORTED), "edge_iou", "node_iou"):
-        spread = point.spreads[name] or (None, None, None)
-        row |= zip((f"{name}_mean", f"{name}_low", f"{name}_high"), spread, strict=True)
-    yield row
-
-
-def _edge_rows(group: Group, point: Point) -> Iterator[dict[str, Any]]:
-    num = len(point.runs)
-    for (writer, reader), n in times_kept([run.circuit for run in point.runs]).items():
-        edge = {"writer": writer, "reader": reader}
-        yield edge | {"times_kept": n, "runs": num, "share": n / num}
+def _run_row(run: RunRecord, split: str | None) -> dict[str, Any]:
+    connected, evaluation = run.circuit.without_dangling(), run.evaluations.get(split)
+    metrics = evaluation["circuit"] if evaluation else {}
+    return {
+        "run": run.name,
+        "seed": run.settings.get("seed"),
+        "num_edges": len(run.circuit),
+        "sparsity": run.circuit.sparsity,
+        "num_edges_without_dangling": len(connected),
+        "num_nodes_without_dangling": len(connected.nodes),
+        "split": split if evaluation else None,
+        **{name: metrics.get(name) for name in METRICS},
+    }
 
 
 def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
     """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page."""
     panels = [_panel(group, metric) for metric in group.measured(HEADLINES)]
-    if not panels:
-        log.warning("%s, so there is no plot", group.title)
-        return {}
     for suffix in ("png", "pdf", "svg"):
         path = folder / f"frontier-{name}.{suffix}"
         draw_frontier(panels, path, title=group.title, all_edges=group.num_edges)
-    labels = ", ".join(panel.label for panel in panels)
-    return {f"{labels} against edges kept": path}
+    return {"metrics against edges kept": path}
 
 
 def _panel(group: Group, metric: Metric) -> Panel:
@@ -344,10 +287,9 @@ def _panel(group: Group, metric: Metric) -> Panel:
     is_distance = metric.better == "lower"  # which is 0 for the full model
     curves = []
     for series, points in group.series.items():
-        points = [point.spreads for point in points if point.spreads[metric.name]]
-        sizes = [spreads["num_edges"].mean for spreads in points]
-        columns = zip(*(spreads[metric.name] for spreads in points), strict=True)
-        curves.append(Curve(series, sizes, *(columns if points else ([], [], []))))
+        known = [point.spreads for point in points if point.spreads[metric.name]]
+        sizes = [spreads["num_edges"].mean for spreads in known]
+        curves.append(Curve(series, sizes, *([s[metric.name][i] for s in known] for i in range(3))))
     return Panel(metric.description, curves, levels[is_distance:], log=is_distance)
 
 
@@ -364,15 +306,12 @@ def _stability(point: Point, folder: Path, prefix: str) -> Section:
         write_circuit(circuit, folder / place / f"{format}.json", format, origin=origin)
     connected, pictures = circuit.without_dangling(), {}
     note = (
-        f"The {len(circuit):,} edges that more than half of the seeds keep are the consensus "
-        f"circuit, {place}/edges.json; {len(connected):,} lie on paths from input to output."
+        f"More than half of the seeds keep {len(circuit):,} edges ({place}/edges.json), of which "
+        f"{len(connected):,} lie on paths from input to output."
     )
-    try:
-        path = folder / place / "circuit.svg"
-        draw_circuit(connected, path, title=title)
-        pictures[title] = path
-    except GraphvizMissing:
-        pass  # leaves circuit.dot
+    with suppress(GraphvizMissing):  # which leaves circuit.dot
+        draw_circuit(connected, folder / place / "circuit.svg", title=title)
+        pictures[title] = folder / place / "circuit.svg"
     ious = [[overlap(a, b)["edge_iou"] for b in circuits] for a in circuits]
     rows = [(name, *map("{:.3f}".format, row)) for name, row in zip(names, ious, strict=True)]
     counts = Counter(times_kept(circuits).values())
