@@ -88,7 +88,7 @@ class Trainer:
         settings, world, device = self.settings, self.world, self.model.device.type
         size = min(settings.batch_size, len(self.pairs))
         if size < world.count:
-            raise ConfigError(f"start at most {size} processes, the number of pairs of a step")
+            raise ConfigError(f"{world.count} processes for {size} pairs per step; start fewer")
         is_split = settings.micro_batch_size or world.count > 1
         if is_split and self.model.output is not Output.logits:
             raise ConfigError(
