@@ -25,8 +25,8 @@ def uniform_noise(
 ) -> tuple[Tensor, ...]:
     """The noise of one training step: one tensor in [EPSILON, 1 - EPSILON] per count.
 
-    Drawn on the CPU from a generator seeded by (seed, step), so that it does not depend on the
-    device, the number of processes or earlier draws. The tensors are cached: do not change them.
+    It depends on seed and step alone, not on the device, the number of processes or earlier draws.
+    The tensors are cached: do not change them.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     low, high = EPSILON, 1 - EPSILON
@@ -35,10 +35,7 @@ def uniform_noise(
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """clamp(sigmoid((log u - log(1 - u) + log alpha) / beta) * (zeta - gamma) + gamma, 0, 1).
-
-    u is the uniform noise, in [EPSILON, 1 - EPSILON]; any shape, the same for both.
-    """
+    """clamp(sigmoid((log u - log(1 - u) + log alpha) / beta) * (zeta - gamma) + gamma, 0, 1)."""
     logistic = torch.log(uniform) - torch.log1p(-uniform)
     concrete = torch.sigmoid((logistic + log_alpha) / BETA)
     return torch.clamp(concrete * (ZETA - GAMMA) + GAMMA, 0, 1)
@@ -46,20 +43,15 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 def probability_open(log_alpha: Tensor) -> Tensor:
     """The probability that a sampled gate is not zero."""
-    x = (0 - GAMMA) / (ZETA - GAMMA)
-    below = torch.sigmoid(BETA * math.log(x / (1 - x)) - log_alpha)
+    below = torch.sigmoid(BETA * math.log(-GAMMA / ZETA) - log_alpha)
     return 1 - torch.clamp(below, EPSILON, 1 - EPSILON)
 
 
 def deterministic(log_alpha: Tensor, groups: Sequence[slice]) -> Tensor:
-    """Noise-free gates: sigmoid(0.8 log alpha / beta), the smallest of each group set to zero.
+    """Noise-free gates, [gate]: sigmoid(0.8 log alpha / beta), the smallest per group set to zero.
 
-    The number of zeros in a group is its expected number, the group's size minus the sum of the
-    probabilities of being open, rounded. Among equal gates the later ones are set to zero.
-
-    Args:
-        log_alpha: [gate].
-        groups: the gates whose zeros are counted together.
+    The number of zeros in a group is its expected number, rounded: the group's size minus the sum
+    of the probabilities of being open. Among equal gates the later ones are set to zero.
     """
     gates = torch.sigmoid(DETERMINISTIC_SCALE * log_alpha / BETA)
     for group in groups:
@@ -76,10 +68,7 @@ def sparsity(gates: Tensor) -> Tensor:
 
 
 def search_threshold(gates: Tensor) -> float:
-    """The threshold at which binary gates (gate > threshold) are as sparse as the gates themselves.
-
-    Found by binary search; exact up to the step that ties and single gates cause.
-    """
+    """The threshold at which binary gates (gate > threshold) are as sparse as the gates."""
     wanted = sparsity(gates).item()
     low, high = 0.0, 1.0
     while high - low > SEARCH_TOLERANCE:

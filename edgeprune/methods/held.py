@@ -43,12 +43,10 @@ class Held(Method):
 
     @torch.no_grad()
     def gates(self, step: int) -> Tensor:
-        """See `Method.gates`."""
         self._sampled = hard_concrete.sample(self.log_alpha, self.noise(step))
         return self._sampled
 
     def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
-        """See `Method.update`."""
         sparsity = hard_concrete.sparsity(self._sampled)
         read = read_finite(grad_gates, loss=distance, distance=distance, sparsity=sparsity)
         self.log_alpha.grad = project(grad_gates, self.log_alpha.detach())
@@ -70,15 +68,8 @@ class Held(Method):
 def shift_to_sparsity(log_alpha: Tensor, uniform: Tensor, target: float) -> Tensor:
     """The smallest shift of all log alphas at which the sampled gates have the target sparsity.
 
-    By bisection, hence without waiting for the device; a Newton step would be of little use where
-    nearly all gates are 0 or 1.
-
-    Args:
-        log_alpha, uniform: see `hard_concrete.sample`.
-        target: sparsity, in [0, 1].
-
-    Returns:
-        A scalar of either sign.
+    A scalar of either sign, by bisection, hence without waiting for the device. A Newton step would
+    be of little use where nearly all gates are 0 or 1.
     """
 
     def missing(shift: Tensor) -> Tensor:

@@ -22,13 +22,10 @@ from edgeprune.scores import EdgeScores
 class Method:
     """Produces the gates of an optimisation step and learns from their gradient.
 
-    The trainer runs the circuit in between. It samples nothing, owns no parameters and knows no
-    objective beyond the distance of the circuit from the full model.
+    The trainer runs the circuit in between and knows only its distance from the full model.
 
     Attributes:
-        graph: the graph whose edges are scored.
         seed: seed of the initial values and of the noise of every step.
-        device: where the parameters are.
         steps: number of optimisation steps of the whole run.
         learning_rate: peak learning rate of log alpha.
         lr_warmup_steps: steps of linear warm-up of all learning rates, which then fall to 0.
@@ -66,13 +63,12 @@ class Method:
         """Do one optimisation step; called once after each `gates(step)`.
 
         Args:
-            step: as given to `gates`.
             distance: scalar; distance of the circuit from the full model on the batch.
             grad_gates: [edge]; its gradient.
 
         Returns:
-            What is logged: `loss` and `distance`, then the method's own numbers, the most
-            informative first (a progress bar shows two of them).
+            What is logged: `loss`, `distance` and then the method's own numbers, of which a
+            progress bar shows the first two.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite; nothing was changed.
@@ -86,8 +82,8 @@ class Method:
 
     def noise(self, step: int) -> Tensor:
         """[edge], uniform noise for a step's gates."""
-        counts = (self.graph.num_edges,)
-        return hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)[0]
+        count = self.graph.num_edges
+        return hard_concrete.uniform_noise(self.seed, step, (count,), self.log_alpha.device)[0]
 
     def apply_gradients(self, step: int) -> float:
         """Do a step of AdamW and clear the gradients; returns the learning rate of log alpha."""
@@ -99,10 +95,7 @@ class Method:
         return self.learning_rate * factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the next step depends on: parameters by name, AdamW's state as `name/key`.
-
-        `scores_from_state` reads the scores from it.
-        """
+        """Everything the next step depends on: parameters by name, AdamW's state as `name/key`."""
         state = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -119,12 +112,9 @@ class Method:
         for name, parameter in self.parameters.items():
             parameter.detach().copy_(state[name])
             prefix = f"{name}/"
-            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if found:  # AdamW keeps its count of steps on the CPU
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in found.items()
-                }
+            for key in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
+                device = "cpu" if key == "step" else parameter.device  # as AdamW keeps them
+                self.optimizer.state[parameter][key] = state[prefix + key].to(device, copy=True)
 
 
 def rising_target(step: int, start: float, end: float, warmup_steps: int, shape: str) -> float:
@@ -149,8 +139,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:
     """Read scalars as floats, waiting for the device once.
 
-    Raises:
-        FloatingPointError: the scalar `loss` or the sum of the gradient is not finite.
+    Raises FloatingPointError if the scalar `loss` or the sum of the gradient is not finite.
     """
     *read, gradient = torch.stack([*scalars.values(), grad_gates.sum()]).tolist()
     values = dict(zip(scalars, read, strict=True))
@@ -162,7 +151,7 @@ def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:
 def scores_from_state(
     graph: CircuitGraph, state: Mapping[str, Tensor], origin: Mapping[str, Any]
 ) -> EdgeScores:
-    """The log odds of p = sigmoid(edge log alpha): without node gates, log alpha itself.
+    """Scores from `Method.state_dict()`: the log odds of p = sigmoid(log alpha), i.e. log alpha.
 
     With node gates p is multiplied by sigmoid(log alpha of the writer).
 
@@ -179,11 +168,11 @@ def scores_from_state(
 
 def log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`edge`, [edge], and with node gates `node`, [writer]; float32 on the CPU."""
-    counts = {"edge": graph.num_edges}
+    shapes = {"edge_log_alpha": (graph.num_edges,)}
     if "node_log_alpha" in state:
-        counts["node"] = graph.num_writers
-    check_shapes(state, {f"{kind}_log_alpha": (count,) for kind, count in counts.items()})
-    return {kind: state[f"{kind}_log_alpha"].detach().cpu() for kind in counts}
+        shapes["node_log_alpha"] = (graph.num_writers,)
+    check_shapes(state, shapes)
+    return {name.removesuffix("_log_alpha"): state[name].detach().cpu() for name in shapes}
 
 
 def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

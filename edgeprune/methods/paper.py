@@ -51,20 +51,15 @@ class Lagrangian(Method):
             self._log_alpha["node"] = self.new_log_alpha(self.graph.num_writers)
             self._ends["node"] = (self.start_node_sparsity, self.target_node_sparsity)
             self.optimizer.add_param_group({"params": [self._log_alpha["node"]]})
-        self._lambdas = {
-            f"{kind}.lambda_{i}": torch.zeros((), device=self.device, requires_grad=True)
-            for kind in self._log_alpha
-            for i in (1, 2)
-        }
-        lambdas = list(self._lambdas.values())
-        self.optimizer.add_param_group(
-            {"params": lambdas, "lr": self.lambda_learning_rate, "maximize": True}
-        )
+        names = [f"{kind}.lambda_{i}" for kind in self._log_alpha for i in (1, 2)]
+        self._lambdas = {x: self.log_alpha.new_zeros((), requires_grad=True) for x in names}
+        group = {"params": list(self._lambdas.values()), "lr": self.lambda_learning_rate}
+        self.optimizer.add_param_group({**group, "maximize": True})
         self.parameters = {f"{kind}_log_alpha": x for kind, x in self._log_alpha.items()}
         self.parameters |= self._lambdas
 
     def gates(self, step: int) -> Tensor:
-        """See `Method.gates`. With node gates, each edge's gate times that of its writer.
+        """See `Method.gates`; with node gates, each edge's gate times that of its writer.
 
         A gated writer carries n x + (1 - n) c instead of x; what an edge then carries differs from
         the corrupted value c by g n (x - c), so the two gates multiply.
@@ -81,7 +76,6 @@ class Lagrangian(Method):
         return self._product.detach()
 
     def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
-        """See `Method.update`."""
         sparsity = {kind: hard_concrete.sparsity(g) for kind, g in self._sampled.items()}
         rise = self.sparsity_warmup_steps, self.warmup
         targets = {kind: rising_target(step, *ends, *rise) for kind, ends in self._ends.items()}
@@ -116,8 +110,7 @@ def circuit_by_threshold(
 ) -> tuple[Circuit, dict[str, float]]:
     """The circuit of a saved state whose size is not given, as published, and its thresholds.
 
-    The thresholds, `edge` and with node gates `node`, are chosen such that the binary gates are as
-    sparse as the deterministic ones.
+    The thresholds make the binary gates as sparse as the deterministic ones.
     """
     gates = deterministic_gates(graph, state)
     thresholds = {kind: hard_concrete.search_threshold(x) for kind, x in gates.items()}

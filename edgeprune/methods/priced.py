@@ -19,12 +19,10 @@ class Priced(Method):
     edge_price: float
 
     def gates(self, step: int) -> Tensor:
-        """See `Method.gates`."""
         self._sampled = hard_concrete.sample(self.log_alpha, self.noise(step))
         return self._sampled.detach()
 
     def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
-        """See `Method.update`."""
         is_open = hard_concrete.probability_open(self.log_alpha)
         loss = distance + self.edge_price * is_open.sum()
         sparsity = hard_concrete.sparsity(self._sampled)

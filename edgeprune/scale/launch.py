@@ -16,29 +16,23 @@ def on_stop_signals(
 ) -> Iterator[None]:
     """Handle SIGINT, SIGTERM, SIGUSR1 and, unless it is ignored (as under nohup), SIGHUP.
 
-    Args:
-        restore_on_error: whether the old handlers return after an exception too.
+    The old handlers return at the end; after an exception only if `restore_on_error`.
     """
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     old = {number: signal.signal(number, handler) for number in numbers}
-    completed = False
+    restore = restore_on_error
     try:
         yield
-        completed = True
+        restore = True
     finally:
-        if completed or restore_on_error:
-            for number in old:
-                signal.signal(number, old[number])
+        for number in old if restore else ():
+            signal.signal(number, old[number])
 
 
 def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
-    """Run `edgeprune prune` in several processes on this machine, with `accelerate launch`.
-
-    Args:
-        count: number of processes; None: one per GPU.
-        overrides: the settings of the run.
+    """Run `edgeprune prune` in `count` processes (None: one per GPU) with `accelerate launch`.
 
     Raises:
         JobFailed: a process failed or was stopped; signals to this process are forwarded.

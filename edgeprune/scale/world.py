@@ -5,15 +5,12 @@ runs its part of the batch, and sums its gradients with those of the others. All
 take the same step, which is the step of a single process. Rank 0 alone writes files.
 """
 
-from __future__ import annotations
-
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,11 +43,10 @@ class World:
     device: str = "auto"
 
     @classmethod
-    def join(cls, device: str, timeout: int) -> World:
+    def join(cls, device: str, timeout: int) -> Self:
         """Join the processes that `accelerate launch`, `torchrun` or run_scripts/ have started.
 
-        A process stops waiting for another after `timeout` minutes. A device other than `auto`,
-        `cpu` and `cuda` is for a single process.
+        A process stops waiting for another after `timeout` minutes.
         """
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else it waits for dead processes
@@ -80,17 +76,13 @@ class World:
         """
         if self.count == 1:
             raise ConfigError("launcher.shard=true needs several processes, but there is only one")
-        loaded: list[CircuitModel] = []
-        self.on_rank_zero(lambda: loaded.append(load()))
-        whole = loaded.pop() if loaded else None
-        shard_model(
-            meta_model,
-            whole,
-            init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,)),
-            self.device,
-            send=lambda tensor: self.collective(lambda: dist.broadcast(tensor, 0)),
-            offload=offload,
-        )
+        whole = self.on_rank_zero(load)
+        mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
+
+        def send(tensor: Tensor) -> None:
+            self.collective(lambda: dist.broadcast(tensor, 0))
+
+        shard_model(meta_model, whole, mesh, self.device, send=send, offload=offload)
         return meta_model
 
     def close(self) -> None:
@@ -99,7 +91,7 @@ class World:
             PartialState().destroy_process_group()
             time.sleep(0.1)  # gloo's threads abort if they release tensors after the interpreter
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -120,46 +112,44 @@ class World:
         """Replace each float32 tensor by its sum over the processes, in one all-reduce."""
         if self.count == 1:
             return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self.collective(lambda: dist.all_reduce(flat))
         parts = flat.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+            tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; also a barrier."""
-        return any(self._gather(int(flag)))
+        if self.count == 1:
+            return flag
+        num_set = torch.tensor(float(flag), device=self.device)
+        self.sum([num_set])
+        return num_set.item() > 0
 
-    def on_rank_zero(self, function: Callable[[], object]) -> None:
-        """Call a function on rank 0 while the other processes wait.
+    def on_rank_zero(self, function: Callable[[], T]) -> T | None:
+        """Call a function on rank 0 and return its result there; the other processes wait.
 
         If it raises, the other processes raise RankZeroFailed.
         """
-        failure = None
+        result = failure = None
         try:
             if self.is_rank_zero:
-                function()
+                result = function()
         except Exception as error:
             failure = error
         if self.any(failure is not None):
             raise failure or RankZeroFailed("rank 0 cannot continue")
+        return result
 
     def check_same(self, what: str, text: str) -> None:
         """Raise ConfigError, which names `what`, if the processes were given different texts."""
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        if len(set(self._gather(number))) > 1:
+        texts = [text] * self.count
+        if self.count > 1:
+            self.collective(lambda: dist.all_gather_object(texts, text))
+        if len(set(texts)) > 1:
             raise ConfigError(
                 f"{what} of the {self.count} processes differ: give each the same command and files"
             )
-
-    def _gather(self, number: int) -> list[int]:
-        """The number of every process, by rank."""
-        if self.count == 1:
-            return [number]
-        numbers = torch.zeros(self.count, dtype=torch.long, device=self.device)
-        numbers[self.rank] = number
-        self.collective(lambda: dist.all_reduce(numbers))
-        return numbers.tolist()
 
     def collective(self, function: Callable[[], T]) -> T:
         """Call a function that waits for other processes."""

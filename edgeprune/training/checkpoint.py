@@ -39,29 +39,19 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        CheckpointError: the disk is full or read-only; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint atomically; CheckpointError if the disk is full or read-only."""
     state = {name: x.detach().cpu().contiguous() for name, x in checkpoint.state.items()}
     metadata = {"checkpoint": _label(checkpoint.step, state)}  # one entry, to have one order
     path = checkpoint_path(folder, checkpoint.step)
     try:
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot save {path}: {error}. Earlier checkpoints are intact; remove the cause and "
-            "continue with resume=auto"
-        ) from None
+        hint = "Remove the cause and continue with resume=auto; earlier checkpoints are intact"
+        raise CheckpointError(f"cannot save {path}: {error}. {hint}") from None
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """Read a checkpoint and verify its checksum.
-
-    Raises:
-        CheckpointError: missing, truncated or altered.
-    """
+    """Read a checkpoint; CheckpointError if it is missing, truncated or altered."""
     path = checkpoint_path(folder, step)
     if not path.is_file():
         available = ", ".join(map(str, list_checkpoints(folder))) or "none"

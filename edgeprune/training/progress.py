@@ -21,29 +21,25 @@ log = logging.getLogger("edgeprune")
 def progress(
     total: int, unit: str, *, enabled: bool = True
 ) -> Iterator[Callable[[int, object], None]]:
-    """Show the progress of `total` units of work, such as steps, unless it is disabled.
+    """Show the progress of `total` units of work, such as steps.
 
-    Yields:
-        A function to call with the number of units done and something to show next to it.
+    Yields a function to call with the number of units done and something to show next to it.
     """
     start, quarters = time.perf_counter(), set()
 
     def log_quarters(done: int, status: object) -> None:
         if 4 * done // total not in quarters:
             quarters.add(4 * done // total)
-            seconds = time.perf_counter() - start
-            log.info(f"{unit} {done}/{total}  {status}  {seconds:.0f} s")
+            log.info(f"{unit} {done}/{total}  {status}  {time.perf_counter() - start:.0f} s")
 
-    if not enabled:
-        yield lambda done, status: None
-    elif not sys.stderr.isatty():
+    if enabled and not sys.stderr.isatty():
         yield log_quarters
-    else:
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(unit, total=total)
-            yield lambda done, status: bar.update(
-                task, completed=done, description=f"{unit} {done}/{total}  {status}"
-            )
+        return
+    with Progress(console=Console(stderr=True), disable=not enabled) as bar:
+        task = bar.add_task(unit, total=total)
+        yield lambda done, status: bar.update(
+            task, completed=done, description=f"{unit} {done}/{total}  {status}"
+        )
 
 
 @contextmanager

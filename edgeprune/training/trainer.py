@@ -37,7 +37,6 @@ class StepMetrics:
 
     Attributes:
         step: number of steps done, including this one.
-        loss: what was minimised.
         kl: nats per predicted token, where the model's outputs are logits; else None.
         unexplained: fraction of the outputs' variance, where they are not logits; else None.
         values: the method's own numbers, such as `sparsity`, `target` and `learning_rate`.
@@ -51,8 +50,8 @@ class StepMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in one flat dictionary, as in a line of metrics.jsonl."""
-        shared = {name: value for name, value in vars(self).items() if name != "values"}
-        return {**shared, **self.values}
+        shared = ("step", "loss", "kl", "unexplained")
+        return {name: getattr(self, name) for name in shared} | self.values
 
     def __str__(self) -> str:
         """The distance and the first two of the method's numbers, for a progress bar."""
@@ -66,10 +65,7 @@ class Trainer:
     """Runs the circuit on batches and lets a method learn from the gradient of its gates.
 
     Attributes:
-        model: the frozen model.
         pairs: training prompts.
-        method: gives the gates of each step and learns from their gradient.
-        settings: number of steps, batch size, and how a batch is run.
         seed: seed of the order of the data.
         ablation: the values of ablated edges.
         world: the processes that share the run, each with a trainer of its own.
@@ -92,9 +88,7 @@ class Trainer:
         settings, world, device = self.settings, self.world, self.model.device.type
         size = min(settings.batch_size, len(self.pairs))
         if size < world.count:
-            raise ConfigError(
-                f"a step has {size} pairs, but there are {world.count} processes; start fewer"
-            )
+            raise ConfigError(f"{world.count} processes for {size} pairs per step; start fewer")
         is_split = settings.micro_batch_size or world.count > 1
         if is_split and self.model.output is not Output.logits:
             raise ConfigError(
@@ -103,10 +97,10 @@ class Trainer:
             )
         if settings.cuda_graph and device != "cuda":
             raise ConfigError(f"trainer.cuda_graph=true requires a GPU; the model is on {device}")
-        self._differentiate_batch = partial(differentiate, self.model, recompute=settings.recompute)
+        self.differentiate_batch = partial(differentiate, self.model, recompute=settings.recompute)
         if settings.cuda_graph:
             graphs = CudaGraphs(self.model, recompute=settings.recompute)
-            self._differentiate_batch = graphs.differentiate
+            self.differentiate_batch = graphs.differentiate
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -134,9 +128,7 @@ class Trainer:
     def differentiate(self, pairs: Sequence[Pair], gates: Tensor) -> Gradient:
         """Distance of the circuit from the full model on a batch, and its gradient.
 
-        Args:
-            pairs: the batch, to be divided among the processes; all get the same result.
-            gates: [edge] in [0, 1].
+        The processes divide the batch; all get the same result. `gates` is [edge], in [0, 1].
         """
         part = partial(self._differentiate_part, pairs, gates.detach())
         waits = is_sharded(self.model.architecture.blocks[0].layer)  # for layers of other processes
@@ -156,7 +148,7 @@ class Trainer:
             reference, corrupted = self._run_pair(batch)
             inputs = StepInputs(batch, reference, self.ablation.values(batch, corrupted), gates)
             share = len(batch.pairs) / len(pairs)
-            distance, gradient = self._differentiate_batch(inputs, share=share)
+            distance, gradient = self.differentiate_batch(inputs, share=share)
             total += distance
             grad_gates += gradient
         return total, grad_gates
@@ -164,9 +156,8 @@ class Trainer:
     @cached_property
     def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
-        per_process = math.ceil(self.settings.batch_size / self.world.count)
-        size = self.settings.micro_batch_size or per_process
-        corrupted = self.ablation.needs_corrupted
+        batch_size, corrupted = self.settings.batch_size, self.ablation.needs_corrupted
+        size = self.settings.micro_batch_size or math.ceil(batch_size / self.world.count)
         return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
 
     def scores(self) -> EdgeScores:
@@ -209,8 +200,7 @@ def train(
     under several processes, whose launchers repeat signals and kill what takes too long.
 
     Args:
-        trainer: at step 0. Under several processes each calls this with its own trainer and store;
-            all read the checkpoint, and rank 0 alone writes.
+        trainer: at step 0. Each process has its own; all read the checkpoint, and rank 0 writes.
         store: where checkpoints and metrics are kept; None writes nothing and handles no signals.
         listeners: called after each step.
 
@@ -266,8 +256,6 @@ def _train(
         if stop:
             world.any(False)  # wait until rank 0 has saved
             number = received[0] if received else signal.SIGTERM
-            raise Interrupted(
-                f"stopped by {signal.Signals(number).name} after step {trainer.step}; a checkpoint "
-                f"was saved in {store.path}. Continue with the same command and resume=auto",
-                number,
-            )
+            stopped = f"stopped by {signal.Signals(number).name} after step {trainer.step}"
+            hint = "continue with the same command and resume=auto"
+            raise Interrupted(f"{stopped}, saved in {store.path}; {hint}", number)
