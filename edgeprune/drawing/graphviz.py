@@ -1,15 +1,14 @@
 """Drawings of circuits with Graphviz: embeddings at the bottom, the output at the top.
 
-A head is one box, with its Q, K and V inputs below its output; an MLP, an embedding and the output
-are one box each. An edge has the colour of the reader in which it ends. Graphviz lays out small
-circuits. For large ones it would take minutes, and the result would be 50 screens wide, so they lie
-on a grid with one row per layer and one column per head.
+A head is one box, with its Q, K and V inputs below its output. An edge has the colour of the reader
+in which it ends. Graphviz lays out small circuits. For large ones it would take minutes, and the
+result would be 50 screens wide, so they lie on a grid: a row per layer and a column per head.
 """
 
 import html
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from functools import cache
 from itertools import groupby, pairwise
@@ -25,7 +24,6 @@ from edgeprune.graph import Edge
 
 SUFFIXES = ("pdf", "svg", "png", "dot")
 """File formats of drawings."""
-
 FILL = {
     "tok_embeds": "#8FD0C5", "pos_embeds": "#C9E3B4", "embeds": "#8FD0C5", "mlp": "#F6D58A",
     "head": "#D9DCE3", "q": "#A9C9F0", "k": "#F3B5AE", "v": "#CDB5E6", "output": "#4A4E57",
@@ -49,13 +47,10 @@ COLUMN, ROW = 100, 95
 ZIGZAG = (-1.25, 1.25, -0.25, 1.25, -1.25, 0)
 """Shifts of the MLPs on the grid, in columns, repeated every six layers. A line between two MLPs up
 to five layers apart then passes the MLPs in between (found by trying)."""
-
-SHARED, PARTLY = "#4A4E57", "#A0A6B2"
-"""Colours of edges that all compared circuits have, and that several have."""
+OUTLINE, SHARED, PARTLY = "#6B6F78", "#4A4E57", "#A0A6B2"
+"""Colours of outlines, of edges that all compared circuits have, and that several have."""
 ONLY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9")
 """Colours of edges that only one of the compared circuits has, per circuit."""
-OUTLINE = "#6B6F78"
-"""Colour of a box's outline."""
 
 
 class EdgeGroup(NamedTuple):
@@ -92,7 +87,6 @@ def draw_circuit(
     Args:
         circuit: all of its edges are drawn; see `Circuit.without_dangling`.
         path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
-        title: a line of text at the top.
         groups: colours of the edges; without groups, edges have the colour of their kind of reader.
 
     Raises:
@@ -115,8 +109,8 @@ def draw_circuit(
         fallback = path.with_suffix(".dot")
         write_text(fallback, source)
         raise GraphvizMissing(
-            f"cannot draw {path}: the program `dot` is not installed; install Graphviz (Debian: "
-            f"apt-get install graphviz, macOS: brew install graphviz). The source is in {fallback}"
+            f"cannot draw {path}: `dot` is not installed; install Graphviz (Debian: apt-get "
+            f"install graphviz, macOS: brew install graphviz). The source is in {fallback}"
         ) from None
     write_atomically(path, lambda temporary: temporary.write_bytes(rendered))
 
@@ -131,25 +125,27 @@ def circuit_dot(
     Circuit.check(circuit)
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     arrows = [(edge, n) for edge in edges for n in circuit.nodes_fed_by(edge[1]) or [edge[1]]]
-    nodes = {"resid_post", *(edge[0] for edge in edges), *(node for _, node in arrows)}
-    nodes = sorted(nodes, key=_order)
+    colors = {edge: group.color for group in groups for edge in group.edges}
+    labels = _labels(arrows, colors)
     on_grid = len(edges) > MAX_LAID_OUT
     dot = graphviz.Digraph(
         graph_attr={
             "layout": "neato" if on_grid else "dot", "splines": "line" if on_grid else "true",
             "rankdir": "BT", "ranksep": "0.55", "nodesep": "0.18",
             "fontname": "Helvetica", "fontsize": "18", "labelloc": "t", "pad": "0.3",
-            "label": _caption(title, edges, len(nodes) - 1, len(arrows), groups),
+            "label": _caption(title or "", edges, len(labels) - 1, len(arrows), groups),
             "outputorder": "edgesfirst",
         },
         node_attr={"shape": "plain", "fontname": "Helvetica", "fontsize": "12"},
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
-    colors = {edge: group.color for group in groups for edge in group.edges}
-    labels = _labels(nodes, arrows, colors)
-    add_nodes = _add_grid if on_grid else _add_ranks
-    add_nodes(dot, labels)
-    width, opacity = _stroke(len(edges))
+    rows = [list(row) for _, row in groupby(labels, key=lambda node: _order(node)[:2])]
+    add_rows = _add_grid if on_grid else _add_ranks
+    add_rows(dot, rows, labels)
+    width, opacity = 1.1, 0xC0
+    if on_grid:  # less of both, the more edges there are from 300 to 3,000
+        share = min(max(math.log10(len(edges) / 300), 0), 1)
+        width, opacity = 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
     for edge, node in arrows:
         kind, color = _parse(edge[1])[0], colors.get(edge)
         head = f"{_id(node)}:{kind}:s" if kind in ("q", "k", "v") else _id(node)
@@ -161,57 +157,42 @@ def circuit_dot(
     return dot.source
 
 
-def _stroke(num_edges: int) -> tuple[float, int]:
-    """Line width in points and opacity (0 to 255), which decrease with the number of edges."""
-    if num_edges <= MAX_LAID_OUT:
-        return 1.1, 0xC0
-    share = min(max(math.log10(num_edges / 300), 0), 1)  # 0 up to 300 edges, 1 from 3,000 on
-    return 0.9 - 0.4 * share, round(0xA0 - 0x40 * share)
-
-
-def _add_ranks(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
-    """Add nodes for Graphviz to lay out: a layer's heads, or its MLP, are one rank."""
-    rows = [list(members) for _, members in groupby(labels, key=_rank)]
-    for members in rows:
-        with dot.subgraph(graph_attr={"rank": "same"}) as row:
-            for node in members:
-                row.node(_id(node), label=labels[node])
+def _add_ranks(dot: graphviz.Digraph, rows: list[list[str]], labels: dict[str, str]) -> None:
+    """Add nodes for Graphviz to lay out, from bottom to top."""
+    for row in rows:
+        with dot.subgraph(graph_attr={"rank": "same"}) as rank:
+            for node in row:
+                rank.node(_id(node), label=labels[node])
     for lower, upper in pairwise(rows):
         dot.edge(_id(lower[0]), _id(upper[0]), style="invis", weight="0")
 
 
-def _add_grid(dot: graphviz.Digraph, labels: dict[str, str]) -> None:
-    """Add nodes in rows from bottom to top, and each head always in the same column.
-
-    Every second row is shifted by half a column, so that straight lines pass between boxes.
-    """
-    ranks = sorted(set(map(_rank, labels)))
+def _add_grid(dot: graphviz.Digraph, rows: list[list[str]], labels: dict[str, str]) -> None:
+    """Add nodes in rows. Every second row is shifted, so that straight lines pass between boxes."""
     columns = 1 + max(_parse(node)[2] for node in labels)
-    for node, label in labels.items():
-        kind, layer, head = _parse(node)
-        column = {
-            "head": head + (0 if layer % 2 else 0.4),
-            "tok_embeds": columns / 3,
-            "pos_embeds": columns * 2 / 3,
-            "mlp": columns / 2 - 0.25 + ZIGZAG[layer % len(ZIGZAG)],
-        }.get(kind, columns / 2 - 0.25)
-        x, y = column * COLUMN / 72, ranks.index(_rank(node)) * ROW / 72  # inches
-        dot.node(_id(node), label=label, pos=f"{x:g},{y:g}!")
+    for y, row in enumerate(rows):
+        for node in row:
+            kind, layer, head = _parse(node)
+            x = {
+                "head": head + (0 if layer % 2 else 0.4),
+                "tok_embeds": columns / 3,
+                "pos_embeds": columns * 2 / 3,
+                "mlp": columns / 2 - 0.25 + ZIGZAG[layer % len(ZIGZAG)],
+            }.get(kind, columns / 2 - 0.25)
+            inches = f"{x * COLUMN / 72:g},{y * ROW / 72:g}!"
+            dot.node(_id(node), label=labels[node], pos=inches)
 
 
-def _labels(
-    nodes: list[str], arrows: list[tuple[Edge, str]], colors: dict[Edge, str]
-) -> dict[str, str]:
-    """The box of each node. A box whose edges all have one colour is outlined in it."""
-    inputs: dict[str, set[str]] = {node: set() for node in nodes}
-    seen: dict[str, set[str]] = {node: set() for node in nodes}
+def _labels(arrows: list[tuple[Edge, str]], colors: dict[Edge, str]) -> dict[str, str]:
+    """The box of each node, in order. A box whose edges all have one colour is outlined in it."""
+    inputs, outlines = defaultdict(set), defaultdict(set, resid_post=set())
     for edge, node in arrows:
         inputs[node].add(_parse(edge[1])[0])
         for end in (edge[0], node):
-            seen[end].add(colors.get(edge, OUTLINE))
+            outlines[end].add(colors.get(edge, OUTLINE))
     return {
-        node: _label(node, inputs[node], min(seen[node]) if len(seen[node]) == 1 else OUTLINE)
-        for node in nodes
+        node: _label(node, inputs[node], min(found) if len(found) == 1 else OUTLINE)
+        for node, found in sorted(outlines.items(), key=lambda item: _order(item[0]))
     }
 
 
@@ -234,11 +215,7 @@ def _label(node: str, inputs: set[str], outline: str) -> str:
 
 
 def _caption(
-    title: str | None,
-    edges: list[Edge],
-    num_nodes: int,
-    num_arrows: int,
-    groups: Sequence[EdgeGroup],
+    title: str, edges: list[Edge], num_nodes: int, num_arrows: int, groups: Sequence[EdgeGroup]
 ) -> str:
     """Title, numbers of edges and nodes, and the meaning of the colours, as an HTML-like label."""
     entries = [(LINE[kind], text) for kind, text in KINDS.items()]
@@ -252,15 +229,12 @@ def _caption(
     size = f"{len(edges):,} edge{'s' * (len(edges) != 1)}" if edges else "no edges"
     lines = [f"{size}, {num_nodes:,} node{'s' * (num_nodes != 1)} and the output"]
     if num_arrows != len(edges):
-        lines.append(
-            f"{num_arrows:,} arrows: an edge into a key or value that heads share is drawn into "
-            "each of them"
-        )
+        reason = "an edge into a key or value that heads share is drawn into each of them"
+        lines.append(f"{num_arrows:,} arrows: {reason}")
     lines.append(legend if groups else f"edges into {legend}")
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     parts = [f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines]
-    title = "".join(c if c.isprintable() else " " for c in title or "").strip()
-    if title:
+    if title := "".join(c if c.isprintable() else " " for c in title).strip():
         parts.insert(0, f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>")
     return f"<{gap.join(parts)}{gap}&#160;>"
 
@@ -276,15 +250,10 @@ def _parse(name: str) -> tuple[str, int, int]:
     return kind or ("mlp" if head is None else "head"), int(layer), int(head or 0)
 
 
-def _rank(name: str) -> tuple[int, bool]:
-    """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
-    kind, layer, _ = _parse(name)
-    return layer, kind == "mlp"
-
-
 def _order(name: str) -> tuple:
-    kind, _, head = _parse(name)
-    return *_rank(name), head, kind != "tok_embeds", kind
+    """Sorts the embeddings first, then per layer the heads and the MLP, then the output."""
+    kind, layer, head = _parse(name)
+    return layer, kind == "mlp", head, kind != "tok_embeds", kind
 
 
 def _id(node: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeprune.files import write_atomically
 
@@ -29,63 +30,47 @@ STYLE = {
 """Settings of matplotlib: text is never parsed as TeX, and the same plot gives the same file."""
 ROUNDING = 1e-6
 """KL divergences below this are rounding errors, which may be negative."""
-DISTANCES = {"kl": "KL on each step's batch (nats)", "unexplained": "unexplained variance"}
-"""Distances from the full model in metrics.jsonl, and their labels."""
-TICK_DISTANCE = 0.1
-"""Minimum distance of ticks on the x axis, as a fraction of it; closer labels would overlap."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A line with a band; all sequences have the same length.
-
-    Attributes:
-        name: shown in the legend, unless empty.
-        num_edges: x coordinates.
-        mid, low, high: y coordinates of the line, and of the band's lower and upper edge.
-    """
+class Curve(NamedTuple):
+    """A line `mid` in a band from `low` to `high`; all sequences have the same length."""
 
     name: str
+    """Shown in the legend, unless empty."""
     num_edges: Sequence[float]
     mid: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes.
-
-    Attributes:
-        label: label of the y axis.
-        curves: lines.
-        levels: (name, y) of horizontal lines for comparison, the best first.
-        log: whether y is a distance on a logarithmic axis; otherwise it is a share, 0 to 1.
-    """
+class Panel(NamedTuple):
+    """One set of axes; `label` is that of the y axis."""
 
     label: str
     curves: Sequence[Curve]
     levels: Sequence[tuple[str, float]]
+    """(name, y) of horizontal lines, the best first."""
     log: bool
+    """Whether y is a distance on a logarithmic axis; otherwise it is a fraction, 0 to 1."""
 
 
 @contextmanager
 def _figure(
-    path: Path, title: str, num_panels: int, width: float, height: float
-) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of panels side by side, then write it in the format of the path's suffix."""
+    path: Path | str, title: str, num_panels: int, width: float, height: float
+) -> Iterator[Figure]:
+    """Yield a figure with axes side by side, then write it in the format of the path's suffix."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.suptitle(title)
-        yield figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
-        format = path.suffix.removeprefix(".")
+        figure.subplots(1, num_panels)
+        yield figure
+        format = Path(path).suffix.removeprefix(".")
         no_date = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
-        write_atomically(
-            path, lambda file: figure.savefig(file, format=format, dpi=150, metadata=no_date)
-        )
+        save = partial(figure.savefig, format=format, dpi=150, metadata=no_date)
+        write_atomically(Path(path), save)
 
 
 def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> Figure:
@@ -93,29 +78,31 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
 
     `metrics` are the lines of metrics.jsonl, at least one. The path ends in .png, .pdf or .svg.
     """
-    columns = {name: [line.get(name) for line in metrics] for name in metrics[0]}
-    steps = columns["step"]
-    marker = "o" if len(steps) == 1 else None  # a line through a single point is invisible
 
-    def draw(ax: Axes, name: str, **style: Any) -> None:
-        values = columns.get(name, [None])
+    def column(name: str) -> list[Any]:
+        return [line.get(name) for line in metrics]
+
+    def draw(ax: Axes, values: list[Any], **style: Any) -> None:
+        marker = "o" if len(values) == 1 else None  # a line through a single point is invisible
         if None not in values:
-            ax.plot(steps, values, linewidth=1.4, marker=marker, **style)
+            ax.plot(column("step"), values, linewidth=1.4, marker=marker, **style)
 
-    with _figure(Path(path), title, 2, 8.0, 3.6) as (figure, (left, right)):
-        distance = "unexplained" if None in columns["kl"] else "kl"
-        columns[distance] = [max(value, ROUNDING) for value in columns[distance]]
+    distance, label = column("kl"), "KL on each step's batch (nats)"
+    if None in distance:
+        distance, label = column("unexplained"), "unexplained variance"
+    distance = [max(value, ROUNDING) for value in distance]
+    with _figure(path, title, 2, 8.0, 3.6) as figure:
+        left, right = figure.axes
         draw(left, distance, color=COLORS[0])
-        _log_axis(left, columns[distance])
-        left.set_ylabel(DISTANCES[distance])
+        _log_axis(left, distance)
+        left.set_ylabel(label)
         for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
-            draw(right, f"{prefix}sparsity", color=color, label=f"{kind} gates")
-            draw(right, f"{prefix}target", color=color, label="target", linestyle=DASHES)
+            draw(right, column(f"{prefix}sparsity"), color=color, label=f"{kind} gates")
+            draw(right, column(f"{prefix}target"), color=color, label="target", linestyle=DASHES)
         low, high = right.get_ylim()
-        right.set_ylim(min(low, 0.0), max(high, 1.0))
-        right.set_ylabel("sparsity of the gates")
+        right.set(ylim=(min(low, 0.0), max(high, 1.0)), ylabel="sparsity of the gates")
         right.legend()
-        for ax in (left, right):
+        for ax in figure.axes:
             ax.set_xlabel("step")
             ax.locator_params(axis="x", nbins=6, integer=True)
     return figure
@@ -124,34 +111,27 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
 def draw_frontier(
     panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int
 ) -> Figure:
-    """Plot panels side by side, with the number of edges, of `all_edges`, as x axis.
-
-    The path ends in .png, .pdf or .svg.
-    """
+    """Plot panels side by side against the number of edges, in a .png, .pdf or .svg file."""
     names = [curve.name for curve in panels[0].curves if curve.name]
-    height = 3.6 + 0.22 * len(names)  # a line of the legend is 0.22 inches high
-    with _figure(Path(path), title, len(panels), 4.0 * len(panels), height) as (figure, axes):
-        for ax, panel in zip(axes, panels, strict=True):
+    height = 3.6 + 0.22 * len(names)  # 0.22 inches per line of the legend
+    with _figure(path, title, len(panels), 4.0 * len(panels), height) as figure:
+        for ax, panel in zip(figure.axes, panels, strict=True):
             _draw_panel(ax, panel)
             ax.set_xlabel(f"edges kept, of {all_edges:,}")
         if names:
-            handles, _ = axes[0].get_legend_handles_labels()
+            handles, _ = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles=handles, loc="outside lower center")
     return figure
 
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
-    def rounded(values: Sequence[float]) -> list[float]:
-        return [0.0 if panel.log and value < ROUNDING else value for value in values]
-
     drawn = []
-    for index, curve in enumerate(panel.curves):
-        color, xs = COLORS[index % len(COLORS)], curve.num_edges
-        mid, low, high = map(rounded, (curve.mid, curve.low, curve.high))
+    for (name, xs, *ys), color, marker in zip(panel.curves, cycle(COLORS), cycle(MARKERS)):
+        mid, low, high = ([0.0 if panel.log and y < ROUNDING else y for y in part] for part in ys)
         drawn += [*low, *high]
         ax.plot(
-            xs, mid, color=color, marker=MARKERS[index % len(MARKERS)], markersize=5,
-            linewidth=1.6, label=curve.name, zorder=3, clip_on=False,
+            xs, mid, color=color, marker=marker, markersize=5, linewidth=1.6, label=name, zorder=3,
+            clip_on=False,
         )  # fmt: skip
         ax.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0)
         if len(xs) == 1:  # its band has no width
@@ -175,10 +155,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
 
 
 def _size_axis(ax: Axes, sizes: Sequence[float]) -> None:
-    """Make x logarithmic, or linear below 1 if there is a size of 0.
-
-    Ticks are at the sizes, largest first, except where their labels would overlap.
-    """
+    """Make x logarithmic, or linear below 1 if there is a size of 0, with ticks at the sizes."""
     if sizes[-1] > 0:
         ax.set_xscale("log")
         ax.set_xlim(sizes[-1] / 1.15, sizes[0] * 1.15)
@@ -188,9 +165,9 @@ def _size_axis(ax: Axes, sizes: Sequence[float]) -> None:
     transform = ax.xaxis.get_transform().transform
     left, right = transform(ax.get_xlim())
     places = dict(zip(sizes, (transform(sizes) - left) / (right - left), strict=True))
-    ticks: list[float] = []
+    ticks = [sizes[0]]
     for size in sizes:
-        if not ticks or places[ticks[-1]] - places[size] >= TICK_DISTANCE:
+        if places[ticks[-1]] - places[size] >= 0.1:  # closer labels would overlap
             ticks.append(size)
     ax.set_xticks(ticks)
     ax.xaxis.minorticks_off()
@@ -201,12 +178,10 @@ def _size_axis(ax: Axes, sizes: Sequence[float]) -> None:
 
 def _log_axis(ax: Axes, values: Sequence[float]) -> None:
     """Make y logarithmic, linear below 0.001 if there are zeros."""
-    from matplotlib.ticker import LogLocator
-
     if min(values, default=0) > 0:
         ax.set_yscale("log")
         if max(values) < 100 * min(values):  # less than two decades need labels in between
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     else:
         ax.set_yscale("symlog", linthresh=1e-3)
         ax.set_ylim(bottom=0)
