@@ -120,8 +120,8 @@ class Circuit:
     def nodes_fed_by(self, reader: str) -> list[str]:
         """The writers that an edge into this reader feeds in this circuit.
 
-        Of the query heads that share a key or value head, those with an outgoing edge: on the
-        others the edge has no effect. All of them if none has an outgoing edge.
+        Of the query heads that share a key or value head, those with an outgoing edge, if any has
+        one: on the others the edge has no effect.
         """
         fed = self.graph.nodes_fed_by(reader)
         return [node for node in fed if node in self._writing] or fed
@@ -145,12 +145,11 @@ class Circuit:
         }
 
     def without_dangling(self) -> Circuit:
-        """Only the edges on some path from the input to the output.
+        """Only the edges on some path from the input to the output; the others dangle.
 
-        An edge dangles when no path leads from an embedding to its writer, or none from its reader
-        to `resid_post`. Under interchange ablation removing such edges changes no output: a node
-        that reaches nothing changes nothing, and a node whose inputs are all corrupted writes its
-        corrupted value. Under zero and mean ablation such a node still writes something.
+        Under interchange ablation removing dangling edges changes no output: what reaches nothing
+        changes nothing, and a node whose inputs are all corrupted writes its corrupted value. Under
+        zero and mean ablation such a node still writes something.
         """
         # Embeddings that are not writers always flow, into every node.
         alive, fed = set(self.graph.embedding_writers or self.graph.writers), []

@@ -20,6 +20,7 @@ MAX_EVALUATION_BATCH = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 WARMUPS = ("linear", "logarithmic")
+DRAWINGS = ("pdf", "svg", "png", "dot")
 
 CUSTOM = "custom"
 """Name of the task and of the model for a user's own `task.path` or `model.path`."""
@@ -66,10 +67,11 @@ class Settings:
             if isinstance(value, (ModelConfig, TaskConfig)):
                 value.require_path()
             elif value is not None and entry.metadata:
+                listed = value if isinstance(value, list) else [value]
                 bounds = ("choices", "at_least", "at_most", "above")
                 choices, least, most, above = map(entry.metadata.get, bounds)
                 rules = {
-                    f"one of {choices}": not choices or value in choices,
+                    f"one of {choices}": not choices or {*listed} <= {*choices},
                     "finite": not isinstance(value, float) or math.isfinite(value),
                     f"at least {least}": least is None or value >= least,
                     f"at most {most}": most is None or value <= most,
@@ -490,7 +492,7 @@ class DrawConfig(Settings):
     """Draw the circuit with exactly this fraction of the edges removed."""
     num_edges: int | None = setting(None, at_least=0)
     """Draw the circuit with exactly this many edges."""
-    formats: list[str] = setting(lambda: ["pdf", "svg", "png", "dot"])
+    formats: list[str] = setting(lambda: [*DRAWINGS], choices=DRAWINGS)
     """Files to write."""
     output: str | None = None
     """Path without suffix; FOLDER/ means FOLDER/circuit; null: circuit next to the circuit file,
@@ -511,7 +513,7 @@ class CompareConfig(Settings):
     """Run directories or circuit files."""
     reference: str | None = None
     """A circuit against which the others' precision, recall and F1 are measured."""
-    formats: list[str] = setting(lambda: ["pdf", "svg", "png", "dot"])
+    formats: list[str] = setting(lambda: [*DRAWINGS], choices=DRAWINGS)
     """Drawings to write."""
     output: str = "comparison"
     """Folder to write; an earlier comparison there is replaced."""

@@ -34,13 +34,7 @@ class Drawn(NamedTuple):
 
 
 def draw(config: DrawConfig) -> Drawn:
-    """Draw a circuit with Graphviz.
-
-    Raises:
-        ConfigError: an unknown format, or an output in a run directory.
-        GraphvizMissing: `dot` is not installed; its source is written.
-    """
-    _check_formats(config.formats)
+    """Draw a circuit with Graphviz; raises GraphvizMissing without `dot`, writing its source."""
     from_scores = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
@@ -68,12 +62,6 @@ def draw(config: DrawConfig) -> Drawn:
     return Drawn(shown, len(circuit) - len(shown), paths)
 
 
-def _check_formats(formats: Sequence[str]) -> None:
-    unknown = [suffix for suffix in formats if suffix not in SUFFIXES]
-    if unknown:
-        raise ConfigError(f"formats has {unknown[0]!r}; choose from {', '.join(SUFFIXES)}")
-
-
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     """Compare circuits, write the parts that they share and draw them.
 
@@ -83,7 +71,6 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: fewer than two circuits, one given twice, or of different graphs.
     """
-    _check_formats(config.formats)
     sources = [find(name) for name in config.circuits]
     reference = None
     if config.reference is not None:

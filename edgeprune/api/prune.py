@@ -103,11 +103,7 @@ def prune(
 
 
 def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
-    """The settings of conf/trainer/NAME.yaml with changes.
-
-    Raises:
-        ConfigError: an unknown name or setting, or a value out of range.
-    """
+    """The settings of conf/trainer/NAME.yaml with changes."""
     known = {path.stem: path for path in (CONF / "trainer").glob("*.yaml")}
     if name not in known:
         raise ConfigError(f"unknown trainer {name!r}; choose {', '.join(sorted(known))}")
