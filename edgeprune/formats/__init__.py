@@ -24,9 +24,7 @@ FORMATS = ("edges", "circuit", "eap_json", "eap_pt")
 
 
 def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
-    """Read a circuit file of any format.
-
-    The model's graph is optional for files in which edgeprune has stored it.
+    """Read a circuit file of any format; files in which edgeprune stored the graph need no `graph`.
 
     Raises:
         CircuitError: the file is missing, damaged or of another graph, or no graph is known.
@@ -54,18 +52,12 @@ def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
 
 
 def write_circuit(
-    circuit: Circuit,
-    path: Path | str,
-    format: str = "edges",
-    *,
-    scores: EdgeScores | None = None,
-    d_model: int | None = None,
-    origin: dict[str, Any] | None = None,
-) -> None:
+    circuit: Circuit, path: Path | str, format: str = "edges", *, scores: EdgeScores | None = None,
+    d_model: int | None = None, origin: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write a circuit file atomically.
 
     Args:
-        circuit, path: what to write, and where.
         format: one of `FORMATS`.
         scores: for 'eap_json' and 'eap_pt'; None: 1 for kept edges, 0 for the others.
         d_model: width of the model, for 'eap_json' and 'eap_pt'; None: unknown, written as 0.
@@ -75,12 +67,11 @@ def write_circuit(
         ValueError: unknown format.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
     if format == "edges":
         edges_json.write_list(circuit, path)
     elif format == "circuit":
         edges_json.write_circuit_json(circuit, path, origin or {})
+    elif format in FORMATS:
+        eap.write(circuit, path, format, scores, d_model)
     else:
-        write = eap.write_json if format == "eap_json" else eap.write_pt
-        write(circuit, path, scores, d_model)
+        raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")

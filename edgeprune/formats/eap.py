@@ -14,8 +14,6 @@ the same) gives every edge a score and a flag `in_graph`. Its graph differs from
 What the format cannot represent (our graph, the embeddings that an `input` edge does not stand
 for, and exact scores) is stored under our own key, which other programs ignore. Circuits and
 scores that we wrote are therefore read back exactly.
-
-Functions that read raise ValueError with a message, or whatever error damaged content leads to.
 """
 
 import io
@@ -84,12 +82,9 @@ def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGra
     Where several edges stand for one, the number of largest magnitude; 1 where none does, for
     embeddings that always flow. `source` and `target` are the columns of `_pairs`.
     """
-    high, low = (
-        values.new_ones(graph.num_edges).scatter_reduce(
-            0, target, values[source], reduce, include_self=False
-        )
-        for reduce in ("amax", "amin")
-    )
+    ones, values = values.new_ones(graph.num_edges), values[source]
+    high = ones.scatter_reduce(0, target, values, "amax", include_self=False)
+    low = ones.scatter_reduce(0, target, values, "amin", include_self=False)
     return torch.where(high >= -low, high, low)
 
 
@@ -98,15 +93,16 @@ def load_tensors(data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # depends on how the file is damaged
-        raise ValueError(
-            "not a .pt file of plain values and tensors; others can run code and are not loaded"
-        ) from None
+        raise ValueError("expected a .pt file of tensors, which cannot run code") from None
 
 
 def read(
     content: dict[str, Any], graph: CircuitGraph, own_graph: CircuitGraph | None, name: str
 ) -> CircuitFile:
-    """The circuit and scores in the given graph; `own_graph` is the one under our own key."""
+    """The circuit and scores in the given graph; `own_graph` is the one under our own key.
+
+    Raises ValueError with a message, or whatever error damaged content leads to.
+    """
     config, own = content["cfg"], content.get(OWN_KEY)
     if config.get("parallel_attn_mlp"):
         raise ValueError("parallel_attn_mlp is set; such models are not supported")
@@ -120,10 +116,8 @@ def read(
     ours, paired = _pairs(graph)
     kept, notes, scores = _translate(in_graph.int(), paired, ours, graph), [], None
     if changed := int((_translate(kept, ours, paired, theirs) != in_graph).sum()):
-        notes.append(
-            f"{changed:,} edges of the file differ in this model, whose query heads share keys and "
-            "values, or whose embeddings always flow"
-        )
+        reason = "whose query heads share keys and values, or whose embeddings always flow"
+        notes.append(f"{changed:,} edges of the file differ in this model, {reason}")
     if their_scores is not None and their_scores.isfinite().all():
         values = _translate(their_scores, paired, ours, graph)
         exact = own.get("scores", []) if graph == own_graph else []
@@ -151,9 +145,8 @@ def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, 
     entries = [edges.get(name, {"in_graph": False}) for name in names]
     in_graph = torch.tensor([entry["in_graph"] for entry in entries])
     scores = [entry.get("score") for entry in entries]
-    if not all(type(score) in (int, float) for score in scores):
-        return in_graph, None
-    return in_graph, torch.tensor(scores, dtype=torch.float64)
+    numbers = all(type(score) in (int, float) for score in scores)
+    return in_graph, torch.tensor(scores, dtype=torch.float64) if numbers else None
 
 
 def _parse_tensors(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
@@ -174,48 +167,10 @@ def _check_neurons(some_partly: bool) -> None:
         raise ValueError("circuits of neurons are not supported: some nodes keep only some of them")
 
 
-def write_json(
-    circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None
+def write(
+    circuit: Circuit, path: Path, format: str, scores: EdgeScores | None, d_model: int | None
 ) -> None:
-    """Write a graph as JSON, one edge per line."""
-    content, in_graph, values = _content(circuit, scores, d_model)
-    nodes = {name: {"in_graph": kept} for name, kept in content["nodes"].items()}
-    own = content[OWN_KEY] | {"scores": content[OWN_KEY]["scores"].tolist()}
-    names = _their_edges(_their_graph(circuit.graph))
-    edges = ",\n".join(
-        f'"{name}": {json.dumps({"score": score, "in_graph": flag})}'
-        for name, flag, score in zip(names, in_graph.tolist(), values.tolist(), strict=True)
-    )
-    parts = {"cfg": content["cfg"], "nodes": nodes, OWN_KEY: own}
-    start = "".join(f'"{name}": {json.dumps(part)},\n' for name, part in parts.items())
-    write_text(path, f'{{{start}"edges": {{\n{edges}\n}}}}\n')
-
-
-def write_pt(circuit: Circuit, path: Path, scores: EdgeScores | None, d_model: int | None) -> None:
-    """Write a graph as tensors."""
-    content, in_graph, values = _content(circuit, scores, d_model)
-    theirs = _their_graph(circuit.graph)
-    flags = torch.zeros(theirs.num_writers, len(theirs.readers), dtype=torch.bool)
-    matrix, cells = torch.zeros(flags.shape), _cells(theirs)
-    flags[cells], matrix[cells] = in_graph, values.float()
-    tensors = {
-        "cfg": content["cfg"],
-        "src_nodes": list(theirs.writers),
-        "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
-        "edges_scores": matrix,
-        "edges_in_graph": flags,
-        "nodes_in_graph": torch.tensor([content["nodes"][writer] for writer in theirs.writers]),
-        OWN_KEY: content[OWN_KEY],
-    }
-    buffer = io.BytesIO()  # torch does not say why writing to a file failed
-    torch.save(tensors, buffer)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-
-
-def _content(
-    circuit: Circuit, scores: EdgeScores | None, d_model: int | None
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What both kinds of file hold: `cfg`, our own key, flags of nodes; [edge] flags and scores."""
+    """Write a graph, as JSON with one edge per line for "eap_json", else as tensors."""
     graph, theirs = circuit.graph, _their_graph(circuit.graph)
     ours, paired = _pairs(graph)
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
@@ -227,18 +182,53 @@ def _content(
             "n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False,
             "d_model": d_model or 0,
         },
-        "nodes": _nodes(Circuit.from_mask(theirs, in_graph.tolist())),
         OWN_KEY: {
             "graph": graph.to_dict(), "left_out": [list(graph.edges[i]) for i in left_out],
             "scores": values,
         },
     }  # fmt: skip
-    return content, in_graph.bool(), _translate(values, ours, paired, theirs)
+    write_content = _write_json if format == "eap_json" else _write_pt
+    write_content(path, content, theirs, in_graph.bool(), _translate(values, ours, paired, theirs))
 
 
-def _nodes(circuit: Circuit) -> dict[str, bool]:
+def _write_json(
+    path: Path, content: dict[str, Any], theirs: CircuitGraph, in_graph: Tensor, scores: Tensor
+) -> None:
+    nodes = {name: {"in_graph": kept} for name, kept in _nodes(theirs, in_graph).items()}
+    own = content[OWN_KEY] | {"scores": content[OWN_KEY]["scores"].tolist()}
+    entries = zip(_their_edges(theirs), scores.tolist(), in_graph.tolist(), strict=True)
+    lines = (f'"{name}": {json.dumps({"score": s, "in_graph": k})}' for name, s, k in entries)
+    edges = ",\n".join(lines)
+    parts = {"cfg": content["cfg"], "nodes": nodes, OWN_KEY: own}
+    start = "".join(f'"{name}": {json.dumps(part)},\n' for name, part in parts.items())
+    write_text(path, f'{{{start}"edges": {{\n{edges}\n}}}}\n')
+
+
+def _write_pt(
+    path: Path, content: dict[str, Any], theirs: CircuitGraph, in_graph: Tensor, scores: Tensor
+) -> None:
+    flags = torch.zeros(theirs.num_writers, len(theirs.readers), dtype=torch.bool)
+    matrix, cells = torch.zeros(flags.shape), _cells(theirs)
+    flags[cells], matrix[cells] = in_graph, scores.float()
+    nodes = _nodes(theirs, in_graph)
+    tensors = {
+        "cfg": content["cfg"],
+        "src_nodes": list(theirs.writers),
+        "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
+        "edges_scores": matrix,
+        "edges_in_graph": flags,
+        "nodes_in_graph": torch.tensor([nodes[writer] for writer in theirs.writers]),
+        OWN_KEY: content[OWN_KEY],
+    }
+    buffer = io.BytesIO()  # torch does not say why writing to a file failed
+    torch.save(tensors, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+
+
+def _nodes(theirs: CircuitGraph, in_graph: Tensor) -> dict[str, bool]:
     """Whether each node of the format's graph is in it: nodes that both read and write."""
+    circuit = Circuit.from_mask(theirs, in_graph.tolist())
     writes = {writer for writer, _ in circuit.edge_set}
-    reads = {node for _, reader in circuit.edge_set for node in circuit.graph.nodes_fed_by(reader)}
+    reads = {node for _, reader in circuit.edge_set for node in theirs.nodes_fed_by(reader)}
     used = writes & (reads | {INPUT})
-    return {writer: writer in used for writer in circuit.graph.writers} | {LOGITS: True}
+    return {writer: writer in used for writer in theirs.writers} | {LOGITS: True}

@@ -19,7 +19,6 @@ class CircuitFile:
     """The content of a circuit file.
 
     Attributes:
-        circuit: the circuit.
         origin: how it was found, as JSON values; empty unless the file is a circuit.json.
         notes: remarks for the user, such as what could not be represented.
         scores: from a graph file with a number for every edge.
