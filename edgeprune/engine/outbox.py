@@ -305,11 +305,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple:
-        boxes, grad_inputs, ctx.inputs = (
-            _outboxes(ctx),
-            ctx.inputs,
-            None,
-        )  # [token, reader, d_model]
+        boxes = _outboxes(ctx)
+        grad_inputs, ctx.inputs = ctx.inputs, None  # [token, reader, d_model], stored by the reads
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
         for part, target in boxes.gradients(mixed):
             _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
