@@ -295,7 +295,7 @@ class _Mix(torch.autograd.Function):
         ctx.gates = mixing = _pad_writers(gates, boxes.delta)
         if base is not None:
             gates = nn.functional.pad(gates, (0, 1))
-            gates[: len(boxes.gates[sites.start]), -1] = 1
+            gates[: len(boxes.gates[sites.start]), -1].fill_(1)
             mixing = _pad_writers(gates, boxes.delta)
             boxes.delta[:, writers.stop].copy_(base)
         values = boxes.delta[:, writers.start :][:, : mixing.shape[1]]  # [token, writer, d_model]
