@@ -19,7 +19,6 @@ class Ablation:
     """Provides the ablation values of each batch.
 
     Args:
-        model: the model whose activations are averaged for mean ablation.
         kind: `interchange`, `zero` or `mean`.
         reference_set: the prompts; mean ablation averages over the clean ones.
         per_position: whether mean ablation uses one mean per position, or one over all positions.
@@ -30,9 +29,7 @@ class Ablation:
         means: the mean activations of mean ablation, with a batch axis of length 1, and a position
             axis of length 1 unless `per_position`.
 
-    Raises:
-        ConfigError: unknown kind.
-        DataError: interchange ablation, but every corrupted prompt equals its clean prompt.
+    Raises DataError for interchange ablation if every corrupted prompt equals its clean prompt.
     """
 
     def __init__(
@@ -50,9 +47,8 @@ class Ablation:
         self.needs_corrupted = kind == "interchange"
         if self.needs_corrupted and all(p.clean_ids == p.corrupted_ids for p in reference_set):
             raise DataError(
-                f"all {len(reference_set)} corrupted prompts equal their clean prompts, so "
-                "interchange ablation changes nothing; give corrupted prompts with other answers, "
-                "or use ablation zero or mean"
+                "interchange ablation changes nothing, because all corrupted prompts equal their "
+                "clean prompts; give other corrupted prompts, or use ablation zero or mean"
             )
         self.means: Activations | None = None
         if kind == "mean":
@@ -72,18 +68,15 @@ class Ablation:
         return cls(model, ablation, reference_set, batch_size=batch_size)
 
     def values(self, batch: Batch, corrupted: Activations | None) -> Activations | None:
-        """The ablation values of a batch, given its corrupted activations; None stands for zeros.
-
-        Raises ValueError if the batch has positions for which there is no mean.
-        """
+        """The ablation values of a batch, given its corrupted activations; None: zeros."""
         if self.means is None:
             return corrupted if self.needs_corrupted else None
         num_examples, length = batch.clean_ids.shape
         known = self.means.residuals[0].shape[-2]
         if self.per_position and length > known:
             raise ValueError(
-                f"a prompt has {length} tokens, but the reference set of the per-position mean "
-                f"ablation only {known}; use a longer reference set, or per_position=false"
+                f"a prompt has {length} tokens, but the reference set of the per-position means "
+                f"only {known}; give longer prompts there, or use per_position=false"
             )
 
         def expand(x: Tensor) -> Tensor:
@@ -114,8 +107,8 @@ def _mean_activations(
             summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True).cpu().double()
             return nn.functional.pad(summed, (0, 0, 0, width - length))  # [..., 1, width, d]
 
-        batch_totals = activations.map(total)
-        totals = batch_totals if totals is None else totals.map(torch.add, batch_totals)
+        sums = activations.map(total)
+        totals = sums if totals is None else totals.map(torch.add, sums)
     if not per_position:
         totals = totals.map(lambda x: x.sum(-2, keepdim=True))
         counts = counts.sum(0, keepdim=True)

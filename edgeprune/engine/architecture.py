@@ -50,9 +50,6 @@ class Block:
     def head_delta(self, values: Tensor, ablated: Tensor | None, *, centred: bool) -> Tensor:
         """Compute the heads' deltas, [head, ..., d_model]: their outboxes minus ablation values.
 
-        The bias of the output projection is divided equally among the heads; it cancels in a
-        difference.
-
         Args:
             values: [..., head * d_head].
             ablated: the values of ablated edges, of the same shape; None for zero outboxes.
@@ -64,7 +61,7 @@ class Block:
             weight = centre(weight)
         delta = values if ablated is None else values - ablated
         by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
-        if ablated is None and bias is not None:
+        if ablated is None and bias is not None:  # it cancels in a difference
             share = centre(bias) if centred else bias
             share = (share / num_heads).expand(num_heads, 1, d_model)
             outboxes = torch.baddbmm(share, by_head, weight)
@@ -120,9 +117,7 @@ def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     The scales of weights in 4 or 8 bits are not included.
     """
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    num_rows = weight.shape[0] if weight.dim() else 1
-    num_columns = weight.numel() // max(1, num_rows)
-    bits = weight.view(integer[weight.element_size()]).reshape(num_rows, num_columns)
-    chunks = bits.split(max(1, CHUNK_SIZE // max(1, num_columns)))
+    bits = weight.view(integer[weight.element_size()]).reshape(len(weight), -1)  # [row, column]
+    chunks = bits.split(max(1, CHUNK_SIZE // bits.shape[1]))
     over_rows = sum(chunk.sum(0, dtype=torch.int64) for chunk in chunks)  # [column]
     return over_rows, torch.cat([chunk.sum(1, dtype=torch.int64) for chunk in chunks])  # [row]

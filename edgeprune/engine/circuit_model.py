@@ -16,16 +16,13 @@ A training step, from the prompts to the gradient of the gates:
    Backward, each block overwrites its readers' inputs with their gradients; each mix then adds
    gates.T @ grad_inputs to the writers' gradients, and writes grad_inputs @ delta.T, the gradient
    of its gates, into one flat [edge] tensor (`_Mix.backward` in outbox.py).
-
-Hugging Face loads the model and runs the full model. A model family provides the parts of the
-circuit pass that `architecture.py` lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +33,6 @@ from edgeprune.engine.architecture import Architecture, Block, fingerprint
 from edgeprune.engine.heads import centre
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.graph import CircuitGraph
-from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair
 
 MAX_LOOKAHEAD = 8
@@ -81,10 +77,12 @@ class CircuitModel:
     Args:
         architecture, graph, tokenizer: the loaded model; the tokenizer may be None.
         name: shown in messages.
-        settings: everything but the weights that determines what the model computes, as JSON
-            values; part of the fingerprint.
+        settings: JSON values that determine, with the weights, what the model computes.
 
     Attributes:
+        output: what the model's outputs are.
+        max_length: maximum number of tokens of a prompt.
+        d_model: width of the residual stream.
         begin_layer: called by the circuit pass with a layer's module and the layer's first input.
         end_layer: called with a layer's module and the layer's last output.
         workspace: the memory of the outboxes, reused from step to step.
@@ -101,6 +99,8 @@ class CircuitModel:
     ) -> None:
         self.architecture, self.graph, self.tokenizer = architecture, graph, tokenizer
         self.name, self.settings = name, settings
+        self.output, config = architecture.output, architecture.body.config
+        self.max_length, self.d_model = config.max_position_embeddings, config.hidden_size
         self.workspace = Workspace()
         self.begin_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
         self.end_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
@@ -113,21 +113,6 @@ class CircuitModel:
     @property
     def device(self) -> torch.device:
         return next(self.architecture.body.parameters()).device
-
-    @property
-    def max_length(self) -> int:
-        """Maximum number of tokens of a prompt."""
-        return self.architecture.body.config.max_position_embeddings
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.architecture.body.config.hidden_size
-
-    @property
-    def output(self) -> Output:
-        """What the model's outputs are."""
-        return self.architecture.output
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
         """Raises ValueError if there are no prompts, or one is too long for the model."""
@@ -165,15 +150,13 @@ class CircuitModel:
 
     @torch.no_grad()
     def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:
-        """Run the full model on [batch, pos] and record the activations of the examples in `keep`.
+        """Run the full model on [batch, pos].
 
-        Returns:
-            The hidden states after the final norm, [batch, pos, d_model], and the activations.
+        Returns the hidden states after the final norm, [batch, pos, d_model], and the activations
+        of the examples in `keep`.
         """
         arch = self.architecture
-        head_values: list[Tensor] = []
-        mlp_outputs: list[Tensor] = []
-        residuals: list[Tensor] = []
+        head_values, mlp_outputs, residuals = [], [], []
 
         def record(store: list[Tensor], change: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
             """A hook that stores a module's output, or its input if it has not run yet."""
@@ -191,12 +174,11 @@ class CircuitModel:
                 block.mlp_norm.register_forward_pre_hook(record(residuals, self.centre)),
                 block.mlp_output.register_forward_hook(record(mlp_outputs)),
             ]
-        try:
+        with ExitStack() as stack:  # removes the hooks
+            for hook in hooks:
+                stack.enter_context(hook)
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
         return states, Activations(arch.embed(ids[keep]), head_values, mlp_outputs, residuals)
 
     def run_pair(
@@ -204,9 +186,8 @@ class CircuitModel:
     ) -> tuple[Tensor, Activations | None]:
         """Run clean and, if asked, corrupted prompts through the full model, in one batch.
 
-        Returns:
-            The reference, [predicted, vocabulary]: logits on the clean prompts; and the activations
-            on the corrupted prompts, or None.
+        Returns the reference, [predicted, vocabulary]: logits on the clean prompts; and the
+        activations on the corrupted prompts, or None.
         """
         self.check_padding(batch)
         ids = batch.clean_ids  # [batch, pos]
@@ -228,9 +209,8 @@ class CircuitModel:
 
         Args:
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
-            ablation_values: what an edge with gate 0 carries: activations on the corrupted prompts,
-                mean activations, or None for zeros.
-            recompute: whether the backward pass recomputes the blocks. This takes less memory: the
+            ablation_values: what an edge with gate 0 carries; None: zeros.
+            recompute: whether the backward pass recomputes the blocks, which takes less memory:
                 outboxes, their gradients and the blocks of one look-ahead.
 
         Returns:
@@ -238,8 +218,7 @@ class CircuitModel:
             before the next `run_circuit`.
 
         Raises:
-            ValueError: the batch is padded and the model attends to padding, or the gates have
-                the wrong shape.
+            ValueError: the model attends to the batch's padding, or gates have the wrong shape.
         """
         self.check_padding(batch)
         if gates.shape != (self.graph.num_edges,):
@@ -247,12 +226,13 @@ class CircuitModel:
         keep_inputs = torch.is_grad_enabled() and not recompute
         circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs)
         for layers in lookaheads(self.graph):
-            run_layers = partial(circuit_pass.run_layers, layers)
             if recompute:
-                run_layers = circuit_pass.boxes.repeatable(run_layers)
-                values = checkpoint(run_layers, use_reentrant=False, preserve_rng_state=False)
+                values = checkpoint(
+                    circuit_pass.run_layers, layers, use_reentrant=False, preserve_rng_state=False,
+                    context_fn=circuit_pass.boxes.contexts,
+                )  # fmt: skip
             else:
-                values = run_layers()
+                values = circuit_pass.run_layers(layers)
         return circuit_pass.finish(values)
 
 
@@ -287,11 +267,10 @@ class _CircuitPass:
         )
         delta = embeddings if ablation_values is None else embeddings - ablation_values.embeddings
         delta = model.centre(delta)
-        self.always_on: Tensor | None = None
+        # Without embedding writers, the clean embeddings reach every reader.
+        self.always_on = None if graph.embedding_writers else delta.sum(0)  # [batch, pos, d_model]
         if graph.embedding_writers:
             self.boxes.write(delta)
-        else:  # the clean embeddings reach every reader
-            self.always_on = delta.sum(0)  # [batch, pos, d_model]
         zeros = [None] * graph.num_layers
         self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
         self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs
@@ -329,11 +308,7 @@ class _CircuitPass:
         return values
 
     def finish(self, values: Tensor) -> Tensor:
-        """Run the rest of the model at the predicted tokens.
-
-        Maps the last layer's head values, [batch, pos, head * d_head], to logits,
-        [predicted, vocabulary].
-        """
+        """Run the rest at the predicted tokens: [batch, pos, head * d_head] -> logits."""
         arch, boxes = self.model.architecture, self.boxes
         block, at = arch.blocks[-1], (self.batch.rows, self.batch.cols)
 

@@ -13,9 +13,7 @@ def attention_mask(
     """Make a causal mask with a function of the library, or None where SDPA needs none.
 
     The library leaves out such masks as well, but in some versions not while a CUDA graph is
-    recorded; the graph would then contain another kernel than the ordinary step.
-
-    The embeddings are [batch, pos, d_model]; the sliding window, if there is one, is in tokens.
+    recorded. The embeddings are [batch, pos, d_model]; `window` is in tokens.
     """
     sees_all = window is None or embeddings.shape[1] < window
     if sees_all and config._attn_implementation == "sdpa":
@@ -33,9 +31,8 @@ def project_to_heads(
 ) -> Tensor:
     """Norm and project a separate input per head.
 
-    The norm's scale and shift are folded into the projection. What remains of the norm is one
-    factor per input, by which the projection is multiplied. So no normed copy of the inputs is
-    made, and the backward pass overwrites the inputs with their gradient.
+    The norm's scale and shift are folded into the projection, and its factor per input multiplies
+    the result. So no normed copy is made; the backward pass overwrites x with its gradient.
 
     Args:
         x: [head, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
@@ -48,7 +45,6 @@ def project_to_heads(
     Returns:
         [head, batch, pos, d_head].
     """
-    num_heads, batch, pos, _ = x.shape
     is_layer_norm = isinstance(norm, nn.LayerNorm)
     if is_foldable(norm) and x.dtype != torch.float16:
         if is_layer_norm and norm.bias is not None:
@@ -60,15 +56,14 @@ def project_to_heads(
         projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
     if bias is not None:
         projected = projected + bias[:, None]  # [head, batch * pos, d_head]
-    return projected.view(num_heads, batch, pos, -1)
+    return projected.unflatten(1, x.shape[1:3])
 
 
 class _ScaledProjection(torch.autograd.Function):
     """y = x * factor @ (scale * weight).T, where factor = 1 / sqrt(mean square of x + eps).
 
-    x is [head, token, d_model], y is [head, token, d_head]; the mean is over d_model. Scale and
-    weights are frozen. The backward pass folds them again, because the folded weights take as much
-    memory as the model's own. It overwrites x with its gradient.
+    x is [head, token, d_model], y is [head, token, d_head]; the mean is over d_model. The backward
+    pass overwrites x with its gradient, and folds the frozen weights again to save memory.
     """
 
     @staticmethod

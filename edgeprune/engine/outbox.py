@@ -1,13 +1,12 @@
 """Outboxes: the writers' outputs, and mixing them into the readers' inputs. The hot path.
 
 The outboxes store each writer's delta = clean - ablation value, so that one product mixes both
-values of every edge:
+values of every edge (Bhaskar et al. 2024, arXiv:2406.16778, rewritten):
 
     sum_w g_w clean_w + (1 - g_w) ablated_w  =  base + sum_w g_w delta_w
 
-where `base` is the ablated residual stream at that point (Bhaskar et al. 2024, arXiv:2406.16778,
-rewritten). All deltas lie in one buffer, filled in write order; their gradients lie in others, to
-which the backward pass of every mix adds. The residual stream is never copied.
+where `base` is the ablated residual stream at that point. All deltas lie in one buffer, filled in
+write order; their gradients lie in others, to which the backward pass of every mix adds.
 
 Layout. Buffers are [token, writer, d_model], where token runs over batch and pos. They are normally
 token-major: mixing is one small product per token, all with the same gates, each of which stays in
@@ -19,9 +18,8 @@ So reads look ahead: the writers written so far are mixed for the readers of sev
 What those layers write is added for the later half of them when the first half is done, and so on
 by halves: a blocked product with a triangular matrix.
 
-Autograd. Writes, mixes and reads change buffers in place, which autograd does not see. An empty
-tensor, the *link*, is passed from each operation to the next, so that the backward pass runs them
-in reverse order:
+Autograd. Writes, mixes and reads change buffers in place, which autograd does not see. Each passes
+an empty tensor, the *link*, to the next, so that the backward pass runs them in reverse order:
 
     forward                                     backward
     _Begin                                      return grad_gates
@@ -32,7 +30,8 @@ in reverse order:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -45,16 +44,11 @@ MULTIPLE = 8
 
 
 class Workspace:
-    """Named flat buffers, kept from one step to the next.
-
-    Attributes:
-        buffers: the buffers by name.
-        generation: number of forward passes that have used the workspace.
-    """
+    """Named flat buffers, kept from one step to the next."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
-        self.generation = 0
+        self.generation = 0  # number of forward passes that have used the workspace
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor like `like`, valid until the same name is taken again."""
@@ -78,8 +72,7 @@ class Outboxes:
     """The deltas of one forward pass, mixed site by site.
 
     Args:
-        workspace: holds the buffers. Only its latest `Outboxes` may be used, and differentiated
-            once.
+        workspace: holds the buffers. Only its latest `Outboxes` may be used.
         num_writers: number of writers of the whole model.
         gates: [edge] in [0, 1], the edges of `sites` in the graph's order; 1 = clean.
         sites: number of readers and writers of each site.
@@ -103,8 +96,7 @@ class Outboxes:
         keep_inputs: bool,
     ) -> None:
         workspace.generation += 1
-        self.workspace = workspace
-        self.generation = workspace.generation
+        self.workspace, self.generation = workspace, workspace.generation
         self._batch_pos = like.shape[:2]
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
         grad_gates = torch.empty_like(gates)  # filled completely: every edge is mixed once
@@ -113,11 +105,10 @@ class Outboxes:
         self.delta = workspace.take_outboxes("delta", num_writers, like.flatten(0, 1))
         self.num_written = 0
         self._site = 0  # the next site to be read
-        self._num_inputs = 0  # readers of all look-aheads so far
         self._keep_inputs = keep_inputs
-        # The current look-ahead: its inputs, [token, reader, d_model]; how many readers have been
-        # read; and the mixes that include unread ones, the innermost last: (stop, n) if the first n
-        # writers have been mixed into the inputs of the readers before `stop`.
+        # The current look-ahead: its inputs, [token, reader, d_model]; the number of readers read;
+        # and the mixes that include unread ones, innermost last: (stop, n) if the first n writers
+        # have been mixed into the inputs of the readers before `stop`.
         self._inputs, self._num_read = self.delta[:, :0], 0
         self._mixed: list[tuple[int, int]] = []
         self._starts = [0]  # the first writer of each buffer of gradients
@@ -137,14 +128,12 @@ class Outboxes:
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.
 
-        An edge with gate g carries g * clean + (1 - g) * ablation value
-        (interchange ablation; Bhaskar et al. 2024, arXiv:2406.16778).
+        An edge with gate g carries g * clean + (1 - g) * ablation value.
 
         Args:
             base: [batch, pos, d_model], the input if every gate is 0; None: zeros.
-            stop: the site at which the look-ahead ends (exclusive): the deltas are mixed for the
-                readers of all sites before it, and later reads of these add only what is written
-                after. None: no look-ahead.
+            stop: the deltas are mixed for the readers of all sites before this one, and later reads
+                of these add only what is written after. None: no look-ahead.
 
         Returns:
             [reader, batch, pos, d_model], dtype of the outboxes, valid until the next look-ahead
@@ -157,8 +146,7 @@ class Outboxes:
         self._site += 1
         readers = slice(self._num_read, self._num_read + num_readers)
         self._num_read = readers.stop
-        # With `data`, autograd takes this for a tensor of its own, which later mixes into the other
-        # readers' inputs do not modify.
+        # `data` hides from autograd that later mixes modify the other readers' inputs.
         inputs = self._inputs[:, readers].data  # [token, reader, d_model]
         inputs = _Read.apply(self._link, self, inputs)  # [reader, token, d_model]
         return inputs.unflatten(1, self._batch_pos)  # [reader, batch, pos, d_model]
@@ -180,11 +168,9 @@ class Outboxes:
         self._link = _Mix.apply(self._link, self, inputs, sites, writers, base, is_new)
 
     def _begin_lookahead(self, num_readers: int) -> None:
-        name = f"inputs {self._num_inputs}" if self._keep_inputs else "inputs"
+        name = f"inputs {self._site}" if self._keep_inputs else "inputs"
         self._inputs = self.workspace.take_outboxes(name, num_readers, self.delta[:, 0])
-        self._num_inputs += num_readers
-        self._num_read = 0
-        self._mixed = [(num_readers, 0)]
+        self._num_read, self._mixed = 0, [(num_readers, 0)]
         if _prefers_whole_buffers(self.delta) and self.num_written > self._starts[-1]:
             self._starts.append(self.num_written)
 
@@ -199,13 +185,10 @@ class Outboxes:
         Where a product into a whole buffer is faster than into a part of one, each buffer has the
         writers between the beginnings of two look-aheads. Allocated after the forward pass.
         """
-
-        def zeros(start: int, stop: int) -> Tensor:
-            name, like = f"gradient {start}", self.delta[:, 0]
-            return self.workspace.take_outboxes(name, stop - start, like).zero_()
-
-        bounds = pairwise([*self._starts, self.delta.shape[1]])
-        return [(start, zeros(start, stop)) for start, stop in bounds]
+        buffers, take, like = [], self.workspace.take_outboxes, self.delta[:, 0]
+        for start, stop in pairwise([*self._starts, self.delta.shape[1]]):
+            buffers.append((start, take(f"gradient {start}", stop - start, like).zero_()))
+        return buffers
 
     def gradients(self, writers: slice) -> Iterator[tuple[slice, Tensor]]:
         """Yield, per buffer with some of the writers, which ones and their gradients."""
@@ -215,34 +198,26 @@ class Outboxes:
                 part = slice(start - writers.start, stop - writers.start)
                 yield part, buffer[:, start - first : stop - first]
 
-    def repeatable(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Wrap a function that reads and writes, so that the backward pass may call it again.
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """The `context_fn` with which `checkpoint` may recompute the look-ahead that begins now."""
+        return nullcontext(), self._rewound(self.num_written, self._site)
 
-        The second call starts at the same writer and site, and must write the same deltas again.
-        """
-        start, was_called = (self.num_written, self._site), False
-
-        def run() -> Tensor:
-            nonlocal was_called
-            if not was_called:
-                was_called = True
-                return function()
-            self.num_written, self._site = start
-            self._inputs, self._num_read = self.delta[:, :0], 0
-            link = self._link
-            try:
-                return function()
-            finally:  # the second call is not differentiated, so the link must not lead to it
-                self._link = link
-
-        return run
+    @contextmanager
+    def _rewound(self, num_written: int, site: int) -> Iterator[None]:
+        """Go back to a writer and a site, from which the same deltas are written again."""
+        link = self._link
+        self.num_written, self._site = num_written, site
+        self._inputs, self._num_read = self.delta[:, :0], 0
+        try:
+            yield
+        finally:  # the second run is not differentiated, so the link must not lead to it
+            self._link = link
 
 
 def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
-    """base + gates @ delta, differentiated by autograd: for few tokens.
+    """base + gates @ delta, [reader, token, d_model], differentiated by autograd: for few tokens.
 
-    Maps [reader, writer], [writer, token, d_model] and [token, d_model] (None: zeros) to
-    [reader, token, d_model].
+    Gates are [reader, writer], delta [writer, token, d_model], base [token, d_model] or None.
     """
     mixed = gates.to(delta.dtype) @ delta.flatten(1)  # [reader, token * d_model]
     mixed = mixed.view(len(gates), *delta.shape[1:])  # [reader, token, d_model]
@@ -250,7 +225,7 @@ def mix(gates: Tensor, delta: Tensor, base: Tensor | None) -> Tensor:
 
 
 def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Split [edge] into one [reader, writer] view per site, given the size of each."""
+    """Split [edge] into one [reader, writer] view per site of that size."""
     parts = gates.split([readers * writers for readers, writers in sites])
     return [part.view(site) for part, site in zip(parts, sites, strict=True)]
 
@@ -261,9 +236,7 @@ def split_by_site(gates: Tensor, sites: Sequence[tuple[int, int]]) -> list[Tenso
 def _outboxes(ctx: Any) -> Outboxes:
     """Take the outboxes from a context, which frees them after the backward pass."""
     boxes, ctx.boxes = ctx.boxes, None
-    assert boxes.generation == boxes.workspace.generation, (
-        "these outboxes were overwritten by a later forward pass; call backward before it"
-    )
+    assert boxes.generation == boxes.workspace.generation, "overwritten by a later forward pass"
     return boxes
 
 
@@ -321,30 +294,27 @@ class _Mix(torch.autograd.Function):
         gates = torch.cat([boxes.gates[site][:, writers] for site in sites])  # [reader, writer]
         ctx.gates = mixing = _pad_writers(gates, boxes.delta)
         if base is not None:
-            num_first = len(boxes.gates[sites.start])
-            is_first = torch.arange(len(gates), device=gates.device) < num_first  # [reader]
-            gates = torch.cat([gates, is_first[:, None].to(gates.dtype)], 1)
+            gates = nn.functional.pad(gates, (0, 1))
+            gates[: len(boxes.gates[sites.start]), -1].fill_(1)
             mixing = _pad_writers(gates, boxes.delta)
             boxes.delta[:, writers.stop].copy_(base)
-        first, num_mixed = writers.start, mixing.shape[1]
-        # The padding has gates of 0, but 0 times NaN would be NaN.
-        boxes.delta[:, first + gates.shape[1] : first + num_mixed].zero_()
-        values = boxes.delta[:, first : first + num_mixed]  # [token, writer, d_model]
+        values = boxes.delta[:, writers.start :][:, : mixing.shape[1]]  # [token, writer, d_model]
+        values[:, gates.shape[1] :].zero_()  # the padding, because 0 times NaN would be NaN
         _add_mixed(boxes.workspace, inputs, mixing, values, overwrite=is_new)
         return torch.empty(0, device=link.device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple:
-        boxes, grad_inputs = _outboxes(ctx), ctx.inputs  # [token, reader, d_model], by the reads
-        ctx.inputs = None
+        boxes = _outboxes(ctx)
+        grad_inputs, ctx.inputs = ctx.inputs, None  # [token, reader, d_model], stored by the reads
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
         for part, target in boxes.gradients(mixed):
             _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
         grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
+        grad_gates = grad_gates[:, : ctx.writers.stop - ctx.writers.start]  # [reader, writer]
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
-        parts = grad_gates.split([len(target) for target in targets])  # per site, [reader, writer]
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part[:, : target.shape[1]])
+        for target, part in zip(targets, grad_gates.split(list(map(len, targets))), strict=True):
+            target.copy_(part)
         return (None,) * 7
 
 
@@ -395,8 +365,7 @@ def _add_mixed(
     elif target.is_contiguous() or not _prefers_whole_buffers(target):
         target.baddbmm_(gates.expand(len(values), *gates.shape), values, beta=beta)
     else:
-        shape = (len(values), len(gates), values.shape[2])
-        mixed = workspace.take("mixed", shape, values)  # [token, reader, d_model]
+        mixed = workspace.take("mixed", target.shape, values)  # [token, reader, d_model]
         target += torch.bmm(gates.expand(len(values), *gates.shape), values, out=mixed)
 
 

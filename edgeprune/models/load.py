@@ -38,12 +38,11 @@ FAMILIES = {"gpt2": GPT2, **dict.fromkeys(LLAMA_FAMILY, Llama)}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 """The supported dtypes by name."""
 
-SAVED_SETTINGS = ("architectures", "dtype", "quantization_config", "torch_dtype",
-                  "transformers_version")  # fmt: skip
+SAVED_SETTINGS = {"architectures", "dtype", "quantization_config", "torch_dtype",
+                  "transformers_version"}  # fmt: skip
 """Fields of a configuration that say how the model was saved; not part of the fingerprint."""
 
-LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, IndexError, struct.error)
-"""What the libraries raise for files that are missing, damaged or of another kind."""
+SOURCES = "give a folder with config.json and *.safetensors, a .gguf file, or a hub name"
 
 
 def load_model(
@@ -63,20 +62,18 @@ def load_model(
         name_or_path: a hub name, a folder with safetensors weights, a .gguf file (its weights are
             expanded to `dtype`), `embedded` for the included small GPT-2, the folder of a Tracr
             model (see `tracr.py`), or `tracr/NAME` for an included one.
-        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...; or `meta` for a model
-            without weights, as `load_meta_model`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...; `meta`: no weights.
         dtype: dtype of weights and activations: `float32`, `bfloat16` or `float16`.
         attention: the library's attention implementation: `sdpa`, `eager`, ...; `auto` is `sdpa`,
-            or `eager` for models with capped attention scores, which `sdpa` does not support.
+            or `eager` for models with capped attention scores.
         bits: 4 or 8 to quantise the weights (bitsandbytes; Llama family).
         fused: whether to use Triton kernels, see `fuse`.
         embedding_writers: whether the embeddings are writers with edges of their own; otherwise
             they reach every reader.
         trust_remote_code: whether code that comes with the model may run.
 
-    Raises:
-        ModelError: the model is not found, has no safetensors weights, is of an unsupported family,
-            cannot have the dtype, bits or kernels, or fails the parity check.
+    Raises ModelError if the model is not found, has no safetensors weights, is of an unsupported
+    family, cannot have the dtype, bits or kernels, or fails the parity check.
     """
     device = device if device == "meta" else pick_device(device)
     if dtype not in DTYPES:
@@ -102,10 +99,7 @@ def load_model(
 
 
 def load_meta_model(name_or_path: str | Path, **settings: Any) -> CircuitModel:
-    """Load a model's shape (on the meta device, without weights) and its tokenizer.
-
-    Settings and errors as `load_model`; `bits` is only checked.
-    """
+    """Load a model without weights, on the meta device, and its tokenizer; see `load_model`."""
     return load_model(name_or_path, device="meta", **settings)
 
 
@@ -118,20 +112,14 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
     with _translate_errors(str(name_or_path)):
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{name_or_path} has no fast tokenizer (tokenizer.json), which is needed to find the "
-            "tokens of a prediction"
-        )
+        raise ModelError(f"{name_or_path} has no fast tokenizer; it needs a tokenizer.json")
     return tokenizer
 
 
 def wrap_model(
     hf_model: Any, tokenizer: Any = None, *, name: str = "model", embedding_writers: bool = True
 ) -> CircuitModel:
-    """Wrap a loaded Hugging Face model in a circuit model; this freezes it.
-
-    Raises ModelError if the family is not supported.
-    """
+    """Freeze a loaded Hugging Face model, of a supported family, and wrap it as a circuit."""
     config = hf_model.config
     _check_family(config, name)
     hf_model.requires_grad_(False).eval()
@@ -151,15 +139,13 @@ def wrap_model(
 def fuse(model: CircuitModel) -> None:
     """Norm and project the heads' inputs with Triton kernels, which move less memory.
 
-    Raises:
-        ModelError: the model is not on a GPU or not in bfloat16, or its norms cannot be folded into
-            the projections.
+    Raises ModelError if the model is not in bfloat16 on a GPU, or has norms of another kind.
     """
     weight = next(model.architecture.body.parameters())
     if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
         raise ModelError(
-            f"fused kernels need bfloat16 on a GPU, but {model.name} is in "
-            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+            f"fused kernels need bfloat16 on a GPU, but {model.name} is in {weight.dtype} on "
+            f"{weight.device.type}"
         )
     blocks = model.architecture.blocks
     if not all(is_foldable(block.attention_norm) for block in blocks):
@@ -173,16 +159,14 @@ def pick_device(device: str) -> str:
 
     Raises ModelError for a device that this machine does not have.
     """
-    gpus = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    devices = ["cpu", *(gpus if len(gpus) > 1 else [])]
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = ["cuda", *devices, "cpu"] if devices else ["cpu"]
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    if device == "auto":
-        return "cuda" if "cuda" in devices else "cpu"
-    if device not in devices:
+    if device not in ("auto", *devices):
         raise ModelError(
             f"there is no device {device!r} on this machine; choose auto or {', '.join(devices)}"
         )
-    return device
+    return devices[0] if device == "auto" else device
 
 
 def _load_hf_model(
@@ -229,11 +213,8 @@ def _check_family(config: Any, name: str) -> None:
 def _unusual_settings(config: Any) -> dict[str, Any]:
     """The fields in which a configuration differs from its family's default."""
     default = type(config)().to_dict()
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if value != default.get(key) and key not in SAVED_SETTINGS and not key.startswith("_")
-    }
+    unusual = {key: value for key, value in config.to_dict().items() if value != default.get(key)}
+    return {k: v for k, v in unusual.items() if k not in SAVED_SETTINGS and not k.startswith("_")}
 
 
 def _quantization(bits: int | None, model_type: str) -> BitsAndBytesConfig | None:
@@ -242,9 +223,7 @@ def _quantization(bits: int | None, model_type: str) -> BitsAndBytesConfig | Non
     if bits not in (4, 8):
         raise ModelError(f"weights in {bits} bits are not supported; give 4 or 8, or none")
     if model_type not in LLAMA_FAMILY:
-        raise ModelError(
-            f"weights in {bits} bits are for the Llama family, got model type {model_type}"
-        )
+        raise ModelError(f"weights in {bits} bits need a Llama-like model, got {model_type}")
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
 
@@ -256,8 +235,8 @@ def _source(name: str) -> dict[str, str]:
     is_hub_name = len(path.parts) <= 2 and not name.startswith(("/", ".", "~")) and not is_gguf
     if not is_hub_name and not path.exists():
         raise ModelError(
-            f"there is no {path}; give a folder with config.json and *.safetensors, a .gguf file, "
-            "or a hub name. If the model of a run has moved, add model=custom model.path=FOLDER"
+            f"there is no {path}; {SOURCES}. If the model of a run has moved, add model=custom "
+            "model.path=FOLDER"
         )
     if is_gguf:
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -266,14 +245,11 @@ def _source(name: str) -> dict[str, str]:
 
 @contextmanager
 def _translate_errors(name: str) -> Iterator[None]:
-    """Turn the libraries' exceptions into a ModelError with their first line."""
+    """Turn what the libraries raise for missing or damaged files into a ModelError."""
     try:
         yield
     except ModelError:
         raise
-    except LOAD_ERRORS as error:
+    except (OSError, ValueError, ImportError, KeyError, IndexError, struct.error) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"cannot load model {name!r}: {reason} (give a folder with config.json and "
-            "*.safetensors, a .gguf file, or a hub name)"
-        ) from None
+        raise ModelError(f"cannot load model {name!r}: {reason} ({SOURCES})") from None

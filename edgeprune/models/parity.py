@@ -26,11 +26,8 @@ CHECK_LENGTH = 24
 def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
     """Check that gates of 1 give the full model, and gates of 0 the corrupted prompt.
 
-    Sliding windows are narrowed during the check, so that the prompts exceed them. Random prompts
-    are used if none are given.
-
-    Raises:
-        ModelError: the logits differ by more than the tolerance.
+    Sliding windows are narrowed meanwhile, so that the prompts (by default random) exceed them.
+    Raises ModelError if logits differ by more than the tolerance.
     """
     if batch is None:
         batch = random_batch(model, 2, min(CHECK_LENGTH, model.max_length), predicted=4)
@@ -41,10 +38,9 @@ def verify_parity(model: CircuitModel, batch: Batch | None = None) -> None:
         corrupted_logits, _ = model.run_pair(swapped)
         full = model.run_circuit(batch, gates, corrupted)
         empty = model.run_circuit(batch, 0 * gates, corrupted)
-    _compare(model, full, reference, "all gates open should give the full model")
+    _compare(model, full, reference, "Gates of 1 should give the full model")
     if model.graph.embedding_writers:  # else the clean embeddings reach every reader
-        meaning = "all gates closed should give the corrupted prompt"
-        _compare(model, empty, corrupted_logits, meaning)
+        _compare(model, empty, corrupted_logits, "Gates of 0 should give the corrupted prompt")
 
 
 @contextmanager
@@ -67,9 +63,8 @@ def _compare(model: CircuitModel, got: Tensor, expected: Tensor, meaning: str) -
     tolerance = TOLERANCE_8_BITS if in_8_bits else TOLERANCE[got.dtype]
     if not error <= tolerance:  # also catches NaN
         raise ModelError(
-            f"parity check failed for {model.name}: {meaning}, but the logits differ by "
-            f"{error:.2g} of the largest logit (tolerance {tolerance:g}). This model computes "
-            "something that its family does not, so it cannot be used"
+            f"parity check failed: {model.name} computes something that its family does not. "
+            f"{meaning}, but logits differ by {error:.2g} of the largest (tolerance {tolerance:g})"
         )
 
 

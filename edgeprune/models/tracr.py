@@ -43,10 +43,7 @@ def find_folder(name_or_path: str | Path) -> Path | None:
         path = TRACR_MODELS / path.name
         if not path.is_dir():
             names = ", ".join(sorted(folder.name for folder in TRACR_MODELS.iterdir()))
-            raise ModelError(
-                f"there is no included Tracr model {path.name!r}; choose {names}, or give the "
-                "folder of your own: model=custom model.path=FOLDER"
-            )
+            raise ModelError(f"there is no included Tracr model {path.name!r}; choose {names}")
     return path if (path / WEIGHTS).is_file() and (path / CONFIG).is_file() else None
 
 
@@ -68,26 +65,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class TracrTokenizer:
-    """Takes the place of a tokenizer: knows the names of tokens and outputs.
+    """Takes the place of a tokenizer: knows a folder's config.json, tokens and outputs.
 
-    Attributes:
-        folder: the folder of the model, which has examples.jsonl.
-        config: the folder's config.json.
-        num_outputs: number of output columns.
-        gives_numbers: whether the output is the answer itself instead of one column per answer.
+    `num_outputs` is the number of output columns; `gives_numbers` says whether the output is the
+    answer itself instead of one column per answer.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
+        self.folder, self.config = folder, read_config(folder)
         self.num_outputs = self.config["d_out"]
         self.gives_numbers = self.config["output_type"] == "numerical"
 
     def __call__(self, *arguments: Any, **settings: Any) -> None:
         """Raises DataError: there is no text to tokenise."""
         raise DataError(
-            "this Tracr model takes token ids, not text: use task=tracr, or lines with clean_ids, "
-            "corrupted_ids and target_ids"
+            "this Tracr model takes token ids, not text; use task=tracr or *_ids fields"
         )
 
     def __len__(self) -> int:
@@ -101,6 +93,9 @@ class TracrTokenizer:
 
 class TracrLayer(nn.Module, Block):
     """One layer, run as a whole or head by head."""
+
+    layer = property(lambda self: self)
+    mlp_output = property(lambda self: self.mlp)
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -133,14 +128,6 @@ class TracrLayer(nn.Module, Block):
         values = scores.softmax(-1) @ v  # [head, batch, pos, d_head]
         return values.permute(1, 2, 0, 3).flatten(2)
 
-    @property
-    def layer(self) -> nn.Module:
-        return self
-
-    @property
-    def mlp_output(self) -> nn.Module:
-        return self.mlp
-
     def output_weight(self, dtype: torch.dtype) -> Tensor:
         return self.attention_output.weight.T.unflatten(0, (-1, self.d_head))
 
@@ -149,6 +136,8 @@ class Tracr(nn.Module, Architecture):
     """The whole model."""
 
     embedding_writers = ("tok_embeds", "pos_embeds")
+    body = property(lambda self: self)
+    blocks = property(lambda self: self.layers)
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -163,14 +152,6 @@ class Tracr(nn.Module, Architecture):
         self.layers = nn.ModuleList(TracrLayer(config) for _ in range(config["n_layers"]))
         self.final_norm = nn.Identity()
         self.unembed = nn.Linear(d_model, config["d_out"], bias=False)
-
-    @property
-    def body(self) -> nn.Module:
-        return self
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.layers
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tok_embed
@@ -189,11 +170,7 @@ class Tracr(nn.Module, Architecture):
 
 
 def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
-    """Load the Tracr model of a folder, in float32 on the CPU; see `load_model`.
-
-    Raises:
-        ModelError: a file cannot be read, or the tensors do not match the config.
-    """
+    """Load the Tracr model of a folder, in float32 on the CPU; see `load_model`."""
     tokenizer = TracrTokenizer(folder)
     config = tokenizer.config
     with torch.device("meta"):
@@ -202,9 +179,7 @@ def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
         state = _state_dict(load_file(folder / WEIGHTS), config["n_layers"])
         model.load_state_dict(state, assign=True)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS} does not hold the tensors of {CONFIG}: {error}"
-        ) from None
+        raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from None
     num_heads, writers = config["n_heads"], Tracr.embedding_writers if embedding_writers else ()
     graph = CircuitGraph(config["n_layers"], num_heads, num_heads, writers)
     model.requires_grad_(False).eval()

@@ -54,17 +54,14 @@ def plan_memory(
     bits: int | None = None,
     corrupted_kept: bool = True,
 ) -> MemoryPlan:
-    """Plan a step on the longest prompts.
-
-    Runs the circuit pass on the meta device, where tensors have a shape and no values, and counts
-    what it saves.
+    """Plan a step on the longest prompts: run it on the meta device and count what it saves.
 
     Args:
         model: from `load_meta_model`.
         pairs: the training set.
         batch_size: pairs that this process runs at a time.
         recompute: whether the backward pass recomputes the blocks.
-        shares: number of processes over which the layers are split; 1: not split.
+        shares: number of processes over which the layers are split.
         offload: whether the shards are kept in the CPU's memory.
         bits: bits per weight of the layers' matrices; None: as the model's dtype.
         corrupted_kept: whether kept passes include activations on the corrupted prompts.
@@ -94,10 +91,7 @@ def plan_memory(
 
 
 def free_memory(device: str) -> int:
-    """Bytes that this process may still allocate, on its GPU or as its share of the machine.
-
-    A container's or batch job's limit is respected. `device` is as for `load_model`.
-    """
+    """Bytes that this process may still allocate, on its GPU or as its share of the machine."""
     device = pick_device(device)
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
@@ -111,9 +105,7 @@ def memory_allowed(
     """Bytes that this process's control groups (version 2) still allow; infinity without a limit.
 
     The limit of a container or a SLURM job is set on the process's group or one of its parents.
-    Cached files that are not in use can be freed, so they count as free.
-
-    They are mounted at `root`, and `own` names this process's group, as "0::/path".
+    They are mounted at `root`; `own` names the group, as "0::/path". Unused cached files are free.
     """
     lines = own.read_text().splitlines() if own.is_file() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
@@ -187,11 +179,8 @@ def _run_step(model: CircuitModel, batch: Batch, corrupted: Activations, recompu
         model.run_circuit(batch, gates, corrupted, recompute=recompute).sum().backward()
 
 
-def _tensors_of(activations: Activations) -> list[Tensor]:
-    return [
-        activations.embeddings, *activations.head_values, *activations.mlp_outputs,
-        *activations.residuals,
-    ]  # fmt: skip
+def _tensors_of(x: Activations) -> list[Tensor]:
+    return [x.embeddings, *x.head_values, *x.mlp_outputs, *x.residuals]
 
 
 def _empty_activations(model: CircuitModel, batch: Batch) -> Activations:
@@ -203,7 +192,5 @@ def _empty_activations(model: CircuitModel, batch: Batch) -> Activations:
     def empty(count: int, width: int) -> list[Tensor]:
         return [embeddings.new_empty(*batch_pos, width) for _ in range(count)]
 
-    head_values = empty(layers, model.graph.num_heads * arch.blocks[0].d_head)
-    return Activations(
-        embeddings, head_values, empty(layers, d_model), empty(2 * layers + 1, d_model)
-    )
+    heads = empty(layers, model.graph.num_heads * arch.blocks[0].d_head)
+    return Activations(embeddings, heads, empty(layers, d_model), empty(2 * layers + 1, d_model))

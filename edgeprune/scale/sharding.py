@@ -29,8 +29,7 @@ def shard_model(
 ) -> None:
     """Give each process its shard of the layers' weights, and all other weights.
 
-    Rank 0 sends one tensor after another to all processes, so no other process ever holds more
-    than its shard and one whole tensor.
+    Rank 0 sends one tensor after another, so others never hold more than a shard and one tensor.
 
     Args:
         model: the model without weights (on the meta device); filled in place.
@@ -63,8 +62,7 @@ def shard_model(
             tensor.copy_(received)
 
     receive("body")
-    # Whether the weights are tied, which the configuration may say wrongly.
-    is_tied = torch.zeros(1, device=device)
+    is_tied = torch.zeros(1, device=device)  # the configuration may say it wrongly
     if whole is not None:
         is_tied += whole_arch.unembed.weight is whole_arch.body.get_input_embeddings().weight
     send(is_tied)
