@@ -4,14 +4,13 @@ Batches are padded on the right: under causal attention padding cannot influence
 it, so no attention mask is needed.
 """
 
-from __future__ import annotations
-
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,18 +22,15 @@ class Pair:
     """A clean and a corrupted prompt as token ids, with the tokens to predict.
 
     Attributes:
-        clean_ids, corrupted_ids: the model's input on each prompt, equally many tokens: the prompt
-            and all but the last token of the prediction.
-        target_ids: the tokens to predict, at the last `len(target_ids)` positions; -1 where the
-            right token is unknown.
-        answer_ids, distractor_ids: the right and the wrong tokens at target `contrast`; empty if
-            the example has no answers or distractors.
+        clean_ids, corrupted_ids: the model's inputs, of equal length: each prompt and all but the
+            last token of its prediction.
+        target_ids: the tokens to predict, at the last positions; -1 where unknown.
+        answer_ids, distractor_ids: the right and the wrong tokens at target `contrast`, if any.
         contrast: index of the target at which answers and distractors are compared.
         text: the clean prompt, for display.
         target_values: the numbers to predict if the model outputs numbers, NaN where unknown;
             `target_ids` are then all 0, the only column.
-        also_right: (index of the target, token) of the answers that differ from the target at
-            another token than `contrast`.
+        also_right: (index of the target, token) of the answers that differ from it elsewhere.
     """
 
     clean_ids: tuple[int, ...]
@@ -56,11 +52,10 @@ class Batch:
         clean_ids, corrupted_ids: [batch, pos], padded on the right.
         lengths: [batch], number of tokens without padding.
         rows, cols: [predicted], batch and position index of each predicting position.
-        shares: [predicted], weight in the mean over an example's targets: 1 / number of targets.
+        shares: [predicted], 1 / number of the example's targets.
         target_ids: [predicted], the tokens to predict; -1 where unknown.
         target_values: [predicted], the numbers to predict; NaN where there is none.
-        contrasts: [batch], index into `predicted` of the target at which answers and distractors
-            are compared.
+        contrasts: [batch], index into `predicted` of each pair's target `contrast`.
         pairs: the examples, in order.
     """
 
@@ -75,51 +70,44 @@ class Batch:
     contrasts: Tensor
     pairs: tuple[Pair, ...]
 
-    def map(self, function: Callable[..., Tensor], *others: Batch) -> Batch:
+    def map(self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply a function to each tensor and the tensors of the same name in `others`."""
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
         batches = (self, *others)
         return replace(self, **{n: function(*(getattr(b, n) for b in batches)) for n in names})
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """Move all tensors to a device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
     """Pad pairs to the longest one and index their predicting positions."""
-    lengths = [len(pair.clean_ids) for pair in pairs]
-    counts = [len(pair.target_ids) for pair in pairs]
-    spans = [range(n - count, n) for n, count in zip(lengths, counts, strict=True)]
-    values = [pair.target_values or [math.nan] * len(pair.target_ids) for pair in pairs]
-    firsts = accumulate(counts, initial=0)  # index of each pair's first target
-    contrasts = [pair.contrast + first for pair, first in zip(pairs, firsts, strict=False)]
+    sizes = [(len(pair.clean_ids), len(pair.target_ids), pair.contrast) for pair in pairs]
+    lengths, counts, contrasts = torch.tensor(sizes).T.contiguous()  # each [batch]
+    firsts = counts.cumsum(0) - counts  # [batch], index of each pair's first target
+    rows = torch.arange(len(pairs)).repeat_interleave(counts)  # [predicted]
+    values = (pair.target_values or [math.nan] * len(pair.target_ids) for pair in pairs)
 
-    def padded(prompts: Iterable[tuple[int, ...]]) -> Tensor:
-        return pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+    def padded(field: str) -> Tensor:
+        return pad_sequence([torch.tensor(getattr(p, field)) for p in pairs], batch_first=True)
 
     return Batch(
-        clean_ids=padded(pair.clean_ids for pair in pairs),
-        corrupted_ids=padded(pair.corrupted_ids for pair in pairs),
-        lengths=torch.tensor(lengths),
-        rows=torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]),
-        cols=torch.tensor([*chain(*spans)]),
-        shares=torch.tensor([1 / count for count in counts for _ in range(count)]),
+        clean_ids=padded("clean_ids"),
+        corrupted_ids=padded("corrupted_ids"),
+        lengths=lengths,
+        rows=rows,
+        cols=torch.arange(len(rows)) + (lengths - counts - firsts)[rows],
+        shares=(1 / counts)[rows],
         target_ids=torch.tensor([*chain(*(pair.target_ids for pair in pairs))]),
         target_values=torch.tensor([*chain(*values)]),
-        contrasts=torch.tensor(contrasts),
+        contrasts=contrasts + firsts,
         pairs=tuple(pairs),
     )
 
 
 def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
-    """Yield every example once, grouped by length to minimise padding; for evaluation.
-
-    Raises:
-        ValueError: the batch size is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    """Yield every example once, grouped by length to minimise padding; for evaluation."""
     pairs = sorted(dataset, key=lambda pair: len(pair.clean_ids))
     for start in range(0, len(pairs), batch_size):
         yield collate(pairs[start : start + batch_size])

@@ -21,7 +21,6 @@ from edgeprune.prompts.schema import (
 
 log = logging.getLogger("edgeprune")
 
-
 Ids = list[int]
 """Token ids of a text."""
 
@@ -44,13 +43,12 @@ def load_dataset(
 ) -> PairDataset:
     """Read one split of a JSONL file. Lines without a split belong to every split.
 
-    Lines that do not fit the tokenizer (see `MisfitError`) or exceed the maximum length are skipped
-    with one warning; malformed lines are errors.
+    Lines that do not fit the tokenizer or have too many tokens are skipped with one warning.
 
     Args:
         path: a file in the format of `edgeprune.prompts.schema`.
         tokenizer: a fast Hugging Face tokenizer, or a `TracrTokenizer` for lines of token ids.
-        split: `train`, `validation` or `test`.
+        split: one of `SPLITS`.
         max_length: maximum number of tokens.
 
     Raises:
@@ -80,18 +78,17 @@ def encode_records(
         where = record.get("_where", f"example {number}")
         try:
             pair = encode_pair(tokenizer, record)
-            num_tokens = len(pair.clean_ids)
-            if max_length is not None and num_tokens > max_length:
-                raise MisfitError(f"{num_tokens} tokens are more than the {max_length} allowed")
+            if max_length is not None and len(pair.clean_ids) > max_length:
+                raise MisfitError(f"{len(pair.clean_ids)} tokens are more than {max_length}")
             pairs.append(pair)
         except MisfitError as error:
             skipped.append(f"{where}: {error}")
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-    num_records = len(pairs) + len(skipped)
     if not pairs:
-        raise NoneUsableError(f"none of the {num_records} examples can be used. {skipped[0]}")
+        raise NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
     if skipped:
+        num_records = len(pairs) + len(skipped)
         log.warning(f"skipped {len(skipped)} of {num_records} examples, for instance {skipped[0]}")
     return pairs
 
@@ -143,7 +140,10 @@ def _encode_ids(tokenizer: Any, record: dict) -> Pair:
 
     clean, corrupted = read_ids("clean_ids"), read_ids("corrupted_ids")
     _check_same_length("prompts", clean, corrupted)
-    values = _read_values(record) if wanted == "target_values" else ()
+    values: tuple[float, ...] = ()
+    if wanted == "target_values":
+        numbers = read_numbers(record, wanted, _is_value, "numbers below 2^63, or null")
+        values = tuple(math.nan if number is None else float(number) for number in numbers)
     targets = (0,) * len(values) or read_ids(wanted, num_outputs or len(tokenizer), lowest=-1)
     if len(targets) > len(clean):
         raise DataError(f"{len(targets)} targets are more than the {len(clean)} tokens of a prompt")
@@ -156,36 +156,29 @@ def _encode_ids(tokenizer: Any, record: dict) -> Pair:
         answers = tuple(sorted({*answers, targets[0]} - {-1}))
         distractors = tuple(sorted(set(distractors)))
         if not answers or set(answers) & set(distractors):
-            raise DataError(
-                f"expected a right token, from target_ids and answer_ids, got {answers}, and "
-                f"other distractor_ids, got {distractors}"
-            )
+            raise DataError(f"right tokens {answers} need other distractor_ids, not {distractors}")
     text = str(record.get("clean", " ".join(map(str, clean))))
     return Pair(clean, corrupted, targets, answers, distractors, 0, text, values)
 
 
-def _read_values(record: dict) -> tuple[float, ...]:
-    def is_valid(value: Any) -> bool:
-        return value is None or (type(value) in (int, float) and not abs(value) >= 2**63)
-
-    values = read_numbers(record, "target_values", is_valid, "numbers below 2^63, or null")
-    return tuple(math.nan if value is None else float(value) for value in values)
+def _is_value(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and not abs(value) >= 2**63)
 
 
 def _check_same_length(what: str, clean: Sequence[int], corrupted: Sequence[int]) -> None:
     if len(clean) != len(corrupted):
         raise MisfitError(
-            f"clean and corrupted {what} have unequal lengths: {len(clean)} and {len(corrupted)} "
-            "tokens; choose words with equally many tokens"
+            f"clean and corrupted {what} have {len(clean)} and {len(corrupted)} tokens; "
+            "choose words with equally many tokens"
         )
 
 
 def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids, list[Ids]]:
     """Return the token ids of the prompt, and of each prediction as a continuation of it.
 
-    The whole text is tokenised at once, as the model would see it, and cut where the prediction
-    begins. If that would split a token ("17" + "45" tokenised as "1", "74", "5"), or if predictions
-    disagree on the prompt's tokens, prompt and predictions are tokenised separately.
+    The whole text is tokenised as the model would see it, and cut where the prediction begins. If
+    that would split a token ("17" + "45" tokenised as "1", "74", "5"), or if predictions disagree
+    on the prompt's tokens, prompt and predictions are tokenised separately.
     """
     whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
     cuts = [
@@ -195,27 +188,27 @@ def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids,
     if all(cut is not None and cut[0] == cuts[0][0] for cut in cuts):
         return cuts[0][0], [prediction for _, prediction in cuts]
     alone = tokenizer(prompt, return_offsets_mapping=True)
-    ids, offsets = alone["input_ids"], alone["offset_mapping"]
-    while ids and offsets[len(ids) - 1] == (0, 0):  # a closing special token spans no text
+    ids = alone["input_ids"]
+    while ids and alone["offset_mapping"][len(ids) - 1] == (0, 0):  # closing special tokens
         ids = ids[:-1]
     separate = tokenizer(predictions, add_special_tokens=False)["input_ids"]
     for number, prediction in enumerate(predictions):
         text = _decode(tokenizer, whole["input_ids"][number])
         if _decode(tokenizer, ids + separate[number]) != text:
             separate[number] = _after_line_break(tokenizer, prediction)
-            if _decode(tokenizer, ids + separate[number]) != text:
-                raise MisfitError(
-                    f"this tokenizer has no tokens for {shorten(prediction)} as a continuation of "
-                    f"its prompt; put {OPEN} after a space or a whole word"
-                )
+        if _decode(tokenizer, ids + separate[number]) != text:
+            raise MisfitError(
+                f"the tokenizer cannot continue the prompt with {shorten(prediction)}; put {OPEN} "
+                "after a space or a whole word"
+            )
     return ids, separate
 
 
 def _after_line_break(tokenizer: Any, prediction: str) -> Ids:
-    """Tokenise a prediction without the prefix added to every text; [] if that is impossible.
+    """Tokenise a prediction without the space SentencePiece (Llama 2) adds; [] if impossible.
 
-    SentencePiece tokenizers (Llama 2) put a space before every text, so that "ga" + "me" would be
-    decoded as "ga me". They put none after a line break, which never merges with letters.
+    It adds a space before every text ("ga" + "me" would become "ga me"), but not after a line
+    break, which never merges with letters.
     """
     line = tokenizer(f"\n{prediction}", add_special_tokens=False, return_offsets_mapping=True)
     cut = _cut(line["input_ids"], line["offset_mapping"], 1)
@@ -228,35 +221,26 @@ def _decode(tokenizer: Any, ids: Ids) -> str:
 
 def _cut(ids: Ids, offsets: list[tuple[int, int]], place: int) -> tuple[Ids, Ids] | None:
     """Cut tokens at a character of the text; None if a token spans it."""
-    first = next((i for i, (start, end) in enumerate(offsets) if end > max(start, place)), None)
+    with_text = [i for i, (start, end) in enumerate(offsets) if end > start]  # not special tokens
+    first = next((i for i in with_text if offsets[i][1] > place), None)
     if first is None or offsets[first][0] < place:
         return None
-    last = len(ids)
-    while offsets[last - 1][0] == offsets[last - 1][1]:  # closing special tokens span no text
-        last -= 1
-    return ids[:first], ids[first:last]
+    return ids[:first], ids[first : with_text[-1] + 1]
 
 
 def _contrast(target: Ids, answers: list[Ids], distractors: list[Ids]) -> dict[str, Any]:
     """Return `contrast`, `answer_ids`, `distractor_ids` and `also_right` of a `Pair`.
 
     Each token after the first is predicted from the target's earlier tokens, so an option can be
-    compared with the target only at the first token where they differ. That has to be the same
-    token for all distractors. Without distractors, the answers are compared with one another.
+    compared with the target only at the first token where they differ, the same for all
+    distractors. Without distractors, the answers are compared with one another.
     """
     if any(len(answer) < len(target) and target[: len(answer)] == answer for answer in answers):
-        raise MisfitError(
-            "an answer is the beginning of the prediction, so that the other tokens could not be "
-            "judged; predict the shorter one"
-        )
+        raise MisfitError("an answer is the beginning of the prediction; predict the shorter one")
     places = {_first_difference(target, distractor) for distractor in distractors}
     if None in places:
         raise DataError("prediction and distractor begin with the same tokens; choose others")
-    rights = {
-        (place, answer[place])
-        for answer in answers
-        if (place := _first_difference(target, answer)) is not None
-    }
+    rights = {(p, a[p]) for a in answers if (p := _first_difference(target, a)) is not None}
     place = min(places or (place for place, _ in rights), default=0)
     right = {token for where, token in rights if where == place}
     if right or distractors:
@@ -264,9 +248,8 @@ def _contrast(target: Ids, answers: list[Ids], distractors: list[Ids]) -> dict[s
     wrong = {distractor[place] for distractor in distractors}
     if len(places) > 1 or right & wrong:
         raise MisfitError(
-            "answers and distractors are compared at one token, so distractors must differ there "
-            "from every answer, and not differ from the prediction before: tokens "
-            f"{sorted(p + 1 for p in places)}; choose others, or end the prompt later"
+            "every distractor must differ from the prediction first at the same token, and there "
+            f"from every answer; got tokens {sorted(p + 1 for p in places)}; choose others"
         )
     return {
         "contrast": place,

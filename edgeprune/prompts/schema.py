@@ -36,18 +36,15 @@ def read_records(path: Path | str) -> list[dict]:
     """Read the objects of a JSONL file, each with its file and line as `_where`.
 
     Raises:
-        DataError: the file cannot be read, has no lines, or has a line that is not a JSON object or
-            is of an unknown split.
+        DataError: the file cannot be read, is empty, or has a line without an object or of an
+            unknown split.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} as a JSONL file in UTF-8: {error}") from None
-    records = [
-        _parse_line(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    records = [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
     if not records:
         raise DataError(f"{path} has no lines; expected one JSON object per line")
     return records
@@ -61,9 +58,7 @@ def _parse_line(line: str, where: str) -> dict:
     if not isinstance(record, dict):
         raise DataError(f"{where}: got {shorten(record)}, expected a JSON object")
     if "split" in record and record["split"] not in SPLITS:
-        raise DataError(
-            f"{where}: unknown split {record['split']!r}; expected {', '.join(SPLITS)} or no split"
-        )
+        raise DataError(f"{where}: got split {record['split']!r}, expected one of {SPLITS} or none")
     return {**record, "_where": where}
 
 
@@ -87,32 +82,23 @@ def _misspelt(name: str) -> str | None:
 
 
 def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
-    """Split '1 + 2 = <predict>3</predict>' into prompt '1 + 2 =', gap ' ' and prediction '3'.
-
-    Raises:
-        DataError: the field is missing or malformed.
-    """
+    """Split '1 + 2 = <predict>3</predict>' into prompt '1 + 2 =', gap ' ' and prediction '3'."""
     text = record.get(field)
     prompt, _, rest = (text if isinstance(text, str) else "").partition(OPEN)
     prediction, close, tail = rest.partition(CLOSE)
     is_nested = CLOSE in prompt or OPEN in prediction
     if not (prompt.strip() and prediction.strip() and close) or tail.strip() or is_nested:
-        raise DataError(
-            f"field {field!r} must be a prompt followed by {OPEN}...{CLOSE} around the text to "
-            f"predict, once and at the end; got {shorten(text)}"
-        )
+        expected = f"a prompt and, once and at the end, {OPEN}text to predict{CLOSE}"
+        raise DataError(f"field {field!r} must be {expected}, got {shorten(text)}")
     _check_unicode(text, field)
     bare = prompt.rstrip()
     return bare, prompt[len(bare) :], prediction
 
 
 def read_options(record: dict, field: str, gap: str, prediction: str) -> list[str]:
-    """Read the strings of `answers` or `distractor`, each to be put in place of the prediction.
+    """Read the strings of `answers` or `distractor`, each an alternative to the prediction.
 
     Each begins with the whitespace of the prediction, or if there is no gap with its own.
-
-    Raises:
-        DataError: the field is not a string or list of non-empty strings.
     """
     whole = gap + prediction
     space = whole[: len(whole) - len(whole.lstrip())]

@@ -68,30 +68,22 @@ def generate_records(name: str, tokenizer: Any, sizes: Mapping[str, int], seed: 
     """
     if name == FROM_MODEL:
         if not hasattr(tokenizer, "folder"):
-            raise ConfigError(
-                f"task={FROM_MODEL} uses the prompts of a compiled Tracr model; choose another "
-                "task for this model"
-            )
+            raise ConfigError(f"task={FROM_MODEL} needs a Tracr model; choose another task")
         return tracr.make_records(tokenizer.folder, tokenizer.config)
     if name not in TASKS:
         raise ConfigError(
-            f"unknown task {name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or give a file of "
-            "your own with task=custom task.path=FILE"
+            f"unknown task {name!r}; choose {', '.join((*TASKS, FROM_MODEL))}, or use your own "
+            "file: task=custom task.path=FILE"
         )
-    draw, rng = TASKS[name], random.Random(f"{name}/{seed}")
+    draw = partial(TASKS[name], random.Random(f"{name}/{seed}"))
     if len(tokenizer(ANSWERS.get(name, ""), add_special_tokens=False)["input_ids"]) > 1:
         draw = partial(draw, short=True)
-    selection, num_unused = _Selection(tokenizer), 0
-    for split, size in sizes.items():
-        wanted = len(selection.records) + size
-        while len(selection.records) < wanted and num_unused <= MAX_UNUSED:
-            num_unused = 0 if selection.add(draw(rng), split) else num_unused + 1
-    records, misfits = selection.records, selection.misfits
+    records, misfits = _select(draw, tokenizer, sizes)
     counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
     skipped = ""
     if misfits:
         skipped = f"; {len(misfits):,} others do not fit the tokenizer, for instance: {misfits[0]}"
-    if num_unused > MAX_UNUSED:
+    if len(records) < sum(sizes.values()):
         raise ConfigError(
             f"task {name} has only {len(records):,} distinct prompts, expected {counts}; request "
             f"fewer (task.train, task.validation, task.test){skipped}"
@@ -100,30 +92,31 @@ def generate_records(name: str, tokenizer: Any, sizes: Mapping[str, int], seed: 
     return records
 
 
-class _Selection:
-    """Collects the examples that can be used, in any split without leaking into another."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.records: list[dict] = []
-        self.misfits: list[str] = []
-        self._tokenizer = tokenizer
-        self._seen: set[str] = set()  # clean prompts, used or not
-        self._split_of: dict[str, str] = {}  # clean prompt -> its split
-        self._corrupted: dict[str, set[str]] = defaultdict(set)  # corrupted prompt -> its splits
-
-    def add(self, record: dict, split: str) -> bool:
-        """Add an example to a split if it can be used; return whether it was added."""
-        clean, corrupted = (record[side].split(OPEN)[0] for side in ("clean", "corrupted"))
-        leaks = self._corrupted[clean] - {split} or self._split_of.get(corrupted, split) != split
-        if clean in self._seen or leaks:
-            return False
-        self._seen.add(clean)
-        try:
-            encode_pair(self._tokenizer, record)
-        except DataError as error:
-            self.misfits.append(str(error))
-            return False
-        self.records.append({**record, "split": split})
-        self._split_of[clean] = split
-        self._corrupted[corrupted].add(split)
-        return True
+def _select(
+    draw: Callable[[], dict], tokenizer: Any, sizes: Mapping[str, int]
+) -> tuple[list[dict], list[str]]:
+    """Draw usable examples for each split; return them and why others do not fit the tokenizer."""
+    records, misfits, num_unused = [], [], 0
+    seen: set[str] = set()  # clean prompts, used or not
+    split_of: dict[str, str] = {}  # clean prompt -> its split
+    splits_of_corrupted: dict[str, set[str]] = defaultdict(set)
+    for split, size in sizes.items():
+        wanted = len(records) + size
+        while len(records) < wanted and num_unused <= MAX_UNUSED:
+            num_unused += 1
+            record = draw()
+            clean, corrupted = (record[side].split(OPEN)[0] for side in ("clean", "corrupted"))
+            leaks = splits_of_corrupted[clean] - {split} or split_of.get(corrupted, split) != split
+            if clean in seen or leaks:
+                continue
+            seen.add(clean)
+            try:
+                encode_pair(tokenizer, record)
+            except DataError as error:
+                misfits.append(str(error))
+                continue
+            records.append({**record, "split": split})
+            split_of[clean] = split
+            splits_of_corrupted[corrupted].add(split)
+            num_unused = 0
+    return records, misfits

@@ -6,7 +6,7 @@ expression with one word replaced (True and False, or `and` and `or`, by each ot
 value changes. Thus both prompts have equally many tokens, and the answer depends on that word.
 
 The instruction uses the chat markup of Llama 2, on which CodeLlama was trained. Tokenizers that
-split `True` into several tokens get short forms, without system prompt and with a single example.
+split `True` get short forms, without system prompt and with a single example.
 """
 
 import random
@@ -72,10 +72,7 @@ def with_one_word_replaced(expression: Expression) -> Iterator[Expression]:
 
 
 def sample(rng: random.Random, form: str, short: bool = False) -> dict:
-    """Draw one example of 2 to 4 literals (short: 3) in the form `instruction` or `few_shot`.
-
-    True and False have equal chance.
-    """
+    """Draw one example of 2 to 4 literals (short: 3) in the form `instruction` or `few_shot`."""
     wanted = rng.random() < 0.5
     literals = rng.randint(2, 3 if short else 4)
     changed: list[Expression] = []

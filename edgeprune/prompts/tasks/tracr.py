@@ -1,8 +1,7 @@
 """Tracr programs: a compiled transformer's own inputs, each with several corrupted inputs.
 
-The prompts come with the model: `examples.jsonl` in its folder contains every input. Only inputs of
-given lengths are used, since attention does not mask PAD and known circuits are stated for one
-length.
+The prompts come with the model: `examples.jsonl` in its folder contains every input. Only those of
+given lengths are used: attention does not mask PAD, and a known circuit is stated for one length.
 """
 
 import json
@@ -24,14 +23,12 @@ def make_records(
     lengths: Sequence[int] | None = None,
     scored_from: int | None = None,
 ) -> list[dict]:
-    """Return the lines of a data file of token ids, the same for the same folder.
+    """Return the lines of a data file of token ids, from a model's folder and its config.json.
 
     Args:
-        folder: the model's folder.
-        config: its config.json.
         lengths: lengths of the inputs without BOS; None: the config's reference length.
-        scored_from: first position whose output is compared; BOS is at position 0. None: as the
-            config says. The right output at BOS is unknown: the full model's is the reference.
+        scored_from: first position whose output is compared; None: as the config says. The right
+            output at BOS, position 0, is unknown: the full model's is the reference.
 
     Raises:
         DataError: examples.jsonl is missing or damaged, or has no input of these lengths.
@@ -56,8 +53,7 @@ def _records_of(example: dict, config: dict[str, Any], scored_from: int) -> Iter
     if config["output_type"] == "numerical":
         targets = {"target_values": [None, *example["model_output"]][scored_from:]}
     else:
-        columns = [None, *example["output_ids"]][scored_from:]
-        targets = {"target_ids": [-1 if column is None else column for column in columns]}
+        targets = {"target_ids": [-1, *example["output_ids"]][scored_from:]}
     text = " ".join(map(str, example["tokens"]))
     answer = " ".join(map(str, example["output"][max(0, scored_from - 1) :]))
     for corrupted in _corruptions(example, config):
