@@ -7,9 +7,8 @@ whether it may change when a run is resumed, and whether it distinguishes experi
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -256,7 +255,29 @@ class TrainerConfig(Settings):
 
 
 @dataclass
-class LagrangianConfig(TrainerConfig):
+class TargetConfig(TrainerConfig):
+    """Settings of methods whose gates follow a rising target sparsity."""
+
+    start_sparsity: float = 0.25
+    """Target sparsity at step 0."""
+    target_sparsity: float | None = None
+    """Target sparsity after the warm-up, which for multipliers may exceed 1 to push harder; null:
+    follows from the size asked for."""
+    sparsity_warmup_steps: int | None = setting(None, at_least=0)
+    """Steps over which the target rises; null: two thirds of all."""
+    warmup: str = setting("linear", choices=WARMUPS)
+    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
+    falls by the same factor each step; then targets are at most 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        highest = max(self.start_sparsity, self.target_sparsity or 0.0)
+        if self.warmup == "logarithmic" and highest > 1:
+            raise ConfigError(f"trainer.warmup=logarithmic needs targets up to 1, got {highest}")
+
+
+@dataclass
+class LagrangianConfig(TargetConfig):
     """Hard-concrete gates held at a rising sparsity by learned multipliers (Edge Pruning)."""
 
     method: str = "lagrangian"
@@ -264,52 +285,25 @@ class LagrangianConfig(TrainerConfig):
     """Weight decay of AdamW, for log alpha and the multipliers."""
     lambda_learning_rate: float = setting(3.0, above=0)
     """Learning rate of the multipliers lambda_1 and lambda_2, which are maximised."""
-    start_sparsity: float = setting(0.25)
-    """Target sparsity at step 0."""
-    target_sparsity: float | None = setting(None)
-    """Target sparsity after the warm-up, which may exceed 1 to push harder; null: follows from the
-    size asked for, see target_lead."""
-    target_lead: float = setting(0.07)
-    """How far a target that is not set lies beyond the sparsity asked for, since gates lag behind
-    it; with warmup=logarithmic it does not."""
-    sparsity_warmup_steps: int | None = setting(None, at_least=0)
-    """Steps over which the target rises; null: two thirds of all."""
-    warmup: str = setting("linear", choices=WARMUPS)
-    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
-    falls by the same factor each step."""
+    target_lead: float = 0.07
+    """With warmup=linear, how far a target that is not set lies beyond the sparsity asked for,
+    since gates lag behind it."""
     node_gates: bool = False
     """Whether writers have gates too."""
-    start_node_sparsity: float = setting(0.25)
+    start_node_sparsity: float = 0.25
     """Target sparsity of the node gates at step 0."""
-    target_node_sparsity: float = setting(0.7)
+    target_node_sparsity: float = 0.7
     """Target sparsity of the node gates after the warm-up."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        targets = [self.start_sparsity, self.target_sparsity or 0.0]
-        if self.node_gates:
-            targets += [self.start_node_sparsity, self.target_node_sparsity]
-        if self.warmup == "logarithmic" and max(targets) > 1:
-            raise ConfigError(
-                f"trainer.warmup=logarithmic is logarithmic in 1 - target, so targets may be at "
-                f"most 1, got {max(targets)}; use trainer.warmup=linear"
-            )
 
 
 @dataclass
-class HeldConfig(TrainerConfig):
+class HeldConfig(TargetConfig):
     """Hard-concrete gates held at a rising sparsity exactly, by one shift of all log alphas."""
 
     method: str = "held"
     start_sparsity: float = setting(0.0, at_least=0, at_most=1)
-    """Target sparsity at step 0."""
     target_sparsity: float | None = setting(None, at_least=0, at_most=1)
-    """Target sparsity after the warm-up; null: the sparsity asked for."""
-    sparsity_warmup_steps: int | None = setting(None, at_least=0)
-    """Steps over which the target rises; null: two thirds of all."""
     warmup: str = setting("logarithmic", choices=WARMUPS)
-    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
-    falls by the same factor each step."""
 
 
 @dataclass
@@ -331,9 +325,9 @@ class TrackerConfig(Settings):
 
     prefix = "tracker."
 
-    kind: str = setting("none", choices=("none", "wandb"))
+    kind: str = setting("none", **FREE, choices=("none", "wandb"))
     """none, or wandb (offline without an API key)."""
-    project: str = "edgeprune"
+    project: str = setting("edgeprune", **FREE)
     """wandb project."""
 
 
@@ -343,13 +337,13 @@ class LauncherConfig(Settings):
 
     prefix = "launcher."
 
-    processes: int | None = setting(1, at_least=1)
+    processes: int | None = setting(1, **FREE, at_least=1)
     """Number of processes that `accelerate launch` starts on this machine; null: one per GPU."""
-    shard: bool = False
+    shard: bool = setting(False, **FREE)
     """Split the model's layers over the processes (FSDP2), for models too large for one."""
-    offload: bool = False
+    offload: bool = setting(False, **FREE)
     """With shard: keep weights that are not in use in CPU memory."""
-    timeout: int = setting(30, at_least=1)
+    timeout: int = setting(30, **FREE, at_least=1)
     """Minutes after which a process that waits for another gives up."""
 
     def __post_init__(self) -> None:
@@ -369,8 +363,8 @@ class PruneConfig(Settings):
     task: TaskConfig = setting(TaskConfig)
     ablation: AblationConfig = setting(AblationConfig)
     trainer: TrainerConfig = setting(TrainerConfig)
-    tracker: TrackerConfig = setting(TrackerConfig, **FREE)
-    launcher: LauncherConfig = setting(LauncherConfig, **FREE)
+    tracker: TrackerConfig = setting(TrackerConfig)
+    launcher: LauncherConfig = setting(LauncherConfig)
     sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly; null: see num_edges."""
     num_edges: int | None = setting(None, at_least=0)
@@ -622,28 +616,21 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@cache
-def settings_with(flag: str, value: Any, schema: type = PruneConfig, prefix: str = "") -> frozenset:
-    """Names of the settings whose metadata has a value, such as 'trainer.recompute'.
-
-    Args:
-        flag: name of the metadata, see `setting`.
-        value: of the metadata; a group with this value passes it on to all of its settings.
-        schema, prefix: the settings class and the prefix of its names.
-    """
-    names: set[str] = set()
+def each_setting(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every setting of a class by name, such as 'trainer.steps'; those of all trainers."""
+    hints = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
-        name, part = f"{prefix}{entry.name}", dataclass_of(get_type_hints(schema)[entry.name])
-        has_value = entry.metadata.get(flag) == value
-        if part is not None:
-            parts = TRAINERS.values() if part is TrainerConfig else (part,)
-            for one in parts:
-                if has_value:
-                    names |= {f"{name}.{inner.name}" for inner in dataclasses.fields(one)}
-                names |= settings_with(flag, value, one, f"{name}.")
-        elif has_value:
-            names.add(name)
-    return frozenset(names)
+        part, name = dataclass_of(hints[entry.name]), f"{prefix}{entry.name}"
+        if part is None:
+            yield name, entry
+        for one in TRAINERS.values() if part is TrainerConfig else [part] if part else []:
+            yield from each_setting(one, f"{name}.")
+
+
+def settings_with(flag: str, value: Any) -> frozenset[str]:
+    """Names of the settings of `prune` whose metadata has a value, see `setting`."""
+    every = each_setting(PruneConfig)
+    return frozenset(name for name, entry in every if entry.metadata.get(flag) == value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -61,7 +61,12 @@ def export(config: ExportConfig) -> Exported:
     graphs = {"eap_json": layout.GRAPH_JSON, "eap_pt": layout.GRAPH_PT}
     output = Path(config.output) if config.output else run.path / graphs[form]
     write_circuit(
-        circuit, output, form, scores=scores, d_model=run.d_model, origin={**run.origin, **origin}
+        circuit,
+        output,
+        form,
+        scores=scores,
+        d_model=run.manifest["model"].get("d_model"),
+        origin={**run.origin, **origin},
     )
     return Exported(circuit, output, origin)
 
@@ -141,6 +146,6 @@ def _convert(config: ExportConfig, form: str) -> Exported:
                 "num_edges= need; give a run directory, or a graph of EAP-IG or MIB with scores"
             )
         circuit = file.scores.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
-    d_model = file.d_model or (source.run.d_model if source.run else None)
+    d_model = file.d_model or (source.run and source.run.manifest["model"].get("d_model"))
     write_circuit(circuit, output, form, scores=file.scores, d_model=d_model, origin=source.origin)
     return Exported(circuit, output, {})

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from edgeprune.config import COMMANDS, TRAINERS, TrainerConfig, dataclass_of
+from edgeprune.config import COMMANDS, TRAINERS, TrainerConfig, dataclass_of, each_setting
 from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
@@ -95,21 +95,9 @@ def command_help(command: str, arguments: Sequence[str] = ()) -> str:
 @cache
 def setting_names(command: str) -> frozenset[str]:
     """Every name that a command's overrides may set, config groups included."""
-    groups = {f.name for f in dataclasses.fields(COMMANDS[command]) if f.name in GROUPS}
-    if command == "prune":
-        groups.add("experiment")
-    return frozenset(groups | set(_names(COMMANDS[command], "")))
-
-
-def _names(config: type, prefix: str) -> list[str]:
-    names = []
-    for name, hint in get_type_hints(config).items():
-        part = dataclass_of(hint)
-        if part is None:
-            names.append(f"{prefix}{name}")
-        for one in TRAINERS.values() if part is TrainerConfig else [part] if part else []:
-            names += _names(one, f"{prefix}{name}.")
-    return names
+    settings = {name for name, _ in each_setting(COMMANDS[command])}
+    groups = {name.split(".")[0] for name in settings if "." in name}
+    return frozenset(settings | groups | ({"experiment"} if command == "prune" else set()))
 
 
 def choices_of(group: str) -> list[str]:

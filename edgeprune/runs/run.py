@@ -54,11 +54,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """Open an existing run.
-
-        Raises:
-            ConfigError: it is not a run directory, or its config.yaml is damaged.
-        """
+        """Open an existing run; raises ConfigError if it is none, or damaged."""
         path = Path(path)
         if not is_run(path):
             raise ConfigError(
@@ -76,11 +72,7 @@ class Run:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The content of run.json: graph, data, model, versions, machine.
-
-        Raises:
-            ConfigError: it is missing or damaged.
-        """
+        """The content of run.json: graph, data, model, versions, machine."""
         file = self.path / layout.MANIFEST
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -103,11 +95,6 @@ class Run:
         return {key: self.manifest[key]["sha256"] for key in ("data", "model")}
 
     @property
-    def d_model(self) -> int | None:
-        """Width of the model's residual stream."""
-        return self.manifest["model"].get("d_model")
-
-    @property
     def data_path(self) -> Path:
         """The file of the run's prompts."""
         return Path(self.config.task.path or self.path / layout.DATA)
@@ -126,11 +113,7 @@ class Run:
         }
 
     def checkpoint(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint of a step, or the last intact one.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged.
-        """
+        """The checkpoint of a step, or the last intact one; raises CheckpointError without one."""
         if step is not None:
             return checkpoints.load_checkpoint(self.path / layout.CHECKPOINTS, step)
         found = self.latest()
@@ -148,11 +131,7 @@ class Run:
 
     @property
     def circuit_path(self) -> Path:
-        """The run's circuit.json.
-
-        Raises:
-            ConfigError: no circuit has been chosen yet.
-        """
+        """The run's circuit.json; raises ConfigError if no circuit has been chosen yet."""
         path = self.path / layout.CIRCUIT
         if not path.exists():
             raise ConfigError(
@@ -183,11 +162,8 @@ class Run:
     def record(self, name: str) -> RunRecord:
         """What a report needs to know; evaluations of other circuits or prompts are left out.
 
-        Args:
-            name: of the run, for people; "." is replaced by the directory's name.
-
-        Raises:
-            ConfigError: the run is unfinished, or its circuit has another size than it asked for.
+        `name` is for people; "." stands for the directory's name. Raises ConfigError if the run is
+        unfinished, or its circuit has another size than it asked for.
         """
         file, config, own = self.circuit(), self.config, {}
         own["edges_sha256"], own["ablation"] = file.circuit.digest(), to_dict(config.ablation)
