@@ -82,11 +82,8 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
     """Hydra overrides from the arguments: paths get their name, `custom` is chosen for own files.
 
     `export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths become a list.
-    `prune model.path=X` -> `prune model=custom model.path=X`.
-
-    Raises:
-        ConfigError: an unknown setting, which Hydra would accept after a +; or the wrong number of
-            paths.
+    `prune model.path=X` -> `prune model=custom model.path=X`. Raises ConfigError for an unknown
+    setting, which Hydra would accept after a +, or the wrong number of paths.
     """
     known, name = setting_names(command), POSITIONAL.get(command)
     keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
@@ -94,11 +91,8 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
     others = [argument for argument in arguments if argument not in paths]
     for argument in others:
         if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
-            hint = did_you_mean(keys[argument], known)
-            raise ConfigError(
-                f"unknown setting {keys[argument]!r}{hint} (all settings: edgeprune {command} "
-                "--help)"
-            )
+            hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
+            raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
     is_given = name in keys.values()
     is_right = len(paths) == 1 or (paths and command in SEVERAL)
     if name is None and paths:
@@ -134,10 +128,11 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     for name, schema in TRAINERS.items():
         store.store(group="trainer", name=name, node=schema)
-    for name, function in (
-        ("or_any", lambda value: "any" if value is None else value),
-        ("title", lambda name, path: os.path.basename(path) if path and name == CUSTOM else name),
-    ):
+    resolvers = {
+        "or_any": lambda value: "any" if value is None else value,
+        "title": lambda name, path: os.path.basename(path) if path and name == CUSTOM else name,
+    }
+    for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 

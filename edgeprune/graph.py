@@ -55,16 +55,13 @@ class CircuitGraph:
     """Nodes and edges of a transformer whose residual stream is split into one outbox per node.
 
     Args:
-        num_layers: number of blocks.
-        num_heads: number of attention (query) heads per block.
-        num_kv_heads: number of key/value heads per block; equal to `num_heads` without
+        num_heads, num_kv_heads: query heads and key/value heads per block, equally many without
             grouped-query attention.
         embedding_writers: names of the embedding writers, in order; empty when the embeddings
             always flow.
 
     Raises:
-        ValueError: a count is not a positive integer, or too large, or `num_heads` is not a
-            multiple of `num_kv_heads`.
+        ValueError: a count is not a positive integer, too large, or not a multiple.
     """
 
     num_layers: int

@@ -65,11 +65,7 @@ def draw(config: DrawConfig) -> Drawn:
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     """Compare circuits, write the parts that they share and draw them.
 
-    Returns:
-        The result of `evaluation.compare.compare`, and the names of the parts that were written.
-
-    Raises:
-        ConfigError: fewer than two circuits, one given twice, or of different graphs.
+    Returns the result of `evaluation.compare.compare`, and the names of the parts.
     """
     sources = [find(name) for name in config.circuits]
     reference = None
@@ -131,11 +127,7 @@ def _shared_origin(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell paths apart: of the run directory or file, as long as needed.
-
-    Raises:
-        ConfigError: a path is given twice.
-    """
+    """Short names that tell paths apart: of the run directory or file, as long as needed."""
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
         raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
@@ -163,14 +155,7 @@ def _draw_comparison(
 
 
 def report(config: ReportConfig) -> tuple[list[Group], Path]:
-    """Summarise all runs below a folder: frontiers, and stability over seeds.
-
-    Returns:
-        The groups of runs, and the folder that was written.
-
-    Raises:
-        ConfigError: there are no runs, or the output holds something else than a report.
-    """
+    """Summarise all runs below a folder; returns the groups of runs and the folder written."""
     folder = Path(config.folder)
     output = Path(config.output) if config.output else folder / layout.REPORT
     if not folder.is_dir():

@@ -35,12 +35,7 @@ class Measured(NamedTuple):
 
 
 def evaluate_circuit(config: EvaluateConfig) -> Measured:
-    """Measure a circuit that is named by its run directory or file.
-
-    Raises:
-        ConfigError: nothing says which model and task it belongs to, or the run's prompts are gone
-            or have changed.
-    """
+    """Measure a circuit that is named by its run directory or file."""
     source = find(config.circuit)
     model_config, task = source.model(config.model), source.task(config.task)
     ablation = source.ablation(config.ablation)
@@ -116,9 +111,7 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """An evaluation and what it is of, as JSON values.
 
-    Args:
-        data_digest: SHA-256 of the prompts' file.
-        is_own: whether that is the file on which the circuit was found.
+    `data_digest` is that of the prompts' file, `is_own` whether the circuit was found on it.
     """
     return {
         "edges_sha256": circuit.digest(),

@@ -244,20 +244,15 @@ def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, str, PairD
 def _check_memory(
     config: PruneConfig, meta: CircuitModel, pairs: PairDataset, world: World
 ) -> None:
-    """Report how much memory a process will need, before the weights are loaded.
-
-    Raises:
-        ConfigError: there is less, or a sharded model's batch cannot be divided evenly.
-    """
+    """Report how much memory a process will need; raises ConfigError if there is less."""
     trainer, shard = config.trainer, config.launcher.shard
     batch_size = min(trainer.batch_size, len(pairs))
     per_process = math.ceil(batch_size / world.count)
     at_a_time = min(per_process, trainer.micro_batch_size or per_process)
     if shard and trainer.micro_batch_size and batch_size % (world.count * at_a_time):
         raise ConfigError(
-            f"launcher.shard=true gathers weights for all processes at once, so the {batch_size} "
-            f"pairs of a step must divide evenly into parts of {at_a_time} on {world.count} "
-            "processes; change trainer.batch_size or trainer.micro_batch_size"
+            f"with launcher.shard=true {batch_size} pairs must divide evenly into parts of "
+            f"{at_a_time} on {world.count} processes; change trainer.batch_size or its parts"
         )
     plan = plan_memory(
         meta, pairs, at_a_time, recompute=trainer.recompute, shares=world.count if shard else 1,

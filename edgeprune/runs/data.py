@@ -59,14 +59,8 @@ def held_out_pairs(
 ) -> tuple[str, PairDataset]:
     """The split on which a run is measured, and its pairs: validation, if the file has it.
 
-    Called before training, so that unusable prompts are found at once.
-
-    Args:
-        train: the training prompts.
-
-    Raises:
-        DataError: a line is malformed, or none of the prompts can be used.
-        ConfigError: the mean ablation over the training prompts does not cover all positions.
+    Called before training, so that unusable prompts are found at once: malformed ones, and those
+    with positions that the mean ablation over the training prompts does not cover.
     """
     split = first_split(path, "validation")
     pairs = load_pairs(path, task, model, split)

@@ -107,7 +107,6 @@ def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
         graph: `model.graph`, for a file that nothing next to it identifies.
 
     Raises:
-        ConfigError: there is no such file.
-        CircuitError: it is damaged, of another graph, or of an unknown one.
+        CircuitError: the file is damaged, of another graph, or of an unknown one.
     """
     return find(path).read(graph).circuit
