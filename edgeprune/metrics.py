@@ -52,13 +52,14 @@ def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
     return (reference - outputs).square().sum() / scale
 
 
-def faithfulness(
+def mean_distance(
     batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
 ) -> Tensor:
     """The distance from the full model that training minimises, a scalar; 0 is best.
 
     For logits, KL(reference || circuit) in nats, averaged over each example's predicted tokens and
-    then over examples. For values, `unexplained_variance`.
+    then over examples, so that micro-batches weigh as much as they have examples. For values,
+    `unexplained_variance`.
     """
     if output is not Output.logits:
         return unexplained_variance(reference, outputs)
@@ -89,14 +90,14 @@ def _reduce_by_example(values: Tensor, batch: Batch, reduction: str) -> Tensor:
 class ExampleMetrics:
     """How one model does on each example; every tensor is [example], on the CPU.
 
-    Differences are those of the answers minus the distractors at the token where they differ: of
-    log-sum-exps of logits, and of sums of probabilities. They are NaN without distractors.
+    Answers are compared with distractors at the token where they differ: the difference of their
+    logits' log-sum-exps, and of their summed probabilities. Both are NaN without distractors.
     """
 
     kl: Tensor  # `distance_by_example` of logits; NaN for values
     error: Tensor  # `distance_by_example` of values; NaN for logits
     exact_match: Tensor  # 1 if every most likely token is the reference's, else 0
-    correct: Tensor  # 1 if every most likely token is the target or of another right answer, else 0
+    correct: Tensor  # 1 if every most likely token is that of a right answer, else 0
     logit_difference: Tensor
     probability_difference: Tensor
     predicted: tuple[Tensor, ...]  # [predicted] each, most likely tokens, or the numbers output
@@ -135,7 +136,11 @@ def measure(
         _reduce_by_example(flags.float(), batch, "amin").cpu().double() for flags in (same, correct)
     )
     predicted = predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs])
-    return ExampleMetrics(kl, error, exact_match, correct, *differences, predicted)
+    return ExampleMetrics(
+        kl=kl, error=error, exact_match=exact_match, correct=correct,
+        logit_difference=differences[0], probability_difference=differences[1],
+        predicted=predicted,
+    )  # fmt: skip
 
 
 def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
@@ -165,7 +170,7 @@ def _answers_minus_distractors(logits: Tensor, batch: Batch) -> Tensor:
 class Metric:
     """An entry of `METRICS`.
 
-    `summary` computes it from the examples of the model, the full model and the empty circuit.
+    `summary` computes it from the examples of the circuit, the full model and the empty circuit.
     """
 
     name: str  # key in `Metrics` and in files
@@ -185,12 +190,12 @@ class Metric:
         return f"{value:{self.format or f'.{min(max(decimals, 0), 6)}f'}}"
 
 
-def _kl_standard_error(model: ExampleMetrics, *_: ExampleMetrics) -> float:
-    return model.kl.std().item() / len(model.kl) ** 0.5 if len(model.kl) > 1 else math.nan
+def _kl_standard_error(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
+    return circuit.kl.std().item() / len(circuit.kl) ** 0.5 if len(circuit.kl) > 1 else math.nan
 
 
-def _two_way_accuracy(model: ExampleMetrics, *_: ExampleMetrics) -> float:
-    differences = model.logit_difference[~model.logit_difference.isnan()].double()
+def _two_way_accuracy(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
+    differences = circuit.logit_difference[~circuit.logit_difference.isnan()].double()
     return torch.heaviside(differences, differences.new_tensor(0.5)).mean().item()
 
 
@@ -204,27 +209,27 @@ METRICS = {
     for metric in (
         Metric("kl", "KL", "KL from the full model (nats per token)",
                # Rounding errors make a KL of 0 negative.
-               lambda m, *_: m.kl.mean().clamp(min=0).item(), better="lower", headline=True),
+               lambda c, *_: c.kl.mean().clamp(min=0).item(), better="lower", headline=True),
         Metric("kl_standard_error", "standard error of KL", "standard error of the mean KL",
                _kl_standard_error, better=None),
         Metric("error", "error", "largest difference from the full model",
-               lambda m, *_: m.error.mean().item(), better="lower", headline=True),
+               lambda c, *_: c.error.mean().item(), better="lower", headline=True),
         Metric("exact_match", "exact match", "fraction with the full model's prediction",
-               lambda m, *_: m.exact_match.mean().item(), format=".3f", headline=True),
+               lambda c, *_: c.exact_match.mean().item(), format=".3f", headline=True),
         Metric("accuracy", "accuracy", "fraction with a correct prediction",
-               lambda m, *_: m.correct.mean().item(), format=".3f", headline=True),
+               lambda c, *_: c.correct.mean().item(), format=".3f", headline=True),
         Metric("two_way_accuracy", "two-way accuracy",
                "fraction whose answers are likelier than distractors (a tie counts half)",
                _two_way_accuracy, format=".3f", needs_distractors=True),
         Metric("logit_difference", "logit difference",
                "log-sum-exp of the answers' logits minus that of the distractors'",
-               lambda m, *_: m.logit_difference.nanmean().item(), needs_distractors=True),
+               lambda c, *_: c.logit_difference.nanmean().item(), needs_distractors=True),
         Metric("logit_difference_recovered", "logit difference recovered",
                "logit difference on a scale from the empty circuit (0) to the full model (1)",
                _recovered, format=".3f", needs_distractors=True),
         Metric("probability_difference", "probability difference",
                "probability of the answers minus that of the distractors",
-               lambda m, *_: m.probability_difference.nanmean().item(), format=".3f",
+               lambda c, *_: c.probability_difference.nanmean().item(), format=".3f",
                needs_distractors=True),
     )
 }  # fmt: skip
@@ -243,6 +248,6 @@ class Metrics(dict[str, float]):
         return self[name]
 
     @classmethod
-    def of(cls, model: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Self:
-        """Summarise a model's examples, given those of the full model and the empty circuit."""
-        return cls({name: m.summary(model, full, empty) for name, m in METRICS.items()})
+    def of(cls, circuit: ExampleMetrics, full: ExampleMetrics, empty: ExampleMetrics) -> Self:
+        """Summarise a circuit's examples, given those of the full model and the empty circuit."""
+        return cls({name: metric.summary(circuit, full, empty) for name, metric in METRICS.items()})

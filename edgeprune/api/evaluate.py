@@ -19,7 +19,7 @@ from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import data_of, first_split, load_pairs
+from edgeprune.runs.data import data_of, first_split, load_pairs, warn_if_none_held_out
 from edgeprune.runs.source import Source, find
 
 log = logging.getLogger("edgeprune")
@@ -90,11 +90,8 @@ def _load_prompts(
         if ablation.kind == "mean":
             reference = load_pairs(path, task, model, first_split(path, "train"))
         digest = file_digest(path)
-    if digest == source.digest("data") and not pairs.has_splits:
-        log.warning(
-            f"{path} has lines without a split, so the prompts measured are training prompts; "
-            'give each line "split": "train", "validation" or "test" to hold some out'
-        )
+    if digest == source.digest("data"):
+        warn_if_none_held_out(pairs)
     return pairs, reference, digest
 
 

@@ -169,11 +169,11 @@ def _plot(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, and how its circuit does on a split, held out if there is one."""
+    """A finished run, and how its circuit does on prompts that are held out if there are any."""
 
     run: Run
     pruned: Pruned
-    split: str
+    prompts: str  # "training", "validation" or "test"
     evaluation: Evaluation
 
 
@@ -209,7 +209,8 @@ def prune_run(config: PruneConfig) -> Finished | None:
                 data_digest=run.digests["data"], is_own=True,
             )  # fmt: skip
             write_json(run.path / layout.evaluation(split), record)
-            return Finished(run, pruned, split, evaluation)
+            prompts = "training" if record["training_prompts"] else split
+            return Finished(run, pruned, prompts, evaluation)
 
 
 def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, str, PairDataset]:

@@ -18,6 +18,9 @@ def evaluate(config: EvaluateConfig) -> None:
         f"{worst.full_prediction!r} and the circuit {worst.circuit_prediction!r}."
     )
     if done.output is None:
-        print_result("not written, since it is not of the run's own; output=FILE writes it")
+        print_result(
+            "Nothing was written: circuit, model, prompts or ablation are not those of a run; "
+            "output=FILE writes the result."
+        )
     else:
         print_result(f"-> {done.output}")

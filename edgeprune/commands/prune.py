@@ -21,4 +21,4 @@ def prune(config: PruneConfig) -> None:
     if finished is None:  # rank 0 reports
         return
     print_result(describe(finished.evaluation, finished.pruned.circuit))
-    print_result(f"-> {finished.run.path} (measured on {finished.split} prompts)")
+    print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")

@@ -5,15 +5,17 @@ A training step, from the prompts to the gradient of the gates:
 1. `CircuitModel.run_pair` runs the full model on clean and corrupted prompts in one batch, without
    gradients. The clean half gives the reference logits; hooks on the corrupted half record its
    activations, the values that ablated edges carry.
-2. `CircuitModel.run_circuit` runs the clean prompts with a gate on every edge, one look-ahead of
-   layers after another (`_CircuitPass`). Each writer appends its delta (clean minus ablation value)
-   to the outboxes; each reader gets an input of its own (`Outboxes.read` in outbox.py):
+2. `CircuitModel.run_circuit` runs the clean prompts with a gate on every edge, layer by layer
+   (`_CircuitPass`). Each writer appends its delta (clean minus ablation value), [batch, pos,
+   d_model], to the outboxes; each reader gets an input of its own (`Outboxes.read` in outbox.py):
 
        input[reader] = ablated residual stream + sum over writers of gate * delta[writer]
 
    A block turns its readers' inputs into the deltas of its heads and its MLP (architecture.py).
-3. `differentiate` in gradient.py takes the KL divergence from the reference and runs autograd.
-   Backward, each block overwrites its readers' inputs with their gradients; each mix then adds
+   From the outputs of the last layer's heads on, only predicted tokens are computed
+   (`_CircuitPass.finish`), [predicted, d_model], which ordinary autograd differentiates.
+3. `differentiate` in gradient.py takes the distance from the reference and runs autograd. Backward,
+   each block overwrites its readers' inputs with their gradients; each mix then adds
    gates.T @ grad_inputs to the writers' gradients, and writes grad_inputs @ delta.T, the gradient
    of its gates, into one flat [edge] tensor (`_Mix.backward` in outbox.py).
 """
@@ -36,7 +38,8 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Batch, Pair
 
 MAX_LOOKAHEAD = 8
-"""Maximum layers per look-ahead: more save little, and take memory when blocks are recomputed."""
+"""Maximum layers whose readers are mixed together (`Outboxes.read`); with more, recomputing blocks
+would take much memory and save little time."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class CircuitModel:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 that changes with any weight, setting or change of the tokenizer."""
+        """SHA-256 of the weights, the settings and the tokenizer."""
         if self.digest is None:
             self.digest = fingerprint(self.architecture, self.tokenizer, self.settings)
         return self.digest
@@ -210,8 +213,8 @@ class CircuitModel:
         Args:
             gates: [edge] in [0, 1], in the graph's order; 1 = clean.
             ablation_values: what an edge with gate 0 carries; None: zeros.
-            recompute: whether the backward pass recomputes the blocks, which takes less memory:
-                outboxes, their gradients and the blocks of one look-ahead.
+            recompute: whether the backward pass recomputes the blocks. Then only the outboxes,
+                their gradients and the blocks of one look-ahead take memory.
 
         Returns:
             Logits, [predicted, vocabulary], differentiable with respect to the gates. Call backward
@@ -261,9 +264,9 @@ class _CircuitPass:
         gates, self.last_gates = gates.split([graph.num_edges - num_last, num_last])
 
         embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
-        stream = embeddings[0]  # [batch, pos, d_model]
+        like = embeddings[0]  # [batch, pos, d_model]
         self.boxes = Outboxes(
-            model.workspace, graph.num_writers, gates, sites, stream, keep_inputs=keep_inputs
+            model.workspace, graph.num_writers, gates, sites, like, keep_inputs=keep_inputs
         )
         delta = embeddings if ablation_values is None else embeddings - ablation_values.embeddings
         delta = model.centre(delta)
@@ -274,7 +277,7 @@ class _CircuitPass:
         zeros = [None] * graph.num_layers
         self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
         self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs
-        self.attention_inputs = arch.attention_inputs(stream)
+        self.attention_inputs = arch.attention_inputs(like)
 
     def base(self, site: int) -> Tensor | None:
         """The input of a site's readers if all gates are 0: [batch, pos, d_model]; None: zeros."""
@@ -292,7 +295,7 @@ class _CircuitPass:
         for index, layer in enumerate(layers):
             block, site = model.architecture.blocks[layer], 2 * layer
             # Mix for all readers of the look-ahead at once; then add what is written during it, by
-            # halves: the read of the layer with index i serves 8, 1, 2, 1, 4, 1, 2, 1 layers.
+            # halves: in a look-ahead of 8 layers, reads serve 8, 1, 2, 1, 4, 1, 2, 1 of them.
             num_layers_ahead = index & -index or len(layers)
             stop = min(2 * (layer + num_layers_ahead), 2 * layers.stop, self.num_sites)
             x = boxes.read(self.base(site), stop)  # [q, k and v reader, batch, pos, d_model]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.engine.circuit_model import Activations, CircuitModel
-from edgeprune.metrics import faithfulness
+from edgeprune.metrics import mean_distance
 from edgeprune.prompts import Batch
 
 Gradient = tuple[Tensor, Tensor]
@@ -50,11 +50,12 @@ def differentiate(
 ) -> Gradient:
     """Run the circuit forward and backward; circuit_model.py begins with a walkthrough.
 
-    Distance and gradient are multiplied by `share`, the fraction of the whole batch that this is.
+    Distance and gradient are multiplied by `share`, the fraction of the step's prompts that are in
+    this batch, so that those of all its micro-batches add up.
     """
     logits = model.run_circuit(
         inputs.batch, inputs.gates, inputs.ablation_values, recompute=recompute
     )  # [predicted, vocabulary]
-    distance = share * faithfulness(inputs.batch, inputs.reference, logits, model.output)
+    distance = share * mean_distance(inputs.batch, inputs.reference, logits, model.output)
     (grad_gates,) = torch.autograd.grad(distance, inputs.gates)
     return distance.detach(), grad_gates

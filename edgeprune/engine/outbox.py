@@ -6,12 +6,13 @@ values of every edge (Bhaskar et al. 2024, arXiv:2406.16778, rewritten):
     sum_w g_w clean_w + (1 - g_w) ablated_w  =  base + sum_w g_w delta_w
 
 where `base` is the ablated residual stream at that point. All deltas lie in one buffer, filled in
-write order; their gradients lie in others, to which the backward pass of every mix adds.
+write order, in which the base takes the place of the next writer while it is mixed; their gradients
+lie in others, to which the backward pass of every mix adds.
 
 Layout. Buffers are [token, writer, d_model], where token runs over batch and pos. They are normally
 token-major: mixing is one small product per token, all with the same gates, each of which stays in
-a processor's cache. In 16 bits on a CPU, whose library is slow at that, they are writer-major, and
-mixing is one wide product.
+a processor's cache. Small products in 16 bits are slow on a CPU; there, buffers are writer-major,
+and mixing is one wide product.
 
 Look-ahead. A layer has few readers for many writers, and such thin products use a processor badly.
 So reads look ahead: the writers written so far are mixed for the readers of several layers at once.
@@ -74,8 +75,8 @@ class Outboxes:
     Args:
         workspace: holds the buffers. Only its latest `Outboxes` may be used.
         num_writers: number of writers of the whole model.
-        gates: [edge] in [0, 1], the edges of `sites` in the graph's order; 1 = clean.
-        sites: number of readers and writers of each site.
+        gates: the gates of the edges of `sites`, [edge] in [0, 1], in the graph's order; 1 = clean.
+        sites: number of readers and writers of each site: of readers that read the same writers.
         like: [batch, pos, d_model], has the shape, dtype and device of a delta.
         keep_inputs: whether all readers' inputs must last until the backward pass.
 
@@ -106,9 +107,9 @@ class Outboxes:
         self.num_written = 0
         self._site = 0  # the next site to be read
         self._keep_inputs = keep_inputs
-        # The current look-ahead: its inputs, [token, reader, d_model]; the number of readers read;
-        # and the mixes that include unread ones, innermost last: (stop, n) if the first n writers
-        # have been mixed into the inputs of the readers before `stop`.
+        # The current look-ahead: its inputs, [token, reader, d_model], and how many have been read.
+        # Its mixes as (stop, n): the inputs before `stop` contain the first n writers. A later mix
+        # is for fewer readers and contains more writers.
         self._inputs, self._num_read = self.delta[:, :0], 0
         self._mixed: list[tuple[int, int]] = []
         self._starts = [0]  # the first writer of each buffer of gradients
@@ -123,7 +124,7 @@ class Outboxes:
         if delta.requires_grad:
             self._link = _Write.apply(self._link, delta, self, writers)
         elif writers.start == self._starts[0] and not _pads_writers(self.delta):
-            self._starts[0] = writers.stop  # embeddings, which depend on no gate
+            self._starts[0] = writers.stop  # embeddings need no gradient: they depend on no gate
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.
@@ -292,7 +293,7 @@ class _Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # the link has no gradient
         ctx.boxes, ctx.inputs, ctx.sites, ctx.writers = boxes, inputs, sites, writers
         gates = torch.cat([boxes.gates[site][:, writers] for site in sites])  # [reader, writer]
-        ctx.gates = mixing = _pad_writers(gates, boxes.delta)
+        ctx.gates = mixing = _pad_writers(gates, boxes.delta)  # [reader, writer]
         if base is not None:
             gates = nn.functional.pad(gates, (0, 1))
             gates[: len(boxes.gates[sites.start]), -1].fill_(1)
@@ -306,7 +307,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple:
         boxes = _outboxes(ctx)
-        grad_inputs, ctx.inputs = ctx.inputs, None  # [token, reader, d_model], stored by the reads
+        grad_inputs, ctx.inputs = ctx.inputs, None  # [token, reader, d_model], see `_Read.backward`
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
         for part, target in boxes.gradients(mixed):
             _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
@@ -330,7 +331,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         _outboxes(ctx)
         inputs, ctx.inputs = ctx.inputs, None
-        if grad.data_ptr() != inputs.data_ptr():  # else the projection has stored it already
+        if grad.data_ptr() != inputs.data_ptr():  # heads.py may have stored it there already
             inputs.copy_(grad.transpose(0, 1))
         return None, None, None
 
@@ -356,7 +357,7 @@ class _At(torch.autograd.Function):
 def _add_mixed(
     workspace: Workspace, target: Tensor, gates: Tensor, values: Tensor, *, overwrite: bool = False
 ) -> None:
-    """target += gates @ values, or target = gates @ values; target: [token, reader, d_model]."""
+    """target += gates @ values (or =): [token, m, d_model], [m, n] and [token, n, d_model]."""
     beta = 0 if overwrite else 1  # factor of what `target` holds
     if _is_writer_major(target):
         _flatten(target).addmm_(gates, _flatten(values), beta=beta)

@@ -52,7 +52,7 @@ class Method:
         self.optimizer = torch.optim.AdamW([self.log_alpha], self.learning_rate, **settings)
 
     def gates(self, step: int) -> Tensor:
-        """The gates of a training step: [edge] in [0, 1], without gradient history.
+        """The gates of a training step: [edge] in [0, 1], float32, without gradient history.
 
         They depend on the parameters, the seed and `step` (the number of steps done) alone, hence
         are the same on every process and in a resumed run.
@@ -68,7 +68,7 @@ class Method:
 
         Returns:
             What is logged: `loss`, `distance` and then the method's own numbers, of which a
-            progress bar shows the first two.
+            progress bar shows the first two. All are read from the device at once (`read_finite`).
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite; nothing was changed.
@@ -103,7 +103,7 @@ class Method:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict()`, to the same bits.
+        """Continue from `state_dict()`, bit for bit.
 
         Raises:
             CheckpointError: the state belongs to another graph or method; nothing was changed.

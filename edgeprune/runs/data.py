@@ -54,6 +54,15 @@ def first_split(path: Path, wanted: str) -> str:
     return wanted if wanted in found else next(split for split in SPLITS if split in found)
 
 
+def warn_if_none_held_out(pairs: PairDataset) -> None:
+    """Warn that a circuit is measured on its training prompts."""
+    if not pairs.has_splits:
+        log.warning(
+            f"{pairs.name} has lines without a split, so training prompts are measured; "
+            'give each line "split": "train", "validation" or "test" to hold some out'
+        )
+
+
 def held_out_pairs(
     path: Path, task: TaskConfig, ablation: AblationConfig, model: CircuitModel, train: PairDataset
 ) -> tuple[str, PairDataset]:
@@ -64,6 +73,7 @@ def held_out_pairs(
     """
     split = first_split(path, "validation")
     pairs = load_pairs(path, task, model, split)
+    warn_if_none_held_out(pairs)
     if split != "train" and train.has_splits:
         held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in pairs)
         seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in train)

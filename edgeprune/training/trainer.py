@@ -88,12 +88,12 @@ class Trainer:
         settings, world, device = self.settings, self.world, self.model.device.type
         size = min(settings.batch_size, len(self.pairs))
         if size < world.count:
-            raise ConfigError(f"{world.count} processes for {size} pairs per step; start fewer")
+            raise ConfigError(f"{world.count} processes cannot share {size} pairs; start fewer")
         is_split = settings.micro_batch_size or world.count > 1
         if is_split and self.model.output is not Output.logits:
             raise ConfigError(
-                f"the outputs of {self.model.name} are not logits; their variance is that of whole "
-                "batches: leave out trainer.micro_batch_size, and start one process"
+                f"the outputs of {self.model.name} are compared by the variance of a whole batch: "
+                "leave out trainer.micro_batch_size, and start one process"
             )
         if settings.cuda_graph and device != "cuda":
             raise ConfigError(f"trainer.cuda_graph=true requires a GPU; the model is on {device}")
@@ -130,22 +130,22 @@ class Trainer:
 
         The processes divide the batch; all get the same result. `gates` is [edge], in [0, 1].
         """
-        part = partial(self._differentiate_part, pairs, gates.detach())
-        waits = is_sharded(self.model.architecture.blocks[0].layer)  # for layers of other processes
-        distance, grad_gates = self.world.collective(part) if waits else part()
-        self.world.sum([distance, grad_gates])
+        mine = partial(self._differentiate_part, pairs, gates.detach())
+        gathers_weights = is_sharded(self.model.architecture.blocks[0].layer)
+        distance, grad_gates = self.world.collective(mine) if gathers_weights else mine()
+        self.world.sum([distance, grad_gates])  # in place
         return distance, grad_gates
 
     def _differentiate_part(self, pairs: Sequence[Pair], gates: Tensor) -> Gradient:
         """This process's part of `differentiate`, in micro-batches with the same gates."""
         gates.requires_grad_()
         total = torch.zeros((), device=gates.device)
-        grad_gates = torch.zeros_like(gates)
+        grad_gates = torch.zeros_like(gates)  # [edge]
         part = self.world.part(pairs)
         size = self.settings.micro_batch_size or len(part)
         for start in range(0, len(part), size):
             batch = collate(part[start : start + size]).to(gates.device)
-            reference, corrupted = self._run_pair(batch)
+            reference, corrupted = self._full_model(batch)
             inputs = StepInputs(batch, reference, self.ablation.values(batch, corrupted), gates)
             share = len(batch.pairs) / len(pairs)
             distance, gradient = self.differentiate_batch(inputs, share=share)
@@ -154,7 +154,7 @@ class Trainer:
         return total, grad_gates
 
     @cached_property
-    def _run_pair(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
+    def _full_model(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
         """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
         batch_size, corrupted = self.settings.batch_size, self.ablation.needs_corrupted
         size = self.settings.micro_batch_size or math.ceil(batch_size / self.world.count)
@@ -170,7 +170,7 @@ class Trainer:
         return Checkpoint(self.step, self.method.state_dict())
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, to the same bits as without the interruption."""
+        """Continue from a checkpoint, bit for bit as without the interruption."""
         self.method.load_state_dict(checkpoint.state)
         self.step = checkpoint.step
 
