@@ -252,7 +252,7 @@ def _fail(message: str, code: int, *, on_every_rank: bool = False) -> NoReturn:
 
 def _drop_output() -> None:
     """Discard what cannot be printed, so that exiting does not try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ REQUIRED = 0.97
 CARD = """\
 # The embedded model
 
-A GPT-2 of {layers} layers, {heads} heads per layer and width {d_model} ({weights:,} parameters,
-{tokens:,} tokens), for demonstrations and tests of edgeprune; it knows nothing else. MIT licence,
-like the project.
+A GPT-2 with {layers} layers, {heads} heads per layer and width {d_model} ({weights:,} parameters,
+{tokens:,} tokens), for demonstrations and tests of edgeprune. It knows nothing but the tasks below.
+MIT licence, like the project.
 
-Made by `python run_scripts/train_embedded.py`: {steps:,} steps of {batch_size} prompts of all tasks
-mixed, seed {seed}, {minutes:.1f} minutes on two CPU cores. The prompts measured here were kept out
-of training.
+Trained with `python run_scripts/train_embedded.py`: {steps:,} steps on batches of {batch_size}
+prompts of all tasks, seed {seed}, {minutes:.1f} minutes on two CPU cores. The prompts measured here
+were not used in training.
 
 {table}
 """
