@@ -9,18 +9,10 @@ import re
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from traceback import walk_tb
 from typing import Any, NoReturn
 
-from edgeprune.commands.help import (
-    GROUPS,
-    POSITIONAL,
-    SEVERAL,
-    choices_of,
-    command_help,
-    overview,
-    setting_names,
-    usage,
-)
+from edgeprune.commands import help
 from edgeprune.config import COMMANDS, CUSTOM, LESS_MEMORY, TRAINERS, did_you_mean
 from edgeprune.errors import ConfigError, JobFailed, UserError
 from edgeprune.paths import CONF
@@ -38,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         if command in ("", "-h", "--help", "help"):
-            print(overview(), flush=True)
+            print(help.overview(), flush=True)
             sys.exit(0 if command else 2)
         if "--version" in (command, *rest):
             print(f"edgeprune {version('edgeprune')}", flush=True)
@@ -47,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
             hint = did_you_mean(command, COMMANDS) or f"; choose {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {command!r}{hint}")
         if {"-h", "--help"} & set(rest):
-            print(command_help(command, rest), flush=True)
+            print(help.command_help(command, rest), flush=True)
             sys.exit(0)
         _run(command, *_split_flags(rest))
     except KeyboardInterrupt:
@@ -85,7 +77,7 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
     `prune model.path=X` -> `prune model=custom model.path=X`. Raises ConfigError for an unknown
     setting, which Hydra would accept after a +, or the wrong number of paths.
     """
-    known, name = setting_names(command), POSITIONAL.get(command)
+    known, name = help.setting_names(command), help.POSITIONAL.get(command)
     keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
     paths = [a for a in arguments if keys[a] not in known and ("=" not in a or os.path.exists(a))]
     others = [argument for argument in arguments if argument not in paths]
@@ -94,14 +86,14 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
     is_given = name in keys.values()
-    is_right = len(paths) == 1 or (paths and command in SEVERAL)
+    is_right = len(paths) == 1 or (paths and command in help.SEVERAL)
     if name is None and paths:
         raise ConfigError(f"unexpected argument {paths[0]!r}; settings are name=value")
     if name is not None and (paths if is_given else not is_right):
-        raise ConfigError(f"got {len(paths)} paths; usage: {usage(command)}")
+        raise ConfigError(f"got {len(paths)} paths; usage: {help.usage(command)}")
     if paths:
         value = ",".join(_quote(path) for path in paths)
-        others.insert(0, f"{name}=[{value}]" if command in SEVERAL else f"{name}={value}")
+        others.insert(0, f"{name}=[{value}]" if command in help.SEVERAL else f"{name}={value}")
     custom = [
         f"{group}={CUSTOM}" for group in ("model", "task")
         if f"{group}.path" in keys.values() and not {group, "experiment"} & set(keys.values())
@@ -213,10 +205,8 @@ def _report(command: str, error: Exception) -> NoReturn:
 
 def _is_from(error: Exception, *packages: str) -> bool:
     """Whether a package defines the error's class, or raised it as a ValueError."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    where = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    where = frames[-1].f_globals.get("__name__", "") if frames else ""
     is_value = isinstance(error, (ValueError, AssertionError))
     return type(error).__module__.startswith(packages) or (is_value and where.startswith(packages))
 
@@ -227,12 +217,11 @@ def _explain_hydra(command: str, error: Exception) -> str:
     missing = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if missing and missing[0].endswith("submitit_slurm'"):
         return "launcher=slurm needs a package; pip install 'edgeprune[slurm]'"
-    if missing and missing[1] in GROUPS:
-        own = f"; {missing[1]}=custom {missing[1]}.path=... takes your own"
-        own = own if missing[1] in ("model", "task") else ""
-        return (
-            f"unknown {missing[1]} {missing[2]!r}; choose {', '.join(choices_of(missing[1]))}{own}"
-        )
+    if missing and missing[1] in help.GROUPS:
+        group, name = missing.groups()
+        own = f"; {group}=custom {group}.path=... takes your own"
+        own = own if group in ("model", "task") else ""
+        return f"unknown {group} {name!r}; choose {', '.join(help.choices_of(group))}{own}"
     if hasattr(error, "override"):
         return (
             f"{error.override!r} cannot be parsed; text with special characters needs quotes "

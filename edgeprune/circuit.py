@@ -65,21 +65,18 @@ class Circuit:
         and the query heads within each group.
         """
         rng, graph = random.Random(seed), self.graph
-        group = graph.heads_per_kv_head
+        group, num_groups = graph.heads_per_kv_head, graph.num_kv_heads
         renamed = {}
         for layer in range(graph.num_layers):
-            for kv, other_kv in enumerate(_permutation(rng, graph.num_kv_heads)):
+            for kv, other_kv in enumerate(rng.sample(range(num_groups), num_groups)):
                 for part in "kv":
                     renamed[f"a{layer}.h{kv}.{part}"] = f"a{layer}.h{other_kv}.{part}"
-                for head, other in enumerate(_permutation(rng, group)):
-                    name, other_name = (
-                        f"a{layer}.h{first * group + index}"
-                        for first, index in ((kv, head), (other_kv, other))
-                    )
+                for head, other in enumerate(rng.sample(range(group), group)):
+                    name = f"a{layer}.h{kv * group + head}"
+                    other_name = f"a{layer}.h{other_kv * group + other}"
                     renamed |= {name: other_name, f"{name}.q": f"{other_name}.q"}
-        return Circuit(
-            graph, frozenset((renamed.get(w, w), renamed.get(r, r)) for w, r in self.edge_set)
-        )
+        edges = {(renamed.get(w, w), renamed.get(r, r)) for w, r in self.edge_set}
+        return Circuit(graph, frozenset(edges))
 
     @property
     def edges(self) -> list[Edge]:
@@ -112,9 +109,8 @@ class Circuit:
     @property
     def nodes(self) -> list[str]:
         """The writers that take part: one of their edges is kept, or a kept edge feeds them."""
-        used = set(self._writing)
-        for reader in {reader for _, reader in self.edge_set}:
-            used.update(self.nodes_fed_by(reader))
+        readers = {reader for _, reader in self.edge_set}
+        used = self._writing.union(*map(self.nodes_fed_by, readers))
         return [writer for writer in self.graph.writers if writer in used]
 
     def nodes_fed_by(self, reader: str) -> list[str]:
@@ -176,7 +172,3 @@ class Circuit:
     def _same_graph(self, other: Circuit) -> Circuit:
         self.check(other, self.graph)
         return other
-
-
-def _permutation(rng: random.Random, count: int) -> list[int]:
-    return rng.sample(range(count), count)

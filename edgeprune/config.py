@@ -237,8 +237,7 @@ class TrainerConfig(Settings):
         """Keyword arguments of the method's constructor.
 
         Args:
-            asked: sparsity of the circuit asked for, from which the target follows if it is not
-                set; None: none is.
+            asked: sparsity of the circuit asked for, which an unset target follows; None: none is.
         """
         shared = ("method", "batch_size", "micro_batch_size", "recompute", "cuda_graph",
                   "checkpoint_every", "log_every")  # fmt: skip
@@ -467,8 +466,8 @@ class EvaluateConfig(Settings):
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     head_permuted: int = setting(0, at_least=0)
-    """Number of head-permuted circuits to measure for comparison: the heads of each layer change
-    places, so they have equally many edges and are equally well connected."""
+    """Number of head-permuted circuits to measure for comparison: the heads of each layer are
+    shuffled, so they have equally many edges and are equally well connected."""
     output: str | None = None
     """JSON file to write. null: evaluation-<split>.json next to the circuit if model, prompts and
     ablation are those of its run, otherwise none."""
@@ -609,10 +608,8 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'trainer': {'steps': 600}} -> {'trainer.steps': 600}."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 

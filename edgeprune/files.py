@@ -26,8 +26,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path in the same folder, flush it to disk, and move it to `path`.
 
-    If anything fails, the file at `path` stays as it was. If `path` is a link, its target is
-    replaced.
+    If anything fails, the file at `path` stays as it was. Of a link, the target is replaced.
 
     Raises:
         OSError: the file cannot be written, or is a folder or a device; names `path`.

@@ -70,15 +70,13 @@ class CircuitGraph:
     embedding_writers: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        counts = (self.num_layers, self.num_heads, self.num_kv_heads)
+        counts = layers, heads, kv_heads = (self.num_layers, self.num_heads, self.num_kv_heads)
         if not all(type(count) is int and count > 0 for count in counts):
             raise ValueError(f"layers, heads, key/value heads are {counts}, not positive integers")
-        if self.num_layers * self.num_heads > MAX_HEADS:
-            raise ValueError(f"{self.num_layers * self.num_heads:,} heads exceed {MAX_HEADS:,}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_heads} heads are not a multiple of {self.num_kv_heads} key/value heads"
-            )
+        if layers * heads > MAX_HEADS:
+            raise ValueError(f"{layers * heads:,} heads exceed {MAX_HEADS:,}")
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads are not a multiple of {kv_heads} key/value heads")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -105,14 +103,12 @@ class CircuitGraph:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """Sites in forward order: a0, m0, a1, m1, ..., resid_post."""
-        sites = []
-        offset = 0
+        sites: list[Site] = []
         attention_groups = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
 
         def add(name: str, readers: tuple[str, ...], num_writers: int, groups: tuple[int, ...]):
-            nonlocal offset
+            offset = sites[-1].place.stop if sites else 0
             sites.append(Site(name, readers, num_writers, offset, groups))
-            offset += sites[-1].num_edges
 
         seen = len(self.embedding_writers)
         for layer in range(self.num_layers):
@@ -134,12 +130,8 @@ class CircuitGraph:
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in order of its number; the inverse of `edge_index`."""
-        return tuple(
-            (writer, reader)
-            for site in self.sites
-            for reader in site.readers
-            for writer in self.writers[: site.num_writers]
-        )
+        places = self._reader_place.items()
+        return tuple((w, reader) for reader, (_, count) in places for w in self.writers[:count])
 
     @property
     def num_writers(self) -> int:
@@ -147,8 +139,7 @@ class CircuitGraph:
 
     @property
     def num_edges(self) -> int:
-        last = self.sites[-1]
-        return last.offset + last.num_edges
+        return self.sites[-1].place.stop
 
     def resolve_size(self, num_edges: int | None = None, sparsity: float | None = None) -> int:
         """The number of edges of a circuit, given exactly one of its two measures.
@@ -194,12 +185,8 @@ class CircuitGraph:
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""
-        return [
-            column
-            for site in self.sites
-            for _ in site.readers
-            for column in range(site.num_writers)
-        ]
+        places = self._reader_place.values()
+        return [column for _, num_writers in places for column in range(num_writers)]
 
     def gate_groups(self) -> list[slice]:
         """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""
@@ -208,14 +195,10 @@ class CircuitGraph:
 
     def node_groups(self) -> list[slice]:
         """Writers rounded together for node gates: the embeddings; per layer heads, MLP."""
-        counts = [len(self.embedding_writers)] + [self.num_heads, 1] * self.num_layers
-        return _slices(counts)
+        return _slices([len(self.embedding_writers)] + [self.num_heads, 1] * self.num_layers)
 
     def nodes_fed_by(self, reader: str) -> list[str]:
-        """The writers whose output depends on this reader (several heads under GQA).
-
-        `resid_post` feeds none.
-        """
+        """The writers fed by this reader (several heads under GQA), none by `resid_post`."""
         if reader == "resid_post":
             return []
         if reader.startswith("m"):

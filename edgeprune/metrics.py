@@ -137,9 +137,8 @@ def measure(
     )
     predicted = predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs])
     return ExampleMetrics(
-        kl=kl, error=error, exact_match=exact_match, correct=correct,
+        kl=kl, error=error, exact_match=exact_match, correct=correct, predicted=predicted,
         logit_difference=differences[0], probability_difference=differences[1],
-        predicted=predicted,
     )  # fmt: skip
 
 

@@ -73,15 +73,10 @@ class EdgeScores:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, which also holds graph and origin."""
-        about = {
-            "graph": self.graph.to_dict(),
-            "by_magnitude": self.by_magnitude,
-            "origin": dict(self.origin),
-        }
+        graph, origin = self.graph.to_dict(), dict(self.origin)
+        about = {"graph": graph, "by_magnitude": self.by_magnitude, "origin": origin}
         metadata = {"edgeprune": json.dumps(about)}  # several keys would come in any order
-        write_atomically(
-            Path(path), lambda temporary: save_file({"scores": self.values}, temporary, metadata)
-        )
+        write_atomically(Path(path), lambda new: save_file({"scores": self.values}, new, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> EdgeScores:

@@ -161,7 +161,9 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
     check_output(output)
-    records = [record for path in _run_dirs(folder) if (record := _record(path, folder))]
+    found = (manifest.parent for manifest in folder.rglob(layout.MANIFEST))
+    paths = sorted(path for path in found if is_run(path) and not path.name.startswith("."))
+    records = [record for path in paths if (record := _record(path, folder))]
     if not records:
         raise ConfigError(
             f"no finished run below {folder}; make some, for instance with `edgeprune prune "
@@ -172,11 +174,6 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
         title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
         write_report(groups, new, title=title)
     return groups, output
-
-
-def _run_dirs(folder: Path) -> list[Path]:
-    found = (manifest.parent for manifest in folder.rglob(layout.MANIFEST))
-    return sorted(path for path in found if is_run(path) and not path.name.startswith("."))
 
 
 def _record(path: Path, folder: Path) -> RunRecord | None:

@@ -7,13 +7,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import (
-    MAX_EVALUATION_BATCH,
-    AblationConfig,
-    EvaluateConfig,
-    TaskConfig,
-    to_dict,
-)
+from edgeprune.config import MAX_EVALUATION_BATCH, AblationConfig, EvaluateConfig, to_dict
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
@@ -50,7 +44,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
             f"{model.name} differs from the model in which the circuit was found, in its weights, "
             "configuration or tokenizer"
         )
-    pairs, reference, digest = _load_prompts(source, task, ablation, model, config)
+    pairs, reference, digest = _load_prompts(source, ablation, model, config)
     is_own_data = digest == source.digest("data")
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     batch_size = batch_size or MAX_EVALUATION_BATCH
@@ -72,13 +66,10 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
 
 
 def _load_prompts(
-    source: Source,
-    task: TaskConfig,
-    ablation: AblationConfig,
-    model: CircuitModel,
-    config: EvaluateConfig,
+    source: Source, ablation: AblationConfig, model: CircuitModel, config: EvaluateConfig
 ) -> tuple[PairDataset, PairDataset, str]:
     """The split's prompts, those over which means are taken, and the SHA-256 of their file."""
+    task = source.task(config.task)
     with ExitStack() as stack:
         if config.task is None and source.run is not None:
             path = source.run.data_path

@@ -5,14 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import (
-    ablation_of,
-    check_output,
-    graph_of,
-    load_model_of,
-    own_data,
-    read,
-)
+from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import ExportConfig
 from edgeprune.errors import ConfigError
@@ -60,14 +53,8 @@ def export(config: ExportConfig) -> Exported:
         return Exported(circuit, run.path / layout.EDGES, origin)
     graphs = {"eap_json": layout.GRAPH_JSON, "eap_pt": layout.GRAPH_PT}
     output = Path(config.output) if config.output else run.path / graphs[form]
-    write_circuit(
-        circuit,
-        output,
-        form,
-        scores=scores,
-        d_model=run.manifest["model"].get("d_model"),
-        origin={**run.origin, **origin},
-    )
+    d_model, belongs_to = run.manifest["model"].get("d_model"), {**run.origin, **origin}
+    write_circuit(circuit, output, form, scores=scores, d_model=d_model, origin=belongs_to)
     return Exported(circuit, output, origin)
 
 
@@ -103,11 +90,8 @@ def choose(
     if (sparsity, num_edges) != (None, None):
         return scores.circuit(sparsity=sparsity, num_edges=num_edges), {"chosen_by": "size"}
     circuit, thresholds = circuit_by_threshold(scores.graph, state)
-    return circuit, {
-        "chosen_by": "threshold",
-        "edge_threshold": thresholds["edge"],
-        "node_threshold": thresholds.get("node"),
-    }
+    found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
+    return circuit, {"chosen_by": "threshold", **found}
 
 
 def cleaned_up(

@@ -1,11 +1,11 @@
 """Help texts, made from the settings' own docstrings and from what lies in conf/."""
 
 import ast
-import dataclasses
 import inspect
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -16,10 +16,8 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
-POSITIONAL = {
-    "export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-    "report": "folder",
-}  # fmt: skip
+POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
+              "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare",)
@@ -115,7 +113,7 @@ def _described(
     """
     rows = []
     hints, docs = get_type_hints(config), _field_docs(config)
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         name, part = f"{prefix}{field.name}", dataclass_of(hints[field.name])
         if part is TrainerConfig:
             values = yaml.safe_load((CONF / f"trainer/{trainer}.yaml").read_text())
@@ -124,9 +122,7 @@ def _described(
         elif part is not None:
             rows += _described(part, f"{name}.", trainer)
         elif name != "trainer.method":
-            value = field.default
-            if value is dataclasses.MISSING:
-                value = field.default_factory()
+            value = field.default_factory() if field.default is MISSING else field.default
             value = (given or {}).get(field.name, value)
             rows.append((f"{name}={_as_text(value)}", docs.get(field.name, "")))
     return rows
@@ -149,10 +145,7 @@ def _field_docs(config: type) -> dict[str, str]:
     for base in reversed(config.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         for statement, following in zip(body, body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                docs[statement.target.id] = inspect.cleandoc(following.value.value)
+            match statement, following:
+                case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=text)):
+                    docs[statement.target.id] = inspect.cleandoc(text)
     return docs

@@ -140,8 +140,7 @@ def circuit_dot(
         edge_attr={"arrowsize": "0.45"},
     )  # fmt: skip
     rows = [list(row) for _, row in groupby(labels, key=lambda node: _order(node)[:2])]
-    add_rows = _add_grid if on_grid else _add_ranks
-    add_rows(dot, rows, labels)
+    (_add_grid if on_grid else _add_ranks)(dot, rows, labels)
     width, opacity = 1.1, 0xC0
     if on_grid:  # less of both, the more edges there are from 300 to 3,000
         share = min(max(math.log10(len(edges) / 300), 0), 1)

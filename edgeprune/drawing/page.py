@@ -27,9 +27,7 @@ class Section(TypedDict, total=False):
 
 def render_page(title: str, sections: Sequence[Section]) -> str:
     """An HTML page with a title and sections."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     return environment.get_template("page.html.j2").render(title=title, sections=sections)

@@ -35,8 +35,7 @@ ROUNDING = 1e-6
 class Curve(NamedTuple):
     """A line `mid` in a band from `low` to `high`; all sequences have the same length."""
 
-    name: str
-    """Shown in the legend, unless empty."""
+    name: str  # shown in the legend, unless empty
     num_edges: Sequence[float]
     mid: Sequence[float]
     low: Sequence[float]
@@ -48,10 +47,8 @@ class Panel(NamedTuple):
 
     label: str
     curves: Sequence[Curve]
-    levels: Sequence[tuple[str, float]]
-    """(name, y) of horizontal lines, the best first."""
-    log: bool
-    """Whether y is a distance on a logarithmic axis; otherwise it is a fraction, 0 to 1."""
+    levels: Sequence[tuple[str, float]]  # (name, y) of horizontal lines, the best first
+    log: bool  # whether y is a distance on a logarithmic axis; otherwise it is a fraction, 0 to 1
 
 
 @contextmanager
@@ -119,8 +116,7 @@ def draw_frontier(
             _draw_panel(ax, panel)
             ax.set_xlabel(f"edges kept, of {all_edges:,}")
         if names:
-            handles, _ = figure.axes[0].get_legend_handles_labels()
-            figure.legend(handles=handles, loc="outside lower center")
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")
     return figure
 
 

@@ -57,14 +57,12 @@ class Block:
         """
         weight, bias = self.output_weight(values.dtype), self.attention_output.bias
         num_heads, _, d_model = weight.shape
-        if centred:  # the weights are smaller than the outboxes
-            weight = centre(weight)
+        weight = centre(weight) if centred else weight  # weights are smaller than outboxes
         delta = values if ablated is None else values - ablated
         by_head = rearrange(delta, "... (head d_head) -> head (...) d_head", head=num_heads)
         if ablated is None and bias is not None:  # it cancels in a difference
-            share = centre(bias) if centred else bias
-            share = (share / num_heads).expand(num_heads, 1, d_model)
-            outboxes = torch.baddbmm(share, by_head, weight)
+            share = (centre(bias) if centred else bias) / num_heads
+            outboxes = torch.baddbmm(share.expand(num_heads, 1, d_model), by_head, weight)
         else:
             outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
         return outboxes.view(num_heads, *values.shape[:-1], d_model)

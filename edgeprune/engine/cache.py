@@ -26,25 +26,23 @@ class KeptPasses:
     ) -> None:
         width = max(len(pair.clean_ids) for pair in pairs)
         references: list[Tensor] = []
-        self._row: dict[Pair, int] = {}
-        self._tokens: list[Tensor] = []  # per pair, its rows of the reference
+        order: list[Pair] = []
         self._activations: Activations | None = None
-        num_tokens = 0
         for batch in iterate_batches(pairs, batch_size):
             reference, activations = model.run_pair(batch.to(model.device), corrupted=corrupted)
             references.append(reference)
-            start, length = len(self._tokens), batch.clean_ids.shape[1]
+            start = len(order)
+            order += batch.pairs
             if activations is not None:
-                new, rows = activations.stacked(), slice(start, start + len(batch.pairs))
+                new = activations.stacked()
                 self._activations = self._activations or new.map(
                     lambda x: x.new_zeros(*x.shape[:-3], len(pairs), width, x.shape[-1])
                 )
-                at = (..., rows, slice(length), slice(None))
+                at = (..., slice(start, len(order)), slice(batch.clean_ids.shape[1]), slice(None))
                 self._activations.map(lambda kept, x, at=at: kept[at].copy_(x), new)
-            for row, pair in enumerate(batch.pairs, start):
-                self._row[pair] = row
-                self._tokens.append(num_tokens + torch.arange(len(pair.target_ids)))
-                num_tokens += len(pair.target_ids)
+        self._row = {pair: row for row, pair in enumerate(order)}
+        counts = [len(pair.target_ids) for pair in order]
+        self._tokens = torch.arange(sum(counts)).split(counts)  # per pair, rows of the reference
         self._reference = torch.cat(references)
 
     @classmethod
@@ -76,8 +74,5 @@ class KeptPasses:
         reference = self._reference[tokens]
         if self._activations is None:
             return reference, None
-        index = torch.tensor(rows).to(device, non_blocking=True)
-        length = batch.clean_ids.shape[1]
-        return reference, self._activations.map(
-            lambda x: x[..., :length, :].index_select(x.dim() - 3, index)
-        )
+        at, length = torch.tensor(rows).to(device, non_blocking=True), batch.clean_ids.shape[1]
+        return reference, self._activations.map(lambda x: x[..., :length, :].index_select(-3, at))

@@ -109,9 +109,9 @@ class CircuitModel:
         self.end_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
         self.digest: str | None = None
         # A LayerNorm subtracts the mean of its input, so the outboxes are kept without it.
-        norms = [architecture.final_norm]
-        norms += [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
-        self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
+        self._norms = [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
+        self._norms.append(architecture.final_norm)
+        self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in self._norms)
 
     @property
     def device(self) -> torch.device:
@@ -169,12 +169,11 @@ class CircuitModel:
 
             return hook
 
-        hooks = [arch.final_norm.register_forward_pre_hook(record(residuals, self.centre))]
+        to_residuals = record(residuals, self.centre)
+        hooks = [norm.register_forward_pre_hook(to_residuals) for norm in self._norms]
         for block in arch.blocks:
             hooks += [
-                block.attention_norm.register_forward_pre_hook(record(residuals, self.centre)),
                 block.attention_output.register_forward_pre_hook(record(head_values, block.scale)),
-                block.mlp_norm.register_forward_pre_hook(record(residuals, self.centre)),
                 block.mlp_output.register_forward_hook(record(mlp_outputs)),
             ]
         with ExitStack() as stack:  # removes the hooks
@@ -220,8 +219,7 @@ class CircuitModel:
             Logits, [predicted, vocabulary], differentiable with respect to the gates. Call backward
             before the next `run_circuit`.
 
-        Raises:
-            ValueError: the model attends to the batch's padding, or gates have the wrong shape.
+        Raises ValueError if the model attends to the batch's padding or gates have another shape.
         """
         self.check_padding(batch)
         if gates.shape != (self.graph.num_edges,):

@@ -52,13 +52,11 @@ class CudaGraphs:
         with torch.no_grad():
             recording.inputs.map(Tensor.copy_, inputs)
         recording.graph.replay()
-        distance, grad_gates = recording.gradient  # overwritten by the next replay
-        return distance.clone(), grad_gates.clone()
+        return tuple(map(torch.clone, recording.gradient))  # the next replay overwrites it
 
     def _buffers(self) -> frozenset[tuple[int, int]]:
         """Address and size of the current buffers: a larger batch or `release` replaces them."""
-        buffers = self._model.workspace.buffers.values()
-        return frozenset((buffer.data_ptr(), buffer.nbytes) for buffer in buffers)
+        return frozenset((x.data_ptr(), x.nbytes) for x in self._model.workspace.buffers.values())
 
     def _run(self, inputs: StepInputs, share: float) -> Gradient:
         """Run on the recording stream, which initialises what libraries keep per stream."""

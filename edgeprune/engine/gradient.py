@@ -21,7 +21,6 @@ class StepInputs:
     """All tensors that the distance depends on.
 
     Attributes:
-        batch: the prompts.
         reference: the full model's outputs, [predicted, vocabulary].
         ablation_values: what an edge with gate 0 carries; None: zeros.
         gates: [edge] in [0, 1], a leaf that requires a gradient; 1 = clean.
@@ -34,15 +33,11 @@ class StepInputs:
 
     def map(self, function: Callable[..., Tensor], *others: StepInputs) -> StepInputs:
         """Apply a function to every tensor (and to the corresponding tensors of the others)."""
-        batches, references, values, gates = zip(
-            *(vars(inputs).values() for inputs in (self, *others)), strict=True
-        )
-        return StepInputs(
-            batches[0].map(function, *batches[1:]),
-            function(*references),
-            None if values[0] is None else values[0].map(function, *values[1:]),
-            function(*gates),
-        )
+        fields = zip(*(vars(x).values() for x in (self, *others)), strict=True)
+        batches, references, values, gates = fields
+        batch = batches[0].map(function, *batches[1:])
+        value = None if values[0] is None else values[0].map(function, *values[1:])
+        return StepInputs(batch, function(*references), value, function(*gates))
 
 
 def differentiate(
@@ -53,9 +48,8 @@ def differentiate(
     Distance and gradient are multiplied by `share`, the fraction of the step's prompts that are in
     this batch, so that those of all its micro-batches add up.
     """
-    logits = model.run_circuit(
-        inputs.batch, inputs.gates, inputs.ablation_values, recompute=recompute
-    )  # [predicted, vocabulary]
+    arguments = inputs.batch, inputs.gates, inputs.ablation_values
+    logits = model.run_circuit(*arguments, recompute=recompute)  # [predicted, vocabulary]
     distance = share * mean_distance(inputs.batch, inputs.reference, logits, model.output)
     (grad_gates,) = torch.autograd.grad(distance, inputs.gates)
     return distance.detach(), grad_gates

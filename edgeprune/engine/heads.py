@@ -29,7 +29,7 @@ def is_foldable(norm: nn.Module) -> bool:
 def project_to_heads(
     x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None, fused: bool = False
 ) -> Tensor:
-    """Norm and project a separate input per head.
+    """Norm and project a separate input per head; returns [head, batch, pos, d_head].
 
     The norm's scale and shift are folded into the projection, and its factor per input multiplies
     the result. So no normed copy is made; the backward pass overwrites x with its gradient.
@@ -41,9 +41,6 @@ def project_to_heads(
         weights: [head, d_head, d_model] each, one after another for all heads.
         bias: [head, d_head] or None.
         fused: whether to use the Triton kernels if the norm can be folded.
-
-    Returns:
-        [head, batch, pos, d_head].
     """
     is_layer_norm = isinstance(norm, nn.LayerNorm)
     if is_foldable(norm) and x.dtype != torch.float16:
@@ -98,8 +95,7 @@ class _ScaledProjection(torch.autograd.Function):
             # d factor / dx = -factor^3 x / d_model, and factor^2 / d_model = -1 / negated, so
             # grad_x = (grad * y).sum() / negated * x + (grad * factor) @ weight.
             change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
-            x.mul_(change.to(x.dtype))
-            x.baddbmm_((grad * factor).to(x.dtype), weight)
+            x.mul_(change.to(x.dtype)).baddbmm_((grad * factor).to(x.dtype), weight)
         return x, *[None] * (3 + len(weights))
 
 
@@ -108,7 +104,7 @@ def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
     num_heads = [len(weight) for weight in weights]
     folded = weights[0].new_empty(sum(num_heads), *weights[0].shape[1:])
     for weight, part in zip(weights, folded.split(num_heads), strict=True):
-        torch.mul(scale, weight, out=part)
+        torch.mul(scale, weight, out=part)  # without an intermediate copy
     return folded
 
 

@@ -33,9 +33,8 @@ def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     negated = x.new_empty(num_heads, num_tokens, 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _project[_grid(x)](
-            x, weight, y, negated, num_tokens, x.stride(0), x.stride(1), eps, d_model,
-            **_tile(weight),
-        )  # fmt: skip
+            x, weight, y, negated, num_tokens, *x.stride()[:2], eps, d_model, **_tile(weight)
+        )
     return y, negated
 
 

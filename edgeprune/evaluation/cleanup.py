@@ -49,15 +49,9 @@ class CleanUp:
 
 @torch.no_grad()
 def clean_up(
-    model: CircuitModel,
-    circuit: Circuit,
-    pairs: Sequence[Pair],
-    *,
-    tolerance: float,
-    scores: EdgeScores,
-    ablation: Ablation | str = "interchange",
-    batch_size: int = 64,
-) -> CleanUp:
+    model: CircuitModel, circuit: Circuit, pairs: Sequence[Pair], *, tolerance: float,
+    scores: EdgeScores, ablation: Ablation | str = "interchange", batch_size: int = 64,
+) -> CleanUp:  # fmt: skip
     """Remove dangling edges, then every edge whose removal keeps the distance within a limit.
 
     For logits, the distance from the full model is the mean KL divergence over examples, in nats
@@ -85,16 +79,10 @@ def clean_up(
         raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
-    search = _Search(
-        model,
-        circuit,
-        ranked=[model.graph.edges[index] for index in scores.ranking().tolist()],
-        ablation=ablation,
-        batches=[batch.to(model.device) for batch in iterate_batches(pairs, batch_size)],
-        run_pair=KeptPasses.where_they_fit(
-            model, pairs, batch_size, corrupted=ablation.needs_corrupted
-        ),
-    )
+    ranked = [model.graph.edges[index] for index in scores.ranking().tolist()]
+    batches = [batch.to(model.device) for batch in iterate_batches(pairs, batch_size)]
+    run = KeptPasses.where_they_fit(model, pairs, batch_size, corrupted=ablation.needs_corrupted)
+    search = _Search(model, circuit, ranked, ablation, batches, run_pair=run)
     before = search.distance(circuit)
     found = search.run(before, tolerance)
     after = search.distance(found)
@@ -162,8 +150,7 @@ class _Search:
         missing = [edge for edge in self.ranked if edge not in self.circuit.edge_set]
         count = 1
         while not self.distance(self.circuit, self.limit) <= self.limit and missing:
-            edges = self.circuit.edge_set.union(missing[:count])
-            self.circuit = Circuit(self.circuit.graph, edges)
+            self.circuit |= Circuit(self.circuit.graph, frozenset(missing[:count]))
             missing, count = missing[count:], 2 * count
 
     def _sweep(self) -> None:
@@ -171,8 +158,7 @@ class _Search:
         edges = [edge for edge in reversed(self.ranked) if edge in self.circuit.edge_set]
         fewest, count = max(1, len(edges) // SMALL), max(1, len(edges) // 4)
         while edges:
-            kept = self.circuit.edge_set.difference(edges[:count])
-            candidate = Circuit(self.circuit.graph, kept)
+            candidate = self.circuit - Circuit(self.circuit.graph, frozenset(edges[:count]))
             if self.ablation.kind == "interchange":
                 candidate = candidate.without_dangling()  # which changes no output
             if self._try(candidate):

@@ -74,12 +74,10 @@ def consensus(circuits: Sequence[Circuit]) -> Circuit:
 
 
 def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> dict[str, Any]:
-    """Sizes, overlap of each pair of circuits, and agreement with a reference, as JSON values.
+    """Sizes, overlap of each pair, agreement with the circuit named `reference`; as JSON values.
 
     The entries `connected` compare the circuits without their dangling edges. An edge can dangle in
     one circuit and not in another, so they cannot be derived from the other entries.
-
-    `reference` is the name of the circuit to which the others are compared.
 
     Raises:
         KeyError: no circuit has the reference's name.

@@ -53,14 +53,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: CircuitModel,
-    circuit: Circuit,
-    pairs: Sequence[Pair],
-    *,
-    ablation: Ablation | str = "interchange",
-    batch_size: int = 64,
-    head_permuted: int = 0,
-) -> Evaluation:
+    model: CircuitModel, circuit: Circuit, pairs: Sequence[Pair], *,
+    ablation: Ablation | str = "interchange", batch_size: int = 64, head_permuted: int = 0,
+) -> Evaluation:  # fmt: skip
     """Measure how much of the model's behaviour a circuit keeps.
 
     Args:
@@ -83,16 +78,12 @@ def evaluate(
     metrics = [Metrics.of(each, full, empty) for each in examples]
     mean = {name: sum(m[name] for m in metrics[3:]) / max(head_permuted, 1) for name in METRICS}
     return Evaluation(
-        full=metrics[0],
-        circuit=metrics[1],
-        empty=metrics[2],
+        full=metrics[0], circuit=metrics[1], empty=metrics[2],
         head_permuted=Metrics(mean) if permuted else None,
         worst=_worst_example(model, batches, of_circuit, full),
-        num_examples=len(pairs),
-        num_edges=len(circuit),
-        sparsity=circuit.sparsity,
+        num_examples=len(pairs), num_edges=len(circuit), sparsity=circuit.sparsity,
         num_with_distractors=int((~full.logit_difference.isnan()).sum()),
-    )
+    )  # fmt: skip
 
 
 def _run(

@@ -262,15 +262,12 @@ def _run_row(run: RunRecord, split: str | None) -> dict[str, Any]:
     connected, evaluation = run.circuit.without_dangling(), run.evaluations.get(split)
     metrics = evaluation["circuit"] if evaluation else {}
     return {
-        "run": run.name,
-        "seed": run.settings.get("seed"),
-        "num_edges": len(run.circuit),
-        "sparsity": run.circuit.sparsity,
+        "run": run.name, "seed": run.settings.get("seed"),
+        "num_edges": len(run.circuit), "sparsity": run.circuit.sparsity,
         "num_edges_without_dangling": len(connected),
         "num_nodes_without_dangling": len(connected.nodes),
-        "split": split if evaluation else None,
-        **{name: metrics.get(name) for name in METRICS},
-    }
+        "split": split if evaluation else None, **{name: metrics.get(name) for name in METRICS},
+    }  # fmt: skip
 
 
 def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:

@@ -32,8 +32,7 @@ def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
     path = Path(path)
     try:
         data = path.read_bytes()
-        is_pt = data.startswith(b"PK\x03\x04")
-        content = eap.load_tensors(data) if is_pt else json.loads(data)
+        content = eap.load_tensors(data) if data.startswith(b"PK\x03\x04") else json.loads(data)
         if not isinstance(content, dict):
             content = {"edges": content}
         own = content.get(eap.OWN_KEY, content).get("graph")

@@ -72,8 +72,7 @@ def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
         for index, (writer, reader) in enumerate(graph.edges)
         for their_reader in readers[reader]
     ]
-    ours, paired = torch.tensor(pairs).T
-    return ours, paired
+    return torch.tensor(pairs).unbind(1)
 
 
 def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGraph) -> Tensor:
@@ -176,17 +175,11 @@ def write(
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()
     in_graph = _translate(kept, ours, paired, theirs)
-    left_out = (_translate(in_graph, paired, ours, graph) > kept).nonzero().flatten().tolist()
-    content = {
-        "cfg": {
-            "n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False,
-            "d_model": d_model or 0,
-        },
-        OWN_KEY: {
-            "graph": graph.to_dict(), "left_out": [list(graph.edges[i]) for i in left_out],
-            "scores": values,
-        },
-    }  # fmt: skip
+    extra = (_translate(in_graph, paired, ours, graph) > kept).nonzero().flatten().tolist()
+    left_out = [list(graph.edges[index]) for index in extra]
+    config = {"n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False}
+    own = {"graph": graph.to_dict(), "left_out": left_out, "scores": values}
+    content = {"cfg": config | {"d_model": d_model or 0}, OWN_KEY: own}
     write_content = _write_json if format == "eap_json" else _write_pt
     write_content(path, content, theirs, in_graph.bool(), _translate(values, ours, paired, theirs))
 
@@ -212,14 +205,12 @@ def _write_pt(
     flags[cells], matrix[cells] = in_graph, scores.float()
     nodes = _nodes(theirs, in_graph)
     tensors = {
-        "cfg": content["cfg"],
-        "src_nodes": list(theirs.writers),
+        "cfg": content["cfg"], "src_nodes": list(theirs.writers),
         "dst_nodes": [_their_reader(reader) for reader in theirs.readers],
-        "edges_scores": matrix,
-        "edges_in_graph": flags,
+        "edges_scores": matrix, "edges_in_graph": flags,
         "nodes_in_graph": torch.tensor([nodes[writer] for writer in theirs.writers]),
         OWN_KEY: content[OWN_KEY],
-    }
+    }  # fmt: skip
     buffer = io.BytesIO()  # torch does not say why writing to a file failed
     torch.save(tensors, buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))

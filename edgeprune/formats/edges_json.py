@@ -43,8 +43,7 @@ def read(
         raise ValueError(f"version {content['version']}, expected {VERSION}; update edgeprune")
     if own_graph not in (None, graph):
         raise ValueError(f"not of this model: the file has {own_graph}, the model {graph}")
-    circuit = Circuit.from_edges(graph, content["edges"])
-    return CircuitFile(circuit, dict(content.get("origin", {})))
+    return CircuitFile(Circuit.from_edges(graph, content["edges"]), dict(content.get("origin", {})))
 
 
 def write_list(circuit: Circuit, path: Path) -> None:

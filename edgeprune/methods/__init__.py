@@ -4,9 +4,5 @@ from edgeprune.methods.held import Held
 from edgeprune.methods.paper import Lagrangian
 from edgeprune.methods.priced import Priced
 
-METHODS = {
-    "lagrangian": Lagrangian,
-    "held": Held,
-    "priced": Priced,
-}
+METHODS = {"lagrangian": Lagrangian, "held": Held, "priced": Priced}
 """Class per value of the setting `trainer.method`."""

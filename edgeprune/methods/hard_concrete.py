@@ -73,8 +73,6 @@ def search_threshold(gates: Tensor) -> float:
     low, high = 0.0, 1.0
     while high - low > SEARCH_TOLERANCE:
         threshold = (low + high) / 2
-        if (gates <= threshold).float().mean().item() > wanted:
-            high = threshold
-        else:
-            low = threshold
+        is_sparser = (gates <= threshold).float().mean().item() > wanted
+        low, high = (low, threshold) if is_sparser else (threshold, high)
     return threshold

@@ -70,8 +70,7 @@ class Method:
             What is logged: `loss`, `distance` and then the method's own numbers, of which a
             progress bar shows the first two. All are read from the device at once (`read_finite`).
 
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite; nothing was changed.
+        Raises FloatingPointError and changes nothing if the loss or the gradient is not finite.
         """
         raise NotImplementedError
 
@@ -105,8 +104,7 @@ class Method:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`, bit for bit.
 
-        Raises:
-            CheckpointError: the state belongs to another graph or method; nothing was changed.
+        Raises CheckpointError and changes nothing if it belongs to another graph or method.
         """
         check_shapes(state, {name: x.shape for name, x in self.parameters.items()})
         for name, parameter in self.parameters.items():
@@ -153,10 +151,8 @@ def scores_from_state(
 ) -> EdgeScores:
     """Scores from `Method.state_dict()`: the log odds of p = sigmoid(log alpha), i.e. log alpha.
 
-    With node gates p is multiplied by sigmoid(log alpha of the writer).
-
-    Raises:
-        CheckpointError: the state does not fit the graph.
+    With node gates p is multiplied by sigmoid(log alpha of the writer). Raises CheckpointError if
+    the state does not fit the graph.
     """
     log_alpha = log_alphas(graph, state)
     if "node" not in log_alpha:

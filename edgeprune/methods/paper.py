@@ -66,10 +66,8 @@ class Lagrangian(Method):
         """
         counts = tuple(map(len, self._log_alpha.values()))
         noise = hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)
-        self._sampled = {
-            kind: hard_concrete.sample(self._log_alpha[kind], u)
-            for kind, u in zip(self._log_alpha, noise, strict=True)
-        }
+        pairs = zip(self._log_alpha.items(), noise, strict=True)
+        self._sampled = {kind: hard_concrete.sample(x, u) for (kind, x), u in pairs}
         self._product = self._sampled["edge"]
         if self.node_gates:
             self._product = self._product * self._sampled["node"][self._edge_writers]
@@ -138,7 +136,6 @@ def warn_if_unfinished(sparsity: float, requested: float) -> None:
     """Warn if the last step's gates are much less sparse than the circuit that is cut from them."""
     if 1 - sparsity > 2 * (1 - requested):
         log.warning(
-            f"the gates have only become {sparsity:.1%} sparse, so a circuit that is "
-            f"{requested:.1%} sparse leaves out edges they rely on; take more steps, or use the "
-            "settings of trainer=fast"
+            f"the gates are only {sparsity:.1%} sparse: a circuit that is {requested:.1%} sparse "
+            "leaves out edges they rely on; take more steps, or use the settings of trainer=fast"
         )

@@ -38,11 +38,10 @@ class GPT2Block(Block):
         bias = project.bias.unflatten(0, heads)  # [reader, d_head]
         qkv = project_to_heads(x, self.attention_norm, [weight], bias, self.fused)
         qkv = rearrange(qkv, "(part head) batch pos d_head -> part batch head pos d_head", part=3)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.attention.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         scaling = self.attention.scaling
-        values, _ = attention(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
+        values, _ = attend(self.attention, *qkv, mask, dropout=0.0, scaling=scaling)
         return rearrange(values, "batch pos head d_head -> batch pos (head d_head)")
 
     def output_weight(self, dtype: torch.dtype) -> Tensor:

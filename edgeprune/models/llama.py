@@ -59,9 +59,8 @@ class LlamaBlock(Block):
         q, k, v = self._project(x)  # [batch, head or kv_head, pos, d_head] each
         if getattr(attention, "use_rope", True):
             q, k = self.rotate(q, k, *rotation)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, self.eager_attention
-        )
+        implementation = attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
         options = {"dropout": 0.0, "scaling": attention.scaling}
         if self.layer_type == "sliding_attention":
             options["sliding_window"] = attention.config.sliding_window

@@ -27,9 +27,7 @@ from edgeprune.models.llama import Llama
 from edgeprune.models.parity import TOLERANCE, random_batch, verify_parity
 from edgeprune.paths import EMBEDDED_MODEL
 
-LLAMA_FAMILY = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3",
-)  # fmt: skip
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 """The model types that share Llama's block."""
 
 FAMILIES = {"gpt2": GPT2, **dict.fromkeys(LLAMA_FAMILY, Llama)}
@@ -155,10 +153,7 @@ def fuse(model: CircuitModel) -> None:
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to a GPU if there is one, else the CPU.
-
-    Raises ModelError for a device that this machine does not have.
-    """
+    """Resolve `auto` to a GPU if any, else the CPU; ModelError for a device this machine lacks."""
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices = ["cuda", *devices, "cpu"] if devices else ["cpu"]
     devices += ["mps"] if torch.backends.mps.is_available() else []
@@ -192,10 +187,8 @@ def _load_hf_model(
         if bits is not None:
             raise ModelError(f"a GGUF file is already quantised; omit bits={bits}")
         quantization = GgufConfig(dequantize=True)
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        **source, **settings, device_map=device, quantization_config=quantization,
-        use_safetensors=True,
-    )  # fmt: skip
+    settings |= {"device_map": device, "quantization_config": quantization, "use_safetensors": True}
+    hf_model = AutoModelForCausalLM.from_pretrained(**source, **settings)
     for module in hf_model.modules():  # bitsandbytes would repack 4-bit weights for some CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -78,9 +78,7 @@ class TracrTokenizer:
 
     def __call__(self, *arguments: Any, **settings: Any) -> None:
         """Raises DataError: there is no text to tokenise."""
-        raise DataError(
-            "this Tracr model takes token ids, not text; use task=tracr or *_ids fields"
-        )
+        raise DataError("a Tracr model takes token ids, not text; use task=tracr or *_ids fields")
 
     def __len__(self) -> int:
         return self.config["d_vocab"]
@@ -196,8 +194,7 @@ def _state_dict(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tensor
     for layer in range(num_layers):
         file, own = f"blocks.{layer}.", f"layers.{layer}."
         for kind, name in ("W", "qkv_weight"), ("b", "qkv_bias"):
-            parts = [weights.pop(f"{file}attn.{kind}_{part}") for part in "QKV"]
-            state[own + name] = torch.cat(parts)
+            state[own + name] = torch.cat([weights.pop(f"{file}attn.{kind}_{p}") for p in "QKV"])
         state[own + "qkv_weight"] = state[own + "qkv_weight"].transpose(1, 2)
         state[own + "attention_output.weight"] = weights.pop(file + "attn.W_O").flatten(0, 1).T
         state[own + "attention_output.bias"] = weights.pop(file + "attn.b_O")

@@ -181,10 +181,8 @@ def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids,
     on the prompt's tokens, prompt and predictions are tokenised separately.
     """
     whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
-    cuts = [
-        _cut(ids, offsets, len(prompt))
-        for ids, offsets in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
-    ]
+    tokenized = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+    cuts = [_cut(ids, offsets, len(prompt)) for ids, offsets in tokenized]
     if all(cut is not None and cut[0] == cuts[0][0] for cut in cuts):
         return cuts[0][0], [prediction for _, prediction in cuts]
     alone = tokenizer(prompt, return_offsets_mapping=True)

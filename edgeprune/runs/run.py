@@ -12,7 +12,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -208,11 +208,9 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a crash or a full disk damaged."""
         file, read = self.path / layout.METRICS, []
-        try:
+        with suppress(OSError, ValueError, LookupError, TypeError):
             for line in file.read_text("utf-8", "replace").splitlines():
                 read.append({**json.loads(line), "step": int(json.loads(line)["step"])})
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
         return read
 
     def truncate_log(self, step: int) -> None:
@@ -328,15 +326,13 @@ def _check_claim(place: Path, config: PruneConfig) -> None:
     free = settings_with("resumable", True)
     for digest in ("model", "data"):  # compared by `begin`, since they may have been moved
         free |= {key for key in settings_with("digest", digest) if old.get(key) and new.get(key)}
-    changed = [
-        f"{key}: {old.get(key)} there, {new.get(key)} here"
-        for key in sorted((old.keys() | new.keys()) - free)
-        if old.get(key) != new.get(key)
-    ]
+    names = sorted((old.keys() | new.keys()) - free)
+    changed = [name for name in names if old.get(name) != new.get(name)]
     if changed:
+        listed = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in changed)
         raise ConfigError(
-            f"the run in {place} cannot be resumed with other settings ({'; '.join(changed)}); use "
-            "its settings, another run_dir=, or overwrite=true"
+            f"the run in {place} cannot be resumed with other settings ({listed}); use its "
+            "settings, another run_dir=, or overwrite=true"
         )
 
 
@@ -356,14 +352,11 @@ def _as_yaml(config: PruneConfig) -> str:
 def _manifest(model: CircuitModel, data_path: Path) -> dict[str, Any]:
     """The content of run.json."""
     libraries = ("torch", "transformers")
+    machine = {"device": str(model.device), "threads": torch.get_num_threads()}
     return {
         "graph": model.graph.to_dict(),
         "data": {"path": str(data_path), "sha256": file_digest(data_path)},
         "model": {"name": model.name, "sha256": model.fingerprint(), "d_model": model.d_model},
         "versions": {"python": platform.python_version(), **{n: version(n) for n in libraries}},
-        "machine": {
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-        },
+        "machine": {**machine, "processor": platform.machine()},
     }

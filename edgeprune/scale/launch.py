@@ -34,8 +34,7 @@ def on_stop_signals(
 def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
     """Run `edgeprune prune` in `count` processes (None: one per GPU) with `accelerate launch`.
 
-    Raises:
-        JobFailed: a process failed or was stopped; signals to this process are forwarded.
+    Signals to this process are forwarded. Raises JobFailed if a process failed or was stopped.
     """
     if count is None:
         import torch

@@ -134,12 +134,11 @@ def _weight_bytes(model: CircuitModel, shares: int, offload: bool, bits: int | N
         )
 
     modules = [block.layer for block in model.architecture.blocks]
-    outside_layers = sum(x.nbytes for x in _weights(model).values())
-    outside_layers -= sum(map(layer_bytes, modules))
+    outside = sum(x.nbytes for x in _weights(model).values()) - sum(map(layer_bytes, modules))
     layers = [layer_bytes(layer, bits) for layer in modules]
     if shares == 1:
-        return outside_layers + sum(layers)
-    return outside_layers + max(layers) + (0 if offload else sum(layers) // shares)
+        return outside + sum(layers)
+    return outside + max(layers) + (0 if offload else sum(layers) // shares)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -50,8 +50,7 @@ class StepMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in one flat dictionary, as in a line of metrics.jsonl."""
-        shared = ("step", "loss", "kl", "unexplained")
-        return {name: getattr(self, name) for name in shared} | self.values
+        return {name: x for name, x in vars(self).items() if name != "values"} | self.values
 
     def __str__(self) -> str:
         """The distance and the first two of the method's numbers, for a progress bar."""
@@ -71,8 +70,7 @@ class Trainer:
         world: the processes that share the run, each with a trainer of its own.
         step: number of optimisation steps done.
 
-    Raises:
-        ConfigError: a batch cannot be split as asked for, or CUDA graphs without a GPU.
+    Raises ConfigError if a batch cannot be split as asked for, or for CUDA graphs without a GPU.
     """
 
     model: CircuitModel
