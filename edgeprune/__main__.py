@@ -197,7 +197,8 @@ def _report(command: str, error: Exception) -> NoReturn:
     if _is_from(error, "edgeprune."):
         _fail(str(error), 1)
     if isinstance(error, OSError):
-        _drop_output()
+        if error.filename is None:
+            _drop_output()
         _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
     _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; EDGEPRUNE_TRACEBACK=1 shows "
           "where)", 1)  # fmt: skip
@@ -241,7 +242,7 @@ def _fail(message: str, code: int, *, on_every_rank: bool = False) -> NoReturn:
 
 def _drop_output() -> None:
     """Discard what cannot be printed, so that exiting does not try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Settings:
             value = getattr(self, entry.name)
             if isinstance(value, (ModelConfig, TaskConfig)):
                 value.require_path()
-            elif value is not None and entry.metadata:
+            elif value is not None:
                 listed = value if isinstance(value, list) else [value]
                 bounds = ("choices", "at_least", "at_most", "above")
                 choices, least, most, above = map(entry.metadata.get, bounds)

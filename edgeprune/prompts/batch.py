@@ -86,7 +86,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     sizes = [(len(pair.clean_ids), len(pair.target_ids), pair.contrast) for pair in pairs]
     lengths, counts, contrasts = torch.tensor(sizes).T.contiguous()  # each [batch]
     firsts = counts.cumsum(0) - counts  # [batch], index of each pair's first target
-    rows = torch.arange(len(pairs)).repeat_interleave(counts)  # [predicted]
+    rows = torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.target_ids])
     values = (pair.target_values or [math.nan] * len(pair.target_ids) for pair in pairs)
 
     def padded(field: str) -> Tensor:
