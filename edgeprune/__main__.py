@@ -25,6 +25,8 @@ FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if not os.environ.get("COLUMNS", "").strip("0"):  # a width of 0 would print nothing
+        os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape characters that its encoding lacks
             stream.reconfigure(errors="backslashreplace")
@@ -79,7 +81,8 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
     """
     known, name = help.setting_names(command), help.POSITIONAL.get(command)
     keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
-    paths = [a for a in arguments if keys[a] not in known and ("=" not in a or os.path.exists(a))]
+    bare = {a for a in arguments if "=" not in a and a[:1] not in ("~", "+")}
+    paths = [a for a in arguments if a in bare or (keys[a] not in known and os.path.exists(a))]
     others = [argument for argument in arguments if argument not in paths]
     for argument in others:
         if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
@@ -199,7 +202,7 @@ def _report(command: str, error: Exception) -> NoReturn:
     if isinstance(error, OSError):
         if error.filename is None:
             _drop_output()
-        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1)
+        _fail(f"{error.filename or 'cannot write'}: {error.strerror or error}", 1)
     _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; EDGEPRUNE_TRACEBACK=1 shows "
           "where)", 1)  # fmt: skip
 
@@ -223,6 +226,8 @@ def _explain_hydra(command: str, error: Exception) -> str:
         own = f"; {group}=custom {group}.path=... takes your own"
         own = own if group in ("model", "task") else ""
         return f"unknown {group} {name!r}; choose {', '.join(help.choices_of(group))}{own}"
+    if "Unexpected type for root: NoneType" in str(error):
+        return "a part of the run's model or task cannot change alone; give model= or task= as well"
     if hasattr(error, "override"):
         return (
             f"{error.override!r} cannot be parsed; text with special characters needs quotes "

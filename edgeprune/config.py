@@ -225,6 +225,10 @@ class TrainerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if type(self) is not TRAINERS.get(self.method, TrainerConfig):
+            raise ConfigError(
+                f"trainer.method={self.method} needs other settings; give trainer=NAME"
+            )
         for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
             given = getattr(self, name, None)
             if given is not None and given > self.steps:
@@ -270,7 +274,8 @@ class TargetConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        highest = max(self.start_sparsity, self.target_sparsity or 0.0)
+        names = ("start_sparsity", "target_sparsity", "start_node_sparsity", "target_node_sparsity")
+        highest = max(getattr(self, name, None) or 0.0 for name in names)
         if self.warmup == "logarithmic" and highest > 1:
             raise ConfigError(f"trainer.warmup=logarithmic needs targets up to 1, got {highest}")
 
@@ -572,9 +577,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
         schema: a settings class. For `TrainerConfig` the class that `values["method"]` names.
         values: settings by name; missing ones keep their defaults.
 
-    Raises:
-        ConfigError: an unknown name, with the nearest known one; or a value of the wrong type or
-            out of range.
+    Raises ConfigError for an unknown name, or a value of the wrong type or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

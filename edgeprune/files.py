@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from edgeprune.errors import ConfigError
 
 
@@ -28,8 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     If anything fails, the file at `path` stays as it was. Of a link, the target is replaced.
 
-    Raises:
-        OSError: the file cannot be written, or is a folder or a device; names `path`.
+    Raises OSError if the file cannot be written, or is a folder or a device; it names `path`.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -44,8 +45,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (OSError, SafetensorError) as error:
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        raise OSError(number, reason or str(error), str(path)) from error
 
 
 def file_digest(path: Path) -> str:
@@ -60,8 +62,7 @@ def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
 
     A file named `marker` in the folder identifies it as a result of the same command.
 
-    Raises:
-        ConfigError: `folder` is not absent, empty or marked; it is then left untouched.
+    Raises ConfigError if `folder` is not absent, empty or marked; it is then left untouched.
     """
     folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
     is_ours = folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
@@ -80,7 +81,8 @@ def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Replace a folder, which may be absent, by another one on the same disk."""
+    """Replace a folder, a link to one or nothing by another folder on the same disk."""
+    folder = Path(os.path.realpath(folder))
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         if folder.exists():
             folder.rename(Path(scratch, "old"))

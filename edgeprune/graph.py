@@ -60,8 +60,7 @@ class CircuitGraph:
         embedding_writers: names of the embedding writers, in order; empty when the embeddings
             always flow.
 
-    Raises:
-        ValueError: a count is not a positive integer, too large, or not a multiple.
+    Raises ValueError if a count is not a positive integer, too large, or not a multiple.
     """
 
     num_layers: int
@@ -148,8 +147,7 @@ class CircuitGraph:
             num_edges: number of edges to keep.
             sparsity: fraction of the edges to remove, in [0, 1]; rounded to the nearest edge.
 
-        Raises:
-            ConfigError: not exactly one is given, or it is out of range.
+        Raises ConfigError if not exactly one is given, or it is out of range.
         """
         if (num_edges is None) == (sparsity is None):
             raise ConfigError(f"give either num_edges or sparsity, got {num_edges} and {sparsity}")

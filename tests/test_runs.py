@@ -240,8 +240,31 @@ def test_links_are_followed_and_folders_are_not_replaced(a_run, tmp_path, capsys
     export = ("export", a_run, "num_edges=9")
     assert call(capsys, monkeypatch, *export, f"output={tmp_path / 'link.json'}")[0] == 0
     assert len(json.loads(target.read_text())) == 9
-    assert call(capsys, monkeypatch, *export, f"output={folder}")[0] in (1, 2)
+    assert call(capsys, monkeypatch, *export, f"output={folder}")[0] == 2
     assert folder.is_dir()
+
+
+def test_a_linked_run_survives_what_a_killed_one_left(a_run, tmp_path, prune):
+    shutil.copytree(a_run, tmp_path / "disk" / "run")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "run")
+    leftover = tmp_path / "disk" / ".run.new"  # of overwrite=true, killed while loading
+    leftover.mkdir()
+    before = checkpoint(link, 4).read_bytes()
+    more = (*SMALL, "trainer.steps=4", f"run_dir={link}")
+    assert prune(*more, "resume=auto")[0] == 0
+    assert (checkpoint(link, 4).read_bytes(), leftover.exists()) == (before, False)
+    assert prune(*more, "seed=1", "overwrite=true")[0] == 0
+    assert link.is_symlink() and checkpoint(link, 4).read_bytes() != before
+
+
+def test_a_damaged_evaluation_is_left_out_of_the_report(a_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(a_run, tmp_path / "run")
+    for text in ("{", "[3]"):
+        (tmp_path / "run" / "evaluation-validation.json").write_text(text)
+        code, out, err = call(capsys, monkeypatch, "report", tmp_path / "run")
+        assert (code, "evaluation-validation.json" in err) == (0, True)
+        assert (tmp_path / "run" / "report" / "report.html").exists()
 
 
 # ------------------------------------------------------------------------------ locks and signals

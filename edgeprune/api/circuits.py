@@ -54,7 +54,7 @@ def draw(config: DrawConfig) -> Drawn:
         stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in SUFFIXES else stem
         if stem.name in ("", ".."):
             raise ConfigError(f"output={config.output} has no file name, such as pictures/circuit")
-        check_output(stem)
+        check_output(stem, is_file=False)
     shown = circuit if config.dangling else circuit.without_dangling()
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
     for path in paths:
@@ -81,7 +81,7 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
             "or one and reference=PATH"
         )
     folder = Path(config.output)
-    check_output(folder)
+    check_output(folder, is_file=False)
     for source in sources:
         if source.path.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"{source.path} lies in output={folder}, which is replaced")
@@ -160,7 +160,8 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
     output = Path(config.output) if config.output else folder / layout.REPORT
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
-    check_output(output)
+    if config.output:
+        check_output(output, is_file=False)
     found = (manifest.parent for manifest in folder.rglob(layout.MANIFEST))
     paths = sorted(path for path in found if is_run(path) and not path.name.startswith("."))
     records = [record for path in paths if (record := _record(path, folder))]

@@ -32,8 +32,7 @@ class Exported(NamedTuple):
 def export(config: ExportConfig) -> Exported:
     """Choose a circuit from a run's scores, or convert a circuit file.
 
-    Raises:
-        ConfigError: the size is out of range, or the output lies in a run directory.
+    Raises ConfigError if the size is out of range, or the output lies in a run directory.
     """
     form = config.format or ("eap_pt" if (config.output or "").endswith(".pt") else "edges")
     if Path(config.run).is_file():

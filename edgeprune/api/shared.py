@@ -59,12 +59,16 @@ def ablation_of(
     )
 
 
-def check_output(output: Path, reads: Sequence[str | Path | None] = ()) -> None:
-    """Check before any work that a command may write a file or folder.
+def check_output(
+    output: Path, reads: Sequence[str | Path | None] = (), *, is_file: bool = True
+) -> None:
+    """Check before any work that a command may write a file, or a folder unless `is_file`.
 
-    Raises:
-        ConfigError: it lies in a run directory, or is one of the files that the command reads.
+    Raises ConfigError if it lies in a run directory, or is one of the files that the command reads.
     """
+    is_taken = is_file and output.exists() and not output.is_file()
+    if is_taken or any(parent.is_file() for parent in output.parents):
+        raise ConfigError(f"output={output} cannot be written as a file; choose another path")
     run = run_of(output)
     if run is not None:
         raise ConfigError(

@@ -89,9 +89,8 @@ def draw_circuit(
         path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
         groups: colours of the edges; without groups, edges have the colour of their kind of reader.
 
-    Raises:
-        ValueError: another suffix.
-        GraphvizMissing: `dot` is not installed; the DOT source is left next to `path`.
+    Raises ValueError for another suffix; GraphvizMissing if `dot` is not installed, leaving the DOT
+    source next to `path`.
     """
     path = Path(path)
     suffix = path.suffix.removeprefix(".")

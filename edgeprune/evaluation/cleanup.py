@@ -70,14 +70,15 @@ def clean_up(
     Returns:
         A circuit from which, if it has at most `SMALL` edges, no single edge can be removed.
 
-    Raises:
-        ValueError: the circuit or the scores belong to another graph than the model's, there are no
-            prompts, one is too long for the model, or the distance is not finite.
+    Raises ValueError if circuit or scores belong to another graph than the model's, there are no
+    prompts, one is too long, the tolerance is negative, or the distance is not finite.
     """
     Circuit.check(circuit, model.graph)
     if scores.graph != model.graph:
         raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")
     model.check_prompts(pairs)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be at least 0")
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     ranked = [model.graph.edges[index] for index in scores.ranking().tolist()]
     batches = [batch.to(model.device) for batch in iterate_batches(pairs, batch_size)]

@@ -19,8 +19,7 @@ def overlap(a: Circuit, b: Circuit) -> dict[str, float]:
     expected for edges drawn at random from the whole graph: of A and B edges e = A * B / all are
     shared, so it is e / (A + B - e).
 
-    Raises:
-        ValueError: the circuits belong to different graphs.
+    Raises ValueError if the circuits belong to different graphs.
     """
     nodes_a, nodes_b = set(a.nodes), set(b.nodes)
     by_chance = len(a) * len(b) / a.graph.num_edges
@@ -79,9 +78,7 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     The entries `connected` compare the circuits without their dangling edges. An edge can dangle in
     one circuit and not in another, so they cannot be derived from the other entries.
 
-    Raises:
-        KeyError: no circuit has the reference's name.
-        ValueError: the circuits belong to different graphs.
+    Raises KeyError if no circuit has the reference's name, ValueError if the graphs differ.
     """
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     whole, alive = parts(circuits), parts(connected)

@@ -63,9 +63,8 @@ def evaluate(
             `mean` (over `pairs`, per position).
         head_permuted: number of head-permuted circuits to measure too, with seeds 0, 1, ...
 
-    Raises:
-        ValueError: the circuit belongs to another graph than the model's, there are no prompts, one
-            is too long for the model, or the batch size is out of range.
+    Raises ValueError if the circuit belongs to another graph than the model's, there are no
+    prompts, one is too long for the model, or the batch size is out of range.
     """
     Circuit.check(circuit, model.graph)
     model.check_prompts(pairs)

@@ -26,8 +26,7 @@ FORMATS = ("edges", "circuit", "eap_json", "eap_pt")
 def read_circuit(path: Path | str, graph: CircuitGraph | None = None) -> CircuitFile:
     """Read a circuit file of any format; files in which edgeprune stored the graph need no `graph`.
 
-    Raises:
-        CircuitError: the file is missing, damaged or of another graph, or no graph is known.
+    Raises CircuitError if the file is missing, damaged or of another graph, or no graph is known.
     """
     path = Path(path)
     try:
@@ -62,8 +61,7 @@ def write_circuit(
         d_model: width of the model, for 'eap_json' and 'eap_pt'; None: unknown, written as 0.
         origin: how the circuit was found, as JSON values, for 'circuit'.
 
-    Raises:
-        ValueError: unknown format.
+    Raises ValueError for an unknown format.
     """
     path = Path(path)
     if format == "edges":

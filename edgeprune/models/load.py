@@ -4,6 +4,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def fuse(model: CircuitModel) -> None:
             f"fused kernels need bfloat16 on a GPU, but {model.name} is in {weight.dtype} on "
             f"{weight.device.type}"
         )
+    if find_spec("triton") is None:
+        raise ModelError("fused kernels need the package triton; pip install triton")
     blocks = model.architecture.blocks
     if not all(is_foldable(block.attention_norm) for block in blocks):
         raise ModelError(f"fused kernels do not support the norms of {model.name}; omit fused=true")

@@ -108,6 +108,8 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 
 def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
     """Yield every example once, grouped by length to minimise padding; for evaluation."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     pairs = sorted(dataset, key=lambda pair: len(pair.clean_ids))
     for start in range(0, len(pairs), batch_size):
         yield collate(pairs[start : start + batch_size])

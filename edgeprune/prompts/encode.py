@@ -11,6 +11,7 @@ from edgeprune.prompts.batch import Pair
 from edgeprune.prompts.schema import (
     ID_OPTIONS,
     OPEN,
+    SPLITS,
     check_fields,
     read_numbers,
     read_options,
@@ -51,10 +52,11 @@ def load_dataset(
         split: one of `SPLITS`.
         max_length: maximum number of tokens.
 
-    Raises:
-        DataError: the file cannot be read, a line is malformed, or no line is of this split.
-        NoneUsableError: no line fits.
+    Raises DataError if the file cannot be read, a line is malformed, or none is of this split;
+    NoneUsableError if none fits.
     """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; choose {', '.join(SPLITS)}")
     records = read_records(path)
     found = {record.get("split") for record in records}
     chosen = [record for record in records if record.get("split") in (split, None)]
@@ -69,9 +71,7 @@ def encode_records(
 ) -> list[Pair]:
     """Tokenise records, skipping with one warning those that do not fit.
 
-    Raises:
-        DataError: a record is malformed.
-        NoneUsableError: no record fits.
+    Raises DataError if a record is malformed, NoneUsableError if none fits.
     """
     pairs, skipped = [], []
     for number, record in enumerate(records, 1):

@@ -17,10 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from edgeprune.config import SPLITS
 from edgeprune.errors import DataError
 
-SPLITS = ("train", "validation", "test")
-"""Names of the splits."""
 TEXT_OPTIONS, ID_OPTIONS = ("answers", "distractor"), ("answer_ids", "distractor_ids")
 """Optional fields of lines of text, and the corresponding ones of lines of token ids."""
 FIELDS = (
@@ -35,9 +34,8 @@ OPEN, CLOSE = "<predict>", "</predict>"
 def read_records(path: Path | str) -> list[dict]:
     """Read the objects of a JSONL file, each with its file and line as `_where`.
 
-    Raises:
-        DataError: the file cannot be read, is empty, or has a line without an object or of an
-            unknown split.
+    Raises DataError if the file cannot be read, is empty, or has a line without an object or of an
+    unknown split.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -156,8 +157,14 @@ class Run:
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """The measurements of the run's circuit, by split."""
-        paths = {split: self.path / layout.evaluation(split) for split in SPLITS}
-        return {split: json.loads(p.read_bytes()) for split, p in paths.items() if p.exists()}
+        found = {}
+        for split in SPLITS:
+            path = self.path / layout.evaluation(split)
+            try:
+                found |= {split: dict(json.loads(path.read_bytes()))} if path.exists() else {}
+            except (OSError, ValueError, TypeError) as error:
+                log.warning(f"{path} is damaged and left out ({error}); evaluate again")
+        return found
 
     def record(self, name: str) -> RunRecord:
         """What a report needs to know; evaluations of other circuits or prompts are left out.
@@ -223,8 +230,7 @@ class Run:
 
         To be called by all processes when everything is loaded: an earlier run is deleted here.
 
-        Raises:
-            ConfigError: on resuming, the data file or the model has changed.
+        Raises ConfigError if, on resuming, the data file or the model has changed.
         """
         place = Path(self.config.run_dir)
         world.on_rank_zero(lambda: self._begin(model, place))
@@ -263,12 +269,11 @@ def claim(config: PruneConfig, world: World) -> Iterator[Run]:
 
     Called by all processes; rank 0 holds the lock, which the kernel releases when the process ends.
 
-    Raises:
-        ConfigError: another process holds it; it has a run that is neither to be resumed nor to be
-            replaced; it has other settings than the run to be resumed; or files of something else.
+    Raises ConfigError if another process holds it, or its content may not be replaced or resumed.
     """
     place = Path(config.run_dir)
-    new = place.with_name(f".{place.name}.new")
+    target = Path(os.path.realpath(place))  # a link stays, and what it points to is replaced
+    new = target.with_name(f".{target.name}.new")
     held: list[FileLock] = []
 
     def prepare() -> None:
@@ -276,9 +281,12 @@ def claim(config: PruneConfig, world: World) -> Iterator[Run]:
             held.append(_lock(place))
             _check_claim(place, config)
             if config.resume == "auto":
+                shutil.rmtree(new, ignore_errors=True)  # of a run killed during set-up
                 return
         elif place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise ConfigError(f"{place} is neither empty nor a run; choose another run_dir=")
+        if Path.cwd().is_relative_to(target):
+            raise ConfigError(f"run_dir={place} is the current directory; start from another one")
         new.mkdir(parents=True, exist_ok=True)
         held.append(_lock(new))
         for leftover in (layout.DATA, layout.MANIFEST):  # of a run killed during set-up

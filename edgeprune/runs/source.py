@@ -106,7 +106,6 @@ def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit
         path: a run directory, edges.json, circuit.json, or a graph of EAP-IG or MIB.
         graph: `model.graph`, for a file that nothing next to it identifies.
 
-    Raises:
-        CircuitError: the file is damaged, of another graph, or of an unknown one.
+    Raises CircuitError if the file is damaged, of another graph, or of an unknown one.
     """
     return find(path).read(graph).circuit

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,8 +17,12 @@ def on_stop_signals(
 ) -> Iterator[None]:
     """Handle SIGINT, SIGTERM, SIGUSR1 and, unless it is ignored (as under nohup), SIGHUP.
 
-    The old handlers return at the end; after an exception only if `restore_on_error`.
+    The old handlers return at the end; after an exception only if `restore_on_error`. Only the main
+    thread may have handlers; in another one nothing is handled.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

@@ -103,9 +103,8 @@ class Trainer:
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
 
-        Raises:
-            TrainingError: the loss or a gradient is not finite; nothing was changed.
-            ProcessError: another process died or stopped responding; nothing was changed.
+        Raises TrainingError if the loss or a gradient is not finite, and ProcessError if another
+        process died or stopped responding; nothing was changed.
         """
         pairs = training_pairs(self.pairs, self.settings.batch_size, self.seed, self.step)
         gates = self.method.gates(self.step)

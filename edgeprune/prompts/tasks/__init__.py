@@ -62,9 +62,8 @@ def generate_records(name: str, tokenizer: Any, sizes: Mapping[str, int], seed: 
         sizes: number of examples per split.
         seed: seed of the random draws.
 
-    Raises:
-        ConfigError: unknown task, `FROM_MODEL` for another model, or too few usable examples.
-        DataError: the compiled model's examples cannot be read.
+    Raises ConfigError for an unknown task, `FROM_MODEL` for another model, or too few usable
+    examples; DataError if the compiled model's examples cannot be read.
     """
     if name == FROM_MODEL:
         if not hasattr(tokenizer, "folder"):

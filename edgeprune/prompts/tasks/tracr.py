@@ -30,8 +30,7 @@ def make_records(
         scored_from: first position whose output is compared; None: as the config says. The right
             output at BOS, position 0, is unknown: the full model's is the reference.
 
-    Raises:
-        DataError: examples.jsonl is missing or damaged, or has no input of these lengths.
+    Raises DataError if examples.jsonl is missing or damaged, or has no input of these lengths.
     """
     lengths = [config["reference_seq_len"]] if lengths is None else lengths
     if scored_from is None:
