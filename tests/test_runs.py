@@ -262,7 +262,7 @@ def test_a_damaged_evaluation_is_left_out_of_the_report(a_run, tmp_path, capsys,
     shutil.copytree(a_run, tmp_path / "run")
     for text in ("{", "[3]"):
         (tmp_path / "run" / "evaluation-validation.json").write_text(text)
-        code, out, err = call(capsys, monkeypatch, "report", tmp_path / "run")
+        code, _, err = call(capsys, monkeypatch, "report", tmp_path / "run")
         assert (code, "evaluation-validation.json" in err) == (0, True)
         assert (tmp_path / "run" / "report" / "report.html").exists()
 
