@@ -181,7 +181,9 @@ def test_without_dot_the_source_is_left_and_the_old_picture_stays(tmp_path, monk
 
 @needs_dot
 @settings(max_examples=40, deadline=None)
-@given(st.text(max_size=20) | st.sampled_from(["<b>&", '"]; x [label="', "</B>", "\\N \\G", "日"]))
+@given(
+    st.text(max_size=20) | st.sampled_from(["<b>&", "]", '"]; x [label="', "</B>", "\\N \\G", "日"])
+)
 def test_a_title_is_text(title):
     """Graphviz shows it as it is, and it adds no element."""
     rendered = graphviz.pipe("dot", "svg", circuit_dot(CIRCUIT, title=title).encode(), quiet=True)

@@ -233,7 +233,8 @@ def _caption(
     gap = '<FONT POINT-SIZE="6"><BR/>&#160;<BR/></FONT>'
     parts = [f'<FONT POINT-SIZE="13">{line}</FONT>' for line in lines]
     if title := "".join(c if c.isprintable() else " " for c in title).strip():
-        parts.insert(0, f"<B>{html.escape(title).replace(chr(92), chr(92) * 2)}</B>")
+        escaped = html.escape(title).replace("\\", "\\\\").replace("]", "&#93;")  # no ] after a tag
+        parts.insert(0, f"<B>{escaped}</B>")
     return f"<{gap.join(parts)}{gap}&#160;>"
 
 
