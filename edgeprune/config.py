@@ -20,6 +20,7 @@ MAX_EVALUATION_BATCH = 64
 DTYPES = ("float32", "bfloat16", "float16")
 WARMUPS = ("linear", "logarithmic")
 DRAWINGS = ("pdf", "svg", "png", "dot")
+"""File formats of drawings."""
 
 CUSTOM = "custom"
 """Name of the task and of the model for a user's own `task.path` or `model.path`."""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from edgeprune.api.export import choose_from
 from edgeprune.api.shared import check_output, graph_of, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import CompareConfig, DrawConfig, PrepareConfig, ReportConfig
-from edgeprune.drawing import SUFFIXES, comparison_groups, draw_circuit
+from edgeprune.config import DRAWINGS, CompareConfig, DrawConfig, PrepareConfig, ReportConfig
+from edgeprune.drawing import comparison_groups, draw_circuit
 from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
 from edgeprune.evaluation import compare as comparison
 from edgeprune.evaluation.report import Group, RunRecord, group_runs, write_report
@@ -51,7 +51,7 @@ def draw(config: DrawConfig) -> Drawn:
         title = source.title
     if config.output is not None:
         stem = Path(config.output) / (layout.DRAWING if config.output.endswith("/") else "")
-        stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in SUFFIXES else stem
+        stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
         if stem.name in ("", ".."):
             raise ConfigError(f"output={config.output} has no file name, such as pictures/circuit")
         check_output(stem, is_file=False)

@@ -68,7 +68,7 @@ def check_output(
     """
     is_taken = is_file and output.exists() and not output.is_file()
     if is_taken or any(parent.is_file() for parent in output.parents):
-        raise ConfigError(f"output={output} cannot be written as a file; choose another path")
+        raise ConfigError(f"output={output} leads through a file or to a folder; choose another")
     run = run_of(output)
     if run is not None:
         raise ConfigError(

@@ -1,10 +1,10 @@
 """Drawings of circuits, plots and the HTML page of a report. Imports no torch."""
 
-from edgeprune.drawing.graphviz import SUFFIXES, circuit_dot, comparison_groups, draw_circuit
+from edgeprune.drawing.graphviz import circuit_dot, comparison_groups, draw_circuit
 from edgeprune.drawing.page import render_page
 from edgeprune.drawing.plots import Curve, Panel, draw_frontier, draw_training
 
 __all__ = [
-    "SUFFIXES", "Curve", "Panel", "circuit_dot", "comparison_groups", "draw_circuit",
+    "Curve", "Panel", "circuit_dot", "comparison_groups", "draw_circuit",
     "draw_frontier", "draw_training", "render_page",
 ]  # fmt: skip

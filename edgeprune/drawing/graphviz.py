@@ -18,12 +18,11 @@ from typing import NamedTuple
 import graphviz
 
 from edgeprune.circuit import Circuit
+from edgeprune.config import DRAWINGS
 from edgeprune.errors import GraphvizMissing
 from edgeprune.files import write_atomically, write_text
 from edgeprune.graph import Edge
 
-SUFFIXES = ("pdf", "svg", "png", "dot")
-"""File formats of drawings."""
 FILL = {
     "tok_embeds": "#8FD0C5", "pos_embeds": "#C9E3B4", "embeds": "#8FD0C5", "mlp": "#F6D58A",
     "head": "#D9DCE3", "q": "#A9C9F0", "k": "#F3B5AE", "v": "#CDB5E6", "output": "#4A4E57",
@@ -94,8 +93,8 @@ def draw_circuit(
     """
     path = Path(path)
     suffix = path.suffix.removeprefix(".")
-    if suffix not in SUFFIXES:
-        raise ValueError(f"cannot draw {path.name}; its suffix must be in {', '.join(SUFFIXES)}")
+    if suffix not in DRAWINGS:
+        raise ValueError(f"cannot draw {path.name}; its suffix must be in {', '.join(DRAWINGS)}")
     source = circuit_dot(circuit, title=title, groups=groups)
     if suffix == "dot":
         write_text(path, source)
