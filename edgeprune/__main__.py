@@ -122,9 +122,8 @@ def register() -> None:
     for name, schema in COMMANDS.items():
         store.store(name=f"{name}_schema", node=schema)
     for name, schema in TRAINERS.items():
-        store.store(group="trainer", name=name, node=schema)
+        store.store(group="trainer", name=f"{name}_schema", node=schema)
     resolvers = {
-        "or_any": lambda value: "any" if value is None else value,
         "title": lambda name, path: os.path.basename(path) if path and name == CUSTOM else name,
     }
     for name, function in resolvers.items():

@@ -18,6 +18,7 @@ MAX_EVALUATION_BATCH = 64
 """Default number of pairs per forward pass without gradients."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+OBJECTIVES = ("kl", "logit_difference", "max_logit_difference", "cross_entropy")
 WARMUPS = ("linear", "logarithmic")
 DRAWINGS = ("pdf", "svg", "png", "dot")
 """File formats of drawings."""
@@ -32,6 +33,13 @@ LESS_MEMORY = (
     "(launcher.shard=true, launcher.offload=true)"
 )
 """Advice for errors about memory."""
+
+SIZES = ("sparsity", "num_edges", "max_kl", "min_exact_match")
+"""Settings that choose the size of a circuit; at most one is given."""
+
+DEFAULT_CHOICE = ("min_exact_match", 0.95)
+"""How a circuit is chosen if nothing else is said: the answers say whether a model does a task, on
+the same scale for every model and task, unlike the KL."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -80,11 +88,12 @@ class Settings:
                 broken = [rule for rule, holds in rules.items() if not holds]
                 if broken:
                     raise ConfigError(f"{self.prefix}{entry.name}={value} must be {broken[0]}")
-        sizes = [getattr(self, name, None) for name in ("sparsity", "num_edges")]
-        if None not in sizes:
+        sizes = {name: getattr(self, name, None) for name in SIZES}
+        given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
             raise ConfigError(
-                f"got sparsity={sizes[0]} and num_edges={sizes[1]}; give only one; where an "
-                "experiment sets the other, add sparsity=null or num_edges=null"
+                f"got {' and '.join(given)}; give only one; where an experiment sets the other, "
+                f"add {given[0].split('=')[0]}=null"
             )
 
 
@@ -196,12 +205,19 @@ class TrainerConfig(Settings):
 
     prefix = "trainer."
 
-    method: str = setting("", choices=("", "lagrangian", "held", "priced"))
+    method: str = setting("", choices=("", "every_size", "lagrangian", "priced"))
     """The method, which `trainer=NAME` chooses together with its settings."""
-    steps: int = setting(600, at_least=1)
+    steps: int = setting(400, at_least=1)
     """Optimisation steps."""
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
+    learning_rate: float = setting(0.2, above=0)
+    """Learning rate of the scores at the start; it falls linearly to 0."""
+    objective: str = setting("kl", choices=OBJECTIVES)
+    """What is minimised: kl, the KL divergence from the full model (or where outputs are values,
+    the unexplained variance); logit_difference, the squared error of the logit difference between
+    answers and distractors; max_logit_difference, minus that logit difference; cross_entropy, of
+    the text to predict."""
     micro_batch_size: int | None = setting(None, **FREE, at_least=1)
     """Pairs run at a time, to save memory; null: the whole batch."""
     recompute: bool = setting(False, **FREE)
@@ -209,20 +225,8 @@ class TrainerConfig(Settings):
     cuda_graph: bool = setting(False, **FREE)
     """On a GPU: record the circuit's forward and backward pass once per batch shape and replay it,
     which saves the time Python takes to launch many small operations. For small models."""
-    learning_rate: float = setting(0.1, above=0)
-    """Learning rate of log alpha."""
-    adam_epsilon: float = setting(1e-8, above=0)
-    """Adam divides a gradient by its size plus this; gradients far below it move slowly."""
-    lr_warmup_steps: int | None = setting(None, at_least=0)
-    """Learning rates rise linearly over these steps, then fall linearly to 0; null: a 60th."""
-    init_mean: float = setting(1.0)
-    """Mean of log alpha at the start."""
-    init_std: float = setting(0.01, at_least=0)
-    """Standard deviation of log alpha at the start."""
     checkpoint_every: int = setting(100, **FREE, at_least=1)
     """Steps between checkpoints."""
-    log_every: int = setting(10, **FREE, at_least=1)
-    """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,97 +234,109 @@ class TrainerConfig(Settings):
             raise ConfigError(
                 f"trainer.method={self.method} needs other settings; give trainer=NAME"
             )
-        for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
-            given = getattr(self, name, None)
-            if given is not None and given > self.steps:
-                raise ConfigError(
-                    f"trainer.{name}={given} must be at most trainer.steps={self.steps}; with "
-                    f"trainer.{name}=null it follows from the steps"
-                )
 
     def method_settings(self, asked: float | None) -> dict[str, Any]:
         """Keyword arguments of the method's constructor.
 
         Args:
-            asked: sparsity of the circuit asked for, which an unset target follows; None: none is.
+            asked: sparsity of the circuit asked for, if any; a target that is not set follows it.
         """
-        shared = ("method", "batch_size", "micro_batch_size", "recompute", "cuda_graph",
-                  "checkpoint_every", "log_every")  # fmt: skip
-        settings = {key: value for key, value in to_dict(self).items() if key not in shared}
-        if self.lr_warmup_steps is None:
-            settings["lr_warmup_steps"] = self.steps // 60
-        if "target_sparsity" in settings:
-            lead = settings.pop("target_lead", 0.0)
-            if settings["target_sparsity"] is None and asked is not None:
-                settings["target_sparsity"] = asked + (lead if self.warmup == "linear" else 0.0)
-            if settings["sparsity_warmup_steps"] is None:
-                settings["sparsity_warmup_steps"] = self.steps * 2 // 3
-        return settings
+        shared = ("method", "batch_size", "objective", "micro_batch_size", "recompute",
+                  "cuda_graph", "checkpoint_every")  # fmt: skip
+        return {key: value for key, value in to_dict(self).items() if key not in shared}
 
 
 @dataclass
-class TargetConfig(TrainerConfig):
-    """Settings of methods whose gates follow a rising target sparsity."""
+class EverySizeConfig(TrainerConfig):
+    """Scores that rank the edges for circuits of every size, by training at random sizes."""
 
-    start_sparsity: float = 0.25
-    """Target sparsity at step 0."""
-    target_sparsity: float | None = None
-    """Target sparsity after the warm-up, which for multipliers may exceed 1 to push harder; null:
-    follows from the size asked for."""
-    sparsity_warmup_steps: int | None = setting(None, at_least=0)
-    """Steps over which the target rises; null: two thirds of all."""
-    warmup: str = setting("linear", choices=WARMUPS)
-    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
-    falls by the same factor each step; then targets are at most 1."""
+    method: str = "every_size"
+    temperature: float = setting(1.0, above=0)
+    """How gradually gates close with falling scores; low temperatures train nearly binary gates."""
+    smallest: float = setting(0.005, above=0, at_most=1)
+    """Smallest size that is trained, as a share of the edges; smaller circuits are not ranked."""
+
+
+@dataclass
+class HardConcreteConfig(TrainerConfig):
+    """Settings of methods that sample hard-concrete gates."""
+
+    lr_warmup_steps: int = setting(0, at_least=0)
+    """Learning rates rise linearly over these steps, then fall linearly to 0."""
+    init_mean: float = setting(1.0)
+    """Mean of log alpha at the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("start_sparsity", "target_sparsity", "start_node_sparsity", "target_node_sparsity")
-        highest = max(getattr(self, name, None) or 0.0 for name in names)
-        if self.warmup == "logarithmic" and highest > 1:
-            raise ConfigError(f"trainer.warmup=logarithmic needs targets up to 1, got {highest}")
+        for name in ("lr_warmup_steps", "sparsity_warmup_steps"):
+            given = getattr(self, name, 0)
+            if given > self.steps:
+                raise ConfigError(
+                    f"trainer.{name}={given} must be at most trainer.steps={self.steps}"
+                )
 
 
 @dataclass
-class LagrangianConfig(TargetConfig):
+class LagrangianConfig(HardConcreteConfig):
     """Hard-concrete gates held at a rising sparsity by learned multipliers (Edge Pruning)."""
 
     method: str = "lagrangian"
+    start_sparsity: float = 0.0
+    """Target sparsity at step 0."""
+    target_sparsity: float | None = None
+    """Target sparsity after the warm-up, which may exceed 1 to push harder; null: the sparsity of
+    the circuit asked for."""
+    sparsity_warmup_steps: int = setting(0, at_least=0)
+    """Steps over which the target rises."""
+    warmup: str = setting("linear", choices=WARMUPS)
+    """Shape of that rise: linear, or logarithmic in 1 - target, so that the number of open edges
+    falls by the same factor each step; then targets are at most 1."""
     weight_decay: float = setting(0.0, at_least=0)
     """Weight decay of AdamW, for log alpha and the multipliers."""
-    lambda_learning_rate: float = setting(3.0, above=0)
+    lambda_learning_rate: float = setting(0.8, above=0)
     """Learning rate of the multipliers lambda_1 and lambda_2, which are maximised."""
-    target_lead: float = 0.07
-    """With warmup=linear, how far a target that is not set lies beyond the sparsity asked for,
-    since gates lag behind it."""
     node_gates: bool = False
     """Whether writers have gates too."""
-    start_node_sparsity: float = 0.25
+    start_node_sparsity: float = 0.0
     """Target sparsity of the node gates at step 0."""
     target_node_sparsity: float = 0.7
     """Target sparsity of the node gates after the warm-up."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = ("start_sparsity", "target_sparsity", "start_node_sparsity", "target_node_sparsity")
+        highest = max(getattr(self, name) or 0.0 for name in names)
+        if self.warmup == "logarithmic" and highest > 1:
+            raise ConfigError(f"trainer.warmup=logarithmic needs targets up to 1, got {highest}")
+
+    def method_settings(self, asked: float | None) -> dict[str, Any]:
+        settings = super().method_settings(asked)
+        if self.target_sparsity is None:
+            if asked is None:
+                raise ConfigError(
+                    "the published method aims at one sparsity: give trainer.target_sparsity=, "
+                    "sparsity= or num_edges="
+                )
+            settings["target_sparsity"] = asked
+        return settings
+
 
 @dataclass
-class HeldConfig(TargetConfig):
-    """Hard-concrete gates held at a rising sparsity exactly, by one shift of all log alphas."""
-
-    method: str = "held"
-    start_sparsity: float = setting(0.0, at_least=0, at_most=1)
-    target_sparsity: float | None = setting(None, at_least=0, at_most=1)
-    warmup: str = setting("logarithmic", choices=WARMUPS)
-
-
-@dataclass
-class PricedConfig(TrainerConfig):
+class PricedConfig(HardConcreteConfig):
     """Hard-concrete gates with a price per open edge, where the circuit's size is unknown."""
 
     method: str = "priced"
+    adam_epsilon: float = setting(1e-8, above=0)
+    """Adam divides a gradient by its size plus this; gradients far below it move slowly."""
     edge_price: float = setting(0.01, above=0)
     """What each edge that is expected to be open adds to the loss."""
 
 
-TRAINERS = {"lagrangian": LagrangianConfig, "held": HeldConfig, "priced": PricedConfig}
+TRAINERS = {
+    "every_size": EverySizeConfig,
+    "lagrangian": LagrangianConfig,
+    "priced": PricedConfig,
+}
 """Settings class per training method."""
 
 
@@ -362,7 +378,7 @@ class LauncherConfig(Settings):
 
 @dataclass
 class PruneConfig(Settings):
-    """Learn the gates of a model's edges on a task."""
+    """Rank the edges of a model by how much a task needs them, and choose a circuit."""
 
     model: ModelConfig = setting(ModelConfig)
     task: TaskConfig = setting(TaskConfig)
@@ -371,9 +387,15 @@ class PruneConfig(Settings):
     tracker: TrackerConfig = setting(TrackerConfig)
     launcher: LauncherConfig = setting(LauncherConfig)
     sparsity: float | None = setting(None, at_least=0, at_most=1)
-    """Fraction of the edges to remove, exactly; null: see num_edges."""
+    """Fraction of the edges to remove, exactly."""
     num_edges: int | None = setting(None, at_least=0)
-    """Number of edges to keep, exactly; null, and no sparsity: found by binary search."""
+    """Number of edges to keep, exactly."""
+    max_kl: float | None = setting(None, above=0)
+    """Choose the smallest circuit whose KL on the validation prompts is at most this, in nats."""
+    min_exact_match: float | None = setting(None, above=0, at_most=1)
+    """Choose the smallest circuit that gives the full model's answer on at least this fraction of
+    the validation prompts. Without any of these four settings: 0.95, or with trainer=tracr or paper
+    a threshold that makes the circuit as sparse as the gates."""
     cleanup: float | None = setting(None, at_least=0)
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
@@ -395,12 +417,6 @@ class PruneConfig(Settings):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
-        sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
-        if sizes == (None, None, None):
-            raise ConfigError(
-                "nothing says how sparse the circuit is to become: give sparsity=, num_edges= or "
-                "trainer.target_sparsity="
-            )
         one_process = {
             "cleanup=": self.cleanup, "trainer.cuda_graph=": self.trainer.cuda_graph,
             "model.fused=": self.model.fused, "model.bits=": self.model.bits,
@@ -408,6 +424,13 @@ class PruneConfig(Settings):
         given = [name for name, value in one_process.items() if value not in (None, False)]
         if self.launcher.shard and given:
             raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
+
+    @property
+    def choice(self) -> tuple[str, float | None]:
+        """How the circuit is chosen: one of `SIZES` and its value, or "threshold" and None."""
+        given = [(name, getattr(self, name)) for name in SIZES]
+        default = DEFAULT_CHOICE if self.trainer.method == "every_size" else ("threshold", None)
+        return next((choice for choice in given if choice[1] is not None), default)
 
     @property
     def title(self) -> str:
@@ -433,9 +456,14 @@ class ExportConfig(Settings):
     sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly."""
     num_edges: int | None = setting(None, at_least=0)
-    """Number of edges to keep, exactly. With neither: as the run asked for."""
+    """Number of edges to keep, exactly."""
+    max_kl: float | None = setting(None, above=0)
+    """Choose the smallest circuit whose KL on the run's validation prompts is at most this."""
+    min_exact_match: float | None = setting(None, above=0, at_most=1)
+    """Choose the smallest circuit that gives the full model's answer on at least this fraction of
+    the validation prompts. Without any of these four settings: as the run asked for."""
     threshold: bool = False
-    """Find a threshold by binary search, as where the run asked for no size."""
+    """Find a threshold by binary search, for gates of the published method or of trainer=tracr."""
     cleanup: float | None = setting(None, at_least=0)
     """Then remove edges as long as all removals together move the circuit, on the training prompts,
     no farther from the full model than this: KL in nats above its own, or an absolute error where
@@ -451,8 +479,9 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold and (self.sparsity, self.num_edges) != (None, None):
-            raise ConfigError("threshold=true finds the size itself; leave out sparsity, num_edges")
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if self.threshold and given:
+            raise ConfigError(f"threshold=true finds the size itself; leave out {given[0]}")
 
 
 @dataclass

@@ -52,18 +52,68 @@ def unexplained_variance(reference: Tensor, outputs: Tensor) -> Tensor:
     return (reference - outputs).square().sum() / scale
 
 
-def mean_distance(
-    batch: Batch, reference: Tensor, outputs: Tensor, output: Output = Output.logits
-) -> Tensor:
-    """The distance from the full model that training minimises, a scalar; 0 is best.
+def logit_differences(batch: Batch, logits: Tensor) -> Tensor:
+    """[batch], log-sum-exp of the answers' logits minus that of the distractors', in nats.
 
-    For logits, KL(reference || circuit) in nats, averaged over each example's predicted tokens and
-    then over examples, so that micro-batches weigh as much as they have examples. For values,
-    `unexplained_variance`.
+    Both are compared at the token where they differ. NaN for examples without distractors.
     """
-    if output is not Output.logits:
-        return unexplained_variance(reference, outputs)
-    return (kl_per_token(reference, outputs) * batch.shares).sum() / len(batch.pairs)
+    at_contrast = logits[batch.contrasts].float()  # [batch, vocabulary]
+    return _log_sum_exp(at_contrast, batch.answer_ids) - _log_sum_exp(
+        at_contrast, batch.distractor_ids
+    )
+
+
+def _log_sum_exp(logits: Tensor, ids: Tensor) -> Tensor:
+    """[batch], over the ids of each example; -inf for none."""
+    chosen = logits.gather(-1, ids.clamp(min=0))
+    return chosen.masked_fill(ids < 0, -math.inf).logsumexp(-1)
+
+
+Objective = Callable[[Batch, Tensor, Tensor], Tensor]
+"""(batch, reference, outputs) -> what training minimises on the batch, a scalar: a mean over
+examples, so that micro-batches weigh as much as they have examples. `reference` and `outputs` are
+[predicted, vocabulary], of the full model and of the circuit."""
+
+
+def mean_kl(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(full model || circuit) in nats, averaged over each example's predicted tokens."""
+    return _mean_over_tokens(batch, kl_per_token(reference, logits))
+
+
+def mean_unexplained_variance(batch: Batch, reference: Tensor, outputs: Tensor) -> Tensor:
+    """`unexplained_variance` of the batch."""
+    return unexplained_variance(reference, outputs)
+
+
+def logit_difference_error(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
+    """Squared difference of the circuit's logit difference from the full model's."""
+    error = logit_differences(batch, logits) - logit_differences(batch, reference)
+    return error.square().mean()
+
+
+def negative_logit_difference(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
+    """Minus the circuit's logit difference, which also rewards exceeding the full model's."""
+    return -logit_differences(batch, logits).mean()
+
+
+def cross_entropy(batch: Batch, reference: Tensor, logits: Tensor) -> Tensor:
+    """-log probability of the tokens to predict, averaged over each example's tokens."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    return _mean_over_tokens(batch, -log_p.gather(-1, batch.target_ids[:, None])[:, 0])
+
+
+def _mean_over_tokens(batch: Batch, values: Tensor) -> Tensor:
+    """[predicted] -> scalar: the mean of each example's tokens, then of examples."""
+    return (values * batch.shares).sum() / len(batch.pairs)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "kl": mean_kl,
+    "logit_difference": logit_difference_error,
+    "max_logit_difference": negative_logit_difference,
+    "cross_entropy": cross_entropy,
+}
+"""Objective per value of the setting `trainer.objective`, for models that output logits."""
 
 
 def distance_by_example(
@@ -129,7 +179,9 @@ def measure(
     unknown = torch.full_like(distance, math.nan)
     if output is Output.logits:
         correct |= _belongs_to_another_answer(predicted, batch)
-        kl, error, differences = distance, unknown, _answers_minus_distractors(outputs, batch)
+        kl, error = distance, unknown
+        of_logits = (logit_differences(batch, outputs), _probability_differences(batch, outputs))
+        differences = [x.cpu().double() for x in of_logits]
     else:
         kl, error, differences = unknown, distance, (unknown, unknown)
     exact_match, correct = (
@@ -152,17 +204,13 @@ def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
     return torch.tensor(flags, device=predicted.device)
 
 
-def _answers_minus_distractors(logits: Tensor, batch: Batch) -> Tensor:
-    """[2, example], difference in logits and in probability; NaN without distractors."""
-    at_contrast = logits[batch.contrasts].float().cpu()  # one transfer for all examples
-    differences = torch.full((2, len(batch.pairs)), math.nan)
-    for i, (pair, values) in enumerate(zip(batch.pairs, at_contrast, strict=True)):
-        if pair.distractor_ids:
-            answers, distractors = list(pair.answer_ids), list(pair.distractor_ids)
-            differences[0, i] = values[answers].logsumexp(0) - values[distractors].logsumexp(0)
-            probabilities = values.softmax(-1)
-            differences[1, i] = probabilities[answers].sum() - probabilities[distractors].sum()
-    return differences
+def _probability_differences(batch: Batch, logits: Tensor) -> Tensor:
+    """[batch], probability of the answers minus that of the distractors; NaN without any."""
+    log_p = torch.log_softmax(logits[batch.contrasts].float(), -1)
+    answers, distractors = (
+        _log_sum_exp(log_p, ids).exp() for ids in (batch.answer_ids, batch.distractor_ids)
+    )
+    return torch.where((batch.distractor_ids >= 0).any(-1), answers - distractors, math.nan)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ def draw(config: DrawConfig) -> Drawn:
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
         run = Run.open(folder)
-        _, circuit, _ = choose_from(run, config.checkpoint, config.sparsity, config.num_edges)
+        sizes = [(name, getattr(config, name)) for name in ("sparsity", "num_edges")]
+        asked = next((choice for choice in sizes if choice[1] is not None), run.config.choice)
+        _, circuit, _ = choose_from(run, asked, config.checkpoint)
         stem, title = folder / layout.DRAWING, run.config.title
     elif from_scores:
         raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
@@ -168,7 +170,7 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
     if not records:
         raise ConfigError(
             f"no finished run below {folder}; make some, for instance with `edgeprune prune "
-            "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun`"
+            "experiment=ioi seed=0,1,2 --multirun`"
         )
     groups = group_runs(records, config.split)
     with replace_folder(output, ".edgeprune-report") as new:

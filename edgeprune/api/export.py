@@ -1,19 +1,24 @@
 """Choosing a circuit from scores, and writing it in another format."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from edgeprune.api.choose import Choice, check_choice, choose, cleaned_up, curve_of
 from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import ExportConfig
+from edgeprune.config import SIZES, ExportConfig
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.cleanup import CleanUp, clean_up
+from edgeprune.evaluation.cleanup import clean_up
+from edgeprune.evaluation.curve import Curve
 from edgeprune.formats import write_circuit
-from edgeprune.methods.paper import circuit_by_threshold
+from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import load_pairs
+from edgeprune.runs.data import first_split, load_pairs
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import find
 from edgeprune.scores import EdgeScores
@@ -40,11 +45,14 @@ def export(config: ExportConfig) -> Exported:
     run = Run.open(config.run)
     if config.output is not None:
         check_output(Path(config.output))
-    scores, circuit, chosen = choose_from(
-        run, config.checkpoint, config.sparsity, config.num_edges, config.threshold
-    )
+    choice = _asked(config) or run.config.choice
+    scores, circuit, chosen = choose_from(run, choice, config.checkpoint)
     if config.cleanup is not None:
-        cleaned = _clean_up(run, circuit, scores, config.cleanup)
+        measuring = Measuring.of(run, "train")
+        cleaned = clean_up(
+            measuring.model, circuit, measuring.pairs, tolerance=config.cleanup, scores=scores,
+            ablation=measuring.ablation, batch_size=run.config.evaluation_batch_size,
+        )  # fmt: skip
         circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
     origin = {"scores": dict(scores.origin), **chosen}
     if config.output is None and form in ("edges", "circuit"):
@@ -57,65 +65,75 @@ def export(config: ExportConfig) -> Exported:
     return Exported(circuit, output, origin)
 
 
-def choose_from(
-    run: Run,
-    step: int | None = None,
-    sparsity: float | None = None,
-    num_edges: int | None = None,
-    threshold: bool = False,
-) -> tuple[EdgeScores, Circuit, dict[str, Any]]:
-    """A run's scores, a circuit cut from them, and how it was chosen.
+def _asked(config: ExportConfig) -> Choice | None:
+    """How the settings say that the circuit is chosen, if they do."""
+    given = [(name, getattr(config, name)) for name in SIZES]
+    by_threshold = ("threshold", None) if config.threshold else None
+    return next((choice for choice in given if choice[1] is not None), by_threshold)
 
-    Without a step, of the last checkpoint. Without a size, of the size that the run asked for, or
-    with `threshold` by a threshold.
-    """
+
+def choose_from(
+    run: Run, choice: Choice, step: int | None = None
+) -> tuple[EdgeScores, Circuit, dict[str, Any]]:
+    """A run's scores after a step, or else the last; a circuit chosen from them, and how it was."""
     scores = run.scores(step)
     if step is None and run.is_unfinished(scores.origin):
         log.warning(
             f"the run in {run.path} has done {scores.origin['step']:,} of "
             f"{run.config.trainer.steps:,} steps; continue it with its command and resume=auto"
         )
-    if sparsity is None and num_edges is None and not threshold:
-        sparsity, num_edges = run.config.sparsity, run.config.num_edges
-    by_size = (sparsity, num_edges) != (None, None)
-    state = {} if by_size else run.checkpoint(scores.origin.get("step")).state
-    return scores, *choose(scores, state, sparsity, num_edges)
+    if choice[0] == "threshold" and run.config.trainer.method == "every_size":
+        raise ConfigError(
+            "threshold=true needs gates, but trainer=every_size learns scores; give "
+            f"{', '.join(f'{name}=' for name in SIZES)} or none"
+        )
 
+    @cache
+    def measuring() -> Measuring:
+        return Measuring.of(run, "validation")
 
-def choose(
-    scores: EdgeScores, state: Mapping[str, Any], sparsity: float | None, num_edges: int | None
-) -> tuple[Circuit, dict[str, Any]]:
-    """A circuit of a size, or without one by a threshold on the state; and how it was chosen."""
-    if (sparsity, num_edges) != (None, None):
-        return scores.circuit(sparsity=sparsity, num_edges=num_edges), {"chosen_by": "size"}
-    circuit, thresholds = circuit_by_threshold(scores.graph, state)
-    found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
-    return circuit, {"chosen_by": "threshold", **found}
+    def measure(sizes: Sequence[int] | None = None) -> Curve:
+        m = measuring()
+        check_choice(choice, m.model)
+        return curve_of(
+            m.model, scores, m.pairs, m.ablation, run.config.evaluation_batch_size, sizes
+        )
 
+    def curve() -> Curve:
+        known = run.curve() if step is None else None
+        return known or measure()
 
-def cleaned_up(
-    cleaned: CleanUp, chosen: dict[str, Any], tolerance: float
-) -> tuple[Circuit, dict[str, Any]]:
-    """A cleaned circuit, and how it was chosen."""
-    return cleaned.circuit, {**chosen, "cleanup": {"tolerance": tolerance, **cleaned.to_dict()}}
-
-
-def _clean_up(run: Run, circuit: Circuit, scores: EdgeScores, tolerance: float) -> CleanUp:
-    """Clean up on the run's own training prompts, with its own ablation."""
-    model, config = load_model_of(run.config.model), run.config
-    path = own_data(run.data_path, run.digests["data"])
-    pairs = load_pairs(path, config.task, model, "train")
-    ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
-    return clean_up(
-        model, circuit, pairs, tolerance=tolerance, scores=scores, ablation=ablation,
-        batch_size=config.evaluation_batch_size,
+    chosen = choose(
+        scores, choice, state=lambda: run.checkpoint(scores.origin.get("step")).state,
+        curve=curve, measure=measure,
     )  # fmt: skip
+    return scores, chosen.circuit, chosen.origin
+
+
+class Measuring(NamedTuple):
+    """What measuring circuits of a run takes: its own model, prompts and ablation."""
+
+    model: CircuitModel
+    pairs: PairDataset
+    ablation: Ablation
+
+    @classmethod
+    def of(cls, run: Run, split: str) -> Self:
+        """Load the model, and the prompts of a split (or of another, if it is empty)."""
+        config = run.config
+        model = load_model_of(config.model)
+        path = own_data(run.data_path, run.digests["data"])
+        train = load_pairs(path, config.task, model, "train")
+        ablation = ablation_of(model, config.ablation, train, config.evaluation_batch_size)
+        pairs = load_pairs(path, config.task, model, first_split(path, split))
+        return cls(model, pairs, ablation)
 
 
 def _convert(config: ExportConfig, form: str) -> Exported:
     """From one circuit file to another; from scores in it, also to another size."""
-    if (config.checkpoint, config.cleanup, config.threshold) != (None, None, False):
-        raise ConfigError("checkpoint=, threshold= and cleanup= need a run directory")
+    for name in ("checkpoint", "max_kl", "min_exact_match", "threshold", "cleanup"):
+        if getattr(config, name) not in (None, False):
+            raise ConfigError(f"{name}= needs a run directory; {config.run} is a file")
     if config.output is None:
         raise ConfigError(f"say where to write the circuit of {config.run}: output=FILE")
     source, output = find(config.run), Path(config.output)

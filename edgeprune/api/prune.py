@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
+from edgeprune.api.choose import check_choice, choose, cleaned_up, curve_of
 from edgeprune.api.evaluate import evaluation_record
-from edgeprune.api.export import choose, cleaned_up
 from edgeprune.api.shared import ablation_of, load_model_of
 from edgeprune.circuit import Circuit
 from edgeprune.config import LESS_MEMORY, PruneConfig, TrainerConfig, from_dict, to_dict
-from edgeprune.drawing import draw_training
+from edgeprune.drawing import draw_frontier, draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import clean_up
+from edgeprune.evaluation.curve import Curve, curve_panels
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.methods import METHODS
-from edgeprune.methods.paper import warn_if_unfinished
 from edgeprune.models.load import load_meta_model
 from edgeprune.paths import CONF
 from edgeprune.prompts import Pair, PairDataset
@@ -45,8 +46,9 @@ class Pruned:
     """What pruning found.
 
     Attributes:
-        circuit: the circuit of the size asked for, cleaned up if that was asked for.
+        circuit: the circuit that was chosen, cleaned up if that was asked for.
         scores: of all edges; `scores.circuit(num_edges=...)` gives circuits of other sizes.
+        curve: metrics of circuits of many sizes.
         history: one entry per step.
         ablation: what closed edges carried, for `evaluate` and `clean_up`.
         origin: how the circuit was chosen, as JSON values.
@@ -54,6 +56,7 @@ class Pruned:
 
     circuit: Circuit
     scores: EdgeScores = field(repr=False)
+    curve: Curve = field(repr=False)
     history: list[StepMetrics] = field(repr=False)
     ablation: Ablation = field(repr=False)
     origin: Mapping[str, Any] = field(repr=False)
@@ -62,29 +65,37 @@ class Pruned:
 def prune(
     model: CircuitModel,
     pairs: Sequence[Pair],
+    validation: Sequence[Pair] | None = None,
     *,
     sparsity: float | None = None,
     num_edges: int | None = None,
+    max_kl: float | None = None,
+    min_exact_match: float | None = None,
     cleanup: float | None = None,
     seed: int = 0,
     ablation: Ablation | str = "interchange",
-    trainer: str = "default",
+    trainer: str = "every_size",
     progress: bool = True,
     **settings: Any,
 ) -> Pruned:
-    """Find the circuit with which a model does a task.
+    """Rank the edges of a model by how much a task needs them, and choose a circuit.
 
     Args:
         model: from `load_model`.
         pairs: training prompts, from `load_dataset`.
+        validation: prompts on which circuits are measured to choose one; None: the training
+            prompts, on which circuits look better than they are.
         sparsity: fraction of the edges to remove, exactly.
         num_edges: or number of edges to keep, exactly.
+        max_kl: or the smallest circuit with at most this KL, in nats.
+        min_exact_match: or the smallest circuit that gives the full model's answer on at least this
+            fraction of the prompts; 0.95 if nothing is given.
         cleanup: then remove edges that the circuit does not need; the tolerance of `clean_up`.
-        seed: of the initial values, the noise and the order of the data.
+        seed: of the initial values, the sizes or noise, and the order of the data.
         ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one mean per
             position), or an `Ablation`.
         trainer: settings to start from, as `trainer=` on the command line.
-        progress: whether to show a progress bar.
+        progress: whether to show progress bars.
         settings: changes to these, such as `steps=300`.
 
     Raises:
@@ -92,14 +103,19 @@ def prune(
         ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss is not finite.
     """
+    held_out = pairs if validation is None else validation
     model.check_prompts(pairs)
+    model.check_prompts(held_out)
     config = from_dict(PruneConfig, {
-        "sparsity": sparsity, "num_edges": num_edges, "cleanup": cleanup, "seed": seed,
+        "sparsity": sparsity, "num_edges": num_edges, "max_kl": max_kl,
+        "min_exact_match": min_exact_match, "cleanup": cleanup, "seed": seed,
         "trainer": to_dict(trainer_config(trainer, settings)),
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
+    check_choice(config.choice, model)
     ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
-    return _prune(model, pairs, config, ablation, progress=progress)
+    learned = _learn(model, pairs, config, ablation, progress=progress)
+    return _choose(model, pairs, held_out, config, ablation, learned, progress=progress)
 
 
 def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
@@ -108,11 +124,19 @@ def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
     if name not in known:
         raise ConfigError(f"unknown trainer {name!r}; choose {', '.join(sorted(known))}")
     settings = OmegaConf.to_container(OmegaConf.load(known[name]))
-    method = settings.pop("defaults")[0]
+    method = settings.pop("defaults")[0].removesuffix("_schema")
     return from_dict(TrainerConfig, {"method": method, **settings, **changes})
 
 
-def _prune(
+class Learned(NamedTuple):
+    """The scores, the state of the method that learned them, and one entry per step."""
+
+    scores: EdgeScores
+    state: Mapping[str, Tensor]
+    history: list[StepMetrics]
+
+
+def _learn(
     model: CircuitModel,
     pairs: Sequence[Pair],
     config: PruneConfig,
@@ -121,8 +145,8 @@ def _prune(
     run: Run | None = None,
     world: World | None = None,
     progress: bool = True,
-) -> Pruned:
-    """Train, choose the circuit and clean it up; what is to be kept goes into the run."""
+) -> Learned:
+    """Train; checkpoints and metrics go into the run."""
     settings, world, asked = config.trainer, world or World(), config.sparsity
     if config.num_edges is not None:
         asked = 1 - model.graph.resolve_size(config.num_edges) / model.graph.num_edges
@@ -142,19 +166,40 @@ def _prune(
                     tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
                     listeners.append(stack.enter_context(tracker))
         train(trainer, store=run, listeners=listeners)
-    scores, state = trainer.scores(), method.state_dict()
+    learned = Learned(trainer.scores(), method.state_dict(), history)
     del trainer  # releases what it has cached
     model.release()
-    if history and asked is not None and "sparsity" in history[-1].values:
-        warn_if_unfinished(history[-1].values["sparsity"], asked)
-    circuit, chosen = choose(scores, state, config.sparsity, config.num_edges)
+    return learned
+
+
+def _choose(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    config: PruneConfig,
+    ablation: Ablation,
+    learned: Learned,
+    *,
+    progress: bool = True,
+) -> Pruned:
+    """Measure circuits of many sizes, choose one and clean it up."""
+    scores, state, history = learned
+    measure = partial(
+        curve_of, model, scores, held_out, ablation, config.evaluation_batch_size, progress=progress
+    )
+    curve = measure()
+    chosen = choose(
+        scores, config.choice, state=lambda: state, curve=lambda: curve, measure=measure
+    )
+    circuit, origin = chosen.circuit, chosen.origin
     if config.cleanup is not None:
         cleaned = clean_up(
             model, circuit, pairs, tolerance=config.cleanup, scores=scores, ablation=ablation,
             batch_size=config.evaluation_batch_size,
         )  # fmt: skip
-        circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
-    return Pruned(circuit, scores, history, ablation, {"scores": dict(scores.origin), **chosen})
+        circuit, origin = cleaned_up(cleaned, origin, config.cleanup)
+    origin = {"scores": dict(scores.origin), **origin}
+    return Pruned(circuit, scores, chosen.curve or curve, history, ablation, origin)
 
 
 def _plot(run: Run) -> None:
@@ -165,6 +210,16 @@ def _plot(run: Run) -> None:
             draw_training(metrics, run.path / layout.PLOT, title=title)
     except Exception as error:
         log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
+
+
+def _plot_curve(run: Run, curve: Curve, split: str) -> None:
+    """Plot the curve. As with `_plot`, a failure costs nothing else."""
+    path = run.path / layout.CURVE_PLOT
+    try:
+        title = f"{run.config.title}, seed {run.config.seed}, {split} prompts"
+        draw_frontier(curve_panels({"": [curve]}), path, title=title, all_edges=curve.num_edges)
+    except Exception as error:
+        log.warning(f"{path} is not drawn: {error}")
 
 
 @dataclass(frozen=True)
@@ -188,21 +243,27 @@ def prune_run(config: PruneConfig) -> Finished | None:
         world.check_same("the settings", str(config))
         with claim(config, world) as run:
             model, pairs, split, held_out = _load(run, world)
+            check_choice(config.choice, model)
             ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
-            pruned = _prune(
-                model, pairs, config, ablation, run=run, world=world, progress=world.is_rank_zero
+            progress = world.is_rank_zero
+            learned = _learn(
+                model, pairs, config, ablation, run=run, world=world, progress=progress
             )
+            if world.is_rank_zero:
+                learned.scores.save(run.path / layout.SCORES)
             if not config.launcher.shard:  # a sharded model needs all processes to the end
                 world.close()
                 if not world.is_rank_zero:
                     return None
+            pruned = _choose(model, pairs, held_out, config, ablation, learned, progress=progress)
             evaluation = evaluate(
                 model, pruned.circuit, held_out, ablation=ablation,
                 batch_size=config.evaluation_batch_size,
             )  # fmt: skip
             if not world.is_rank_zero:
                 return None
-            pruned.scores.save(run.path / layout.SCORES)
+            write_json(run.path / layout.CURVE, {"split": split, **pruned.curve.to_dict()})
+            _plot_curve(run, pruned.curve, split)
             run.write_circuit(pruned.circuit, pruned.origin)
             record = evaluation_record(
                 model, pruned.circuit, held_out, split, config.ablation, evaluation,

@@ -25,11 +25,11 @@ SEVERAL = ("compare",)
 
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
-              "task.path=my.jsonl model.path=gpt2 sparsity=0.95",
-              "experiment=ioi sparsity=0.9,0.95,0.98 seed=0,1,2 --multirun",
+              "task.path=my.jsonl model.path=gpt2 max_kl=0.1",
+              "experiment=ioi seed=0,1,2 --multirun",
               "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun",
               "experiment=tracr/reverse ablation=interchange"),
-    "export": ("RUN", "RUN sparsity=0.97", "RUN num_edges=40 output=small.json",
+    "export": ("RUN", "RUN sparsity=0.97", "RUN max_kl=0.1", "RUN num_edges=40 output=small.json",
                "RUN cleanup=0.01", "RUN sparsity=0.97 format=eap_json output=graph.json",
                "graph.pt output=edges.json model=embedded"),
     "evaluate": ("RUN", "RUN split=validation head_permuted=5",
@@ -74,7 +74,7 @@ def command_help(command: str, arguments: Sequence[str] = ()) -> str:
     `trainer=NAME` among the other arguments chooses whose settings are listed.
     """
     given = [a.removeprefix("trainer=") for a in arguments if a.startswith("trainer=")]
-    trainer = given[-1] if given and given[-1] in choices_of("trainer") else "default"
+    trainer = given[-1] if given and given[-1] in choices_of("trainer") else "every_size"
     config = COMMANDS[command]
     lines = [f"usage: {usage(command)}", "", _summary(config), "", "Settings:"]
     for name, text in _described(config, "", trainer):
@@ -117,7 +117,7 @@ def _described(
         name, part = f"{prefix}{field.name}", dataclass_of(hints[field.name])
         if part is TrainerConfig:
             values = yaml.safe_load((CONF / f"trainer/{trainer}.yaml").read_text())
-            part = TRAINERS[values.pop("defaults")[0]]
+            part = TRAINERS[values.pop("defaults")[0].removesuffix("_schema")]
             rows += _described(part, f"{name}.", trainer, values)
         elif part is not None:
             rows += _described(part, f"{name}.", trainer)

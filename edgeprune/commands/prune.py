@@ -1,17 +1,19 @@
 """`edgeprune prune`."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from edgeprune.commands.console import print_result
-from edgeprune.config import PruneConfig
+from edgeprune.commands.console import print_result, print_table
+from edgeprune.config import DEFAULT_CHOICE, PruneConfig
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
 
 
 def prune(config: PruneConfig) -> None:
-    """Learn the gates of a model's edges on a task; leaves a run directory."""
+    """Rank a model's edges by how much a task needs them; leaves a run directory."""
     processes, started = config.launcher.processes, os.environ.get("WORLD_SIZE")
     if processes != 1 and started is None:
         launch_processes(processes, HydraConfig.get().overrides.task)
@@ -19,10 +21,29 @@ def prune(config: PruneConfig) -> None:
     if started is not None and processes not in (None, 1, int(started)):
         raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
     from edgeprune.api.prune import prune_run
+    from edgeprune.evaluation.curve import curve_table
     from edgeprune.evaluation.evaluate import describe
 
     finished = prune_run(config)
     if finished is None:  # rank 0 reports
         return
-    print_result(describe(finished.evaluation, finished.pruned.circuit))
+    pruned = finished.pruned
+    title = f"{config.title}: circuits of these scores, {finished.prompts} prompts"
+    print_table(curve_table(pruned.curve, title, len(pruned.circuit)))
+    print_result(
+        f"{_reason(pruned.origin, config)} {describe(finished.evaluation, pruned.circuit)}"
+    )
     print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")
+
+
+def _reason(origin: Mapping[str, Any], config: PruneConfig) -> str:
+    """How the circuit was chosen, in a sentence."""
+    if origin["chosen_by"] == "threshold":
+        return "Chosen by a threshold, which makes the circuit as sparse as the gates."
+    if config.choice[0] in ("sparsity", "num_edges"):
+        return f"Chosen by size ({origin['chosen_by']})."
+    is_default = config.choice == DEFAULT_CHOICE and config.min_exact_match is None
+    by_default = (
+        ", the default; sparsity=, num_edges= or max_kl= choose others" if is_default else ""
+    )
+    return f"Chosen as the smallest circuit with {origin['chosen_by']}{by_default}."

@@ -32,7 +32,7 @@ ROUNDING = 1e-6
 """KL divergences below this are rounding errors, which may be negative."""
 
 
-class Curve(NamedTuple):
+class Line(NamedTuple):
     """A line `mid` in a band from `low` to `high`; all sequences have the same length."""
 
     name: str  # shown in the legend, unless empty
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
     """One set of axes; `label` is that of the y axis."""
 
     label: str
-    curves: Sequence[Curve]
+    lines: Sequence[Line]
     levels: Sequence[tuple[str, float]]  # (name, y) of horizontal lines, the best first
     log: bool  # whether y is a distance on a logarithmic axis; otherwise it is a fraction, 0 to 1
 
@@ -70,46 +70,82 @@ def _figure(
         write_atomically(Path(path), save)
 
 
+LABELS = {
+    "kl": "KL (nats)",
+    "unexplained": "unexplained variance",
+    "logit_difference": "squared error of the logit difference",
+    "max_logit_difference": "minus the logit difference",
+    "cross_entropy": "cross-entropy (nats)",
+}
+"""Axis label per objective."""
+
+
 def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> Figure:
-    """Plot the distance from the full model, and the gates' sparsity with its target, per step.
+    """Plot the objective on each step's batch, and the sparsity or the size of the gates.
 
     `metrics` are the lines of metrics.jsonl, at least one. The path ends in .png, .pdf or .svg.
     """
-
-    def column(name: str) -> list[Any]:
-        return [line.get(name) for line in metrics]
-
-    def draw(ax: Axes, values: list[Any], **style: Any) -> None:
-        marker = "o" if len(values) == 1 else None  # a line through a single point is invisible
-        if None not in values:
-            ax.plot(column("step"), values, linewidth=1.4, marker=marker, **style)
-
-    distance, label = column("kl"), "KL on each step's batch (nats)"
-    if None in distance:
-        distance, label = column("unexplained"), "unexplained variance"
-    distance = [max(value, ROUNDING) for value in distance]
+    objective = next(name for name in LABELS if name in metrics[0])
+    label = f"{LABELS[objective]}, on each step's batch"
+    steps = [line["step"] for line in metrics]
+    values = [line[objective] for line in metrics]
+    is_log = objective != "max_logit_difference"
+    values = [max(value, ROUNDING) for value in values] if is_log else values
     with _figure(path, title, 2, 8.0, 3.6) as figure:
         left, right = figure.axes
-        draw(left, distance, color=COLORS[0])
-        _log_axis(left, distance)
-        left.set_ylabel(label)
-        for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
-            draw(right, column(f"{prefix}sparsity"), color=color, label=f"{kind} gates")
-            draw(right, column(f"{prefix}target"), color=color, label="target", linestyle=DASHES)
-        low, high = right.get_ylim()
-        right.set(ylim=(min(low, 0.0), max(high, 1.0)), ylabel="sparsity of the gates")
-        right.legend()
-        for ax in figure.axes:
-            ax.set_xlabel("step")
-            ax.locator_params(axis="x", nbins=6, integer=True)
+        if "num_edges" in metrics[0]:
+            sizes = [line["num_edges"] for line in metrics]
+            _scatter(left, steps, values, sizes, "edges", log=True)
+            _scatter(right, sizes, values, steps, "step")
+            right.set_xscale("log")
+            right.set(xlabel="edges", ylabel=label)
+        else:
+            _line(left, steps, values, color=COLORS[0])
+            _draw_sparsity(right, metrics)
+            right.locator_params(axis="x", nbins=6, integer=True)
+        left.set(xlabel="step", ylabel=label)
+        left.locator_params(axis="x", nbins=6, integer=True)
+        for ax in (left, right) if "num_edges" in metrics[0] else (left,):
+            if is_log:
+                _log_axis(ax, values)
     return figure
+
+
+def _scatter(
+    ax: Axes, xs: Sequence[float], ys: Sequence[float], colors: Sequence[float], label: str,
+    *, log: bool = False,
+) -> None:  # fmt: skip
+    """Draw points whose colour shows a third number, and a scale of these colours."""
+    points = ax.scatter(xs, ys, c=colors, s=10, cmap="viridis", norm="log" if log else None)
+    ax.figure.colorbar(points, ax=ax, label=label)
+
+
+def _line(ax: Axes, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:
+    marker = "o" if len(xs) == 1 else None  # a line through a single point is invisible
+    ax.plot(xs, ys, linewidth=1.4, marker=marker, **style)
+
+
+def _draw_sparsity(ax: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    """Plot the sparsity of the gates, and its target if there is one, against the step."""
+    steps = [line["step"] for line in metrics]
+    for kind, prefix, color in (("edge", "", COLORS[1]), ("node", "node_", COLORS[2])):
+        for name, label, style in (
+            ("sparsity", f"{kind} gates", "-"),
+            ("target", "target", DASHES),
+        ):
+            values = [line.get(f"{prefix}{name}") for line in metrics]
+            if None not in values:
+                _line(ax, steps, values, color=color, label=label, linestyle=style)
+    low, high = ax.get_ylim()
+    ax.set(xlabel="step", ylabel="sparsity of the gates", ylim=(min(low, 0.0), max(high, 1.0)))
+    ax.legend()
 
 
 def draw_frontier(
     panels: Sequence[Panel], path: Path | str, *, title: str, all_edges: int
 ) -> Figure:
     """Plot panels side by side against the number of edges, in a .png, .pdf or .svg file."""
-    names = [curve.name for curve in panels[0].curves if curve.name]
+    names = [line.name for line in panels[0].lines if line.name]
     height = 3.6 + 0.22 * len(names)  # 0.22 inches per line of the legend
     with _figure(path, title, len(panels), 4.0 * len(panels), height) as figure:
         for ax, panel in zip(figure.axes, panels, strict=True):
@@ -122,7 +158,7 @@ def draw_frontier(
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
     drawn = []
-    for (name, xs, *ys), color, marker in zip(panel.curves, cycle(COLORS), cycle(MARKERS)):
+    for (name, xs, *ys), color, marker in zip(panel.lines, cycle(COLORS), cycle(MARKERS)):
         mid, low, high = ([0.0 if panel.log and y < ROUNDING else y for y in part] for part in ys)
         drawn += [*low, *high]
         ax.plot(
@@ -142,7 +178,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             ha="left" if is_left else "right", va="bottom", fontsize=8, color=GREY,
         )  # fmt: skip
     ax.set_ylabel(panel.label)
-    _size_axis(ax, sorted({x for curve in panel.curves for x in curve.num_edges}, reverse=True))
+    _size_axis(ax, sorted({x for line in panel.lines for x in line.num_edges}, reverse=True))
     if panel.log:
         _log_axis(ax, drawn)
         ax.set_ylim(top=1.6 * max([1e-3, *drawn, *(level for _, level in panel.levels)]))

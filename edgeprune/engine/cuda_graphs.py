@@ -1,6 +1,7 @@
 """Training steps recorded as CUDA graphs and replayed."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.errors import ConfigError
+from edgeprune.metrics import Objective, mean_kl
 
 MAX_GRAPHS = 16
 """Maximum number of batch shapes that are recorded; batches of other shapes run as usual."""
@@ -33,15 +35,21 @@ class CudaGraphs:
     recorded. The model must be on a GPU and not sharded.
     """
 
-    def __init__(self, model: CircuitModel, *, recompute: bool) -> None:
-        self._model, self._recompute = model, recompute
+    def __init__(
+        self, model: CircuitModel, *, objective: Objective = mean_kl, recompute: bool
+    ) -> None:
+        self._model = model
+        self._differentiate = partial(
+            differentiate, model, objective=objective, recompute=recompute
+        )
         self._recordings: dict[Any, _Recording | None] = {}
         self._stream = torch.cuda.Stream(model.device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def differentiate(self, inputs: StepInputs, *, share: float) -> Gradient:
         """See `gradient.differentiate`; raises ConfigError if the step cannot be recorded."""
-        key = (inputs.batch.clean_ids.shape, inputs.reference.shape, share)
+        ids = (inputs.batch.clean_ids, inputs.batch.answer_ids, inputs.batch.distractor_ids)
+        key = (*(x.shape for x in (*ids, inputs.reference)), share)
         if key not in self._recordings:
             if len(self._recordings) < MAX_GRAPHS:
                 self._recordings[key] = None
@@ -63,7 +71,7 @@ class CudaGraphs:
         current = torch.cuda.current_stream(self._model.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            gradient = differentiate(self._model, inputs, share=share, recompute=self._recompute)
+            gradient = self._differentiate(inputs, share=share)
         current.wait_stream(self._stream)
         return gradient
 
@@ -76,7 +84,7 @@ class CudaGraphs:
         try:
             # The outer context restores the current stream, which a failed recording does not.
             with torch.cuda.stream(current), recording:
-                gradient = differentiate(self._model, own, share=share, recompute=self._recompute)
+                gradient = self._differentiate(own, share=share)
         except RuntimeError as error:
             reason = error.__context__ or error  # ending a failed recording raises another error
             if isinstance(reason, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""The distance between circuit and full model on one batch, and its gradient for the gates."""
+"""An objective, such as the KL from the full model, on a batch, and its gradient for the gates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from edgeprune.engine.circuit_model import Activations, CircuitModel
-from edgeprune.metrics import mean_distance
+from edgeprune.metrics import Objective, mean_kl
 from edgeprune.prompts import Batch
 
 Gradient = tuple[Tensor, Tensor]
-"""The distance, a scalar, and its gradient with respect to the gates, [edge]."""
+"""The objective, a scalar, and its gradient with respect to the gates, [edge]."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """All tensors that the distance depends on.
+    """All tensors that the objective depends on.
 
     Attributes:
         reference: the full model's outputs, [predicted, vocabulary].
@@ -41,15 +41,20 @@ class StepInputs:
 
 
 def differentiate(
-    model: CircuitModel, inputs: StepInputs, *, share: float = 1.0, recompute: bool = False
+    model: CircuitModel,
+    inputs: StepInputs,
+    *,
+    objective: Objective = mean_kl,
+    share: float = 1.0,
+    recompute: bool = False,
 ) -> Gradient:
     """Run the circuit forward and backward; circuit_model.py begins with a walkthrough.
 
-    Distance and gradient are multiplied by `share`, the fraction of the step's prompts that are in
+    Objective and gradient are multiplied by `share`, the fraction of the step's prompts that are in
     this batch, so that those of all its micro-batches add up.
     """
     arguments = inputs.batch, inputs.gates, inputs.ablation_values
-    logits = model.run_circuit(*arguments, recompute=recompute)  # [predicted, vocabulary]
-    distance = share * mean_distance(inputs.batch, inputs.reference, logits, model.output)
-    (grad_gates,) = torch.autograd.grad(distance, inputs.gates)
-    return distance.detach(), grad_gates
+    outputs = model.run_circuit(*arguments, recompute=recompute)  # [predicted, vocabulary]
+    value = share * objective(inputs.batch, inputs.reference, outputs)
+    (grad_gates,) = torch.autograd.grad(value, inputs.gates)
+    return value.detach(), grad_gates

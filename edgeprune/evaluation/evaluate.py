@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +51,6 @@ class Evaluation:
         return json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
 
 
-@torch.no_grad()
 def evaluate(
     model: CircuitModel, circuit: Circuit, pairs: Sequence[Pair], *,
     ablation: Ablation | str = "interchange", batch_size: int = 64, head_permuted: int = 0,
@@ -72,7 +71,7 @@ def evaluate(
     batches = list(iterate_batches(pairs, batch_size))
     permuted = [circuit.head_permuted(seed) for seed in range(head_permuted)]
     circuits = [circuit, Circuit(model.graph, frozenset()), *permuted]
-    examples = _run(model, circuits, batches, ablation)
+    examples = measure_circuits(model, circuits, batches, ablation)
     full, of_circuit, empty, *_ = examples
     metrics = [Metrics.of(each, full, empty) for each in examples]
     mean = {name: sum(m[name] for m in metrics[3:]) / max(head_permuted, 1) for name in METRICS}
@@ -85,10 +84,18 @@ def evaluate(
     )  # fmt: skip
 
 
-def _run(
-    model: CircuitModel, circuits: Sequence[Circuit], batches: Sequence[Batch], ablation: Ablation
+@torch.no_grad()
+def measure_circuits(
+    model: CircuitModel,
+    circuits: Sequence[Circuit],
+    batches: Sequence[Batch],
+    ablation: Ablation,
+    listener: Callable[[int], object] | None = None,
 ) -> list[ExampleMetrics]:
-    """Measure the full model and then each circuit."""
+    """Measure the full model and then each circuit, on the same passes of the full model.
+
+    `listener` is called after each batch with the number of prompts done.
+    """
     gates = [torch.tensor(c.mask(), dtype=torch.float32, device=model.device) for c in circuits]
     parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
     for batch in batches:
@@ -99,6 +106,8 @@ def _run(
         for part, circuit_gates in zip(parts[1:], gates, strict=True):
             outputs = model.run_circuit(batch, circuit_gates, values)
             part.append(measure(batch, reference, outputs, model.output))
+        if listener is not None:
+            listener(sum(len(measured.kl) for measured in parts[0]))
     return [ExampleMetrics.concatenate(part) for part in parts]
 
 

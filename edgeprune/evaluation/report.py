@@ -1,8 +1,9 @@
 """Sum up many runs: frontiers of size against faithfulness, and stability over seeds.
 
 Runs with the same task, model and ablation form a group, which is one plot. Within a group, runs
-whose settings differ only in seed and requested size form a series, which is one curve. Within a
-series, runs with the same requested size form a point, whose spread is over seeds.
+whose settings differ only in seed and in the choice of the circuit form a series. Within a series,
+runs that chose their circuit in the same way form a point, whose spread is over seeds; its line in
+the plot goes through the circuits of every size that these runs measured.
 """
 
 import csv
@@ -18,10 +19,11 @@ from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import Curve, Panel, draw_circuit, draw_frontier, render_page
+from edgeprune.drawing import draw_circuit, draw_frontier, render_page
 from edgeprune.drawing.page import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
+from edgeprune.evaluation.curve import Curve, curve_panels
 from edgeprune.evaluation.table import Table
 from edgeprune.files import write_text
 from edgeprune.formats import write_circuit
@@ -30,8 +32,8 @@ from edgeprune.prompts import SPLITS
 
 log = logging.getLogger("edgeprune")
 
-SIZE = ("sparsity", "num_edges", "trainer.target_sparsity")
-"""Settings that request a size."""
+SIZE = ("sparsity", "num_edges", "max_kl", "min_exact_match", "trainer.target_sparsity")
+"""Settings that say how the circuit is chosen."""
 REPORTED = [metric for metric in METRICS.values() if metric.better]
 """The metrics that rank circuits."""
 HEADLINES = [metric for metric in REPORTED if metric.headline]
@@ -52,6 +54,7 @@ class RunRecord:
     settings: Mapping[str, Any]  # flattened, such as {"trainer.steps": 600}
     circuit: Circuit
     evaluations: Mapping[str, Mapping[str, Any]]  # `Evaluation.to_dict()` by split
+    curve: Curve | None  # on the run's validation prompts
     digests: Mapping[str, str]  # SHA-256 of its `model` and `data`
     distinguishing: Set[str]  # names of the settings that tell experiments apart
     origin: Mapping[str, Any]  # metadata for the files of consensus circuits
@@ -77,7 +80,7 @@ def _spreads(evaluations: Iterable[Mapping[str, Any]], model: str) -> dict[str, 
 
 
 class Point:
-    """The runs of a series with the same requested size, sorted by seed.
+    """The runs of a series that chose their circuits in the same way, sorted by seed.
 
     `evaluations` are those on the shown split; some runs may have none. `spreads` has `num_edges`,
     every metric, and `edge_iou` over pairs of runs; None where nothing was measured.
@@ -181,7 +184,7 @@ def _size(size: tuple, sizes: Iterable[tuple]) -> str:
     given = [f"{key.split('.')[-1]} {value}" for key, value in values if value is not None]
     if len(given) > 1 and sum(other[:-1] == size[:-1] for other in sizes) == 1:
         given.pop()  # the target sparsity
-    return ", ".join(given) or "by threshold"
+    return ", ".join(given) or "default"
 
 
 def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Table:
@@ -221,8 +224,7 @@ def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune 
     for number, (group, name) in enumerate(zip(groups, names, strict=True), 1):
         name = f"{name}-{number}" if names.count(name) > 1 else name  # they differ in their graphs
         section = Section(heading=f"{group.title}; {group.num_edges:,} edges", sections=[])
-        if group.evaluations:
-            section["pictures"] = _draw_frontier(group, folder, name)
+        section["pictures"] = _draw_frontier(group, folder, name)
         for index, (series, points) in enumerate(group.series.items(), 1):
             place = f"consensus/{name}-series-{index}"
             details = [_stability(point, folder, place) for point in points if len(point.runs) > 1]
@@ -271,23 +273,20 @@ def _run_row(run: RunRecord, split: str | None) -> dict[str, Any]:
 
 
 def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
-    """Draw one panel per headline metric, as .png, .pdf and .svg; the picture for the page."""
-    panels = [_panel(group, metric) for metric in group.measured(HEADLINES)]
+    """Draw a panel per headline metric, as .png, .pdf and .svg; pictures for the page."""
+    lines = {}
+    for series, points in group.series.items():
+        for point in points:
+            label = ", ".join(filter(None, (series, point.requested * (len(points) > 1))))
+            lines[label] = [run.curve for run in point.runs if run.curve is not None]
+    lines = {label: curves for label, curves in lines.items() if curves}
+    if not lines:
+        return {}
+    title = f"{group.task} in {group.model}, {group.ablation} ablation: validation prompts"
     for suffix in ("png", "pdf", "svg"):
         path = folder / f"frontier-{name}.{suffix}"
-        draw_frontier(panels, path, title=group.title, all_edges=group.num_edges)
-    return {"metrics against edges kept": path}
-
-
-def _panel(group: Group, metric: Metric) -> Panel:
-    levels = [(label, spreads[metric.name].mean) for label, spreads in group.baselines().items()]
-    is_distance = metric.better == "lower"  # which is 0 for the full model
-    curves = []
-    for series, points in group.series.items():
-        known = [point.spreads for point in points if point.spreads[metric.name]]
-        sizes = [spreads["num_edges"].mean for spreads in known]
-        curves.append(Curve(series, sizes, *([s[metric.name][i] for s in known] for i in range(3))))
-    return Panel(metric.description, curves, levels[is_distance:], log=is_distance)
+        draw_frontier(curve_panels(lines), path, title=title, all_edges=group.num_edges)
+    return {"metrics against edges kept, on the validation prompts": path}
 
 
 def _stability(point: Point, folder: Path, prefix: str) -> Section:

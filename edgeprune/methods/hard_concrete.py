@@ -1,4 +1,4 @@
-"""Hard-concrete gates (Louizos, Welling and Kingma 2018, arXiv:1712.01312), as pure functions.
+"""Hard-concrete gates (Louizos, Welling and Kingma 2018, arXiv:1712.01312).
 
 A gate is a number in [0, 1]; 1 carries the clean value, 0 the corrupted one. One number, log alpha,
 sets its distribution: a sigmoid of log alpha plus logistic noise, stretched slightly beyond [0, 1]
@@ -6,11 +6,16 @@ and clamped, so that exact zeros and ones have positive probability.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from edgeprune.graph import CircuitGraph
+from edgeprune.methods.method import Method, check_shapes
 
 BETA = 2 / 3  # temperature of the distribution
 GAMMA, ZETA = -0.1, 1.1  # limits to which the sigmoid is stretched before clamping
@@ -76,3 +81,67 @@ def search_threshold(gates: Tensor) -> float:
         is_sparser = (gates <= threshold).float().mean().item() > wanted
         low, high = (low, threshold) if is_sparser else (threshold, high)
     return threshold
+
+
+@dataclass(kw_only=True, eq=False)
+class HardConcrete(Method):
+    """A log alpha per edge, learned with AdamW from the gradients of sampled gates.
+
+    Attributes:
+        lr_warmup_steps: steps of linear warm-up of all learning rates, which then fall to 0.
+        weight_decay, adam_epsilon: AdamW's.
+        init_mean, init_std: log alphas start at N(init_mean, init_std).
+    """
+
+    lr_warmup_steps: int
+    weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    init_mean: float
+    init_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self.log_alpha = self.new_log_alpha(self.graph.num_edges)
+        self.parameters = {"edge_log_alpha": self.log_alpha}
+        settings = {"eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+        self.optimizer = torch.optim.AdamW([self.log_alpha], self.learning_rate, **settings)
+
+    def new_log_alpha(self, count: int) -> Tensor:
+        """[count], a leaf; drawn on the CPU and then moved to the device."""
+        values = self.init_mean + self.init_std * torch.randn(count, generator=self._generator)
+        return values.to(self.device).requires_grad_()
+
+    def learn(self, step: int) -> float:
+        """Apply the gradients; returns the learning rate of log alpha."""
+        factor = learning_rate_factor(step, self.steps, self.lr_warmup_steps)
+        self.apply_gradients(factor)
+        return self.learning_rate * factor
+
+    @staticmethod
+    def scores(graph: CircuitGraph, state: Mapping[str, Tensor]) -> Tensor:
+        """The log odds of p = sigmoid(log alpha), i.e. log alpha.
+
+        With node gates p is multiplied by sigmoid(log alpha of the writer).
+        """
+        log_alpha = log_alphas(graph, state)
+        if "node" not in log_alpha:
+            return log_alpha["edge"]
+        edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
+        log_p = edge + node[torch.tensor(graph.edge_writers())]
+        return log_p - torch.log(-torch.expm1(log_p))
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to 1, then linear decay to 0 at the end; steps count from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
+
+
+def log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`edge`, [edge], and with node gates `node`, [writer]; float32 on the CPU."""
+    shapes = {"edge_log_alpha": (graph.num_edges,)}
+    if "node_log_alpha" in state:
+        shapes["node_log_alpha"] = (graph.num_writers,)
+    check_shapes(state, shapes)
+    return {name.removesuffix("_log_alpha"): state[name].detach().cpu() for name in shapes}

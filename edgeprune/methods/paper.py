@@ -3,7 +3,6 @@
 Learned Lagrange multipliers drive the gates to a target sparsity. Nodes may have gates as well.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,14 +12,13 @@ from torch import Tensor
 from edgeprune.circuit import Circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.method import Method, log_alphas, read_finite, rising_target
-
-log = logging.getLogger("edgeprune")
+from edgeprune.methods.hard_concrete import HardConcrete, log_alphas
+from edgeprune.methods.method import read_finite
 
 
 @dataclass(kw_only=True, eq=False)
-class Lagrangian(Method):
-    """loss = distance + lambda_1 (s - t) + lambda_2 (s - t)^2, the lambdas being maximised.
+class Lagrangian(HardConcrete):
+    """loss = objective + lambda_1 (s - t) + lambda_2 (s - t)^2, the lambdas being maximised.
 
     s is the sparsity of the step's sampled gates, t its target. Both multipliers start at 0;
     lambda_1 may become negative. Node gates have a target and multipliers of their own.
@@ -73,28 +71,40 @@ class Lagrangian(Method):
             self._product = self._product * self._sampled["node"][self._edge_writers]
         return self._product.detach()
 
-    def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
+    def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         sparsity = {kind: hard_concrete.sparsity(g) for kind, g in self._sampled.items()}
         rise = self.sparsity_warmup_steps, self.warmup
         targets = {kind: rising_target(step, *ends, *rise) for kind, ends in self._ends.items()}
-        loss = distance
+        loss = objective
         for kind in sparsity:
             lambdas = (self._lambdas[f"{kind}.lambda_{i}"] for i in (1, 2))
             loss = loss + penalty(*lambdas, sparsity[kind], targets[kind])
-        read = read_finite(grad_gates, loss=loss, distance=distance, **sparsity, **self._lambdas)
+        read = read_finite(grad_gates, loss=loss, objective=objective, **sparsity, **self._lambdas)
         self._product.backward(grad_gates, retain_graph=True)
         loss.backward()
         return {
-            "loss": read["loss"],
-            "distance": read["distance"],
+            "objective": read["objective"],
             "sparsity": read["edge"],
             "target": targets["edge"],
             "node_sparsity": read.get("node"),
             "node_target": targets.get("node"),
             "lambda_1": read["edge.lambda_1"],
             "lambda_2": read["edge.lambda_2"],
-            "learning_rate": self.apply_gradients(step),
+            "loss": read["loss"],
+            "learning_rate": self.learn(step),
         }
+
+
+def rising_target(step: int, start: float, end: float, warmup_steps: int, shape: str) -> float:
+    """The target sparsity of a step: rises over `warmup_steps`, then stays; steps count from 0.
+
+    `shape` is "linear", or "logarithmic": 1 - target falls by the same factor in each step (at once
+    if `end` is 1).
+    """
+    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    if shape == "linear":
+        return start + (end - start) * progress
+    return 1 - (1 - start) ** (1 - progress) * (1 - end) ** progress
 
 
 def penalty(lambda_1: Tensor, lambda_2: Tensor, sparsity: Tensor, target: float) -> Tensor:
@@ -130,12 +140,3 @@ def circuit_above(
     if "node" in gates:
         kept &= (gates["node"] > thresholds["node"])[torch.tensor(graph.edge_writers())]
     return Circuit.from_mask(graph, kept.tolist())
-
-
-def warn_if_unfinished(sparsity: float, requested: float) -> None:
-    """Warn if the last step's gates are much less sparse than the circuit that is cut from them."""
-    if 1 - sparsity > 2 * (1 - requested):
-        log.warning(
-            f"the gates are only {sparsity:.1%} sparse: a circuit that is {requested:.1%} sparse "
-            "leaves out edges they rely on; take more steps, or use the settings of trainer=fast"
-        )

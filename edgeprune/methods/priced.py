@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from edgeprune.methods import hard_concrete
-from edgeprune.methods.method import Method, read_finite
+from edgeprune.methods.hard_concrete import HardConcrete
+from edgeprune.methods.method import read_finite
 
 
 @dataclass(kw_only=True, eq=False)
-class Priced(Method):
-    """loss = distance + edge_price * (expected number of open edges); no target sparsity.
+class Priced(HardConcrete):
+    """loss = objective + edge_price * (expected number of open edges); no target sparsity.
 
     Attributes:
         edge_price: what an open edge adds to the loss.
@@ -19,14 +20,16 @@ class Priced(Method):
     edge_price: float
 
     def gates(self, step: int) -> Tensor:
-        self._sampled = hard_concrete.sample(self.log_alpha, self.noise(step))
+        count, device = self.graph.num_edges, self.log_alpha.device
+        (noise,) = hard_concrete.uniform_noise(self.seed, step, (count,), device)
+        self._sampled = hard_concrete.sample(self.log_alpha, noise)
         return self._sampled.detach()
 
-    def update(self, step: int, distance: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
+    def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         is_open = hard_concrete.probability_open(self.log_alpha)
-        loss = distance + self.edge_price * is_open.sum()
+        loss = objective + self.edge_price * is_open.sum()
         sparsity = hard_concrete.sparsity(self._sampled)
-        read = read_finite(grad_gates, loss=loss, distance=distance, sparsity=sparsity)
+        read = read_finite(grad_gates, loss=loss, objective=objective, sparsity=sparsity)
         self._sampled.backward(grad_gates)
         loss.backward()
-        return {**read, "learning_rate": self.apply_gradients(step)}
+        return {**read, "learning_rate": self.learn(step)}

@@ -56,6 +56,7 @@ class Batch:
         target_ids: [predicted], the tokens to predict; -1 where unknown.
         target_values: [predicted], the numbers to predict; NaN where there is none.
         contrasts: [batch], index into `predicted` of each pair's target `contrast`.
+        answer_ids, distractor_ids: [batch, up to the most of a pair], padded with -1.
         pairs: the examples, in order.
     """
 
@@ -68,6 +69,8 @@ class Batch:
     target_ids: Tensor
     target_values: Tensor
     contrasts: Tensor
+    answer_ids: Tensor
+    distractor_ids: Tensor
     pairs: tuple[Pair, ...]
 
     def map(self, function: Callable[..., Tensor], *others: Self) -> Self:
@@ -89,8 +92,9 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     rows = torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.target_ids])
     values = (pair.target_values or [math.nan] * len(pair.target_ids) for pair in pairs)
 
-    def padded(field: str) -> Tensor:
-        return pad_sequence([torch.tensor(getattr(p, field)) for p in pairs], batch_first=True)
+    def padded(field: str, value: int = 0) -> Tensor:
+        rows = [torch.tensor(getattr(pair, field), dtype=torch.long) for pair in pairs]
+        return pad_sequence(rows, batch_first=True, padding_value=value)
 
     return Batch(
         clean_ids=padded("clean_ids"),
@@ -102,6 +106,8 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         target_ids=torch.tensor([*chain(*(pair.target_ids for pair in pairs))]),
         target_values=torch.tensor([*chain(*values)]),
         contrasts=contrasts + firsts,
+        answer_ids=padded("answer_ids", -1),
+        distractor_ids=padded("distractor_ids", -1),
         pairs=tuple(pairs),
     )
 

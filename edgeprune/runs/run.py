@@ -27,11 +27,12 @@ from edgeprune.circuit import Circuit
 from edgeprune.config import SPLITS, PruneConfig, flatten, from_dict, settings_with, to_dict
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CheckpointError, ConfigError
+from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.report import RunRecord
 from edgeprune.files import file_digest, put_in_place, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
-from edgeprune.methods.method import scores_from_state
+from edgeprune.methods import METHODS
 from edgeprune.runs import layout
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
@@ -127,8 +128,9 @@ class Run:
         if step is None and (self.path / layout.SCORES).exists():
             return EdgeScores.load(self.path / layout.SCORES)
         found = self.checkpoint(step)
-        origin = {"method": self.config.trainer.method, "step": found.step}
-        return scores_from_state(self.graph, found.state, origin)
+        method = self.config.trainer.method
+        values = METHODS[method].scores(self.graph, found.state)
+        return EdgeScores(self.graph, values, origin={"method": method, "step": found.step})
 
     @property
     def circuit_path(self) -> Path:
@@ -150,6 +152,15 @@ class Run:
         write_circuit(circuit, self.path / layout.EDGES)
         origin = {**self.origin, **origin}
         write_circuit(circuit, self.path / layout.CIRCUIT, "circuit", origin=origin)
+
+    def curve(self) -> Curve | None:
+        """Metrics of circuits of many sizes, on `held_out` prompts; None if not measured yet."""
+        path = self.path / layout.CURVE
+        try:
+            return Curve.from_dict(json.loads(path.read_bytes())) if path.exists() else None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning(f"{path} is damaged and left out ({error})")
+            return None
 
     def is_unfinished(self, origin: Mapping[str, Any]) -> bool:
         """Whether scores of this origin are not those of the run's last step."""
@@ -176,13 +187,17 @@ class Run:
         own["edges_sha256"], own["ablation"] = file.circuit.digest(), to_dict(config.ablation)
         own["model_sha256"], own["data_sha256"] = self.digests["model"], self.digests["data"]
         size = file.origin.get("cleanup", {}).get("num_edges_before", len(file.circuit))
-        asked = size
-        if (config.num_edges, config.sparsity) != (None, None):
-            asked = self.graph.resolve_size(config.num_edges, config.sparsity)
-        if size != asked or self.is_unfinished(file.origin.get("scores", {})):
+        name_of_choice, value = config.choice
+        if name_of_choice in ("sparsity", "num_edges"):
+            is_asked = size == self.graph.resolve_size(**{name_of_choice: value})
+        else:
+            asked = name_of_choice if value is None else f"{name_of_choice}={value}"
+            is_asked = file.origin.get("chosen_by") == asked
+        if not is_asked or self.is_unfinished(file.origin.get("scores", {})):
             raise ConfigError(
-                "its circuit is unfinished, or of another size than it asked for; let the run end "
-                f"(its command, with resume=auto), then `edgeprune export {self.path}` and evaluate"
+                "its circuit is unfinished, or was chosen otherwise than it asked for; let the run "
+                f"end (its command, with resume=auto), then `edgeprune export {self.path}` and "
+                "evaluate"
             )
         evaluations = self.evaluations()
         for split, found in list(evaluations.items()):
@@ -196,8 +211,9 @@ class Run:
         distinguishing = settings.keys() - settings_with("distinguishes", False)
         name = self.path.resolve().name if name == "." else name
         return RunRecord(
-            name, settings, file.circuit, evaluations, self.digests, distinguishing, self.origin
-        )
+            name, settings, file.circuit, evaluations, self.curve(), self.digests, distinguishing,
+            self.origin,
+        )  # fmt: skip
 
     def latest(self) -> Checkpoint | None:
         """The last intact checkpoint, or None."""

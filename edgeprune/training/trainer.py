@@ -19,8 +19,8 @@ from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.errors import ConfigError, Interrupted, ProcessError, TrainingError
-from edgeprune.methods.method import Method, scores_from_state
-from edgeprune.metrics import Output
+from edgeprune.methods.method import Method
+from edgeprune.metrics import OBJECTIVES, Objective, Output, mean_unexplained_variance
 from edgeprune.prompts import Batch, Pair, collate, training_pairs
 from edgeprune.scale.launch import on_stop_signals
 from edgeprune.scale.sharding import is_sharded
@@ -37,26 +37,25 @@ class StepMetrics:
 
     Attributes:
         step: number of steps done, including this one.
-        kl: nats per predicted token, where the model's outputs are logits; else None.
-        unexplained: fraction of the outputs' variance, where they are not logits; else None.
-        values: the method's own numbers, such as `sparsity`, `target` and `learning_rate`.
+        objective: name of what was minimised: `kl` (nats per predicted token), `unexplained`
+            (fraction of the outputs' variance), or another key of `metrics.OBJECTIVES`.
+        value: its value.
+        values: the method's own numbers, such as `num_edges` and `learning_rate`.
     """
 
     step: int
-    loss: float
-    kl: float | None
-    unexplained: float | None
+    objective: str
+    value: float
     values: Mapping[str, float | None]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in one flat dictionary, as in a line of metrics.jsonl."""
-        return {name: x for name, x in vars(self).items() if name != "values"} | self.values
+        return {"step": self.step, self.objective: self.value, **self.values}
 
     def __str__(self) -> str:
-        """The distance and the first two of the method's numbers, for a progress bar."""
-        distance = f"unexplained {self.unexplained:.3f}" if self.kl is None else f"KL {self.kl:.3f}"
-        shown = [f"{name} {x:.3f}" for name, x in self.values.items() if x is not None][:2]
-        return "  ".join([distance, *shown])
+        """The objective and the first two of the method's numbers, for a progress bar."""
+        shown = [f"{name} {x:,.4g}" for name, x in self.values.items() if x is not None][:2]
+        return "  ".join([f"{self.objective} {self.value:.3f}", *shown])
 
 
 @dataclass(eq=False)
@@ -70,7 +69,8 @@ class Trainer:
         world: the processes that share the run, each with a trainer of its own.
         step: number of optimisation steps done.
 
-    Raises ConfigError if a batch cannot be split as asked for, or for CUDA graphs without a GPU.
+    Raises ConfigError if a batch cannot be split as asked for, the objective does not apply, or for
+    CUDA graphs without a GPU.
     """
 
     model: CircuitModel
@@ -95,10 +95,11 @@ class Trainer:
             )
         if settings.cuda_graph and device != "cuda":
             raise ConfigError(f"trainer.cuda_graph=true requires a GPU; the model is on {device}")
-        self.differentiate_batch = partial(differentiate, self.model, recompute=settings.recompute)
+        self.objective, function = objective_of(settings.objective, self.model.output, self.pairs)
+        options = {"objective": function, "recompute": settings.recompute}
+        self.differentiate_batch = partial(differentiate, self.model, **options)
         if settings.cuda_graph:
-            graphs = CudaGraphs(self.model, recompute=settings.recompute)
-            self.differentiate_batch = graphs.differentiate
+            self.differentiate_batch = CudaGraphs(self.model, **options).differentiate
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -108,30 +109,30 @@ class Trainer:
         """
         pairs = training_pairs(self.pairs, self.settings.batch_size, self.seed, self.step)
         gates = self.method.gates(self.step)
-        distance, grad_gates = self.differentiate(pairs, gates)
+        objective, grad_gates = self.differentiate(pairs, gates)
         try:
-            values = self.method.update(self.step, distance, grad_gates)
+            values = self.method.update(self.step, objective, grad_gates)
         except FloatingPointError as error:
             raise TrainingError(
                 f"step {self.step + 1}: {error}, on the batch that begins with {pairs[0].text!r}; "
                 "lower trainer.learning_rate, or use model.dtype=float32"
             ) from None
         self.step += 1
-        loss, distance = values.pop("loss"), values.pop("distance")
-        if self.model.output is Output.logits:  # rounding may make a KL of 0 negative
-            return StepMetrics(self.step, loss, max(distance, 0.0), None, values)
-        return StepMetrics(self.step, loss, None, distance, values)
+        value = values.pop("objective")
+        if self.objective == "kl":  # rounding may make a KL of 0 negative
+            value = max(value, 0.0)
+        return StepMetrics(self.step, self.objective, value, values)
 
     def differentiate(self, pairs: Sequence[Pair], gates: Tensor) -> Gradient:
-        """Distance of the circuit from the full model on a batch, and its gradient.
+        """The objective on a batch, and its gradient.
 
         The processes divide the batch; all get the same result. `gates` is [edge], in [0, 1].
         """
         mine = partial(self._differentiate_part, pairs, gates.detach())
         gathers_weights = is_sharded(self.model.architecture.blocks[0].layer)
-        distance, grad_gates = self.world.collective(mine) if gathers_weights else mine()
-        self.world.sum([distance, grad_gates])  # in place
-        return distance, grad_gates
+        objective, grad_gates = self.world.collective(mine) if gathers_weights else mine()
+        self.world.sum([objective, grad_gates])  # in place
+        return objective, grad_gates
 
     def _differentiate_part(self, pairs: Sequence[Pair], gates: Tensor) -> Gradient:
         """This process's part of `differentiate`, in micro-batches with the same gates."""
@@ -145,8 +146,8 @@ class Trainer:
             reference, corrupted = self._full_model(batch)
             inputs = StepInputs(batch, reference, self.ablation.values(batch, corrupted), gates)
             share = len(batch.pairs) / len(pairs)
-            distance, gradient = self.differentiate_batch(inputs, share=share)
-            total += distance
+            value, gradient = self.differentiate_batch(inputs, share=share)
+            total += value
             grad_gates += gradient
         return total, grad_gates
 
@@ -160,7 +161,8 @@ class Trainer:
     def scores(self) -> EdgeScores:
         """The method's current scores; `origin` names the method and the step."""
         origin = {"method": self.settings.method, "step": self.step}
-        return scores_from_state(self.model.graph, self.method.state_dict(), origin)
+        values = self.method.scores(self.model.graph, self.method.state_dict())
+        return EdgeScores(self.model.graph, values, origin=origin)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -170,6 +172,29 @@ class Trainer:
         """Continue from a checkpoint, bit for bit as without the interruption."""
         self.method.load_state_dict(checkpoint.state)
         self.step = checkpoint.step
+
+
+def objective_of(name: str, output: Output, pairs: Sequence[Pair]) -> tuple[str, Objective]:
+    """An objective and the name under which it is logged.
+
+    Raises ConfigError if it does not apply to the model's outputs or to the prompts.
+    """
+    if output is not Output.logits:
+        if name != "kl":
+            raise ConfigError(
+                f"trainer.objective={name} needs logits, but this model outputs values; leave it "
+                "out"
+            )
+        return "unexplained", mean_unexplained_variance
+    if "logit_difference" in name and not all(pair.distractor_ids for pair in pairs):
+        raise ConfigError(
+            f'trainer.objective={name} needs a "distractor" on every line of the prompts'
+        )
+    if name == "cross_entropy" and any(-1 in pair.target_ids for pair in pairs):
+        raise ConfigError(
+            "trainer.objective=cross_entropy needs all tokens to predict; some target_ids are null"
+        )
+    return name, OBJECTIVES[name]
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -241,7 +266,7 @@ def _train(
                 store.save(trainer.checkpoint())
             raise
         is_last = trainer.step == settings.steps
-        if writes and (is_last or trainer.step % settings.log_every == 0):
+        if writes:
             store.log(metrics.to_dict())
         for listener in listeners:
             listener(metrics)

@@ -1,0 +1,102 @@
+"""Choosing a circuit from scores: by its size, by how good it is, or by a threshold."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from edgeprune.circuit import Circuit
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.cleanup import CleanUp
+from edgeprune.evaluation.curve import Curve, Rule, measure_curve, refine
+from edgeprune.methods.paper import circuit_by_threshold
+from edgeprune.metrics import Output
+from edgeprune.prompts import Pair
+from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import progress as progress_bar
+
+log = logging.getLogger("edgeprune")
+
+Choice = tuple[str, float | None]
+"""One of `config.SIZES` and its value, or "threshold" and None."""
+
+RULES: dict[str, Callable[[float], Rule]] = {
+    "max_kl": lambda limit: lambda metrics: metrics.kl <= limit,
+    "min_exact_match": lambda limit: lambda metrics: metrics.exact_match >= limit,
+}
+"""Condition per name of a choice by how good a circuit is."""
+
+
+class Chosen(NamedTuple):
+    """A circuit, how it was chosen as JSON values, and the curve, if one was needed."""
+
+    circuit: Circuit
+    origin: dict[str, Any]
+    curve: Curve | None
+
+
+def choose(
+    scores: EdgeScores,
+    choice: Choice,
+    *,
+    state: Callable[[], Mapping[str, Tensor]],
+    curve: Callable[[], Curve],
+    measure: Callable[[Sequence[int]], Curve],
+) -> Chosen:
+    """Choose a circuit.
+
+    Args:
+        state: gives the state of the method that learned the scores, for a threshold.
+        curve: gives the curve, for a condition on how good the circuit is.
+        measure: measures circuits of more sizes, see `evaluation.curve.refine`.
+    """
+    name, value = choice
+    if name == "threshold":
+        circuit, thresholds = circuit_by_threshold(scores.graph, state())
+        found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
+        return Chosen(circuit, {"chosen_by": name, **found}, None)
+    origin = {"chosen_by": f"{name}={value}"}
+    if name not in RULES:
+        return Chosen(scores.circuit(**{name: value}), origin, None)
+    refined = refine(curve(), RULES[name](value), measure)
+    size = refined.smallest(RULES[name](value))
+    if size == refined.num_edges:
+        log.warning(f"no measured circuit meets {name}={value}, so all edges are kept")
+    return Chosen(scores.circuit(num_edges=size), origin, refined)
+
+
+def check_choice(choice: Choice, model: CircuitModel) -> None:
+    """Raise ConfigError for a condition on the KL of a model that has none."""
+    if choice[0] == "max_kl" and model.output is not Output.logits:
+        raise ConfigError(
+            f"max_kl={choice[1]} needs logits, but {model.name} outputs values; give "
+            "min_exact_match=, sparsity= or num_edges="
+        )
+
+
+def curve_of(
+    model: CircuitModel,
+    scores: EdgeScores,
+    pairs: Sequence[Pair],
+    ablation: Ablation,
+    batch_size: int,
+    sizes: Sequence[int] | None = None,
+    *,
+    progress: bool = True,
+) -> Curve:
+    """`measure_curve` with a progress bar."""
+    with progress_bar(len(pairs), "measuring circuits: prompt", enabled=progress) as show:
+        return measure_curve(
+            model, scores, pairs, ablation=ablation, batch_size=batch_size, sizes=sizes,
+            listener=lambda done: show(done, ""),
+        )  # fmt: skip
+
+
+def cleaned_up(
+    cleaned: CleanUp, origin: dict[str, Any], tolerance: float
+) -> tuple[Circuit, dict[str, Any]]:
+    """A cleaned circuit, and how it was chosen."""
+    return cleaned.circuit, {**origin, "cleanup": {"tolerance": tolerance, **cleaned.to_dict()}}

@@ -1,0 +1,183 @@
+"""Metrics of circuits of many sizes, cut from the same scores, and the choice of one of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from edgeprune.drawing import Line, Panel
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.evaluate import measure_circuits
+from edgeprune.evaluation.table import Table
+from edgeprune.metrics import METRICS, Metric, Metrics
+from edgeprune.prompts import Pair, iterate_batches
+from edgeprune.scores import EdgeScores
+
+SMALLEST_SHARE = 0.005
+"""Smallest measured size, as a share of the edges."""
+NUM_SIZES = 12
+"""Number of measured sizes, the full model included."""
+NUM_REFINED = 5
+"""Number of sizes that are measured between two neighbours when one is to be chosen."""
+
+Rule = Callable[[Metrics], bool]
+"""Whether a circuit's metrics are good enough."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics by size.
+
+    Attributes:
+        points: metrics by number of edges, ascending; the last one is the full model.
+        empty: metrics of the empty circuit.
+        num_examples: number of prompts.
+    """
+
+    points: Mapping[int, Metrics]
+    empty: Metrics
+    num_examples: int
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges of the graph."""
+        return max(self.points)
+
+    def smallest(self, is_good: Rule) -> int:
+        """The smallest measured size that is good, as are all larger ones.
+
+        A size that is good by chance, between sizes that are not, is passed over.
+        """
+        size = self.num_edges
+        for larger, metrics in sorted(self.points.items(), reverse=True)[1:]:
+            if not is_good(metrics):
+                break
+            size = larger
+        return size
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; NaN becomes None."""
+        points = [{"num_edges": size, **metrics} for size, metrics in self.points.items()]
+        record = {"num_examples": self.num_examples, "points": points, "empty": self.empty}
+        return json.loads(json.dumps(record), parse_constant=lambda _: None)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Curve:
+        """The inverse of `to_dict`."""
+
+        def metrics(values: Mapping[str, Any]) -> Metrics:
+            known = {name: values[name] for name in METRICS}
+            return Metrics({k: math.nan if x is None else x for k, x in known.items()})
+
+        points = {point["num_edges"]: metrics(point) for point in record["points"]}
+        return cls(points, metrics(record["empty"]), record["num_examples"])
+
+
+def measure_curve(
+    model: CircuitModel,
+    scores: EdgeScores,
+    pairs: Sequence[Pair],
+    *,
+    ablation: Ablation | str = "interchange",
+    batch_size: int = 64,
+    sizes: Iterable[int] | None = None,
+    listener: Callable[[int], object] | None = None,
+) -> Curve:
+    """Measure circuits of many sizes.
+
+    Args:
+        scores: rank the edges; the circuit of each size has the highest.
+        pairs: prompts, which should not be those the scores were learned on.
+        ablation: what ablated edges carry, see `evaluate`.
+        sizes: numbers of edges; None: `NUM_SIZES` sizes from `SMALLEST_SHARE` of the edges to all,
+            logarithmically spaced.
+        listener: called after each batch with the number of prompts done.
+
+    Raises ValueError as `evaluate` does.
+    """
+    model.check_prompts(pairs)
+    ablation = Ablation.of(model, ablation, pairs, batch_size)
+    total = scores.graph.num_edges
+    if sizes is None:
+        sizes = log_sizes(max(1, round(SMALLEST_SHARE * total)), total, NUM_SIZES)
+    sizes = sorted({*sizes} - {total})
+    circuits = [scores.circuit(num_edges=size) for size in (0, *sizes)]
+    batches = list(iterate_batches(pairs, batch_size))
+    full, *examples = measure_circuits(model, circuits, batches, ablation, listener)
+    empty = examples[0]
+    measured = dict(zip((*sizes, total), (*examples[1:], full), strict=True))
+    points = {size: Metrics.of(each, full, empty) for size, each in measured.items()}
+    return Curve(points, Metrics.of(empty, full, empty), len(pairs))
+
+
+def log_sizes(low: int, high: int, count: int) -> list[int]:
+    """Up to `count` different whole numbers from low to high, logarithmically spaced."""
+    steps = max(1, count - 1)
+    return sorted({round(low * (high / low) ** (i / steps)) for i in range(count)})
+
+
+def refine(curve: Curve, is_good: Rule, measure: Callable[[Sequence[int]], Curve]) -> Curve:
+    """Measure more sizes around the smallest good one (see `Curve.smallest`).
+
+    `measure` measures the given sizes, as `measure_curve` does.
+    """
+    size = curve.smallest(is_good)
+    below = max((smaller for smaller in curve.points if smaller < size), default=1)
+    between = {*log_sizes(below, size, NUM_REFINED + 2)} - {*curve.points}
+    if not between:
+        return curve
+    points = {**curve.points, **measure(sorted(between)).points}
+    return Curve(dict(sorted(points.items())), curve.empty, curve.num_examples)
+
+
+def curve_table(curve: Curve, title: str, chosen: int | None = None) -> Table:
+    """A row per size; the metrics that apply, and an arrow at the chosen size."""
+    names = ("kl", "error", "exact_match", "accuracy", "logit_difference_recovered")
+    rows = {**curve.points, 0: curve.empty}
+    shown = [METRICS[n] for n in names if not all(math.isnan(m[n]) for m in rows.values())]
+    columns = ["", "edges", "sparsity", *(metric.label.replace(" ", "\n") for metric in shown)]
+    marks = {curve.num_edges: "full model", 0: "empty circuit"}
+    if chosen is not None:
+        marks[chosen] = "chosen"
+    table = [
+        [marks.get(size, ""), f"{size:,}", f"{1 - size / curve.num_edges:.2%}",
+         *(metric.text(metrics[metric.name]) for metric in shown)]
+        for size, metrics in sorted(rows.items(), reverse=True)
+    ]  # fmt: skip
+    return Table(columns, table, title)
+
+
+def curve_panels(series: Mapping[str, Sequence[Curve]]) -> list[Panel]:
+    """A panel per headline metric, to plot curves against the number of edges.
+
+    Args:
+        series: curves of runs that differ in their seed, by name. A line goes through the means at
+            the sizes that all have, in a band from the lowest to the highest.
+    """
+    curves = [curve for some in series.values() for curve in some]
+    headlines = [metric for metric in METRICS.values() if metric.headline]
+    return [
+        _panel(series, metric)
+        for metric in headlines
+        if not any(math.isnan(curve.empty[metric.name]) for curve in curves)
+    ]
+
+
+def _panel(series: Mapping[str, Sequence[Curve]], metric: Metric) -> Panel:
+    is_distance = metric.better == "lower"  # which is 0 for the full model
+    lines = []
+    for name, curves in series.items():
+        shared = set.intersection(*({*curve.points} for curve in curves))
+        sizes = sorted(shared - {max(shared)}, reverse=True)
+        values = [[curve.points[size][metric.name] for curve in curves] for size in sizes]
+        lines.append(Line(name, sizes, *(list(map(f, values)) for f in (fmean, min, max))))
+    curves = [curve for some in series.values() for curve in some]
+    full = [curve.points[curve.num_edges][metric.name] for curve in curves]
+    empty = [curve.empty[metric.name] for curve in curves]
+    levels = [("full model", fmean(full)), ("empty circuit", fmean(empty))]
+    return Panel(metric.description, lines, levels[is_distance:], log=is_distance)

@@ -1,0 +1,104 @@
+"""Scores that rank the edges for circuits of every size, learned in one run (trainer=every_size).
+
+Each step trains a circuit of another size k, drawn at random. Its gates are a smooth version of
+"the k edges of the highest scores", which is also how circuits are cut in the end:
+
+    g_e = sigmoid((s_e - tau) / T),  with tau such that  sum_e g_e = k
+
+Training at random sizes is the idea of Matryoshka attribution (arXiv:2609.25518).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.graph import CircuitGraph
+from edgeprune.methods.method import Method, check_shapes, read_finite
+
+INITIAL_STD = 0.01
+"""Standard deviation of the scores at the start, which only breaks ties."""
+NUM_BISECTIONS = 40
+"""Number of bisection steps in the search for tau, which leave a float32's precision."""
+MAX_LOGIT = 30.0
+"""Sigmoids of larger numbers are 1 in float32."""
+TINY = 1e-12
+"""Smallest number that is divided by."""
+
+
+@dataclass(kw_only=True, eq=False)
+class EverySize(Method):
+    """Minimises the objective at a random size in each step.
+
+    Attributes:
+        smallest: smallest size that is drawn, as a share of the edges, in (0, 1].
+        temperature: T in the last step; it falls from `START_TEMPERATURE`.
+    """
+
+    smallest: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = INITIAL_STD * torch.randn(self.graph.num_edges, generator=generator)
+        self._scores = scores.to(self.device).requires_grad_()
+        self.parameters = {"scores": self._scores}
+        self.optimizer = torch.optim.Adam([self._scores], self.learning_rate)
+
+    def size(self, step: int) -> float:
+        """The size of a step's circuit, in edges: log-uniform from the smallest to all edges."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        share = self.smallest ** torch.rand((), generator=generator).item()
+        return share * self.graph.num_edges
+
+    @torch.no_grad()
+    def gates(self, step: int) -> Tensor:
+        self._gates = soft_top_k(self._scores.detach(), self.size(step), self.temperature)
+        return self._gates
+
+    def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
+        read = read_finite(grad_gates, objective=objective)
+        gradient = grad_scores(grad_gates, self._gates)
+        self._scores.grad = gradient / gradient.abs().mean().clamp(min=TINY)
+        factor = 1 - step / self.steps
+        self.apply_gradients(factor)
+        rate = self.learning_rate * factor
+        return {**read, "num_edges": self.size(step), "learning_rate": rate}
+
+    @staticmethod
+    def scores(graph: CircuitGraph, state: Mapping[str, Tensor]) -> Tensor:
+        check_shapes(state, {"scores": (graph.num_edges,)})
+        return state["scores"]
+
+
+def soft_top_k(scores: Tensor, k: float, temperature: float) -> Tensor:
+    """Gates g_e = sigmoid((s_e - tau) / T), [edge], whose sum is k.
+
+    tau is found by bisection, hence without waiting for the device.
+
+    Args:
+        scores: [edge].
+        k: 0 < k <= number of edges.
+        temperature: T > 0; as it approaches 0, the k highest scores have gate 1 and the others 0.
+    """
+    low, high = scores.min() - MAX_LOGIT * temperature, scores.max() + MAX_LOGIT * temperature
+    for _ in range(NUM_BISECTIONS):
+        tau = (low + high) / 2
+        is_low = torch.sigmoid((scores - tau) / temperature).sum() > k
+        low, high = torch.where(is_low, tau, low), torch.where(is_low, high, tau)
+    return torch.sigmoid((scores - high) / temperature)
+
+
+def grad_scores(grad_gates: Tensor, gates: Tensor) -> Tensor:
+    """The gradient for the scores of `soft_top_k`, [edge], times the temperature; it sums to 0.
+
+    tau moves with the scores so that the size stays k. With w_e = g_e (1 - g_e):
+
+        T dL/ds_e = w_e (dL/dg_e - sum_f w_f dL/dg_f / sum_f w_f)
+
+    The subtracted mean is what one more open gate is worth on average.
+    """
+    slopes = gates * (1 - gates)
+    mean = (slopes * grad_gates).sum() / slopes.sum().clamp(min=TINY)
+    return slopes * (grad_gates - mean)
