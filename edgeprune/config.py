@@ -211,7 +211,7 @@ class TrainerConfig(Settings):
     """Optimisation steps."""
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
-    learning_rate: float = setting(0.2, above=0)
+    learning_rate: float = setting(0.4, above=0)
     """Learning rate of the scores at the start; it falls linearly to 0."""
     objective: str = setting("kl", choices=OBJECTIVES)
     """What is minimised: kl, the KL divergence from the full model (or where outputs are values,

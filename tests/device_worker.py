@@ -1,6 +1,6 @@
 """Training steps on a device that only computes shapes, for test_device.py.
 
-Arguments: the model family and `micro_batch_size`. This is a process of its own because the
+Arguments: the model family, `micro_batch_size` and the method. This is a process of its own because the
 device's name cannot be unregistered. Blocks are not recomputed: PyTorch's engine aborts at that on
 a device without a library of its own.
 """
@@ -10,14 +10,14 @@ import sys
 import torch
 from conftest import random_gpt2, random_pairs
 from test_llama import FAMILIES, random_llama
-from test_trainer import LAGRANGIAN
+from test_trainer import METHODS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
-from edgeprune.methods.paper import Lagrangian
+from edgeprune.methods.every_size import grad_scores
 from edgeprune.models.load import wrap_model
 from edgeprune.training.trainer import Trainer
 
@@ -40,13 +40,14 @@ def move(module: nn.Module) -> None:
         part._buffers.update(moved(part._buffers))
 
 
-family, micro_batch_size = sys.argv[1], int(sys.argv[2])
+family, micro_batch_size, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 _setup_privateuseone_for_python_backend("gpu")
 hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
 model = wrap_model(hf_model.to(torch.bfloat16))
 pairs = random_pairs(6, 7) + random_pairs(6, 8)
 ablation = Ablation(model, "interchange", pairs)
-method = Lagrangian(model.graph, seed=0, device="cpu", steps=9, **LAGRANGIAN)
+make, settings = METHODS[method]
+method = make(model.graph, seed=0, device="cpu", steps=9, **settings)
 # The engine's own threads may abort on a device without a library of its own.
 one_thread = torch.autograd.set_multithreading_enabled(False)
 with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
@@ -57,6 +58,8 @@ with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
     trainer = Trainer(model, pairs, method, settings, 0, ablation)
     assert model.device.type == "gpu"
     for step in range(2):  # the second uses the buffers of the first
-        distance, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))
-        assert distance.device.type == grad_gates.device.type == "gpu"
+        objective, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))
+        assert objective.device.type == grad_gates.device.type == "gpu"
         assert grad_gates.shape == (model.graph.num_edges,)
+        gradient = grad_scores(grad_gates, method.gates(step))
+        assert gradient.device.type == "gpu"

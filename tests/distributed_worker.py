@@ -1,8 +1,8 @@
 """One process of a run on random prompts, for test_distributed.py: writes its state to a file.
 
 Arguments: JSON objects with `output`, and optionally `resume` (a folder of checkpoints), `until`
-(the last step), `keep` (whether passes are kept), `model`, `shard` and `node_gates`; the rest are
-arguments of Trainer.
+(the last step), `keep` (whether passes are kept), `model`, `shard` and `method`; the rest are
+settings of the trainer.
 """
 
 import json
@@ -13,19 +13,22 @@ import test_llama
 import torch
 from conftest import random_gpt2, random_pairs
 from safetensors.torch import save_file
-from test_trainer import LAGRANGIAN
+from test_trainer import METHODS
 
 from edgeprune.config import TrainerConfig
 from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
-from edgeprune.methods.paper import Lagrangian
 from edgeprune.models.load import wrap_model
 from edgeprune.scale.world import World
 from edgeprune.training.checkpoint import load_latest, save_checkpoint
 from edgeprune.training.trainer import Trainer
 
 STEPS = 20
-METHOD = {**LAGRANGIAN, "learning_rate": 0.1, "lr_warmup_steps": 0, "sparsity_warmup_steps": 10}
+SLOWLY = {
+    "lagrangian": {"learning_rate": 0.1, "lr_warmup_steps": 0, "sparsity_warmup_steps": 10},
+    "every_size": {"learning_rate": 0.1},
+}
+SLOWLY["nodes"] = SLOWLY["lagrangian"]
 
 
 def untied_gpt2():
@@ -54,23 +57,27 @@ def run(world: World, job: dict) -> None:
     else:
         model = make()
     pairs = random_pairs(13) + random_pairs(10, length=5, seed=1, predicted=2)
-    settings = {**METHOD, "node_gates": job.pop("node_gates", False)}
-    method = Lagrangian(model.graph, seed=3, device=model.device, steps=STEPS, **settings)
+    name = job.pop("method", "lagrangian")
+    method_class, method_settings = METHODS[name]
+    method_settings = {**method_settings, **SLOWLY[name]}
+    method = method_class(
+        model.graph, seed=3, device=model.device, steps=STEPS, **method_settings
+    )  # fmt: skip
     ablation = Ablation(model, "interchange", pairs)
     config = TrainerConfig(steps=STEPS, **job)
     trainer = Trainer(model, pairs, method, config, 3, ablation, world)
     if resume is not None:
         trainer.restore(load_latest(Path(resume)))
-    kl = 0.0
+    value = 0.0
     while trainer.step < (until or STEPS):
-        kl = trainer.train_step().kl
+        value = trainer.train_step().value
     if shard:  # no layer stays gathered
         for parameter in model.architecture.blocks[0].layer.parameters():
             assert parameter.to_local().numel() < parameter.numel()
     checkpoint = trainer.checkpoint()
     if world.is_rank_zero:
         save_checkpoint(Path(output), checkpoint)
-    save_file({**checkpoint.state, "kl": torch.tensor(kl)}, f"{output}-{world.rank}.safetensors")
+    save_file({**checkpoint.state, "value": torch.tensor(value)}, f"{output}-{world.rank}.safetensors")
     world.any(False)
 
 

@@ -22,7 +22,7 @@ from edgeprune.paths import EMBEDDED_MODEL
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
     "trainer.steps=40", "trainer.checkpoint_every=5",
-    "trainer.batch_size=4", "num_edges=60", "sparsity=null",
+    "trainer.batch_size=4", "num_edges=60",
 )  # fmt: skip
 """A run of seconds."""
 
@@ -93,8 +93,10 @@ def test_a_run_leaves_everything_needed(finished):
     assert names == {
         "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
         "circuit.json", "scores.safetensors", "evaluation-validation.json", ".lock", "training.png",
+        "curve.json", "curve.png",
     }  # fmt: skip
-    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("training.png", "curve.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
     edges = json.loads((finished / "edges.json").read_text())
     circuit = json.loads((finished / "circuit.json").read_text())
     assert len(edges) == 60
@@ -102,8 +104,13 @@ def test_a_run_leaves_everything_needed(finished):
     assert circuit["origin"]["model"]["sha256"]
     assert load_file(finished / "scores.safetensors")["scores"].shape == (5524,)
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps] == [10, 20, 30, 40]
-    assert {"kl", "sparsity", "target", "loss", "learning_rate"} <= steps[0].keys()
+    assert [line["step"] for line in steps] == [*range(1, 41)]
+    assert {*steps[0]} == {"step", "kl", "num_edges", "learning_rate"}
+    curve = json.loads((finished / "curve.json").read_text())
+    sizes = [point["num_edges"] for point in curve["points"]]
+    assert sizes == sorted(sizes) and sizes[0] < 60 < sizes[-1] == 5524
+    assert (curve["num_examples"], curve["split"]) == (8, "validation")
+    assert curve["points"][-1]["kl"] == 0 < curve["points"][0]["kl"]
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
@@ -126,8 +133,6 @@ def test_export_evaluate_and_draw(copied, tmp_path, command):
     assert json.loads((copied / "circuit.json").read_text())["num_edges"] == 40
     command("export", copied)
     assert (copied / "edges.json").read_text() == as_asked
-    command("export", copied, "threshold=true")
-    assert json.loads((copied / "circuit.json").read_text())["origin"]["chosen_by"] == "threshold"
     command("evaluate", copied, "head_permuted=1", "batch_size=3")
     result = json.loads((copied / "evaluation-test.json").read_text())
     assert result["num_examples"] == 8
@@ -259,11 +264,21 @@ def test_other_ablations_node_gates_and_own_data(tmp_path, ablation, command):
         ),
     )  # fmt: skip
     command("prune", "num_edges=60", f"task.path={data}", f"ablation={ablation}",
-            "trainer.node_gates=true", "trainer.steps=20",
+            "trainer=paper", "trainer.node_gates=true", "trainer.steps=20",
+            "trainer.lr_warmup_steps=2", "trainer.sparsity_warmup_steps=10",
             f"run_dir={tmp_path / 'run'}")  # fmt: skip
     line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["node_sparsity"] is not None
     assert json.loads((tmp_path / "run/evaluation-validation.json").read_text())["num_examples"]
+    as_asked = (tmp_path / "run/edges.json").read_text()
+    assert len(json.loads(as_asked)) == 60
+    command("export", tmp_path / "run", "threshold=true")
+    circuit = json.loads((tmp_path / "run/circuit.json").read_text())
+    assert circuit["origin"]["chosen_by"] == "threshold"
+    assert 0 < circuit["origin"]["edge_threshold"] < 1
+    command("export", tmp_path / "run", "min_exact_match=0.5")
+    command("export", tmp_path / "run")
+    assert (tmp_path / "run/edges.json").read_text() == as_asked
 
 
 def test_edges_of_another_model_are_refused(copied, refused):
@@ -282,6 +297,103 @@ def test_prepare_is_seeded_and_of_the_sizes_asked_for(tmp_path, command):
     assert texts[0] == texts[1]
     splits = [json.loads(line)["split"] for line in texts[0].splitlines()]
     assert [splits.count(split) for split in ("train", "validation", "test")] == [7, 2, 3]
+
+
+# ----------------------------------------------------------------------------- choosing a circuit
+
+
+def choice_of(run_dir) -> tuple[int, str]:
+    """Number of edges, and how they were chosen."""
+    circuit = json.loads((run_dir / "circuit.json").read_text())
+    assert circuit["edges"] == json.loads((run_dir / "edges.json").read_text())
+    return circuit["num_edges"], circuit["origin"]["chosen_by"]
+
+
+@pytest.mark.parametrize("given", ["max_kl=4", "min_exact_match=0.5", None])
+def test_a_circuit_is_chosen_by_how_good_it_is(finished, copied, tmp_path, given, command):
+    """As the run asks, or later from the scores of another: the same circuit."""
+    run_dir, choice = tmp_path / "chosen", given or "min_exact_match=0.95"
+    more = ["num_edges=null", *([given] if given else [])]
+    command("prune", *SMALL, *more, f"run_dir={run_dir}")
+    size, chosen_by = choice_of(run_dir)
+    assert 0 < size < 5524
+    assert chosen_by == choice
+    name, limit = choice.split("=")
+    metric, sign = {"max_kl": ("kl", 1), "min_exact_match": ("exact_match", -1)}[name]
+    evaluation = json.loads((run_dir / "evaluation-validation.json").read_text())["circuit"]
+    assert sign * evaluation[metric] <= sign * float(limit)
+    points = json.loads((run_dir / "curve.json").read_text())["points"]
+    good = {point["num_edges"]: sign * point[metric] <= sign * float(limit) for point in points}
+    assert good[size] and all(good[larger] for larger in good if larger > size)
+    assert not good[max(smaller for smaller in good if smaller < size)]
+    command("export", copied, choice)
+    assert (copied / "edges.json").read_text() == (run_dir / "edges.json").read_text()
+    assert choice_of(copied) == (size, choice)
+    (copied / "curve.json").unlink()  # it is measured again
+    command("export", copied, choice, "checkpoint=40")
+    assert choice_of(copied) == (size, choice)
+    command("export", copied)
+    assert (copied / "edges.json").read_text() == (finished / "edges.json").read_text()
+
+
+def test_a_circuit_that_nothing_but_all_edges_can_be(copied, command):
+    _, err = command("export", copied, "max_kl=1e-9")
+    assert choice_of(copied) == (5524, "max_kl=1e-09")
+    assert "max_kl" in err
+
+
+@pytest.mark.parametrize(("given", "size"), [("sparsity=0.75", 1381), ("num_edges=0", 0)])
+def test_a_size_that_is_asked_for_is_kept_exactly(copied, tmp_path, given, size, command):
+    few = (*SMALL, "num_edges=null", "trainer.steps=2")
+    command("prune", *few, given, f"run_dir={tmp_path / 'chosen'}")
+    assert choice_of(tmp_path / "chosen")[0] == size
+    command("export", copied, given)
+    assert choice_of(copied)[0] == size
+
+
+def test_a_threshold_needs_gates(finished, tmp_path, refused):
+    output = tmp_path / "e.json"
+    message = refused("export", finished, "threshold=true", f"output={output}")
+    assert "threshold=true" in message and "num_edges=" in message
+    assert not output.exists()
+
+
+def test_a_model_that_outputs_values_has_no_kl(tmp_path, command, refused):
+    run_dir = tmp_path / "run"
+    prune = ("prune", "experiment=tracr/neighbours", "trainer.steps=10", f"run_dir={run_dir}")
+    assert "max_kl=0.1" in refused(*prune, "max_kl=0.1")
+    assert not run_dir.exists()
+    command(*prune, "trainer=every_size", "cleanup=null")
+    assert choice_of(run_dir)[1] == "min_exact_match=0.95"
+    curve = json.loads((run_dir / "curve.json").read_text())
+    assert (curve["points"][-1]["kl"], curve["points"][-1]["error"]) == (None, 0)
+    assert (run_dir / "curve.png").exists()
+    assert "max_kl=0.1" in refused("export", run_dir, "max_kl=0.1")
+
+
+@pytest.mark.parametrize("given", [(), ("max_kl=0.1",), ("min_exact_match=0.9",)])
+def test_the_published_method_needs_a_target_before_it_trains(tmp_path, given, refused):
+    run_dir = tmp_path / "run"
+    prune = ("prune", "trainer=paper", "trainer.batch_size=4", *given, f"run_dir={run_dir}")
+    assert "trainer.target_sparsity=" in refused(*prune)
+    assert not run_dir.exists()
+
+
+def test_the_published_method_with_a_target_has_a_threshold(tmp_path, command):
+    command("prune", "experiment=ioi", "trainer=paper", "trainer.steps=4", "task.train=8",
+            "trainer.lr_warmup_steps=1", "trainer.sparsity_warmup_steps=2", "task.validation=4",
+            "trainer.target_sparsity=0.5", "trainer.batch_size=4",
+            f"run_dir={tmp_path / 'run'}")  # fmt: skip
+    assert choice_of(tmp_path / "run")[1] == "threshold"
+
+
+def test_an_objective_that_does_not_apply_is_refused_before_training(tmp_path, refused):
+    data, run_dir = write_jsonl(tmp_path / "sums.jsonl", GOOD), tmp_path / "run"
+    own = ("prune", f"task.path={data}", f"run_dir={run_dir}")
+    assert "logit_difference" in refused(*own, "trainer.objective=logit_difference")
+    program = ("prune", "experiment=tracr/neighbours", f"run_dir={run_dir}")
+    assert "cross_entropy" in refused(*program, "trainer.objective=cross_entropy")
+    assert not run_dir.exists()
 
 
 # ----------------------------------------------------------------------------------------- output
@@ -355,7 +467,7 @@ def test_without_dot_everything_but_the_picture_works(copied, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_describes_every_setting(command, capsys, monkeypatch):
-    trainers = ("default", "fast", "tracr") if command == "prune" else ("default",)
+    trainers = ("every_size", "paper", "tracr") if command == "prune" else ("every_size",)
     described = set()
     for trainer in trainers:
         code, out, _ = call(capsys, monkeypatch, command, f"trainer={trainer}", "--help")
@@ -397,18 +509,25 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["prune", "experiment=tracr/x"], ["'tracr/x'", "tracr/reverse"]),
         (["prune", "trainer.steps=few"], ["few", "Integer"]),
         (["prune", "sparsity=0.9,"], ["sparsity=0.9,"]),
-        (["prune", "sparsity=0.5", "trainer.init_mean=inf"], ["trainer.init_mean=inf"]),
+        (["prune", "trainer=paper", "trainer.init_mean=inf"], ["trainer.init_mean=inf"]),
         (["prune", "experiment=ioi", "sparsity=1.5"], ["sparsity=1.5"]),
         (["prune", "sparsity=0.95", "num_edges=5"], ["sparsity=0.95", "num_edges=5"]),
-        (["prune"], ["sparsity=", "num_edges="]),
-        (["prune", "sparsity=0.9", "trainer.weight_decay=-1"], ["trainer.weight_decay=-1"]),
+        (["prune", "max_kl=0.5", "min_exact_match=0.9"], ["max_kl=0.5", "min_exact_match=0.9"]),
+        (["prune", "sparsity=0.95", "max_kl=0.5"], ["sparsity=0.95", "max_kl=0.5"]),
+        (["prune", "max_kl=0"], ["max_kl=0"]),
+        (["prune", "min_exact_match=95"], ["min_exact_match=95"]),
+        (["prune", "trainer=fast"], ["fast", "every_size"]),
+        (["prune", "trainer.objective=loss"], ["trainer.objective=loss", "cross_entropy"]),
+        (["prune", "trainer.temperature=0"], ["trainer.temperature=0"]),
+        (["prune", "trainer.smallest=2"], ["trainer.smallest=2"]),
+        (["prune", "trainer=paper", "trainer.weight_decay=-1"], ["trainer.weight_decay=-1"]),
         (["prune", "experiment=ioi", "trainer=paper", "trainer.steps=40"],
          ["trainer.lr_warmup_steps=200", "trainer.steps=40"]),
         (["prune", "experiment=ioi", "overwrite=true", "resume=auto"],
          ["overwrite=true", "resume=auto"]),
         (["prune", "experiment=ioi", "model.fused=true"], ["model.fused=true", "float32"]),
         (["prune", "experiment=ioi", "trainer.method=lagrangian"], ["trainer.method=lagrangian"]),
-        (["prune", "experiment=ioi", "trainer=default", "trainer.warmup=logarithmic",
+        (["prune", "experiment=ioi", "trainer=paper", "trainer.warmup=logarithmic",
           "trainer.target_node_sparsity=1.5"], ["1.5"]),
         (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0.1"],
          ["launcher.shard=true", "cleanup="]),
@@ -422,6 +541,8 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["evaluate", "runs", "head_permuted=-1"], ["head_permuted=-1"]),
         (["export"], ["edgeprune export PATH"]),
         (["export", "x", "num_edges=3", "threshold=true"], ["threshold=true", "num_edges"]),
+        (["export", "x", "max_kl=3", "threshold=true"], ["threshold=true", "max_kl"]),
+        (["export", "x", "max_kl=3", "min_exact_match=0.5"], ["max_kl=3", "min_exact_match=0.5"]),
         (["export", "x", "sparsity=0.9,0.95", "-m"], ["--multirun"]),
         (["export", "nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere"]),

@@ -24,6 +24,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cuda_graphs import CudaGraphs
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.errors import ConfigError
+from edgeprune.metrics import OBJECTIVES
 from edgeprune.models.load import wrap_model
 from edgeprune.prompts import collate
 
@@ -163,14 +164,17 @@ def test_sdpa_gets_no_mask_even_if_the_library_would_make_one(family, monkeypatc
     assert all(mask is not None for mask in masks())
 
 
-def test_training_with_graphs_equals_training_without(stand_in, calls, model):
-    losses, scores = [], []
+@pytest.mark.parametrize("method", ["every_size", "lagrangian"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_with_graphs_equals_training_without(stand_in, calls, model, method, objective):
+    values, scores = [], []
     for cuda_graph in (False, True):
-        run = trainer(model, of_trainer={"micro_batch_size": 2})
+        run = trainer(model, method, of_trainer={"micro_batch_size": 2, "objective": objective})
         if cuda_graph:  # as with trainer.cuda_graph=true, which requires a GPU
-            run.differentiate_batch = CudaGraphs(run.model, recompute=False).differentiate
-        losses.append([run.train_step().loss for _ in range(6)])
+            options = {"objective": OBJECTIVES[objective], "recompute": False}
+            run.differentiate_batch = CudaGraphs(run.model, **options).differentiate
+        values.append([run.train_step().value for _ in range(6)])
         scores.append(run.scores().values)
-    assert losses[0] == losses[1]
+    assert values[0] == values[1]
     assert torch.equal(*map(torch.as_tensor, scores))
     assert 0 < len(calls) < 12

@@ -19,15 +19,16 @@ from edgeprune.scale.world import World
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
     "trainer.steps=20", "trainer.checkpoint_every=5", "launcher.timeout=1",
-    "trainer.batch_size=5", "num_edges=60", "sparsity=null",
+    "trainer.batch_size=5", "num_edges=60",
 )  # fmt: skip
 FIRST, LAST = (f"checkpoints/step-{step:08d}.safetensors" for step in (5, 20))
 JOBS = [
     {"batch_size": 8},
-    {"batch_size": 7, "node_gates": True},
+    {"batch_size": 7, "method": "nodes"},
     {"batch_size": 5, "keep": False},
     {"batch_size": 6, "model": "qwen3"},
     {"batch_size": 6, "model": "untied"},
+    {"batch_size": 7, "method": "every_size", "objective": "logit_difference"},
 ]
 SHARDED = [
     {**JOBS[2], "shard": "on the device"},
@@ -36,6 +37,7 @@ SHARDED = [
     {**JOBS[2], "shard": "on the device", "recompute": True},
     {**JOBS[3], "shard": "on the device", "recompute": True},
     {**JOBS[4], "shard": "on the device"},
+    {**JOBS[5], "shard": "on the device"},
 ]
 
 
@@ -84,7 +86,7 @@ def work(count: int, jobs: list[dict]) -> None:
 
 
 def assert_same_run(left: Path, right: Path) -> None:
-    """States and the last KL agree up to the order of float32 sums."""
+    """States and the last objective agree up to the order of float32 sums."""
     one, other = load_file(left), load_file(right)
     assert one.keys() == other.keys()
     for name, value in one.items():

@@ -1,15 +1,18 @@
-"""Hard-concrete gates and the circuits of saved log alphas: known answers and properties."""
+"""Gates, and the circuits of saved states: known answers and properties."""
 
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgeprune.circuit import Circuit
 from edgeprune.errors import CheckpointError
 from edgeprune.graph import CircuitGraph
-from edgeprune.methods import hard_concrete, held
-from edgeprune.methods.method import scores_from_state
+from edgeprune.methods import METHODS, hard_concrete
+from edgeprune.methods.every_size import EverySize, grad_scores, soft_top_k
+from edgeprune.methods.hard_concrete import HardConcrete
 from edgeprune.methods.paper import circuit_by_threshold
 from edgeprune.scores import EdgeScores
 
@@ -26,7 +29,7 @@ def normal(count: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 def read(saved: dict[str, torch.Tensor]) -> EdgeScores:
-    return scores_from_state(GRAPH, saved, {})
+    return EdgeScores(GRAPH, HardConcrete.scores(GRAPH, saved))
 
 
 def state(edge: torch.Tensor, node: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -77,64 +80,109 @@ def test_deterministic_gates_close_the_later_of_equal_ones():
     assert (gates > 0).tolist() == [True] * 6 + [False] * 4
 
 
-# ------------------------------------------------------------------------- held at a sparsity
+# --------------------------------------------------------------------------------- the soft top k
 
 
-@pytest.mark.parametrize("target", [0.0, 0.02, 0.5, 0.98, 1.0])
-@pytest.mark.parametrize("count", [1, 3, 500])
-def test_the_smallest_shift_gives_the_target_sparsity(count, target):
-    def sparsity(shift):
-        return hard_concrete.sparsity(hard_concrete.sample(log_alpha + shift, u))
-
-    for seed in range(5):
-        log_alpha, u = normal(count, seed), uniform(count, seed=seed + 100)
-        shift = held.shift_to_sparsity(log_alpha, u, target)
-        assert sparsity(shift).item() == pytest.approx(target, abs=1e-5)
-        assert shift == 0 or sparsity(shift - shift.sign() * 1e-3) != sparsity(shift)
+def some_scores(kind: str, count: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    values = normal(count, seed, dtype)
+    return {"normal": values, "equal": 0 * values + 3, "near": 0.01 * values, "far": 10 * values,
+            "two kinds": 20.0 * (values > 0) - 10}[kind]  # fmt: skip
 
 
-def test_mean_slope_is_the_mean_of_the_slopes_of_samples():
-    log_alpha = torch.tensor([-6.0, -2.0, 0.0, 1.0, 5.0], requires_grad=True)
-    gates = hard_concrete.sample(log_alpha, uniform(400_000, 5))
-    (expected,) = torch.autograd.grad(gates.mean(0).sum(), log_alpha)
-    slope = held.mean_slope(log_alpha.detach())
-    torch.testing.assert_close(slope, expected, atol=1e-3, rtol=0.01)
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["normal", "equal", "near", "far", "two kinds"]),
+    count=st.sampled_from([1, 2, 7, 500]),
+    seed=st.integers(0, 99),
+    share=st.sampled_from([1e-5, 0.001, 0.3, 0.5, 0.97, 1.0]),
+    temperature=st.sampled_from([0.05, 0.3, 1.0, 10.0]),
+)
+def test_soft_gates_sum_to_k_in_the_order_of_their_scores(kind, count, seed, share, temperature):
+    scores = some_scores(kind, count, seed)
+    gates = soft_top_k(scores, share * count, temperature)
+    assert gates.sum().item() == pytest.approx(share * count, rel=2e-3)
+    assert gates.min() >= 0 and gates.max() <= 1
+    in_order = gates[scores.argsort()]
+    assert (in_order[1:] >= in_order[:-1] * (1 - 1e-5)).all()  # equal up to rounding
+    if kind == "equal":
+        torch.testing.assert_close(gates, torch.full_like(gates, share), rtol=2e-3, atol=0)
 
 
-def test_projected_gradient_by_hand():
-    """Equal slopes: the price is the mean, 2; the rest, -1, 0 and 1, has a mean size of 2/3."""
-    gradient = held.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 0.7))
-    torch.testing.assert_close(gradient, torch.tensor([-1.5, 0.0, 1.5]))
-    slope = held.mean_slope(torch.tensor(0.7)).item()
-    gradient = held.project(torch.tensor([1e-4, 2e-4, 3e-4]), torch.full((3,), 0.7))
-    expected = torch.tensor([-1.0, 0.0, 1.0]) * 1e-4 * slope * 3 / 0.01  # too small to be scaled up
-    torch.testing.assert_close(gradient, expected)
-    gradient = held.project(torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 300.0))
-    assert torch.equal(gradient, torch.zeros(3))  # no gate can move
+def test_soft_gates_by_hand():
+    """At tau = 1: sigmoid(-1), sigmoid(0) and sigmoid(1) sum to 1.5; also with both doubled."""
+    scores, wanted = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, -1.0, 0.0]).sigmoid()
+    torch.testing.assert_close(soft_top_k(scores, 1.5, 1.0), wanted)
+    torch.testing.assert_close(soft_top_k(2 * scores + 7, 1.5, 2.0), wanted)
 
 
-def test_projected_gradient_is_that_of_shifted_expected_gates():
-    """For a loss linear in the gates: its change if all others make room for one gate."""
-    log_alpha, weights = (normal(40, seed, torch.float64) for seed in (0, 1))
-    steps = torch.linspace(-25, 0, 20_001, dtype=torch.float64)[:, None]
+@pytest.mark.parametrize("k", [1, 2, 13, 49, 50])
+def test_at_a_low_temperature_the_k_highest_scores_are_open(k):
+    scores = torch.randperm(50, generator=torch.Generator().manual_seed(k)) / 10
+    hard = torch.zeros(50).index_fill(0, scores.topk(k).indices, 1)
+    torch.testing.assert_close(soft_top_k(scores, k, 0.004), hard, atol=1e-3, rtol=0)
 
-    def expected_gates(values: torch.Tensor) -> torch.Tensor:
-        return held.mean_slope(values + steps).sum(0) * (25 / 20_000)  # integral of the slopes
 
-    def loss(values: torch.Tensor) -> torch.Tensor:
-        shift = torch.zeros((), dtype=torch.float64)
-        for _ in range(8):  # Newton
-            excess = (expected_gates(values + shift) - expected_gates(log_alpha)).sum()
-            shift -= excess / held.mean_slope(values + shift).sum()
-        return (weights * expected_gates(values + shift)).sum()
+def test_gradients_for_scores_by_hand():
+    """Equal gates have equal slopes of 1/4: an edge is worth what it gives beyond the mean."""
+    gradient = grad_scores(torch.tensor([1.0, 2.0, 6.0]), torch.full((3,), 0.5))
+    torch.testing.assert_close(gradient, torch.tensor([-2.0, -1.0, 3.0]) / 4)
+    for gates in (torch.ones(3), torch.tensor([1.0, 0.0, 0.0])):  # no gate can move
+        gradient = grad_scores(torch.tensor([1.0, 2.0, 6.0]), gates)
+        assert torch.equal(gradient, torch.zeros(3))
 
-    nudges = 1e-3 * torch.eye(40, dtype=torch.float64)[:4]
-    expected = torch.stack([(loss(log_alpha + e) - loss(log_alpha - e)) / 2e-3 for e in nudges])
-    gradient = held.project(weights, log_alpha)
-    assert gradient.sum().item() == pytest.approx(0, abs=1e-9)
-    assert gradient.abs().mean().item() == pytest.approx(1)
-    scaled = gradient[:4] / gradient[0]
-    torch.testing.assert_close(scaled, expected / expected[0], atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("k", [0.3, 4, 20, 39.5])
+def test_gradients_for_scores_are_those_of_the_gates_whose_sum_stays_k(k, temperature):
+    """Against finite differences of a loss that is not linear in the gates."""
+    scores, weights = (normal(40, seed, torch.float64) for seed in (0, 1))
+
+    def loss(gates: torch.Tensor) -> torch.Tensor:
+        return (weights * gates).sum() + (gates[::2] * gates[1::2]).sum().square()
+
+    gates = soft_top_k(scores, k, temperature).requires_grad_()
+    (grad_gates,) = torch.autograd.grad(loss(gates), gates)
+    gradient = grad_scores(grad_gates, gates.detach())
+    nudges = 1e-3 * torch.eye(40, dtype=torch.float64)
+    differences = [
+        loss(soft_top_k(scores + e, k, temperature)) - loss(soft_top_k(scores - e, k, temperature))
+        for e in nudges
+    ]
+    expected = torch.stack(differences) / 2e-3
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(gradient / temperature, expected, atol=1e-5, rtol=1e-3)
+    assert gradient.sum().item() == pytest.approx(0, abs=1e-12)
+
+
+def every_size(seed: int = 0, **changes) -> EverySize:
+    given = {"steps": 400, "learning_rate": 0.2, "smallest": 0.01, "temperature": 1.0, **changes}
+    return EverySize(GRAPH, seed=seed, device="cpu", **given)
+
+
+def test_sizes_depend_on_seed_and_step_alone():
+    sizes = [every_size().size(step) for step in range(20)]
+    torch.rand(5)
+    other = every_size(steps=7, learning_rate=3.0, temperature=0.1)
+    assert [other.size(step) for step in reversed(range(20))] == sizes[::-1]
+    assert len({*sizes, *(every_size(seed=1).size(step) for step in range(20))}) == 40
+
+
+@pytest.mark.parametrize("smallest", [0.005, 0.4, 1.0])
+def test_sizes_are_log_uniform_from_the_smallest_to_all_edges(smallest):
+    method, total = every_size(smallest=smallest), GRAPH.num_edges
+    sizes = torch.tensor([method.size(step) for step in range(2000)]).sort().values
+    assert smallest * total * 0.9999 <= sizes[0] and sizes[-1] <= total * 1.0001
+    quantiles = total * smallest ** (1 - torch.linspace(0, 1, 2000))
+    ratio = (sizes / quantiles).log().abs().max()
+    assert ratio <= -0.04 * math.log(smallest) + 1e-4
+
+
+def test_initial_scores_depend_on_the_seed_and_only_break_ties():
+    one, same, other = (every_size(seed).gates(0) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    gates = every_size().gates(5)
+    assert len(gates.unique()) > 0.9 * GRAPH.num_edges
+    assert gates.max() < 1.2 * gates.min()
 
 
 # ------------------------------------------------------------------------------- saved log alphas
@@ -174,3 +222,19 @@ def test_circuit_by_threshold_by_hand():
 def test_a_state_of_another_graph_is_refused():
     with pytest.raises(CheckpointError, match="edge_log_alpha"):
         read(state(torch.zeros(3)))
+    for method in METHODS.values():
+        with pytest.raises(CheckpointError):
+            method.scores(GRAPH, {"scores": torch.zeros(3), "edge_log_alpha": torch.zeros(3)})
+        with pytest.raises(CheckpointError):
+            method.scores(GRAPH, {})
+
+
+def test_scores_of_every_size_are_read_from_its_state():
+    method = every_size()
+    method.gates(0)
+    method.update(0, torch.tensor(1.0), normal(GRAPH.num_edges, 5))
+    values = EverySize.scores(GRAPH, method.state_dict())
+    again = every_size(seed=9)
+    again.load_state_dict(method.state_dict())
+    for step in (1, 2):
+        torch.testing.assert_close(again.gates(step).argsort(), values.argsort())

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from edgeprune.config import OBJECTIVES as CHOICES
 from edgeprune.metrics import (
     METRICS,
+    OBJECTIVES,
     ExampleMetrics,
     Metrics,
     distance_by_example,
@@ -107,6 +109,71 @@ def test_a_tie_counts_half_and_kl_has_a_standard_error():
     kl = math.log(5 / 3) - LOG3 / 3  # of (1, 3, 1) / 5 from three thirds; 0 for the tie
     assert metrics.kl == pytest.approx(2 / 3 * kl)
     assert metrics.kl_standard_error == pytest.approx(kl / 3)
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+def objective(name: str, batch, reference, logits) -> float:
+    return OBJECTIVES[name](batch, torch.tensor(reference), torch.tensor(logits)).item()
+
+
+def test_the_choices_of_the_setting_are_the_objectives():
+    assert set(CHOICES) == set(OBJECTIVES)
+
+
+def test_objectives_by_hand():
+    """One example of one token, and one of two, whose second has two distractors."""
+    batch = collate([pair((1,), (1,), (2,)), pair((1, 2), (2,), (0, 1), contrast=1)])
+    reference = [[0, LOG3, 0], [0, 0, 0], [0, 0, 0]]
+    logits = [[0, 0, LOG2], [0, LOG2, 0], [LOG2, 0, LOG3]]
+    # -log p of the targets: of (1, 1, 2) / 4; of (1, 2, 1) / 4 and of (2, 1, 3) / 6
+    wanted = (math.log(4) + (LOG2 + LOG2) / 2) / 2
+    assert objective("cross_entropy", batch, reference, logits) == pytest.approx(wanted)
+    # logit differences: -log 2 and log 3 - log(2 + 1); of the full model: log 3 and -log 2
+    wanted = ((LOG2 + LOG3) ** 2 + LOG2**2) / 2
+    assert objective("logit_difference", batch, reference, logits) == pytest.approx(wanted)
+    wanted = LOG2 / 2
+    assert objective("max_logit_difference", batch, reference, logits) == pytest.approx(wanted)
+    # (1, 3, 1) / 5 from (1, 1, 2) / 4; thirds from (1, 2, 1) / 4 and from (2, 1, 3) / 6
+    kl = [
+        0.2 * math.log(0.8) + 0.6 * math.log(2.4) + 0.2 * math.log(0.4),
+        (2 * math.log(4 / 3) + math.log(2 / 3)) / 3,
+        (math.log(1) + math.log(2) + math.log(2 / 3)) / 3,
+    ]
+    wanted = (kl[0] + (kl[1] + kl[2]) / 2) / 2
+    assert objective("kl", batch, reference, logits) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_several_answers_and_distractors_count_by_their_summed_probability():
+    """Examples have different numbers of them, so batches pad them; one distractor is token 0."""
+    batch = collate([pair((1,), (1, 3), (0,)), pair((2,), (2,), (0, 1, 3)), pair((0,), (0,), (3,))])
+    logits = [[LOG2, LOG3, 0, 0], [0, 0, LOG3, 0], [LOG3, 0, 0, LOG2]]
+    differences = [math.log(4 / 2), 0, math.log(3 / 2)]  # (3 + 1) / 2, 3 / (1 + 1 + 1), 3 / 2
+    found = measure(batch, torch.tensor(logits), torch.tensor(logits))
+    assert found.logit_difference.tolist() == pytest.approx(differences, abs=1e-6)
+    mean = sum(differences) / 3
+    zeros = [[0.0] * 4] * 3
+    assert objective("max_logit_difference", batch, zeros, logits) == pytest.approx(-mean)
+    full = [LOG2, -LOG3, 0]  # with equal logits: 2 answers against 1, 1 against 3, 1 against 1
+    wanted = sum((a - b) ** 2 for a, b in zip(differences, full, strict=True)) / 3
+    assert objective("logit_difference", batch, zeros, logits) == pytest.approx(wanted)
+    p = [(4 - 2) / 7, 0, (3 - 2) / 7]
+    assert found.probability_difference.tolist() == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_have_the_gradient_of_their_values(name):
+    """In the direction of the gradient, and finite for padded answers and distractors."""
+    torch.manual_seed(0)
+    batch = collate([pair((1, 2), (2, 3), (0,), 1), pair((4,), (4,), (1, 2, 3))])
+    reference, logits = torch.randn(2, 3, 5)
+    logits.requires_grad_()
+    value = OBJECTIVES[name](batch, reference, logits)
+    (gradient,) = torch.autograd.grad(value, logits)
+    step = 1e-2 * gradient / gradient.norm()
+    up, down = (OBJECTIVES[name](batch, reference, logits.detach() + s) for s in (step, -step))
+    assert (up - down).item() / 2e-2 == pytest.approx(gradient.norm().item(), rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from edgeprune.drawing import Curve, Panel, draw_frontier, draw_training
+from edgeprune.config import OBJECTIVES
+from edgeprune.drawing import Line, Panel, draw_frontier, draw_training
 
 # ------------------------------------------------------------------------------------- training
 
@@ -11,7 +12,7 @@ def lines(*distances: float, **more) -> list[dict]:
     """Steps 10, 20, ... with sparsity .1, .2, ... and targets .05 above."""
     return [
         {
-            "step": 10 * i, "kl": distance, "unexplained": None, "sparsity": i / 10,
+            "step": 10 * i, "kl": distance, "sparsity": i / 10,
             "target": i / 10 + 0.05, "node_sparsity": None, "node_target": None, **more,
         }
         for i, distance in enumerate(distances, 1)
@@ -49,10 +50,47 @@ def test_targets_are_dashed_in_the_colour_of_their_gates(plot):
 
 
 def test_unexplained_variance_replaces_the_kl_and_a_target_may_be_missing(plot):
-    left, right = plot([{**line, "unexplained": 0.5} for line in lines(0, 0, kl=None, target=None)])
-    assert [points for *_, points in shown(left)] == [[[10, 0.5], [20, 0.5]]]
+    metrics = lines(0.5, 0.4, target=None)
+    for line in metrics:
+        line["unexplained"] = line.pop("kl")
+    left, right = plot(metrics)
+    assert [points for *_, points in shown(left)] == [[[10, 0.5], [20, 0.4]]]
     assert [line[0] for line in shown(right)] == ["edge gates"]
-    assert left.get_ylabel() == "unexplained variance"
+    assert left.get_ylabel() != plot(lines(0.5))[0].get_ylabel()
+
+
+def of_every_size(objective: str, *values: float) -> list[dict]:
+    """Steps 1, 2, ... at 100, 50, 33, ... edges."""
+    return [
+        {"step": i, objective: value, "num_edges": 100 / i, "learning_rate": 0.1}
+        for i, value in enumerate(values, 1)
+    ]
+
+
+def test_steps_at_random_sizes_are_points_against_the_step_and_against_the_size(plot):
+    left, right, *scales = plot(of_every_size("kl", 2.0, 0.5, 0.1))
+    points = [ax.collections[0].get_offsets().tolist() for ax in (left, right)]
+    assert points[0] == [[1, 2.0], [2, 0.5], [3, 0.1]]
+    assert points[1] == [[100, 2.0], [50, 0.5], [pytest.approx(100 / 3), 0.1]]
+    colors = [ax.collections[0].get_array().tolist() for ax in (left, right)]
+    assert colors == [[100, 50, pytest.approx(100 / 3)], [1, 2, 3]]
+    assert len(scales) == 2
+    assert right.get_xscale() == left.get_yscale() == right.get_yscale() == "log"
+
+
+def test_an_objective_may_be_negative(plot):
+    left, right, *_ = plot(of_every_size("max_logit_difference", 2.0, -0.5, -3.0))
+    for ax in (left, right):
+        assert ax.get_ylim()[0] < -3 and ax.get_ylim()[1] > 2
+        assert ax.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "unexplained"])
+@pytest.mark.parametrize("values", [[0.0], [0.5], [1e-9, 3.0, -1e-8], [1e30, 2.0]])
+def test_any_objective_and_any_values_can_be_drawn(tmp_path, objective, values):
+    path = tmp_path / "training.png"
+    draw_training(of_every_size(objective, *values), path, title="t")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rounding_errors_are_not_magnified(plot):
@@ -73,12 +111,12 @@ def test_any_distances_can_be_drawn(tmp_path, distances):
 
 @pytest.mark.parametrize("name", ["", "<b> $x_1$ & \\n {} %"])
 def test_names_are_not_parsed_and_the_same_plot_is_the_same_file(tmp_path, name):
-    curves = [
-        Curve(name, [10, 0], [0.1, 0.0], [0.0, 0.0], [0.2, 0.0]),
-        Curve("b", [5], [1], [1], [1]),
+    lines = [
+        Line(name, [10, 0], [0.1, 0.0], [0.0, 0.0], [0.2, 0.0]),
+        Line("b", [5], [1], [1], [1]),
     ]
     panels = [
-        Panel("KL", curves, [("full", 1.0)], log=True), Panel("accuracy", curves, [], log=False),
+        Panel("KL", lines, [("full", 1.0)], log=True), Panel("accuracy", lines, [], log=False),
     ]  # fmt: skip
     for suffix in ("svg", "pdf", "png"):
         first, second = (tmp_path / f"{number}.{suffix}" for number in (1, 2))
@@ -89,11 +127,11 @@ def test_names_are_not_parsed_and_the_same_plot_is_the_same_file(tmp_path, name)
         assert "$x_1$" in (tmp_path / "1.svg").read_text()
 
 
-CURVE = Curve("", [9, 5], [0.18, 0.9], [0.18, 0.9], [0.18, 0.9])
+LINE = Line("", [9, 5], [0.18, 0.9], [0.18, 0.9], [0.18, 0.9])
 
 
 def test_less_than_two_decades_have_labels_between_powers_of_ten(tmp_path):
-    panel = Panel("KL", [CURVE], [], log=True)
+    panel = Panel("KL", [LINE], [], log=True)
     figure = draw_frontier([panel], tmp_path / "p.svg", title="t", all_edges=9)
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert {"0.2", "0.5", "1"} <= set(labels)
@@ -103,7 +141,7 @@ def test_axes_from_no_edges_to_all_hold_all_points_and_few_ticks(tmp_path):
     """KL divergences of 0 come out slightly negative, and sizes may be close to each other."""
     sizes = [5524, 552, 276, 110, 55, 28, 6, 0]
     kl = [-3e-9, 0.0009, 0.001, 2.0, 9.7, 13.8, 14.76, 14.76]
-    panel = Panel("KL", [Curve("", sizes, kl, kl, kl)], [("all corrupted", 14.76)], log=True)
+    panel = Panel("KL", [Line("", sizes, kl, kl, kl)], [("all corrupted", 14.76)], log=True)
     figure = draw_frontier([panel], tmp_path / "p.svg", title="t", all_edges=5524)
     (ax,) = figure.axes
     in_axes = (ax.transData - ax.transAxes).transform
@@ -120,8 +158,8 @@ def test_axes_from_no_edges_to_all_hold_all_points_and_few_ticks(tmp_path):
 
 def test_names_of_levels_are_where_curves_are_not(tmp_path):
     panels = [
-        Panel("exact match", [CURVE], [("full", 1.0), ("empty", 0.0)], log=False),
-        Panel("KL", [CURVE], [("empty", 5.0)], log=True),
+        Panel("exact match", [LINE], [("full", 1.0), ("empty", 0.0)], log=False),
+        Panel("KL", [LINE], [("empty", 5.0)], log=True),
     ]
     figure = draw_frontier(panels, tmp_path / "p.svg", title="t", all_edges=9)
     places = [{text.get_text(): text.get_ha() for text in ax.texts} for ax in figure.axes]

@@ -2,11 +2,16 @@
 
 import csv
 import json
+import math
 import shutil
 
+import pytest
 from conftest import call, fake_run
 
 from edgeprune.circuit import Circuit
+from edgeprune.drawing import draw_frontier
+from edgeprune.evaluation import report
+from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.report import (
     RunRecord,
     Spread,
@@ -15,6 +20,7 @@ from edgeprune.evaluation.report import (
     write_report,
 )
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import METRICS, Metrics
 
 GRAPH = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
 EDGES = GRAPH.edges
@@ -35,15 +41,26 @@ def evaluation(kl: float, accuracy: float = 1.0, **metrics) -> dict:
     }
 
 
+def curve(kl: dict[int, float]) -> Curve:
+    """Of circuits of these sizes and of all edges."""
+
+    def metrics(kl: float) -> Metrics:
+        unknown = dict.fromkeys(METRICS, math.nan)
+        return Metrics(unknown | {"kl": kl, "exact_match": 1 - kl / 10, "accuracy": 1 - kl / 10})
+
+    return Curve({size: metrics(x) for size, x in {**kl, len(EDGES): 0}.items()}, metrics(8.0), 9)
+
+
 def run(
-    name: str, circuit: Circuit, kl: float | None = None, split="test", digest=None, **settings
-) -> RunRecord:
+    name: str, circuit: Circuit, kl: float | None = None, split="test", digest=None,
+    curve: Curve | None = None, **settings,
+) -> RunRecord:  # fmt: skip
     flat = {"task.name": "ioi", "model.name": "tiny", "ablation.kind": "interchange"}
     flat |= {key.replace("__", "."): value for key, value in settings.items()}
     evaluations = {} if kl is None else {split: evaluation(kl)}
     data = digest or f"{flat.get('task.path')} {flat.get('seed')}"
     digests = {"model": f"of {flat.get('model.path')}", "data": data}
-    return RunRecord(name, flat, circuit, evaluations, digests, DISTINGUISHING, {})
+    return RunRecord(name, flat, circuit, evaluations, curve, digests, DISTINGUISHING, {})
 
 
 def test_seeds_of_one_size_are_a_point():
@@ -168,11 +185,12 @@ def test_the_files_of_a_report(tmp_path):
     """Two sizes of three seeds each, of a task with a strange name, and another model."""
     runs = [
         run(f"{count}-{seed}", first(count, 30 + seed), (20 - count) / 10 + seed / 10,
-            "validation", task__name=STRANGE, seed=seed, num_edges=count + 1)
+            "validation", curve=curve({3: 4.0 - seed, 10 + seed: 1.0, 30: 0.5}),
+            task__name=STRANGE, seed=seed, num_edges=count + 1)
         for count in (12, 6) for seed in range(3)
     ]  # fmt: skip
     empty = Circuit(CircuitGraph(1, 4, 2, ("embeds",)), frozenset())
-    runs.append(run("other", empty, 5.0, model__name="other"))
+    runs.append(run("other", empty, 5.0, curve=curve({3: 1.0}), model__name="other"))
     write_report(group_runs(runs), tmp_path)
     found = rows(tmp_path / "runs.csv")
     assert len(found) == 7
@@ -187,6 +205,66 @@ def test_the_files_of_a_report(tmp_path):
     circuits = 2 if shutil.which("dot") else 0
     text = (tmp_path / "report.html").read_text()
     assert text.count("<img") == 2 + circuits  # frontiers and consensus circuits
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels of every frontier that a report draws."""
+    found = []
+
+    def draw(panels, path, **more):
+        found.append(panels)
+        return draw_frontier(panels, path, **more)
+
+    monkeypatch.setattr(report, "draw_frontier", draw)
+    return found
+
+
+def test_a_frontier_has_a_line_per_series_through_the_curves_of_its_seeds(tmp_path, drawn):
+    """The band goes from the lowest to the highest seed, over the sizes that all have."""
+    runs = [
+        run("a", first(4), curve=curve({3: 4.0, 10: 1.0, 30: 0.5}), seed=0, trainer__steps=9),
+        run("b", first(4), curve=curve({3: 2.0, 12: 0.9, 30: 0.1}), seed=1, trainer__steps=9),
+        run("c", first(4), curve=None, seed=2, trainer__steps=9),
+        run("d", first(4), curve=curve({5: 3.0}), seed=0, trainer__steps=20),
+        run("e", first(4), curve=None, seed=0, trainer__steps=30),
+    ]
+    write_report(group_runs(runs), tmp_path)
+    kl = drawn[0][0]
+    several, one = sorted(kl.lines, key=lambda line: -len(line.num_edges))
+    by_size = dict(zip(several.num_edges, zip(*several[2:], strict=True), strict=True))
+    assert by_size == {3: pytest.approx((3, 2, 4)), 30: pytest.approx((0.3, 0.1, 0.5))}
+    assert (one.num_edges, one.mid, one.low, one.high) == ([5], [3], [3], [3])
+    assert several.name != one.name
+    assert (tmp_path / "report.html").read_text().count("<img") >= 1
+
+
+def test_runs_that_chose_differently_have_lines_of_their_own(tmp_path, drawn):
+    runs = [
+        run("a", first(4), curve=curve({3: 4.0}), seed=0, max_kl=0.1),
+        run("b", first(5), curve=curve({3: 2.0}), seed=1, max_kl=0.1),
+        run("c", first(9), curve=curve({3: 1.0}), seed=0, min_exact_match=0.9),
+        run("d", first(7), curve=curve({3: 1.5}), seed=0),
+    ]
+    (group,) = group_runs(runs)
+    assert len({point.requested for point in group.points}) == 3
+    write_report([group], tmp_path)
+    assert sorted(line.mid for line in drawn[0][0].lines) == [[1.0], [1.5], [3.0]]
+    assert len({line.name for line in drawn[0][0].lines}) == 3
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"points": [], "empty": {}}', "\x00", None])
+def test_a_run_without_a_usable_curve_is_reported(tmp_path, damage, capsys, monkeypatch):
+    folders = [fake_run(tmp_path / name, first(4), num_edges=4, seed=seed)
+               for seed, name in enumerate("ab")]  # fmt: skip
+    whole = json.dumps({"split": "validation", **curve({3: 4.0}).to_dict()})
+    (folders[0] / "curve.json").write_text(whole)
+    if damage is not None:
+        (folders[1] / "curve.json").write_text(damage)
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+    assert (code, "curve.json" in err) == (0, damage is not None), err
+    assert len(rows(tmp_path / "report/runs.csv")) == 2
+    assert len(list((tmp_path / "report").glob("frontier-*.png"))) == 1
 
 
 def test_runs_without_edges_and_evaluations_have_no_plot(tmp_path):

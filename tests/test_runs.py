@@ -1,5 +1,6 @@
 """Run directories: what is protected, resuming, and real faults: kills, full disks, NaN."""
 
+import csv
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from edgeprune.training.trainer import Trainer
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
-    "num_edges=60", "sparsity=null",
+    "num_edges=60",
 )  # fmt: skip
 
 PAIR = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
@@ -86,7 +87,8 @@ def test_a_run_knows_its_scores_circuit_and_measurements(a_run):
     assert run.circuit().circuit == load_circuit(a_run) == run.scores().circuit(num_edges=60)
     assert run.scores(step=4).ranking().tolist() == run.scores().ranking().tolist()
     assert run.evaluations()["validation"]["num_examples"] == 8
-    assert [line["step"] for line in run.metrics()] == [4]
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+    assert (run.curve().num_examples, run.curve().num_edges) == (8, run.graph.num_edges)
 
 
 # --------------------------------------------------------------------------------- what may be run
@@ -116,7 +118,7 @@ def test_another_run_is_neither_replaced_nor_resumed_with_other_settings(a_run, 
     code, err = prune(*again)
     assert (code, "resume=auto" in err, "overwrite=true" in err) == (2, True, True)
     code, err = prune(*again, "resume=auto", "trainer.learning_rate=0.3")
-    assert (code, "trainer.learning_rate: 2.0 there, 0.3 here" in err) == (2, True)
+    assert (code, "trainer.learning_rate: 0.2 there, 0.3 here" in err) == (2, True)
     assert contents(run_dir) == contents(a_run)
     with (run_dir / "data.jsonl").open("a") as file:
         file.write("\n")
@@ -267,6 +269,29 @@ def test_a_damaged_evaluation_is_left_out_of_the_report(a_run, tmp_path, capsys,
         assert (tmp_path / "run" / "report" / "report.html").exists()
 
 
+def test_a_circuit_chosen_otherwise_than_asked_for_is_left_out_of_reports(
+    a_run, tmp_path, capsys, monkeypatch, prune
+):
+    runs = [shutil.copytree(a_run, tmp_path / "runs/size"), tmp_path / "runs/kl"]
+    more = ("num_edges=null", "max_kl=3", "trainer.steps=4", f"run_dir={runs[1]}")
+    assert prune(*SMALL, *more)[0] == 0
+
+    def reported() -> set[str]:
+        code, _, err = call(capsys, monkeypatch, "report", tmp_path / "runs")
+        assert code == 0, err
+        with (tmp_path / "runs/report/runs.csv").open() as file:
+            return {row["run"] for row in csv.DictReader(file)}
+
+    assert reported() == {"size", "kl"}
+    for run_dir, other in ((runs[0], "max_kl=2"), (runs[1], "num_edges=60")):
+        whole = (run_dir / "circuit.json").read_bytes()
+        assert call(capsys, monkeypatch, "export", run_dir, other)[0] == 0
+        assert reported() == {"size", "kl"} - {run_dir.name}
+        assert call(capsys, monkeypatch, "export", run_dir)[0] == 0
+        assert (run_dir / "circuit.json").read_bytes() == whole
+        assert reported() == {"size", "kl"}
+
+
 # ------------------------------------------------------------------------------ locks and signals
 
 
@@ -312,7 +337,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, number):
         assert "Traceback" not in message
     assert run_cli(*arguments).returncode == 0
     assert run_cli("prune", *small, f"run_dir={whole}").returncode == 0
-    for name in ("metrics.jsonl", "edges.json", "scores.safetensors",
+    for name in ("metrics.jsonl", "edges.json", "scores.safetensors", "curve.json",
                  "checkpoints/step-00000040.safetensors"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
 
@@ -454,7 +479,7 @@ def test_an_unfinished_run_is_left_out_of_reports(a_run, tmp_path, capsys, monke
     shutil.copytree(a_run, tmp_path / "runs/other")
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("  steps: 4\n", "  steps: 40\n"))
-    for name in ("scores.safetensors", "circuit.json", "edges.json"):
+    for name in ("scores.safetensors", "circuit.json", "edges.json", "curve.json"):
         (run_dir / name).unlink()
     code, _, err = call(capsys, monkeypatch, "export", run_dir)
     assert code == 0, err
@@ -484,7 +509,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert_refused(done, 1, "'1 + 1", "trainer.learning_rate")
     (step,) = steps(run_dir)
     assert f"step {step + 1}" in done.stderr
-    assert load_file(checkpoint(run_dir, step))["edge_log_alpha"].isfinite().all()
+    assert load_file(checkpoint(run_dir, step))["scores"].isfinite().all()
 
 
 def test_held_out_prompts_that_cannot_be_measured_are_found_before_training(tmp_path, prune):

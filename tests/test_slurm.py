@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_scripts" / "prune.sbatch"
 SMALL = (
-    "experiment=ioi", "trainer=default", "task.train=16", "task.validation=8", "task.test=8",
+    "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
     "trainer.steps=200",
-    "trainer.checkpoint_every=10", "trainer.batch_size=5", "num_edges=60", "sparsity=null",
+    "trainer.checkpoint_every=10", "trainer.batch_size=5", "num_edges=60",
     "launcher.timeout=5",
 )  # fmt: skip
-LAST = "checkpoints/step-00000200"
+LAST = "checkpoints/step-00000200.safetensors"
 ENVIRONMENT = {
     **os.environ, "EDGEPRUNE": f"{sys.executable} -m edgeprune", "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -86,10 +86,10 @@ def test_two_nodes_find_what_one_process_finds(two_nodes, tmp_path):
     assert "2 processes, in" in log.read_text()
     done = run_cli("prune", *SMALL, f"run_dir={tmp_path / 'one'}", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    masks = "checkpoints/step-{:08d}/masks.safetensors"
+    saved = "checkpoints/step-{:08d}.safetensors"
     for step, tolerance in ((20, 2e-3), (200, 5e-2)):  # sums in another order drift apart
         folders = (tmp_path / "one", run_dir)
-        one, two = (load_file(d / masks.format(step))["edge_log_alpha"] for d in folders)
+        one, two = (load_file(d / saved.format(step))["scores"] for d in folders)
         torch.testing.assert_close(two, one, atol=tolerance, rtol=1e-3)
         assert (two - one).abs().mean() < 1e-4
     one, two = (set(map(tuple, json.loads((d / "edges.json").read_text()))) for d in folders)
@@ -99,7 +99,7 @@ def test_two_nodes_find_what_one_process_finds(two_nodes, tmp_path):
 def test_a_job_told_to_stop_is_queued_again_and_ends_at_the_same_bits(two_nodes, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     job = submit(log, *SMALL, f"run_dir={run_dir}")
-    wait_until(lambda: (run_dir / "checkpoints/step-00000010").exists(), log)
+    wait_until(lambda: (run_dir / "checkpoints/step-00000010.safetensors").exists(), log)
     # what SLURM sends before the time limit, by --signal=B:USR1
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     wait_until(lambda: state(job).get("Restarts") == "1", log)
@@ -112,7 +112,7 @@ def test_a_job_told_to_stop_is_queued_again_and_ends_at_the_same_bits(two_nodes,
     assert f"job {job} is queued again" in text
     assert "resuming from step" in text
     whole, _ = two_nodes
-    for name in (f"{LAST}/masks.safetensors", f"{LAST}/optimizer.safetensors", "edges.json"):
+    for name in (LAST, "scores.safetensors", "edges.json"):
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -129,4 +129,4 @@ def test_a_sweep_goes_through_submitit(tmp_path):
     again = run_cli("prune", *settings, "trainer.learning_rate=7", "--multirun", **ENVIRONMENT)
     assert again.returncode == 1
     assert "Traceback" not in again.stderr.splitlines()[-1]
-    assert "holds a run of another config" in again.stderr.splitlines()[-1]
+    assert "already holds a run" in again.stderr.splitlines()[-1]

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,15 +13,16 @@ from edgeprune.config import TrainerConfig
 from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from edgeprune.methods.hard_concrete import probability_open
-from edgeprune.methods.held import Held
-from edgeprune.methods.method import Method, learning_rate_factor, rising_target
-from edgeprune.methods.paper import Lagrangian, penalty
+from edgeprune.methods.every_size import EverySize
+from edgeprune.methods.hard_concrete import learning_rate_factor, probability_open
+from edgeprune.methods.method import Method
+from edgeprune.methods.paper import Lagrangian, penalty, rising_target
 from edgeprune.methods.priced import Priced
+from edgeprune.metrics import OBJECTIVES, Output
 from edgeprune.models.load import wrap_model
 from edgeprune.training.checkpoint import load_latest, save_checkpoint
 from edgeprune.training.progress import progress
-from edgeprune.training.trainer import Trainer, train
+from edgeprune.training.trainer import Trainer, objective_of, train
 
 STEPS = 12
 LEARNED = {"learning_rate": 0.5, "lr_warmup_steps": 2, "init_mean": 1.0, "init_std": 0.01}
@@ -34,9 +35,9 @@ LAGRANGIAN = {
     "lambda_learning_rate": 3.0,
 }  # fmt: skip
 METHODS = {
+    "every_size": (EverySize, {"learning_rate": 0.5, "smallest": 0.05, "temperature": 1.0}),
     "lagrangian": (Lagrangian, LAGRANGIAN),
     "nodes": (Lagrangian, {**LAGRANGIAN, "node_gates": True}),
-    "held": (Held, {**LEARNED, **TARGET, "adam_epsilon": 10.0}),
     "priced": (Priced, {**LEARNED, "adam_epsilon": 1e-3, "edge_price": 0.01}),
 }
 
@@ -52,6 +53,10 @@ def trainer(model, method: str = "lagrangian", seed: int = 0, of_trainer=None, *
 
 def log_alpha(run: Trainer) -> torch.Tensor:
     return run.method.state_dict()["edge_log_alpha"].clone()
+
+
+def scores(run: Trainer) -> torch.Tensor:
+    return run.scores().values
 
 
 def assert_same_state(one: Trainer, other: Trainer) -> None:
@@ -120,35 +125,36 @@ def test_weight_decay_shrinks_log_alpha_by_its_share_of_the_learning_rate(model)
     torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.25), atol=2e-3, rtol=0)
 
 
-def test_held_gates_have_the_target_sparsity_in_every_step(model):
-    run = trainer(model, "held")
-    for _ in range(STEPS):
-        metrics = run.train_step()
-        assert metrics.loss == metrics.kl
-        assert metrics.values["sparsity"] == pytest.approx(metrics.values["target"], abs=1e-5)
-    assert metrics.values["target"] == 0.9
+def test_every_step_has_the_size_that_it_logs_and_a_rate_that_falls_to_zero(model):
+    run = trainer(model, "every_size")
+    for step in range(STEPS):
+        size, before = run.method.gates(step).sum().item(), scores(run)
+        values = run.train_step().values
+        assert values["num_edges"] == pytest.approx(size, rel=1e-4)
+        assert values["learning_rate"] == pytest.approx(0.5 * (1 - step / STEPS))
+        assert 0 < (scores(run) - before).abs().max()
 
 
 def test_open_edges_have_a_price(model):
     run = trainer(model, "priced")
     expected = 0.01 * probability_open(log_alpha(run)).sum().item()
     metrics = run.train_step()
-    assert metrics.loss - metrics.kl == pytest.approx(expected, rel=1e-5)
+    assert metrics.values["loss"] - metrics.value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spoil", ["distance", "gradient"])
+@pytest.mark.parametrize("spoil", ["objective", "gradient"])
 def test_numbers_that_are_not_finite_change_nothing(model, monkeypatch, method, spoil):
     run, untouched = trainer(model, method), trainer(model, method)
     for one in (run, untouched):
         one.train_step()
 
     def overflowing(pairs, gates):
-        distance, grad_gates = untouched.differentiate(pairs, gates)
+        objective, grad_gates = untouched.differentiate(pairs, gates)
+        if spoil == "objective":
+            return objective * math.nan, grad_gates
         grad_gates[3] = torch.inf
-        return (distance * math.nan, grad_gates * 0 + 1) if spoil == "distance" else (
-            distance, grad_gates
-        )  # fmt: skip
+        return objective, grad_gates
 
     monkeypatch.setattr(run, "differentiate", overflowing)
     with pytest.raises(TrainingError, match="step 2: the loss is"):
@@ -177,31 +183,95 @@ def test_a_checkpoint_of_another_graph_or_method_is_refused(model):
         trainer(model).restore(trainer(other).checkpoint())
     with pytest.raises(CheckpointError, match="node_log_alpha"):
         trainer(model, "nodes").restore(trainer(model).checkpoint())
+    for one, another in (("every_size", "lagrangian"), ("lagrangian", "every_size")):
+        with pytest.raises(CheckpointError):
+            trainer(model, one).restore(trainer(model, another).checkpoint())
+    with pytest.raises(CheckpointError):
+        trainer(model, "every_size").restore(trainer(other, "every_size").checkpoint())
 
 
+@dataclass(kw_only=True, eq=False)
 class Descent(Method):
     """A method of a few lines: gates without noise follow the gradient."""
 
+    def __post_init__(self):
+        self.values = torch.zeros(self.graph.num_edges, requires_grad=True)
+        self.parameters = {"values": self.values}
+        self.optimizer = torch.optim.Adam([self.values], self.learning_rate)
+
     def gates(self, step):
-        return torch.sigmoid(self.log_alpha).detach()
+        return torch.sigmoid(self.values).detach()
 
-    def update(self, step, distance, grad_gates):
-        self.log_alpha.grad = grad_gates
-        self.apply_gradients(step)
-        return {"loss": distance.item(), "distance": distance.item(), "mean": 0.25, "none": None}
+    def update(self, step, objective, grad_gates):
+        self.values.grad = grad_gates
+        self.apply_gradients(1.0)
+        return {"objective": objective.item(), "mean": 0.25, "none": None}
+
+    @staticmethod
+    def scores(graph, state):
+        return 2 * state["values"]
 
 
-def test_a_new_method_needs_two_functions(model, monkeypatch):
-    monkeypatch.setitem(METHODS, "descent", (Descent, {**LEARNED, "adam_epsilon": 1e-8}))
+def test_a_new_method_needs_a_few_functions(model, monkeypatch):
+    monkeypatch.setitem(METHODS, "descent", (Descent, {"learning_rate": 0.5}))
     run, history = trainer(model, "descent"), []
     train(run, listeners=[history.append])
-    assert history[-1].kl < 0.7 * history[0].kl
-    assert history[0].to_dict() == {
-        "step": 1, "loss": history[0].loss, "kl": history[0].kl, "unexplained": None,
-        "mean": 0.25, "none": None,
-    }  # fmt: skip
-    assert torch.equal(run.scores().values, log_alpha(run).double())
+    assert history[-1].value < 0.7 * history[0].value
+    assert history[0].to_dict() == {"step": 1, "kl": history[0].value, "mean": 0.25, "none": None}
+    assert torch.equal(scores(run), 2 * run.method.values.detach().double())
     assert run.scores().origin["step"] == STEPS
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_lowers_its_objective_and_logs_it_by_name(model, objective, monkeypatch):
+    monkeypatch.setitem(METHODS, "descent", (Descent, {"learning_rate": 0.5}))
+    run, history = trainer(model, "descent", of_trainer={"objective": objective}), []
+    train(run, listeners=[history.append])
+    assert [metrics.to_dict()[objective] for metrics in history] == [m.value for m in history]
+    at_once = [run.differentiate(run.pairs, gates)[0] for gates in (
+        torch.full((model.graph.num_edges,), 0.5), run.method.gates(STEPS))]  # fmt: skip
+    assert at_once[1] < at_once[0]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_add_up(model, objective, size):
+    """10 pairs; those with several targets, answers and distractors weigh as much as the others."""
+    pairs = random_pairs(5) + [
+        replace(pair, answer_ids=(*pair.target_ids[:1], 7, 8), distractor_ids=(9, 10))
+        for pair in random_pairs(5, seed=1, predicted=2)
+    ]
+    gates = torch.rand(model.graph.num_edges, generator=torch.Generator().manual_seed(0))
+    results = []
+    for micro_batch_size in (None, size):
+        of_trainer = {"objective": objective, "micro_batch_size": micro_batch_size}
+        run = trainer(model, of_trainer=of_trainer)
+        results.append(replace(run, pairs=pairs).differentiate(pairs, gates.clone()))
+    for whole, added in zip(*results, strict=True):
+        assert whole.abs().max() > 1e-3
+        torch.testing.assert_close(added, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_objectives_that_do_not_apply_are_refused_before_the_first_step(model):
+    pairs = random_pairs(4)
+    without = [*pairs, replace(pairs[0], answer_ids=(), distractor_ids=())]
+    unknown = [*pairs, replace(pairs[0], target_ids=(-1,))]
+    assert objective_of("kl", Output.logits, without)[0] == "kl"
+    assert objective_of("cross_entropy", Output.logits, without)[0] == "cross_entropy"
+    for name in ("logit_difference", "max_logit_difference"):
+        assert objective_of(name, Output.logits, unknown)[0] == name
+        with pytest.raises(ConfigError, match=name):
+            objective_of(name, Output.logits, without)
+    with pytest.raises(ConfigError, match="cross_entropy"):
+        objective_of("cross_entropy", Output.logits, unknown)
+    for output in (Output.one_hot, Output.number):
+        assert objective_of("kl", output, without)[0] == "unexplained"
+        for name in set(OBJECTIVES) - {"kl"}:
+            with pytest.raises(ConfigError, match=name):
+                objective_of(name, output, pairs)
 
 
 # -------------------------------------------------------------------------------- the same results
@@ -210,22 +280,25 @@ def test_a_new_method_needs_two_functions(model, monkeypatch):
 def assert_similar(one: Trainer, other: Trainer) -> None:
     for _ in range(6):
         left, right = one.train_step(), other.train_step()
-        assert right.kl == pytest.approx(left.kl, rel=1e-4)
-        assert right.values["sparsity"] == pytest.approx(left.values["sparsity"], rel=1e-5)
-    torch.testing.assert_close(log_alpha(other), log_alpha(one), atol=1e-4, rtol=1e-4)
+        assert right.value == pytest.approx(left.value, rel=1e-4, abs=1e-6)
+        size = "sparsity" if "sparsity" in left.values else "num_edges"
+        assert right.values[size] == pytest.approx(left.values[size], rel=1e-5)
+    torch.testing.assert_close(scores(other), scores(one), atol=1e-4, rtol=1e-4)
 
 
-def test_a_training_set_too_large_to_keep_gives_the_same_run(model, monkeypatch):
-    kept, other = trainer(model), trainer(model)
+@pytest.mark.parametrize("method", ["every_size", "lagrangian"])
+def test_a_training_set_too_large_to_keep_gives_the_same_run(model, method, monkeypatch):
+    kept, other = trainer(model, method), trainer(model, method)
     kept.differentiate(kept.pairs[:4], torch.ones(model.graph.num_edges))  # fills the cache
     monkeypatch.setattr(cache, "MAX_KEPT", 0)
     assert_similar(kept, other)
 
 
+@pytest.mark.parametrize("method", ["every_size", "lagrangian"])
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 3}, {"recompute": True}], ids=str)
-def test_ways_to_save_memory_give_the_same_run(model, settings):
-    """Micro-batches of 3 and 1 of a batch of 4: the KL is a mean over examples either way."""
-    assert_similar(trainer(model), trainer(model, of_trainer=settings))
+def test_ways_to_save_memory_give_the_same_run(model, method, settings):
+    """Micro-batches of 3 and 1 of a batch of 4: objectives are means over examples either way."""
+    assert_similar(trainer(model, method), trainer(model, method, of_trainer=settings))
 
 
 def test_cuda_graphs_need_a_gpu(model):
@@ -259,32 +332,33 @@ class MemoryStore:
         self.lines = [line for line in self.lines if line["step"] <= step]
 
 
-def test_checkpoints_and_log_lines_at_intervals_and_at_the_end(model):
+def test_checkpoints_at_intervals_and_at_the_end_and_a_line_per_step(model):
     store = MemoryStore()
-    train(trainer(model, of_trainer={"checkpoint_every": 5, "log_every": 4}), store=store)
+    train(trainer(model, of_trainer={"checkpoint_every": 5}), store=store)
     assert [checkpoint.step for checkpoint in store.saved] == [5, 10, 12]
-    assert [line["step"] for line in store.lines] == [4, 8, 12]
+    assert [line["step"] for line in store.lines] == [*range(1, 13)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("last", [7, STEPS])
-def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model, number, last):
-    whole, store, every = MemoryStore(), MemoryStore(), {"checkpoint_every": 5, "log_every": 1}
-    train(trainer(model, of_trainer=every), store=whole)
+@pytest.mark.parametrize(("last", "method"), [(7, "every_size"), (STEPS, "lagrangian")])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model, number, last, method):
+    whole, store, every = MemoryStore(), MemoryStore(), {"checkpoint_every": 5}
+    uninterrupted = trainer(model, method, of_trainer=every)
+    train(uninterrupted, store=whole)
 
     def interrupt(metrics):
         if metrics.step == last:
             os.kill(os.getpid(), number)
 
     with pytest.raises(Interrupted) as caught:
-        train(trainer(model, of_trainer=every), store=store, listeners=[interrupt])
+        train(trainer(model, method, of_trainer=every), store=store, listeners=[interrupt])
     assert caught.value.exit_code == 128 + number
     assert [checkpoint.step for checkpoint in store.saved][-1] == last
     store.saved.pop()  # as if the machine had crashed before
-    resumed = trainer(model, of_trainer=every)
+    resumed = trainer(model, method, of_trainer=every)
     train(resumed, store=store)
     assert store.lines == whole.lines
-    assert torch.equal(log_alpha(resumed), whole.saved[-1].state["edge_log_alpha"])
+    assert_same_state(resumed, uninterrupted)
 
 
 def test_a_second_signal_interrupts_and_nohup_is_respected(model):
@@ -307,8 +381,8 @@ def test_a_failure_saves_the_state_before_it(model, monkeypatch):
     run, store = trainer(model), MemoryStore()
     update = run.method.update
 
-    def fail(step, distance, grad_gates):
-        return update(step, distance * (math.nan if step == 3 else 1), grad_gates)
+    def fail(step, objective, grad_gates):
+        return update(step, objective * (math.nan if step == 3 else 1), grad_gates)
 
     monkeypatch.setattr(run.method, "update", fail)
     with pytest.raises(TrainingError):

@@ -98,6 +98,7 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
             _scatter(left, steps, values, sizes, "edges", log=True)
             _scatter(right, sizes, values, steps, "step")
             right.set_xscale("log")
+            right.xaxis.set_major_formatter("{x:,.0f}")
             right.set(xlabel="edges", ylabel=label)
         else:
             _line(left, steps, values, color=COLORS[0])
@@ -117,7 +118,7 @@ def _scatter(
 ) -> None:  # fmt: skip
     """Draw points whose colour shows a third number, and a scale of these colours."""
     points = ax.scatter(xs, ys, c=colors, s=10, cmap="viridis", norm="log" if log else None)
-    ax.figure.colorbar(points, ax=ax, label=label)
+    ax.figure.colorbar(points, ax=ax, label=label, format="{x:,.0f}")
 
 
 def _line(ax: Axes, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:

@@ -23,6 +23,9 @@ NUM_BISECTIONS = 40
 """Number of bisection steps in the search for tau, which leave a float32's precision."""
 MAX_LOGIT = 30.0
 """Sigmoids of larger numbers are 1 in float32."""
+MIN_TOTAL_GRADIENT = 0.1
+"""Gradients whose absolute values sum to less than this are not scaled up to unit size: a large
+circuit's gradient is mostly noise, which should not move the scores as far as that of a small one."""
 TINY = 1e-12
 """Smallest number that is divided by."""
 
@@ -33,7 +36,7 @@ class EverySize(Method):
 
     Attributes:
         smallest: smallest size that is drawn, as a share of the edges, in (0, 1].
-        temperature: T in the last step; it falls from `START_TEMPERATURE`.
+        temperature: T; the scores end up within some ten units, so their scale is its inverse.
     """
 
     smallest: float
@@ -60,7 +63,8 @@ class EverySize(Method):
     def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         read = read_finite(grad_gates, objective=objective)
         gradient = grad_scores(grad_gates, self._gates)
-        self._scores.grad = gradient / gradient.abs().mean().clamp(min=TINY)
+        smallest_mean = MIN_TOTAL_GRADIENT / len(gradient)
+        self._scores.grad = gradient / gradient.abs().mean().clamp(min=smallest_mean)
         factor = 1 - step / self.steps
         self.apply_gradients(factor)
         rate = self.learning_rate * factor

@@ -153,8 +153,13 @@ class Trainer:
 
     @cached_property
     def _full_model(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
-        """See `CircuitModel.run_pair`; a small training set is run once, before the first step."""
+        """See `CircuitModel.run_pair`; a small training set is run once, before the first step.
+
+        Unless no pair is used twice.
+        """
         batch_size, corrupted = self.settings.batch_size, self.ablation.needs_corrupted
+        if self.settings.steps * batch_size <= len(self.pairs):
+            return partial(self.model.run_pair, corrupted=corrupted)
         size = self.settings.micro_batch_size or math.ceil(batch_size / self.world.count)
         return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
 
