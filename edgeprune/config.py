@@ -37,9 +37,10 @@ LESS_MEMORY = (
 SIZES = ("sparsity", "num_edges", "max_kl", "min_exact_match")
 """Settings that choose the size of a circuit; at most one is given."""
 
-DEFAULT_CHOICE = ("min_exact_match", 0.95)
-"""How a circuit is chosen if nothing else is said: the answers say whether a model does a task, on
-the same scale for every model and task, unlike the KL."""
+DEFAULT_CHOICE = ("max_share_lost", 0.05)
+"""How a circuit is chosen if nothing else is said: the smallest whose KL is at most this share of
+the empty circuit's. Unlike a KL, it means the same for every model and task; and unlike the share
+of equal answers, it can be met by few edges where the model itself is uncertain."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -211,8 +212,9 @@ class TrainerConfig(Settings):
     """Optimisation steps."""
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
-    learning_rate: float = setting(0.4, above=0)
-    """Learning rate of the scores at the start; it falls linearly to 0."""
+    learning_rate: float = setting(0.3, above=0)
+    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, half as many
+    steps need a learning rate twice as large, because scores have the same way to go."""
     objective: str = setting("kl", choices=OBJECTIVES)
     """What is minimised: kl, the KL divergence from the full model (or where outputs are values,
     the unexplained variance); logit_difference, the squared error of the logit difference between
@@ -251,8 +253,8 @@ class EverySizeConfig(TrainerConfig):
     """Scores that rank the edges for circuits of every size, by training at random sizes."""
 
     method: str = "every_size"
-    temperature: float = setting(1.0, above=0)
-    """How gradually gates close with falling scores; low temperatures train nearly binary gates."""
+    temperature: float = setting(0.5, above=0)
+    """How gradually gates close with falling scores, at the end; four times that at the start."""
     smallest: float = setting(0.005, above=0, at_most=1)
     """Smallest size that is trained, as a share of the edges; smaller circuits are not ranked."""
 
@@ -394,8 +396,8 @@ class PruneConfig(Settings):
     """Choose the smallest circuit whose KL on the validation prompts is at most this, in nats."""
     min_exact_match: float | None = setting(None, above=0, at_most=1)
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
-    the validation prompts. Without any of these four settings: 0.95, or with trainer=tracr or paper
-    a threshold that makes the circuit as sparse as the gates."""
+    the validation prompts. Without any of these four settings: the smallest circuit whose KL is at
+    most 5 % of the empty circuit's; with trainer=paper or tracr one as sparse as the gates."""
     cleanup: float | None = setting(None, at_least=0)
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
@@ -427,7 +429,8 @@ class PruneConfig(Settings):
 
     @property
     def choice(self) -> tuple[str, float | None]:
-        """How the circuit is chosen: one of `SIZES` and its value, or "threshold" and None."""
+        """How the circuit is chosen: one of `SIZES` and its value, `DEFAULT_CHOICE`, or "threshold"
+        and None."""
         given = [(name, getattr(self, name)) for name in SIZES]
         default = DEFAULT_CHOICE if self.trainer.method == "every_size" else ("threshold", None)
         return next((choice for choice in given if choice[1] is not None), default)

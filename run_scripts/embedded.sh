@@ -1,19 +1,41 @@
 #!/usr/bin/env bash
-# The circuits of the embedded model in README.md: five tasks with three seeds each, and a report.
+# The circuits of the embedded model in README.md and RESULTS.md: five tasks with three seeds each,
+# other numbers of steps and the published method for ioi, and a report.
 #
-#   run_scripts/embedded.sh        # about 20 minutes on two CPU cores
+#   run_scripts/embedded.sh        # about an hour on two CPU cores
 #
-# Runs are written to runs/embedded/. Finished runs are not repeated.
+# Runs are written to runs/embedded*/. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 edgeprune=.venv/bin/edgeprune
 
-for task in ioi ioi_t1 greater_than gendered_pronoun induction; do
-  for seed in 0 1 2; do
-    run=runs/embedded/$task-$seed
-    [ -e "$run/evaluation-test.json" ] && continue
-    "$edgeprune" prune "experiment=$task" "seed=$seed" "run_dir=$run" resume=auto
-    "$edgeprune" evaluate "$run" head_permuted=5
+run() { # arguments: run directory, settings
+  [ -e "$1/circuit.json" ] && return
+  "$edgeprune" prune "${@:2}" "run_dir=$1" resume=auto
+}
+three() { # arguments: path of runs without their seeds; prints them, separated by commas
+  echo "$1-0,$1-1,$1-2"
+}
+
+for seed in 0 1 2; do
+  for task in ioi ioi_t1 greater_than gendered_pronoun induction; do
+    run "runs/embedded/$task-$seed" "experiment=$task" "seed=$seed"
+  done
+  for steps in 50 200 400; do
+    run "runs/embedded-steps/$steps-$seed" experiment=ioi "seed=$seed" "trainer.steps=$steps" \
+      "task.train=$((16 * steps))"
   done
 done
+run runs/embedded-paper experiment=ioi trainer=paper trainer.steps=3000 sparsity=0.98 task.train=200
 "$edgeprune" report runs/embedded
+for task in ioi_t1 greater_than gendered_pronoun induction; do
+  .venv/bin/python run_scripts/curves.py "runs/embedded/$task.png" \
+    "three seeds=$(three "runs/embedded/$task")"
+done
+steps=()
+for number in 50 200 400; do
+  steps+=("$number steps=$(three "runs/embedded-steps/$number")")
+done
+.venv/bin/python run_scripts/curves.py data/curves_embedded.png \
+  "100 steps of 16 pairs, three seeds=$(three runs/embedded/ioi)" "${steps[@]}" \
+  "trainer=paper for 98 %, 3,000 steps of 32 pairs=runs/embedded-paper"

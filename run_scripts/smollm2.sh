@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The circuits of SmolLM2-135M in RESULTS.md: prune, evaluate with head-permuted circuits, draw.
+# The circuits of SmolLM2-135M in RESULTS.md: prune, measure at every size, draw.
 #
-#   run_scripts/smollm2.sh                      # model from the hub; about 1.5 hours on a CPU
+#   run_scripts/smollm2.sh                      # model from the hub; some hours on a CPU
 #   run_scripts/smollm2.sh path/to/model.gguf   # model from a file
 #
 # Runs are written to runs/smollm2/. Finished runs are not repeated.
@@ -13,16 +13,22 @@ model=()
 
 circuit() { # arguments: name of the run, experiment, settings
   local run=runs/smollm2/$1
-  [ -e "$run/evaluation-test.json" ] && return
+  [ -e "$run/circuit.json" ] && return
   "$edgeprune" prune "experiment=smollm2/$2" "${model[@]}" "run_dir=$run" resume=auto "${@:3}"
-  "$edgeprune" evaluate "$run" head_permuted=5
-  "$edgeprune" draw "$run"
 }
 
-circuit ioi-95 ioi
-circuit ioi-98 ioi sparsity=0.98
-circuit greater_than-95 greater_than
-circuit gendered_pronoun-95 gendered_pronoun
-circuit induction_list-95 induction_list
-"$edgeprune" draw runs/smollm2/ioi-98 num_edges=150 output=runs/smollm2/strongest
-.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-98
+for seed in 0 1 2; do
+  circuit "ioi-$seed" ioi "seed=$seed"
+done
+circuit ioi-800 ioi trainer.steps=800 task.train=800
+for task in greater_than gendered_pronoun induction_list; do
+  circuit "$task-0" "$task"
+  .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" "one seed=runs/smollm2/$task-0"
+done
+.venv/bin/python run_scripts/curves.py data/curves_smollm2.png \
+  "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
+  "800 steps of 8 pairs=runs/smollm2/ioi-800"
+"$edgeprune" export runs/smollm2/ioi-0 sparsity=0.98
+"$edgeprune" evaluate runs/smollm2/ioi-0 head_permuted=5
+"$edgeprune" draw runs/smollm2/ioi-0 num_edges=150 output=runs/smollm2/strongest
+.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-0

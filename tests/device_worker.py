@@ -1,8 +1,8 @@
 """Training steps on a device that only computes shapes, for test_device.py.
 
-Arguments: the model family, `micro_batch_size` and the method. This is a process of its own because the
-device's name cannot be unregistered. Blocks are not recomputed: PyTorch's engine aborts at that on
-a device without a library of its own.
+Arguments: the model family, `micro_batch_size` and the method. This is a process of its own because
+the device's name cannot be unregistered. Blocks are not recomputed: PyTorch's engine aborts at that
+on a device without a library of its own.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
-from edgeprune.methods.every_size import grad_scores
+from edgeprune.methods.every_size import EverySize, grad_scores
 from edgeprune.models.load import wrap_model
 from edgeprune.training.trainer import Trainer
 
@@ -48,6 +48,8 @@ pairs = random_pairs(6, 7) + random_pairs(6, 8)
 ablation = Ablation(model, "interchange", pairs)
 make, settings = METHODS[method]
 method = make(model.graph, seed=0, device="cpu", steps=9, **settings)
+if isinstance(method, EverySize):  # sizes are drawn on the CPU, which shapes alone cannot do
+    method.size = [method.size(step) for step in range(2)].__getitem__
 # The engine's own threads may abort on a device without a library of its own.
 one_thread = torch.autograd.set_multithreading_enabled(False)
 with FakeTensorMode(allow_non_fake_inputs=True), one_thread:

@@ -58,11 +58,9 @@ def run(world: World, job: dict) -> None:
         model = make()
     pairs = random_pairs(13) + random_pairs(10, length=5, seed=1, predicted=2)
     name = job.pop("method", "lagrangian")
-    method_class, method_settings = METHODS[name]
-    method_settings = {**method_settings, **SLOWLY[name]}
-    method = method_class(
-        model.graph, seed=3, device=model.device, steps=STEPS, **method_settings
-    )  # fmt: skip
+    make_method, settings = METHODS[name]
+    settings = {**settings, **SLOWLY[name]}
+    method = make_method(model.graph, seed=3, device=model.device, steps=STEPS, **settings)
     ablation = Ablation(model, "interchange", pairs)
     config = TrainerConfig(steps=STEPS, **job)
     trainer = Trainer(model, pairs, method, config, 3, ablation, world)
@@ -77,7 +75,8 @@ def run(world: World, job: dict) -> None:
     checkpoint = trainer.checkpoint()
     if world.is_rank_zero:
         save_checkpoint(Path(output), checkpoint)
-    save_file({**checkpoint.state, "value": torch.tensor(value)}, f"{output}-{world.rank}.safetensors")
+    state = {**checkpoint.state, "value": torch.tensor(value)}
+    save_file(state, f"{output}-{world.rank}.safetensors")
     world.any(False)
 
 

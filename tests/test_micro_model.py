@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from edgeprune import prune
 from edgeprune.circuit import Circuit
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
@@ -114,8 +115,15 @@ def test_the_circuit_suffices_and_every_edge_of_it_is_needed():
         assert without.circuit.kl > 0.5, edge
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_for_every_size_rank_the_circuit_above_all_other_edges(seed):
+    model, pairs = micro_model(), induction_pairs(200, seed)
+    found = prune(model, pairs, num_edges=len(CIRCUIT), seed=seed, progress=False)
+    assert found.circuit.edge_set == CIRCUIT
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_pruning_finds_the_circuit(seed):
+def test_the_published_method_finds_the_circuit(seed):
     model = micro_model()
     pairs, graph = induction_pairs(200, seed), model.graph
     method = Lagrangian(

@@ -117,8 +117,8 @@ def test_another_run_is_neither_replaced_nor_resumed_with_other_settings(a_run, 
     again = (*SMALL, "trainer.steps=4", f"run_dir={run_dir}")
     code, err = prune(*again)
     assert (code, "resume=auto" in err, "overwrite=true" in err) == (2, True, True)
-    code, err = prune(*again, "resume=auto", "trainer.learning_rate=0.3")
-    assert (code, "trainer.learning_rate: 0.2 there, 0.3 here" in err) == (2, True)
+    code, err = prune(*again, "resume=auto", "trainer.learning_rate=0.123")
+    assert (code, "trainer.learning_rate: " in err, "0.123 here" in err) == (2, True, True)
     assert contents(run_dir) == contents(a_run)
     with (run_dir / "data.jsonl").open("a") as file:
         file.write("\n")
@@ -284,11 +284,11 @@ def test_a_circuit_chosen_otherwise_than_asked_for_is_left_out_of_reports(
 
     assert reported() == {"size", "kl"}
     for run_dir, other in ((runs[0], "max_kl=2"), (runs[1], "num_edges=60")):
-        whole = (run_dir / "circuit.json").read_bytes()
+        whole = (run_dir / "edges.json").read_bytes()
         assert call(capsys, monkeypatch, "export", run_dir, other)[0] == 0
         assert reported() == {"size", "kl"} - {run_dir.name}
         assert call(capsys, monkeypatch, "export", run_dir)[0] == 0
-        assert (run_dir / "circuit.json").read_bytes() == whole
+        assert (run_dir / "edges.json").read_bytes() == whole
         assert reported() == {"size", "kl"}
 
 

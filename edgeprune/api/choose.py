@@ -1,6 +1,7 @@
 """Choosing a circuit from scores: by its size, by how good it is, or by a threshold."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,21 +14,31 @@ from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import CleanUp
 from edgeprune.evaluation.curve import Curve, Rule, measure_curve, refine
 from edgeprune.methods.paper import circuit_by_threshold
-from edgeprune.metrics import Output
+from edgeprune.metrics import Metrics, Output
 from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
 
 log = logging.getLogger("edgeprune")
 
+TINY = 1e-12
+"""Smallest number that is divided by."""
+
 Choice = tuple[str, float | None]
-"""One of `config.SIZES` and its value, or "threshold" and None."""
+"""See `PruneConfig.choice`."""
 
 RULES: dict[str, Callable[[float], Rule]] = {
-    "max_kl": lambda limit: lambda metrics: metrics.kl <= limit,
-    "min_exact_match": lambda limit: lambda metrics: metrics.exact_match >= limit,
+    "max_kl": lambda limit: lambda circuit, empty: circuit.kl <= limit,
+    "min_exact_match": lambda limit: lambda circuit, empty: circuit.exact_match >= limit,
+    "max_share_lost": lambda limit: lambda circuit, empty: share_lost(circuit, empty) <= limit,
 }
 """Condition per name of a choice by how good a circuit is."""
+
+
+def share_lost(circuit: Metrics, empty: Metrics) -> float:
+    """The circuit's KL as a fraction of the empty circuit's; the error where outputs are values."""
+    name = "error" if math.isnan(circuit.kl) else "kl"
+    return circuit[name] / max(empty[name], TINY)
 
 
 class Chosen(NamedTuple):

@@ -89,7 +89,8 @@ def prune(
         num_edges: or number of edges to keep, exactly.
         max_kl: or the smallest circuit with at most this KL, in nats.
         min_exact_match: or the smallest circuit that gives the full model's answer on at least this
-            fraction of the prompts; 0.95 if nothing is given.
+            fraction of the prompts. Without any of these four: the smallest circuit whose KL is at
+            most 5 % of the empty circuit's.
         cleanup: then remove edges that the circuit does not need; the tolerance of `clean_up`.
         seed: of the initial values, the sizes or noise, and the order of the data.
         ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one mean per

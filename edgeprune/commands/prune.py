@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.console import print_result, print_table
-from edgeprune.config import DEFAULT_CHOICE, PruneConfig
+from edgeprune.config import DEFAULT_CHOICE, SIZES, PruneConfig
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
 
@@ -42,8 +42,10 @@ def _reason(origin: Mapping[str, Any], config: PruneConfig) -> str:
         return "Chosen by a threshold, which makes the circuit as sparse as the gates."
     if config.choice[0] in ("sparsity", "num_edges"):
         return f"Chosen by size ({origin['chosen_by']})."
-    is_default = config.choice == DEFAULT_CHOICE and config.min_exact_match is None
-    by_default = (
-        ", the default; sparsity=, num_edges= or max_kl= choose others" if is_default else ""
-    )
-    return f"Chosen as the smallest circuit with {origin['chosen_by']}{by_default}."
+    if config.choice == DEFAULT_CHOICE:
+        return (
+            "Chosen by default as the smallest circuit with at most "
+            f"{DEFAULT_CHOICE[1]:.0%} of the empty circuit's distance from the full model "
+            f"({', '.join(f'{name}=' for name in SIZES)} choose others)."
+        )
+    return f"Chosen as the smallest circuit with {origin['chosen_by']}."

@@ -23,10 +23,12 @@ SMALLEST_SHARE = 0.005
 NUM_SIZES = 12
 """Number of measured sizes, the full model included."""
 NUM_REFINED = 5
-"""Number of sizes that are measured between two neighbours when one is to be chosen."""
+"""Number of sizes that are measured at a time between two others when one is to be chosen."""
+MAX_RATIO = 1.1
+"""How close two sizes have to be for no more to be measured between them."""
 
-Rule = Callable[[Metrics], bool]
-"""Whether a circuit's metrics are good enough."""
+Rule = Callable[[Metrics, Metrics], bool]
+"""Whether a circuit is good enough, given its metrics and those of the empty circuit."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Curve:
         """
         size = self.num_edges
         for larger, metrics in sorted(self.points.items(), reverse=True)[1:]:
-            if not is_good(metrics):
+            if not is_good(metrics, self.empty):
                 break
             size = larger
         return size
@@ -122,17 +124,19 @@ def log_sizes(low: int, high: int, count: int) -> list[int]:
 
 
 def refine(curve: Curve, is_good: Rule, measure: Callable[[Sequence[int]], Curve]) -> Curve:
-    """Measure more sizes around the smallest good one (see `Curve.smallest`).
+    """Measure more sizes until the smallest good one is known (see `Curve.smallest`).
 
-    `measure` measures the given sizes, as `measure_curve` does.
+    The next smaller size that was measured is then less than `MAX_RATIO` times smaller. `measure`
+    measures the given sizes, as `measure_curve` does.
     """
-    size = curve.smallest(is_good)
-    below = max((smaller for smaller in curve.points if smaller < size), default=1)
-    between = {*log_sizes(below, size, NUM_REFINED + 2)} - {*curve.points}
-    if not between:
-        return curve
-    points = {**curve.points, **measure(sorted(between)).points}
-    return Curve(dict(sorted(points.items())), curve.empty, curve.num_examples)
+    while True:
+        size = curve.smallest(is_good)
+        below = max((smaller for smaller in curve.points if smaller < size), default=0)
+        if size - below <= 1 or size < MAX_RATIO * below:
+            return curve
+        between = {*log_sizes(max(1, below), size, NUM_REFINED + 2)} - {*curve.points}
+        points = {**curve.points, **measure(sorted(between)).points}
+        curve = Curve(dict(sorted(points.items())), curve.empty, curve.num_examples)
 
 
 def curve_table(curve: Curve, title: str, chosen: int | None = None) -> Table:

@@ -19,13 +19,16 @@ from edgeprune.methods.method import Method, check_shapes, read_finite
 
 INITIAL_STD = 0.01
 """Standard deviation of the scores at the start, which only breaks ties."""
+COOLING = 4.0
+"""The temperature at the start, as a multiple of that at the end: gates become nearly binary, like
+those of the circuits that are cut in the end."""
 NUM_BISECTIONS = 40
 """Number of bisection steps in the search for tau, which leave a float32's precision."""
 MAX_LOGIT = 30.0
 """Sigmoids of larger numbers are 1 in float32."""
 MIN_TOTAL_GRADIENT = 0.1
-"""Gradients whose absolute values sum to less than this are not scaled up to unit size: a large
-circuit's gradient is mostly noise, which should not move the scores as far as that of a small one."""
+"""Gradients whose absolute values sum to less than this are not scaled up to a mean size of 1: a
+large circuit's gradient is mostly noise, and should not move the scores as far as a small one's."""
 TINY = 1e-12
 """Smallest number that is divided by."""
 
@@ -36,7 +39,7 @@ class EverySize(Method):
 
     Attributes:
         smallest: smallest size that is drawn, as a share of the edges, in (0, 1].
-        temperature: T; the scores end up within some ten units, so their scale is its inverse.
+        temperature: T at the end; see `temperature_at`.
     """
 
     smallest: float
@@ -55,9 +58,14 @@ class EverySize(Method):
         share = self.smallest ** torch.rand((), generator=generator).item()
         return share * self.graph.num_edges
 
+    def temperature_at(self, step: int) -> float:
+        """T of a step: falls by the same factor in each step, to a `COOLING`-th in all."""
+        return self.temperature * COOLING ** (1 - step / self.steps)
+
     @torch.no_grad()
     def gates(self, step: int) -> Tensor:
-        self._gates = soft_top_k(self._scores.detach(), self.size(step), self.temperature)
+        temperature = self.temperature_at(step)
+        self._gates = soft_top_k(self._scores.detach(), self.size(step), temperature)
         return self._gates
 
     def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
