@@ -213,8 +213,8 @@ class TrainerConfig(Settings):
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
     learning_rate: float = setting(0.3, above=0)
-    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, half as many
-    steps need a learning rate twice as large, because scores have the same way to go."""
+    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, half as
+    many steps need a learning rate twice as large, because scores have the same way to go."""
     objective: str = setting("kl", choices=OBJECTIVES)
     """What is minimised: kl, the KL divergence from the full model (or where outputs are values,
     the unexplained variance); logit_difference, the squared error of the logit difference between
@@ -314,11 +314,6 @@ class LagrangianConfig(HardConcreteConfig):
     def method_settings(self, asked: float | None) -> dict[str, Any]:
         settings = super().method_settings(asked)
         if self.target_sparsity is None:
-            if asked is None:
-                raise ConfigError(
-                    "the published method aims at one sparsity: give trainer.target_sparsity=, "
-                    "sparsity= or num_edges="
-                )
             settings["target_sparsity"] = asked
         return settings
 
@@ -419,6 +414,12 @@ class PruneConfig(Settings):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
+        sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
+        if sizes == (None, None, None):
+            raise ConfigError(
+                "the published method aims at one sparsity: give sparsity=, num_edges= or "
+                "trainer.target_sparsity="
+            )
         one_process = {
             "cleanup=": self.cleanup, "trainer.cuda_graph=": self.trainer.cuda_graph,
             "model.fused=": self.model.fused, "model.bits=": self.model.bits,

@@ -23,10 +23,10 @@ for seed in 0 1 2; do
   done
   for steps in 50 200 400; do
     run "runs/embedded-steps/$steps-$seed" experiment=ioi "seed=$seed" "trainer.steps=$steps" \
-      "task.train=$((16 * steps))"
+      "trainer.learning_rate=$(python3 -c "print(80 / $steps)")" "task.train=$((16 * steps))"
   done
 done
-run runs/embedded-paper experiment=ioi trainer=paper trainer.steps=3000 sparsity=0.98 task.train=200
+run runs/embedded-paper experiment=ioi trainer=paper sparsity=0.98 task.train=200
 "$edgeprune" report runs/embedded
 for task in ioi_t1 greater_than gendered_pronoun induction; do
   .venv/bin/python run_scripts/curves.py "runs/embedded/$task.png" \

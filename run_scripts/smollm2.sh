@@ -20,7 +20,7 @@ circuit() { # arguments: name of the run, experiment, settings
 for seed in 0 1 2; do
   circuit "ioi-$seed" ioi "seed=$seed"
 done
-circuit ioi-800 ioi trainer.steps=800 task.train=800
+circuit ioi-800 ioi trainer.steps=800 trainer.learning_rate=0.15 task.train=6400
 for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
   .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" "one seed=runs/smollm2/$task-0"

@@ -275,10 +275,10 @@ def test_a_circuit_of_a_size_has_exactly_that_size(model):
         assert found.curve.num_edges == total
 
 
-@pytest.mark.parametrize("choice", [{"max_kl": 0.02}, {"min_exact_match": 0.9}, {}], ids=str)
-def test_the_chosen_circuit_is_the_smallest_that_is_good_on_the_validation_prompts(model, choice):
-    pairs, validation = random_pairs(6), random_pairs(25, seed=1)
-    found = prune(model, pairs, validation, **choice, **QUICK)
+@pytest.mark.parametrize("choice", [{"max_kl": 3.0}, {"min_exact_match": 0.6}, {}], ids=str)
+def test_the_chosen_circuit_is_the_smallest_that_is_good_on_the_validation_prompts(choice):
+    model, pairs, validation = micro_model(), induction_pairs(40, 1), induction_pairs(25, 2)
+    found = prune(model, pairs, validation, **choice, **{**QUICK, "steps": 60})
     result = evaluate(model, found.circuit, validation, ablation=found.ablation)
 
     def is_good(metrics) -> bool:

@@ -167,14 +167,14 @@ def test_sizes_depend_on_seed_and_step_alone():
     assert len({*sizes, *(every_size(seed=1).size(step) for step in range(20))}) == 40
 
 
-@pytest.mark.parametrize("smallest", [0.005, 0.4, 1.0])
-def test_sizes_are_log_uniform_from_the_smallest_to_all_edges(smallest):
+@pytest.mark.parametrize("smallest", [0.0001, 0.05, 0.4, 1.0])
+def test_sizes_are_log_uniform_from_the_smallest_and_at_least_one_edge_to_all(smallest):
     method, total = every_size(smallest=smallest), GRAPH.num_edges
     sizes = torch.tensor([method.size(step) for step in range(2000)]).sort().values
-    assert smallest * total * 0.9999 <= sizes[0] and sizes[-1] <= total * 1.0001
-    quantiles = total * smallest ** (1 - torch.linspace(0, 1, 2000))
-    ratio = (sizes / quantiles).log().abs().max()
-    assert ratio <= -0.04 * math.log(smallest) + 1e-4
+    low = max(1, smallest * total)
+    assert low * 0.9999 <= sizes[0] and sizes[-1] <= total * 1.0001
+    quantiles = low * (total / low) ** torch.linspace(0, 1, 2000)
+    assert (sizes / quantiles).log().abs().max() <= 0.04 * math.log(total / low) + 1e-4
 
 
 def test_initial_scores_depend_on_the_seed_and_only_break_ties():

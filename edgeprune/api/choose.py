@@ -21,6 +21,10 @@ from edgeprune.training.progress import progress as progress_bar
 
 log = logging.getLogger("edgeprune")
 
+NO_KL = (
+    "max_kl= needs logits, but this model outputs values; give min_exact_match=, sparsity= or "
+    "num_edges="
+)
 TINY = 1e-12
 """Smallest number that is divided by."""
 
@@ -59,6 +63,8 @@ def choose(
 ) -> Chosen:
     """Choose a circuit.
 
+    Raises ConfigError for a limit on the KL where outputs are values.
+
     Args:
         state: gives the state of the method that learned the scores, for a threshold.
         curve: gives the curve, for a condition on how good the circuit is.
@@ -72,7 +78,10 @@ def choose(
     origin = {"chosen_by": f"{name}={value}"}
     if name not in RULES:
         return Chosen(scores.circuit(**{name: value}), origin, None)
-    refined = refine(curve(), RULES[name](value), measure)
+    known = curve()
+    if name == "max_kl" and math.isnan(known.empty.kl):
+        raise ConfigError(NO_KL)
+    refined = refine(known, RULES[name](value), measure)
     size = refined.smallest(RULES[name](value))
     if size == refined.num_edges:
         log.warning(f"no measured circuit meets {name}={value}, so all edges are kept")
@@ -82,10 +91,7 @@ def choose(
 def check_choice(choice: Choice, model: CircuitModel) -> None:
     """Raise ConfigError for a condition on the KL of a model that has none."""
     if choice[0] == "max_kl" and model.output is not Output.logits:
-        raise ConfigError(
-            f"max_kl={choice[1]} needs logits, but {model.name} outputs values; give "
-            "min_exact_match=, sparsity= or num_edges="
-        )
+        raise ConfigError(NO_KL)
 
 
 def curve_of(

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from edgeprune.api.choose import Choice, check_choice, choose, cleaned_up, curve_of
+from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of
 from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import SIZES, ExportConfig
@@ -94,7 +94,6 @@ def choose_from(
 
     def measure(sizes: Sequence[int] | None = None) -> Curve:
         m = measuring()
-        check_choice(choice, m.model)
         return curve_of(
             m.model, scores, m.pairs, m.ablation, run.config.evaluation_batch_size, sizes
         )

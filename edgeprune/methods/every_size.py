@@ -55,8 +55,9 @@ class EverySize(Method):
     def size(self, step: int) -> float:
         """The size of a step's circuit, in edges: log-uniform from the smallest to all edges."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        share = self.smallest ** torch.rand((), generator=generator).item()
-        return share * self.graph.num_edges
+        total = self.graph.num_edges
+        smallest = max(self.smallest, 1 / total)
+        return total * smallest ** torch.rand((), generator=generator).item()
 
     def temperature_at(self, step: int) -> float:
         """T of a step: falls by the same factor in each step, to a `COOLING`-th in all."""

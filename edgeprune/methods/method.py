@@ -1,6 +1,7 @@
 """What learned methods share: an optimiser, its state, and the check that a step is finite.
 
-To add a method, write a subclass of `Method` in a file of its own and enter it in `METHODS`.
+To add a method, write a subclass of `Method` in a file of its own, decorated like `Method` itself
+(otherwise its `__post_init__` does not run), and enter it in `METHODS`.
 """
 
 import math

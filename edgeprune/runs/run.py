@@ -154,7 +154,7 @@ class Run:
         write_circuit(circuit, self.path / layout.CIRCUIT, "circuit", origin=origin)
 
     def curve(self) -> Curve | None:
-        """Metrics of circuits of many sizes, on `held_out` prompts; None if not measured yet."""
+        """Metrics of circuits of many sizes on validation prompts; None if not measured yet."""
         path = self.path / layout.CURVE
         try:
             return Curve.from_dict(json.loads(path.read_bytes())) if path.exists() else None

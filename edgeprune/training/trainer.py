@@ -153,9 +153,9 @@ class Trainer:
 
     @cached_property
     def _full_model(self) -> Callable[[Batch], tuple[Tensor, Activations | None]]:
-        """See `CircuitModel.run_pair`; a small training set is run once, before the first step.
+        """See `CircuitModel.run_pair`.
 
-        Unless no pair is used twice.
+        A small training set of which pairs are used repeatedly is run once, before the first step.
         """
         batch_size, corrupted = self.settings.batch_size, self.ablation.needs_corrupted
         if self.settings.steps * batch_size <= len(self.pairs):
