@@ -25,8 +25,8 @@ from edgeprune.scores import EdgeScores
 
 SPARSITIES = (0.995, 0.99, 0.985, 0.98, 0.97, 0.95, 0.9, 0.8)
 """Sparsities in the table; the picture has more."""
-MAX_PROMPTS = 500
-"""Number of test prompts."""
+MAX_PROMPTS = 300
+"""Number of prompts of each split."""
 GATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Values of all gates at which attribution scores are computed and summed."""
 
@@ -64,7 +64,7 @@ def main(picture: str, *arguments: str) -> None:
     }
     total = model.graph.num_edges
     shown = [model.graph.resolve_size(sparsity=sparsity) for sparsity in SPARSITIES]
-    sizes = {"test": {*shown, *log_sizes(round(0.003 * total), total, 12)}, "train": shown}
+    sizes = {"test": {*shown, *log_sizes(round(0.003 * total), total, 8)}, "train": shown}
     print("KL on test (training) prompts, by sparsity")
     print(f"| | {' | '.join(map(str, SPARSITIES))} |")
     lines: dict[str, list[Curve]] = {}

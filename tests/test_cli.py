@@ -596,7 +596,7 @@ def test_default_run_directories_and_own_paths(composed):
     own = ("task.path=data/sums.jsonl", "model.path=org/model", "sparsity=0.9")
     configs = [
         *composed("sparsity=0.9"), *composed("seed=1"), *composed(*own),
-        *composed("experiment=smollm2/ioi", own[1]), *composed("trainer=paper"),
+        *composed("experiment=smollm2/ioi", own[1]), *composed("trainer=paper", "sparsity=0.9"),
     ]  # fmt: skip
     assert len({config.run_dir for config in configs}) == 5
     assert (configs[2].task.name, configs[2].model.name) == ("custom", "custom")

@@ -14,17 +14,13 @@ from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import CleanUp
 from edgeprune.evaluation.curve import Curve, Rule, measure_curve, refine
 from edgeprune.methods.paper import circuit_by_threshold
-from edgeprune.metrics import Metrics, Output
+from edgeprune.metrics import Metrics
 from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
 
 log = logging.getLogger("edgeprune")
 
-NO_KL = (
-    "max_kl= needs logits, but this model outputs values; give min_exact_match=, sparsity= or "
-    "num_edges="
-)
 TINY = 1e-12
 """Smallest number that is divided by."""
 
@@ -79,8 +75,7 @@ def choose(
     if name not in RULES:
         return Chosen(scores.circuit(**{name: value}), origin, None)
     known = curve()
-    if name == "max_kl" and math.isnan(known.empty.kl):
-        raise ConfigError(NO_KL)
+    check_choice(choice, has_kl=not math.isnan(known.empty.kl))
     refined = refine(known, RULES[name](value), measure)
     size = refined.smallest(RULES[name](value))
     if size == refined.num_edges:
@@ -88,10 +83,14 @@ def choose(
     return Chosen(scores.circuit(num_edges=size), origin, refined)
 
 
-def check_choice(choice: Choice, model: CircuitModel) -> None:
-    """Raise ConfigError for a condition on the KL of a model that has none."""
-    if choice[0] == "max_kl" and model.output is not Output.logits:
-        raise ConfigError(NO_KL)
+def check_choice(choice: Choice, *, has_kl: bool) -> None:
+    """Raise ConfigError for a limit on the KL of a model that has none."""
+    name, value = choice
+    if name == "max_kl" and not has_kl:
+        raise ConfigError(
+            f"max_kl={value} needs logits, but this model outputs values; give min_exact_match=, "
+            "sparsity= or num_edges="
+        )
 
 
 def curve_of(

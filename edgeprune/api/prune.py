@@ -25,6 +25,7 @@ from edgeprune.evaluation.curve import Curve, curve_panels
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.methods import METHODS
+from edgeprune.metrics import Output
 from edgeprune.models.load import load_meta_model
 from edgeprune.paths import CONF
 from edgeprune.prompts import Pair, PairDataset
@@ -113,7 +114,7 @@ def prune(
         "trainer": to_dict(trainer_config(trainer, settings)),
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
-    check_choice(config.choice, model)
+    check_choice(config.choice, has_kl=model.output is Output.logits)
     ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
     learned = _learn(model, pairs, config, ablation, progress=progress)
     return _choose(model, pairs, held_out, config, ablation, learned, progress=progress)
@@ -244,7 +245,7 @@ def prune_run(config: PruneConfig) -> Finished | None:
         world.check_same("the settings", str(config))
         with claim(config, world) as run:
             model, pairs, split, held_out = _load(run, world)
-            check_choice(config.choice, model)
+            check_choice(config.choice, has_kl=model.output is Output.logits)
             ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
             progress = world.is_rank_zero
             learned = _learn(
