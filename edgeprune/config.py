@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from edgeprune.errors import ConfigError
 
@@ -205,6 +205,8 @@ class TrainerConfig(Settings):
     """Settings that all training methods share."""
 
     prefix = "trainer."
+    default_choice: ClassVar[tuple[str, float | None]] = DEFAULT_CHOICE
+    """See `PruneConfig.choice`."""
 
     method: str = setting("", choices=("", "every_size", "lagrangian", "priced"))
     """The method, which `trainer=NAME` chooses together with its settings."""
@@ -213,8 +215,8 @@ class TrainerConfig(Settings):
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
     learning_rate: float = setting(0.3, above=0)
-    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, half as
-    many steps need a learning rate twice as large, because scores have the same way to go."""
+    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, fewer
+    steps need a larger one (0.8 for 100), because scores have the same way to go."""
     objective: str = setting("kl", choices=OBJECTIVES)
     """What is minimised: kl, the KL divergence from the full model (or where outputs are values,
     the unexplained variance); logit_difference, the squared error of the logit difference between
@@ -237,6 +239,10 @@ class TrainerConfig(Settings):
                 f"trainer.method={self.method} needs other settings; give trainer=NAME"
             )
 
+    def repeats(self, num_pairs: int) -> bool:
+        """Whether training uses some of so many pairs more than once."""
+        return self.steps * self.batch_size > num_pairs
+
     def method_settings(self, asked: float | None) -> dict[str, Any]:
         """Keyword arguments of the method's constructor.
 
@@ -255,13 +261,15 @@ class EverySizeConfig(TrainerConfig):
     method: str = "every_size"
     temperature: float = setting(0.5, above=0)
     """How gradually gates close with falling scores, at the end; four times that at the start."""
-    smallest: float = setting(0.005, above=0, at_most=1)
+    smallest: float = setting(0.005, above=0, at_most=0.5)
     """Smallest size that is trained, as a share of the edges; smaller circuits are not ranked."""
 
 
 @dataclass
 class HardConcreteConfig(TrainerConfig):
     """Settings of methods that sample hard-concrete gates."""
+
+    default_choice = ("threshold", None)
 
     lr_warmup_steps: int = setting(0, at_least=0)
     """Learning rates rise linearly over these steps, then fall linearly to 0."""
@@ -388,7 +396,8 @@ class PruneConfig(Settings):
     num_edges: int | None = setting(None, at_least=0)
     """Number of edges to keep, exactly."""
     max_kl: float | None = setting(None, above=0)
-    """Choose the smallest circuit whose KL on the validation prompts is at most this, in nats."""
+    """Choose the smallest circuit whose KL on the validation prompts is at most this, in nats; a
+    clean-up comes later and may add to it."""
     min_exact_match: float | None = setting(None, above=0, at_most=1)
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
     the validation prompts. Without any of these four settings: the smallest circuit whose KL is at
@@ -432,9 +441,7 @@ class PruneConfig(Settings):
     def choice(self) -> tuple[str, float | None]:
         """How the circuit is chosen: one of `SIZES` and its value, `DEFAULT_CHOICE`, or "threshold"
         and None."""
-        given = [(name, getattr(self, name)) for name in SIZES]
-        default = DEFAULT_CHOICE if self.trainer.method == "every_size" else ("threshold", None)
-        return next((choice for choice in given if choice[1] is not None), default)
+        return given_size(self) or self.trainer.default_choice
 
     @property
     def title(self) -> str:
@@ -519,7 +526,8 @@ class DrawConfig(Settings):
     circuit: str = ""
     """Run directory or circuit file."""
     checkpoint: int | None = None
-    """Step of the run's checkpoint to draw; null: the run's circuit, or else the last."""
+    """Step of the run's checkpoint to draw; null: the run's circuit, or else the last. Without a
+    size, circuits are measured to choose one."""
     sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Draw the circuit with exactly this fraction of the edges removed."""
     num_edges: int | None = setting(None, at_least=0)
@@ -639,6 +647,12 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 def dataclass_of(hint: Any) -> type | None:
     """The settings class in a type hint, such as `ModelConfig | None`; None if there is none."""
     return next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+
+
+def given_size(settings: Settings) -> tuple[str, float] | None:
+    """The one of `SIZES` that is set, and its value; None if none is."""
+    given = [(name, getattr(settings, name, None)) for name in SIZES]
+    return next((choice for choice in given if choice[1] is not None), None)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

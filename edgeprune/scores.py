@@ -18,6 +18,9 @@ from edgeprune.errors import CircuitError
 from edgeprune.files import write_atomically
 from edgeprune.graph import CircuitGraph
 
+MAX_LOGIT = 8.0
+"""Logistic functions of numbers up to this keep four decimals of them in float32."""
+
 
 @dataclass(frozen=True)
 class EdgeScores:
@@ -26,7 +29,8 @@ class EdgeScores:
     Attributes:
         graph: the scored graph.
         values: [edge], float64 on the CPU, in the graph's order. Learned scores are log odds: the
-            logarithm of p / (1 - p), where p in (0, 1) grows with the importance of the edge.
+            logarithm of p / (1 - p) with a p in (0, 1), or any numbers that grow with the
+            importance of the edge.
         by_magnitude: whether edges are ranked by |value| (attribution) instead of by value.
         origin: where the values come from: method, settings, training step; JSON values.
     """
@@ -67,9 +71,13 @@ class EdgeScores:
     def magnitudes(self) -> Tensor:
         """[edge], numbers whose magnitude ranks the edges, for formats that rank by magnitude.
 
-        The values themselves where magnitude ranks them; otherwise their logistic function.
+        The values themselves where magnitude ranks them; otherwise their logistic function, which
+        is made flatter where it would be 1 for several of the highest values.
         """
-        return self.values if self.by_magnitude else torch.sigmoid(self.values)
+        if self.by_magnitude:
+            return self.values
+        scale = max(1.0, self.values.abs().max().item() / MAX_LOGIT)
+        return torch.sigmoid(self.values / scale)
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, which also holds graph and origin."""

@@ -64,14 +64,21 @@ def main(picture: str, *arguments: str) -> None:
     }
     total = model.graph.num_edges
     shown = [model.graph.resolve_size(sparsity=sparsity) for sparsity in SPARSITIES]
-    sizes = {"test": {*shown, *log_sizes(round(0.003 * total), total, 8)}, "train": shown}
+    sizes = {"test": {*shown, *log_sizes(max(1, round(0.003 * total)), total, 8)}, "train": shown}
     print("KL on test (training) prompts, by sparsity")
     print(f"| | {' | '.join(map(str, SPARSITIES))} |")
     lines: dict[str, list[Curve]] = {}
 
     def measure(name: str, scores: EdgeScores) -> Curve:
         test, train = (
-            measure_curve(model, scores, pairs, sizes=sizes[split], batch_size=32)
+            measure_curve(
+                model,
+                scores,
+                pairs,
+                sizes=sizes[split],
+                batch_size=32,
+                ablation=first.config.ablation.kind,
+            )
             for split, pairs in splits.items()
         )
         print_row(name, test, train, shown)

@@ -17,6 +17,7 @@ from edgeprune.evaluation.curve import (
     Curve,
     curve_panels,
     curve_table,
+    default_sizes,
     log_sizes,
     measure_curve,
     refine,
@@ -35,7 +36,7 @@ def metrics(kl: float, exact_match: float = 0.5, **more: float) -> Metrics:
 
 
 def curve(kl: dict[int, float], empty: float = 9.0) -> Curve:
-    return Curve({size: metrics(value) for size, value in kl.items()}, metrics(empty), 7)
+    return Curve({size: metrics(value) for size, value in {0: empty, **kl}.items()}, 7, "test")
 
 
 def at_most(limit: float):
@@ -67,6 +68,7 @@ def program(name: str):
         ({1: 0.5, 4: 0.5, 9: 0.5, 20: 0.2, 60: 0}, 1),
         ({1: 3, 4: math.nan, 9: 0.5, 60: 0}, 9),
         ({60: 0}, 60),
+        ({1: 0.1, 60: 0}, 1),
     ],
 )
 def test_the_smallest_good_size_from_which_all_larger_ones_are_good(kl, smallest):
@@ -117,7 +119,7 @@ def refined(sizes, total: int, needed: int) -> tuple[Curve, list[int]]:
 def test_sizes_are_added_between_the_smallest_good_one_and_the_next_smaller():
     found, asked = refined((10, 100, 1000), 5000, needed=300)
     assert asked and all(100 < size < 1000 for size in asked)
-    assert {*found.points} == {10, 100, 1000, 5000, *asked}
+    assert {*found.points} == {0, 10, 100, 1000, 5000, *asked}
     assert [*found.points] == sorted(found.points)
     assert found.smallest(at_most(0.5)) == min(size for size in asked if size >= 300)
     assert (found.num_edges, found.empty.kl, found.num_examples) == (5000, 9, 7)
@@ -164,8 +166,9 @@ def test_json_keeps_everything_and_has_no_nan():
     text = json.dumps(one.to_dict(), allow_nan=False)
     again = Curve.from_dict(json.loads(text))
     assert again.to_dict() == one.to_dict()
-    assert [*again.points] == [3, 60]
+    assert [*again.points] == [0, 3, 60]
     assert (again.points[3].kl, again.empty.kl, again.num_examples) == (0.5, 9, 7)
+    assert again.prompts == "test"
     assert math.isnan(again.points[3].error)
     assert again.num_edges == 60
 
@@ -179,7 +182,7 @@ def test_a_curve_agrees_with_an_evaluation_of_each_circuit(model, ablation):
         model, scores, pairs, ablation=ablation, batch_size=4, sizes=[200, 30, 30, total],
         listener=done.append,
     )  # fmt: skip
-    assert [*found.points] == [30, 200, total]
+    assert [*found.points] == [0, 30, 200, total]
     assert (found.num_edges, found.num_examples) == (total, 17)
     assert done == [4, 8, 12, 16, 17]
     own = Ablation.of(model, ablation, pairs, 4)
@@ -196,12 +199,23 @@ def test_a_curve_agrees_with_an_evaluation_of_each_circuit(model, ablation):
 
 def test_sizes_go_from_few_edges_to_all(model):
     found = measure_curve(model, random_scores(model), random_pairs(2))
-    sizes, total = [*found.points], model.graph.num_edges
-    assert sizes == sorted(set(sizes)) and sizes[-1] == total
+    empty, *sizes = found.points
+    total = model.graph.num_edges
+    assert sizes == sorted(set(sizes)) and (empty, sizes[-1]) == (0, total)
     assert 1 <= sizes[0] <= total / 100
     assert max(b / a for a, b in zip(sizes, sizes[1:], strict=False)) < 2.5
     tiny = wrap_model(random_gpt2(n_layer=1, n_head=1, n_embd=8))
-    assert min(measure_curve(tiny, random_scores(tiny), random_pairs(2)).points) == 1
+    assert [*measure_curve(tiny, random_scores(tiny), random_pairs(2)).points][:2] == [0, 1]
+
+
+def test_the_size_asked_for_is_among_those_measured():
+    assert {0, 110} < {0, *default_sizes(5000, 110)}
+    few = default_sizes(1_000_000, 40)
+    assert min(few) == 40 and max(few) == 1_000_000 and len(few) <= 13
+
+
+def test_an_empty_circuit_may_be_good_enough():
+    assert curve({1: 0.1, 60: 0}, empty=0.2).smallest(at_most(0.5)) == 0
 
 
 def test_a_curve_of_a_model_that_outputs_values():
@@ -298,7 +312,8 @@ def test_the_chosen_circuit_is_the_smallest_that_is_good_on_the_validation_promp
 def test_prompts_are_the_training_prompts_unless_others_are_given(model):
     pairs = random_pairs(6)
     one, other = (prune(model, pairs, *more, num_edges=9, **QUICK) for more in ((), (pairs,)))
-    assert one.curve.to_dict() == other.curve.to_dict()
+    assert one.curve.points == other.curve.points
+    assert (one.curve.prompts, other.curve.prompts) == ("training", "validation")
     with pytest.raises(ValueError):
         prune(model, pairs, [], **QUICK)
 

@@ -48,7 +48,8 @@ def curve(kl: dict[int, float]) -> Curve:
         unknown = dict.fromkeys(METRICS, math.nan)
         return Metrics(unknown | {"kl": kl, "exact_match": 1 - kl / 10, "accuracy": 1 - kl / 10})
 
-    return Curve({size: metrics(x) for size, x in {**kl, len(EDGES): 0}.items()}, metrics(8.0), 9)
+    kl = {0: 8.0, **kl, len(EDGES): 0.0}
+    return Curve({size: metrics(x) for size, x in kl.items()}, 9, "validation")
 
 
 def run(
@@ -257,7 +258,7 @@ def test_runs_that_chose_differently_have_lines_of_their_own(tmp_path, drawn):
 def test_a_run_without_a_usable_curve_is_reported(tmp_path, damage, capsys, monkeypatch):
     folders = [fake_run(tmp_path / name, first(4), num_edges=4, seed=seed)
                for seed, name in enumerate("ab")]  # fmt: skip
-    whole = json.dumps({"split": "validation", **curve({3: 4.0}).to_dict()})
+    whole = json.dumps(curve({3: 4.0}).to_dict())
     (folders[0] / "curve.json").write_text(whole)
     if damage is not None:
         (folders[1] / "curve.json").write_text(damage)

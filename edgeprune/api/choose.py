@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -21,8 +21,8 @@ from edgeprune.training.progress import progress as progress_bar
 
 log = logging.getLogger("edgeprune")
 
-TINY = 1e-12
-"""Smallest number that is divided by."""
+ROUNDING = 1e-6
+"""Distances below this are rounding errors."""
 
 Choice = tuple[str, float | None]
 """See `PruneConfig.choice`."""
@@ -38,15 +38,7 @@ RULES: dict[str, Callable[[float], Rule]] = {
 def share_lost(circuit: Metrics, empty: Metrics) -> float:
     """The circuit's KL as a fraction of the empty circuit's; the error where outputs are values."""
     name = "error" if math.isnan(circuit.kl) else "kl"
-    return circuit[name] / max(empty[name], TINY)
-
-
-class Chosen(NamedTuple):
-    """A circuit, how it was chosen as JSON values, and the curve, if one was needed."""
-
-    circuit: Circuit
-    origin: dict[str, Any]
-    curve: Curve | None
+    return circuit[name] / max(empty[name], ROUNDING)
 
 
 def choose(
@@ -54,33 +46,52 @@ def choose(
     choice: Choice,
     *,
     state: Callable[[], Mapping[str, Tensor]],
-    curve: Callable[[], Curve],
-    measure: Callable[[Sequence[int]], Curve],
-) -> Chosen:
+    measure: Callable[[Sequence[int] | None], Curve],
+    curve: Curve | None = None,
+    agree: Callable[[bool], bool] = bool,
+) -> tuple[Circuit, dict[str, Any], Curve | None]:
     """Choose a circuit.
-
-    Raises ConfigError for a limit on the KL where outputs are values.
 
     Args:
         state: gives the state of the method that learned the scores, for a threshold.
-        curve: gives the curve, for a condition on how good the circuit is.
-        measure: measures circuits of more sizes, see `evaluation.curve.refine`.
+        measure: measures circuits of the given sizes, for a condition on how good the circuit is.
+        curve: what has been measured already.
+        agree: makes several processes, which may differ in rounding, decide in the same way.
+
+    Returns:
+        The circuit, how it was chosen as JSON values, and the curve if one is known.
+
+    Raises ConfigError for a limit on the KL where outputs are values.
     """
     name, value = choice
     if name == "threshold":
         circuit, thresholds = circuit_by_threshold(scores.graph, state())
         found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
-        return Chosen(circuit, {"chosen_by": name, **found}, None)
+        return circuit, {"chosen_by": name, **found}, curve
     origin = {"chosen_by": f"{name}={value}"}
     if name not in RULES:
-        return Chosen(scores.circuit(**{name: value}), origin, None)
-    known = curve()
-    check_choice(choice, has_kl=not math.isnan(known.empty.kl))
-    refined = refine(known, RULES[name](value), measure)
-    size = refined.smallest(RULES[name](value))
-    if size == refined.num_edges:
-        log.warning(f"no measured circuit meets {name}={value}, so all edges are kept")
-    return Chosen(scores.circuit(num_edges=size), origin, refined)
+        return scores.circuit(**{name: value}), origin, curve
+    rule = RULES[name](value)
+    curve = curve or measure(None)
+    full = curve.points[curve.num_edges]
+    check_choice(choice, has_kl=not math.isnan(full.kl))
+
+    def is_good(circuit: Metrics, empty: Metrics) -> bool:
+        return agree(rule(circuit, empty))
+
+    curve = refine(curve, is_good, measure)
+    size = curve.smallest(is_good)
+    if size == curve.num_edges:
+        log.warning(f"no measured circuit meets {describe_choice(choice)}, so all edges are kept")
+    return scores.circuit(num_edges=size), origin, curve
+
+
+def describe_choice(choice: Choice) -> str:
+    """A condition in words."""
+    name, value = choice
+    if name == "max_share_lost":
+        return f"at most {value:.0%} of the empty circuit's distance from the full model"
+    return f"{name}={value}"
 
 
 def check_choice(choice: Choice, *, has_kl: bool) -> None:

@@ -3,13 +3,21 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.export import choose_from
+from edgeprune.api.export import Measuring, choose_from
 from edgeprune.api.shared import check_output, graph_of, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import DRAWINGS, CompareConfig, DrawConfig, PrepareConfig, ReportConfig
+from edgeprune.config import (
+    DRAWINGS,
+    CompareConfig,
+    DrawConfig,
+    PrepareConfig,
+    ReportConfig,
+    given_size,
+)
 from edgeprune.drawing import comparison_groups, draw_circuit
 from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
 from edgeprune.evaluation import compare as comparison
@@ -39,9 +47,9 @@ def draw(config: DrawConfig) -> Drawn:
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
         run = Run.open(folder)
-        sizes = [(name, getattr(config, name)) for name in ("sparsity", "num_edges")]
-        asked = next((choice for choice in sizes if choice[1] is not None), run.config.choice)
-        _, circuit, _ = choose_from(run, asked, config.checkpoint)
+        choice = given_size(config) or run.config.choice
+        measuring = cache(lambda: Measuring.of(run))
+        _, circuit, _ = choose_from(run, choice, config.checkpoint, measuring)
         stem, title = folder / layout.DRAWING, run.config.title
     elif from_scores:
         raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")

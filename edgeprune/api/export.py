@@ -1,7 +1,7 @@
 """Choosing a circuit from scores, and writing it in another format."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of
 from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import SIZES, ExportConfig
+from edgeprune.config import SIZES, ExportConfig, given_size
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -45,13 +45,15 @@ def export(config: ExportConfig) -> Exported:
     run = Run.open(config.run)
     if config.output is not None:
         check_output(Path(config.output))
-    choice = _asked(config) or run.config.choice
-    scores, circuit, chosen = choose_from(run, choice, config.checkpoint)
+    by_threshold = ("threshold", None) if config.threshold else None
+    choice = given_size(config) or by_threshold or run.config.choice
+    measuring = cache(lambda: Measuring.of(run))
+    scores, circuit, chosen = choose_from(run, choice, config.checkpoint, measuring)
     if config.cleanup is not None:
-        measuring = Measuring.of(run, "train")
+        own = measuring()
         cleaned = clean_up(
-            measuring.model, circuit, measuring.pairs, tolerance=config.cleanup, scores=scores,
-            ablation=measuring.ablation, batch_size=run.config.evaluation_batch_size,
+            own.model, circuit, own.train, tolerance=config.cleanup, scores=scores,
+            ablation=own.ablation, batch_size=run.config.evaluation_batch_size,
         )  # fmt: skip
         circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
     origin = {"scores": dict(scores.origin), **chosen}
@@ -65,15 +67,30 @@ def export(config: ExportConfig) -> Exported:
     return Exported(circuit, output, origin)
 
 
-def _asked(config: ExportConfig) -> Choice | None:
-    """How the settings say that the circuit is chosen, if they do."""
-    given = [(name, getattr(config, name)) for name in SIZES]
-    by_threshold = ("threshold", None) if config.threshold else None
-    return next((choice for choice in given if choice[1] is not None), by_threshold)
+class Measuring(NamedTuple):
+    """What measuring circuits of a run takes: its own model, prompts and ablation."""
+
+    model: CircuitModel
+    train: PairDataset
+    held_out: PairDataset
+    ablation: Ablation
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Load them."""
+        config = run.config
+        model = load_model_of(config.model)
+        path = own_data(run.data_path, run.digests["data"])
+        train, held_out = (
+            load_pairs(path, config.task, model, split)
+            for split in ("train", first_split(path, "validation"))
+        )
+        ablation = ablation_of(model, config.ablation, train, config.evaluation_batch_size)
+        return cls(model, train, held_out, ablation)
 
 
 def choose_from(
-    run: Run, choice: Choice, step: int | None = None
+    run: Run, choice: Choice, step: int | None, measuring: Callable[[], Measuring]
 ) -> tuple[EdgeScores, Circuit, dict[str, Any]]:
     """A run's scores after a step, or else the last; a circuit chosen from them, and how it was."""
     scores = run.scores(step)
@@ -82,50 +99,21 @@ def choose_from(
             f"the run in {run.path} has done {scores.origin['step']:,} of "
             f"{run.config.trainer.steps:,} steps; continue it with its command and resume=auto"
         )
-    if choice[0] == "threshold" and run.config.trainer.method == "every_size":
+    if choice[0] == "threshold" and run.config.trainer.default_choice != choice:
         raise ConfigError(
-            "threshold=true needs gates, but trainer=every_size learns scores; give "
+            "threshold=true needs gates, but the run has learned scores; give "
             f"{', '.join(f'{name}=' for name in SIZES)} or none"
         )
 
-    @cache
-    def measuring() -> Measuring:
-        return Measuring.of(run, "validation")
+    def measure(sizes: Sequence[int] | None) -> Curve:
+        own, batch_size = measuring(), run.config.evaluation_batch_size
+        return curve_of(own.model, scores, own.held_out, own.ablation, batch_size, sizes)
 
-    def measure(sizes: Sequence[int] | None = None) -> Curve:
-        m = measuring()
-        return curve_of(
-            m.model, scores, m.pairs, m.ablation, run.config.evaluation_batch_size, sizes
-        )
-
-    def curve() -> Curve:
-        known = run.curve() if step is None else None
-        return known or measure()
-
-    chosen = choose(
+    circuit, origin, _ = choose(
         scores, choice, state=lambda: run.checkpoint(scores.origin.get("step")).state,
-        curve=curve, measure=measure,
+        measure=measure, curve=run.curve() if step is None else None,
     )  # fmt: skip
-    return scores, chosen.circuit, chosen.origin
-
-
-class Measuring(NamedTuple):
-    """What measuring circuits of a run takes: its own model, prompts and ablation."""
-
-    model: CircuitModel
-    pairs: PairDataset
-    ablation: Ablation
-
-    @classmethod
-    def of(cls, run: Run, split: str) -> Self:
-        """Load the model, and the prompts of a split (or of another, if it is empty)."""
-        config = run.config
-        model = load_model_of(config.model)
-        path = own_data(run.data_path, run.digests["data"])
-        train = load_pairs(path, config.task, model, "train")
-        ablation = ablation_of(model, config.ablation, train, config.evaluation_batch_size)
-        pairs = load_pairs(path, config.task, model, first_split(path, split))
-        return cls(model, pairs, ablation)
+    return scores, circuit, origin
 
 
 def _convert(config: ExportConfig, form: str) -> Exported:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.cleanup import clean_up
-from edgeprune.evaluation.curve import Curve, curve_panels
+from edgeprune.evaluation.curve import Curve, curve_panels, default_sizes
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.methods import METHODS
@@ -117,7 +117,10 @@ def prune(
     check_choice(config.choice, has_kl=model.output is Output.logits)
     ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
     learned = _learn(model, pairs, config, ablation, progress=progress)
-    return _choose(model, pairs, held_out, config, ablation, learned, progress=progress)
+    prompts = "training" if validation is None else "validation"
+    return _choose(
+        model, pairs, held_out, config, ablation, learned, prompts=prompts, progress=progress
+    )
 
 
 def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
@@ -182,18 +185,19 @@ def _choose(
     ablation: Ablation,
     learned: Learned,
     *,
+    prompts: str,
+    agree: Callable[[bool], bool] = bool,
     progress: bool = True,
 ) -> Pruned:
-    """Measure circuits of many sizes, choose one and clean it up."""
+    """Measure circuits of many sizes, choose one and clean it up; `agree` as for `choose`."""
     scores, state, history = learned
     measure = partial(
         curve_of, model, scores, held_out, ablation, config.evaluation_batch_size, progress=progress
     )
-    curve = measure()
-    chosen = choose(
-        scores, config.choice, state=lambda: state, curve=lambda: curve, measure=measure
+    circuit, origin, curve = choose(
+        scores, config.choice, state=lambda: state, measure=measure, agree=agree
     )
-    circuit, origin = chosen.circuit, chosen.origin
+    curve = curve or measure(default_sizes(scores.graph.num_edges, len(circuit)))
     if config.cleanup is not None:
         cleaned = clean_up(
             model, circuit, pairs, tolerance=config.cleanup, scores=scores, ablation=ablation,
@@ -201,7 +205,7 @@ def _choose(
         )  # fmt: skip
         circuit, origin = cleaned_up(cleaned, origin, config.cleanup)
     origin = {"scores": dict(scores.origin), **origin}
-    return Pruned(circuit, scores, chosen.curve or curve, history, ablation, origin)
+    return Pruned(circuit, scores, replace(curve, prompts=prompts), history, ablation, origin)
 
 
 def _plot(run: Run) -> None:
@@ -214,11 +218,11 @@ def _plot(run: Run) -> None:
         log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
 
 
-def _plot_curve(run: Run, curve: Curve, split: str) -> None:
+def _plot_curve(run: Run, curve: Curve) -> None:
     """Plot the curve. As with `_plot`, a failure costs nothing else."""
     path = run.path / layout.CURVE_PLOT
     try:
-        title = f"{run.config.title}, seed {run.config.seed}, {split} prompts"
+        title = f"{run.config.title}, seed {run.config.seed}, {curve.prompts} prompts"
         draw_frontier(curve_panels({"": [curve]}), path, title=title, all_edges=curve.num_edges)
     except Exception as error:
         log.warning(f"{path} is not drawn: {error}")
@@ -257,22 +261,25 @@ def prune_run(config: PruneConfig) -> Finished | None:
                 world.close()
                 if not world.is_rank_zero:
                     return None
-            pruned = _choose(model, pairs, held_out, config, ablation, learned, progress=progress)
+            prompts = split if held_out.has_splits and split != "train" else "training"
+            pruned = _choose(
+                model, pairs, held_out, config, ablation, learned, prompts=prompts,
+                agree=world.any if config.launcher.shard else bool, progress=progress,
+            )  # fmt: skip
             evaluation = evaluate(
                 model, pruned.circuit, held_out, ablation=ablation,
                 batch_size=config.evaluation_batch_size,
             )  # fmt: skip
             if not world.is_rank_zero:
                 return None
-            write_json(run.path / layout.CURVE, {"split": split, **pruned.curve.to_dict()})
-            _plot_curve(run, pruned.curve, split)
+            write_json(run.path / layout.CURVE, pruned.curve.to_dict())
+            _plot_curve(run, pruned.curve)
             run.write_circuit(pruned.circuit, pruned.origin)
             record = evaluation_record(
                 model, pruned.circuit, held_out, split, config.ablation, evaluation,
                 data_digest=run.digests["data"], is_own=True,
             )  # fmt: skip
             write_json(run.path / layout.evaluation(split), record)
-            prompts = "training" if record["training_prompts"] else split
             return Finished(run, pruned, prompts, evaluation)
 
 
@@ -321,7 +328,7 @@ def _check_memory(
     plan = plan_memory(
         meta, pairs, at_a_time, recompute=trainer.recompute, shares=world.count if shard else 1,
         offload=config.launcher.offload, bits=config.model.bits,
-        corrupted_kept=config.ablation.kind == "interchange",
+        corrupted_kept=config.ablation.kind == "interchange", repeated=trainer.repeats(len(pairs)),
     )  # fmt: skip
     free = free_memory(world.device)
     log.info(f"memory per process: about {in_gb(plan.total)} of {in_gb(free)} that are free")

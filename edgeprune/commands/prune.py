@@ -1,8 +1,9 @@
 """`edgeprune prune`."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -10,6 +11,9 @@ from edgeprune.commands.console import print_result, print_table
 from edgeprune.config import DEFAULT_CHOICE, SIZES, PruneConfig
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
+
+if TYPE_CHECKING:
+    from edgeprune.api.prune import Pruned
 
 
 def prune(config: PruneConfig) -> None:
@@ -29,23 +33,33 @@ def prune(config: PruneConfig) -> None:
         return
     pruned = finished.pruned
     title = f"{config.title}: circuits of these scores, {finished.prompts} prompts"
-    print_table(curve_table(pruned.curve, title, len(pruned.circuit)))
-    print_result(
-        f"{_reason(pruned.origin, config)} {describe(finished.evaluation, pruned.circuit)}"
-    )
+    print_table(curve_table(pruned.curve, title, _size(pruned)))
+    print_result(f"{_reason(pruned, config)} {describe(finished.evaluation, pruned.circuit)}")
     print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")
 
 
-def _reason(origin: Mapping[str, Any], config: PruneConfig) -> str:
+def _size(pruned: Pruned) -> int | None:
+    """The size that was cut from the scores, before any clean-up; None for a threshold."""
+    if pruned.origin["chosen_by"] == "threshold":
+        return None
+    return pruned.origin.get("cleanup", {}).get("num_edges_before", len(pruned.circuit))
+
+
+def _reason(pruned: Pruned, config: PruneConfig) -> str:
     """How the circuit was chosen, in a sentence."""
-    if origin["chosen_by"] == "threshold":
-        return "Chosen by a threshold, which makes the circuit as sparse as the gates."
-    if config.choice[0] in ("sparsity", "num_edges"):
-        return f"Chosen by size ({origin['chosen_by']})."
-    if config.choice == DEFAULT_CHOICE:
-        return (
+    chosen_by, cleanup = pruned.origin["chosen_by"], pruned.origin.get("cleanup")
+    if chosen_by == "threshold":
+        reason = "Chosen by a threshold, which makes the circuit as sparse as the gates"
+    elif config.choice[0] in ("sparsity", "num_edges"):
+        reason = f"Chosen by size ({chosen_by})"
+    elif config.choice == DEFAULT_CHOICE:
+        reason = (
             "Chosen by default as the smallest circuit with at most "
             f"{DEFAULT_CHOICE[1]:.0%} of the empty circuit's distance from the full model "
-            f"({', '.join(f'{name}=' for name in SIZES)} choose others)."
+            f"({', '.join(f'{name}=' for name in SIZES)} choose others)"
         )
-    return f"Chosen as the smallest circuit with {origin['chosen_by']}."
+    else:
+        reason = f"Chosen as the smallest circuit with {chosen_by}"
+    if cleanup:
+        reason += f", then cleaned up from {cleanup['num_edges_before']:,} edges"
+    return f"{reason}."

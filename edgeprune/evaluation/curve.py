@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -36,19 +36,24 @@ class Curve:
     """Metrics by size.
 
     Attributes:
-        points: metrics by number of edges, ascending; the last one is the full model.
-        empty: metrics of the empty circuit.
+        points: metrics by number of edges, ascending, from the empty circuit to the full model.
         num_examples: number of prompts.
+        prompts: which prompts: "training", "validation" or "test".
     """
 
     points: Mapping[int, Metrics]
-    empty: Metrics
     num_examples: int
+    prompts: str = ""
 
     @property
     def num_edges(self) -> int:
         """Number of edges of the graph."""
         return max(self.points)
+
+    @property
+    def empty(self) -> Metrics:
+        """Metrics of the empty circuit."""
+        return self.points[0]
 
     def smallest(self, is_good: Rule) -> int:
         """The smallest measured size that is good, as are all larger ones.
@@ -62,22 +67,29 @@ class Curve:
             size = larger
         return size
 
+    def with_points(self, other: Curve) -> Curve:
+        """This curve with the other's points in addition."""
+        points = dict(sorted({**other.points, **self.points}.items()))
+        return replace(self, points=points)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; NaN becomes None."""
         points = [{"num_edges": size, **metrics} for size, metrics in self.points.items()]
-        record = {"num_examples": self.num_examples, "points": points, "empty": self.empty}
-        return json.loads(json.dumps(record), parse_constant=lambda _: None)
+        about = {"prompts": self.prompts, "num_examples": self.num_examples}
+        return json.loads(json.dumps({**about, "points": points}), parse_constant=lambda _: None)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Curve:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; metrics that a record lacks are NaN."""
 
         def metrics(values: Mapping[str, Any]) -> Metrics:
-            known = {name: values[name] for name in METRICS}
+            known = {name: values.get(name) for name in METRICS}
             return Metrics({k: math.nan if x is None else x for k, x in known.items()})
 
         points = {point["num_edges"]: metrics(point) for point in record["points"]}
-        return cls(points, metrics(record["empty"]), record["num_examples"])
+        if 0 not in points or len(points) < 2:
+            raise ValueError("the curve lacks the empty circuit or the full model")
+        return cls(points, record["num_examples"], record["prompts"])
 
 
 def measure_curve(
@@ -96,25 +108,32 @@ def measure_curve(
         scores: rank the edges; the circuit of each size has the highest.
         pairs: prompts, which should not be those the scores were learned on.
         ablation: what ablated edges carry, see `evaluate`.
-        sizes: numbers of edges; None: `NUM_SIZES` sizes from `SMALLEST_SHARE` of the edges to all,
-            logarithmically spaced.
+        sizes: numbers of edges, in addition to none and all; None: `default_sizes`.
         listener: called after each batch with the number of prompts done.
 
-    Raises ValueError as `evaluate` does.
+    Raises ValueError as `evaluate` does, or if the scores are of another graph.
     """
+    if scores.graph != model.graph:
+        raise ValueError(f"the scores are of {scores.graph}, but the model has {model.graph}")
     model.check_prompts(pairs)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     total = scores.graph.num_edges
-    if sizes is None:
-        sizes = log_sizes(max(1, round(SMALLEST_SHARE * total)), total, NUM_SIZES)
-    sizes = sorted({*sizes} - {total})
+    sizes = sorted({*(default_sizes(total) if sizes is None else sizes)} - {0, total})
     circuits = [scores.circuit(num_edges=size) for size in (0, *sizes)]
     batches = list(iterate_batches(pairs, batch_size))
     full, *examples = measure_circuits(model, circuits, batches, ablation, listener)
-    empty = examples[0]
-    measured = dict(zip((*sizes, total), (*examples[1:], full), strict=True))
-    points = {size: Metrics.of(each, full, empty) for size, each in measured.items()}
-    return Curve(points, Metrics.of(empty, full, empty), len(pairs))
+    measured = dict(zip((0, *sizes, total), (*examples, full), strict=True))
+    points = {size: Metrics.of(each, full, examples[0]) for size, each in measured.items()}
+    return Curve(points, len(pairs))
+
+
+def default_sizes(total: int, asked: int | None = None) -> list[int]:
+    """`NUM_SIZES` sizes, logarithmically spaced, and the size that was asked for.
+
+    They go from `SMALLEST_SHARE` of all edges, or the size asked for if it is smaller, to all.
+    """
+    low = max(1, min(round(SMALLEST_SHARE * total), asked or total))
+    return sorted({*log_sizes(low, total, NUM_SIZES), *([] if asked is None else [asked])})
 
 
 def log_sizes(low: int, high: int, count: int) -> list[int]:
@@ -135,23 +154,22 @@ def refine(curve: Curve, is_good: Rule, measure: Callable[[Sequence[int]], Curve
         if size - below <= 1 or size < MAX_RATIO * below:
             return curve
         between = {*log_sizes(max(1, below), size, NUM_REFINED + 2)} - {*curve.points}
-        points = {**curve.points, **measure(sorted(between)).points}
-        curve = Curve(dict(sorted(points.items())), curve.empty, curve.num_examples)
+        curve = curve.with_points(measure(sorted(between)))
 
 
 def curve_table(curve: Curve, title: str, chosen: int | None = None) -> Table:
-    """A row per size; the metrics that apply, and an arrow at the chosen size."""
+    """A row per size, with the metrics that apply; the chosen size is marked."""
     names = ("kl", "error", "exact_match", "accuracy", "logit_difference_recovered")
-    rows = {**curve.points, 0: curve.empty}
-    shown = [METRICS[n] for n in names if not all(math.isnan(m[n]) for m in rows.values())]
+    rows = sorted(curve.points.items(), reverse=True)
+    shown = [METRICS[name] for name in names if not all(math.isnan(m[name]) for _, m in rows)]
     columns = ["", "edges", "sparsity", *(metric.label.replace(" ", "\n") for metric in shown)]
-    marks = {curve.num_edges: "full model", 0: "empty circuit"}
+    marks = {curve.num_edges: ["full model"], 0: ["empty circuit"]}
     if chosen is not None:
-        marks[chosen] = "chosen"
+        marks.setdefault(chosen, []).append("chosen")
     table = [
-        [marks.get(size, ""), f"{size:,}", f"{1 - size / curve.num_edges:.2%}",
+        [", ".join(marks.get(size, [])), f"{size:,}", f"{1 - size / curve.num_edges:.2%}",
          *(metric.text(metrics[metric.name]) for metric in shown)]
-        for size, metrics in sorted(rows.items(), reverse=True)
+        for size, metrics in rows
     ]  # fmt: skip
     return Table(columns, table, title)
 
@@ -177,7 +195,7 @@ def _panel(series: Mapping[str, Sequence[Curve]], metric: Metric) -> Panel:
     lines = []
     for name, curves in series.items():
         shared = set.intersection(*({*curve.points} for curve in curves))
-        sizes = sorted(shared - {max(shared)}, reverse=True)
+        sizes = sorted(shared - {0, max(shared)}, reverse=True)
         values = [[curve.points[size][metric.name] for curve in curves] for size in sizes]
         lines.append(Line(name, sizes, *(list(map(f, values)) for f in (fmean, min, max))))
     curves = [curve for some in series.values() for curve in some]

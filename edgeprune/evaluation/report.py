@@ -54,7 +54,7 @@ class RunRecord:
     settings: Mapping[str, Any]  # flattened, such as {"trainer.steps": 600}
     circuit: Circuit
     evaluations: Mapping[str, Mapping[str, Any]]  # `Evaluation.to_dict()` by split
-    curve: Curve | None  # on the run's validation prompts
+    curve: Curve | None  # circuits of every size
     digests: Mapping[str, str]  # SHA-256 of its `model` and `data`
     distinguishing: Set[str]  # names of the settings that tell experiments apart
     origin: Mapping[str, Any]  # metadata for the files of consensus circuits
@@ -282,11 +282,13 @@ def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
     lines = {label: curves for label, curves in lines.items() if curves}
     if not lines:
         return {}
-    title = f"{group.task} in {group.model}, {group.ablation} ablation: validation prompts"
+    prompts = sorted({curve.prompts for curves in lines.values() for curve in curves})
+    on = f"{' and '.join(prompts)} prompts"
+    title = f"{group.task} in {group.model}, {group.ablation} ablation: {on}"
     for suffix in ("png", "pdf", "svg"):
         path = folder / f"frontier-{name}.{suffix}"
         draw_frontier(curve_panels(lines), path, title=title, all_edges=group.num_edges)
-    return {"metrics against edges kept, on the validation prompts": path}
+    return {f"circuits of every size, measured on {on}": path}
 
 
 def _stability(point: Point, folder: Path, prefix: str) -> Section:

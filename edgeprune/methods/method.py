@@ -7,7 +7,6 @@ To add a method, write a subclass of `Method` in a file of its own, decorated li
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,9 +27,6 @@ class Method:
         learning_rate: largest learning rate of what is learned.
         parameters: what is learned, by name; filled by subclasses, like `optimizer`.
     """
-
-    unit: ClassVar[str]
-    """What a step is described by in plots: the key of one of the numbers that `update` returns."""
 
     graph: CircuitGraph = field(kw_only=False)
     seed: int

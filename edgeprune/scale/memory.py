@@ -16,7 +16,7 @@ from edgeprune.models.load import pick_device
 from edgeprune.prompts import Batch, Pair, collate
 
 MASK_COPIES = 8
-"""Float32 numbers per edge: log alpha, gradient, two moments; noise, gates, and two gradients."""
+"""Float32 numbers per edge: score, gradient, two moments; noise or slope, gate, two gradients."""
 
 WORKING_COPIES = 3
 """Size of a running block's temporary tensors, in saved blocks; measured on the CPU."""
@@ -31,7 +31,7 @@ class MemoryPlan:
     blocks: int  # what the blocks save for the backward pass
     working: int  # temporary tensors while one block runs or is differentiated
     corrupted: int  # ablation values and logits
-    masks: int  # log alphas, their gradients and the optimiser's state
+    masks: int  # scores, their gradients and the optimiser's state
     kept: int  # kept passes over the training set, see `KeptPasses`
 
     @property
@@ -53,6 +53,7 @@ def plan_memory(
     offload: bool = False,
     bits: int | None = None,
     corrupted_kept: bool = True,
+    repeated: bool = True,
 ) -> MemoryPlan:
     """Plan a step on the longest prompts: run it on the meta device and count what it saves.
 
@@ -65,6 +66,7 @@ def plan_memory(
         offload: whether the shards are kept in the CPU's memory.
         bits: bits per weight of the layers' matrices; None: as the model's dtype.
         corrupted_kept: whether kept passes include activations on the corrupted prompts.
+        repeated: whether pairs are used more than once; otherwise no passes are kept.
     """
     num_layers = model.graph.num_layers
     longest = max(pairs, key=lambda pair: len(pair.clean_ids))
@@ -86,7 +88,7 @@ def plan_memory(
         working=working,
         corrupted=sum(tensor.nbytes for tensor in _tensors_of(corrupted)) + 4 * num_logits,
         masks=MASK_COPIES * 4 * model.graph.num_edges,
-        kept=kept if kept <= MAX_KEPT else 0,
+        kept=kept if repeated and kept <= MAX_KEPT else 0,
     )
 
 

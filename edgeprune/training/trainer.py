@@ -158,7 +158,7 @@ class Trainer:
         A small training set of which pairs are used repeatedly is run once, before the first step.
         """
         batch_size, corrupted = self.settings.batch_size, self.ablation.needs_corrupted
-        if self.settings.steps * batch_size <= len(self.pairs):
+        if not self.settings.repeats(len(self.pairs)):
             return partial(self.model.run_pair, corrupted=corrupted)
         size = self.settings.micro_batch_size or math.ceil(batch_size / self.world.count)
         return KeptPasses.where_they_fit(self.model, self.pairs, size, corrupted=corrupted)
