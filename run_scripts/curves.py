@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Measure runs at fixed sparsities on test and training prompts: tables and pictures in RESULTS.md.
 
-    python run_scripts/curves.py data/curve.png "every size=runs/a-0,runs/a-1" "paper=runs/paper"
+    python run_scripts/curves.py curve.png 300 "every size=runs/a-0,runs/a-1" "paper=runs/paper"
 
-Each argument after the picture is a legend and the runs, with different seeds, of one line. They
-must be of one model and task. The last line is of attribution scores, for which nothing is learned.
+The arguments are the picture, the number of prompts of each split, and per line a legend and its
+runs, with different seeds. All must be of one model and task. "attribution" adds a line of scores
+for which nothing is learned.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ import edgeprune
 from edgeprune.drawing import draw_frontier
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import StepInputs, differentiate
-from edgeprune.evaluation.curve import Curve, curve_panels, log_sizes, measure_curve
+from edgeprune.evaluation.curve import Curve, curve_panels, measure_curve
 from edgeprune.prompts import Pair, collate
 from edgeprune.runs.run import Run
 from edgeprune.scores import EdgeScores
 
 SPARSITIES = (0.995, 0.99, 0.985, 0.98, 0.97, 0.95, 0.9, 0.8)
-"""Sparsities in the table; the picture has more."""
-MAX_PROMPTS = 300
-"""Number of prompts of each split."""
 GATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Values of all gates at which attribution scores are computed and summed."""
 
@@ -53,47 +51,42 @@ def print_row(name: str, test: Curve, train: Curve, sizes: Sequence[int]) -> Non
     print(f"| {name} | {' | '.join(kl)} |\n|   exact match | {' | '.join(exact)} |", flush=True)
 
 
-def main(picture: str, *arguments: str) -> None:
-    named = {legend: runs.split(",") for legend, runs in (a.split("=", 1) for a in arguments)}
+def main(picture: str, num_prompts: int, arguments: Sequence[str]) -> None:
+    named = {legend: runs.split(",") for legend, _, runs in (a.partition("=") for a in arguments)}
     first = Run.open(next(iter(named.values()))[0])
-    settings = first.config.model
-    model = edgeprune.load_model(settings.path, dtype=settings.dtype)
-    splits = {
-        split: edgeprune.load_dataset(first.data_path, model.tokenizer, split)[:MAX_PROMPTS]
-        for split in ("test", "train")
-    }
+    model = edgeprune.load_model(first.config.model.path, dtype=first.config.model.dtype)
     total = model.graph.num_edges
-    shown = [model.graph.resolve_size(sparsity=sparsity) for sparsity in SPARSITIES]
-    sizes = {"test": {*shown, *log_sizes(max(1, round(0.003 * total)), total, 8)}, "train": shown}
+    sizes = [model.graph.resolve_size(sparsity=sparsity) for sparsity in SPARSITIES]
     print("KL on test (training) prompts, by sparsity")
     print(f"| | {' | '.join(map(str, SPARSITIES))} |")
-    lines: dict[str, list[Curve]] = {}
 
-    def measure(name: str, scores: EdgeScores) -> Curve:
+    def measure(name: str, run: Run, learned: bool) -> Curve:
+        """On the run's own prompts: another run may have trained on its test prompts."""
         test, train = (
-            measure_curve(
-                model,
-                scores,
-                pairs,
-                sizes=sizes[split],
-                batch_size=32,
-                ablation=first.config.ablation.kind,
-            )
-            for split, pairs in splits.items()
+            edgeprune.load_dataset(run.data_path, model.tokenizer, split)[:num_prompts]
+            for split in ("test", "train")
         )
-        print_row(name, test, train, shown)
-        return test
+        scores = run.scores() if learned else attribute(model, train)
+        on_test, on_train = (
+            measure_curve(
+                model, scores, pairs, sizes=sizes, batch_size=32,
+                ablation=run.config.ablation.kind,
+            )
+            for pairs in (test, train)
+        )  # fmt: skip
+        print_row(name, on_test, on_train, sizes)
+        return on_test
 
-    for legend, runs in named.items():
-        lines[legend] = [measure(run, Run.open(run).scores()) for run in runs]
-    legend = "attribution scores (edge attribution patching)"
-    lines[legend] = [measure(legend, attribute(model, splits["train"]))]
-    title = f"{first.config.title}, {len(splits['test'])} test prompts"
+    lines = {
+        legend: [measure(run or legend, Run.open(run) if run else first, bool(run)) for run in runs]
+        for legend, runs in named.items()
+    }
+    title = f"{first.config.title}, {num_prompts} test prompts"
     panels = curve_panels(lines)[:2]  # KL and exact match
     draw_frontier(panels, picture, title=title, all_edges=total)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or "=" not in sys.argv[2]:
+    if len(sys.argv) < 4 or not sys.argv[2].isdigit():
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -29,13 +29,13 @@ done
 run runs/embedded-paper experiment=ioi trainer=paper sparsity=0.98 task.train=200
 "$edgeprune" report runs/embedded
 for task in ioi_t1 greater_than gendered_pronoun induction; do
-  .venv/bin/python run_scripts/curves.py "runs/embedded/$task.png" \
+  .venv/bin/python run_scripts/curves.py "runs/embedded/$task.png" 300 \
     "three seeds=$(three "runs/embedded/$task")"
 done
 steps=()
 for number in 50 200 400; do
   steps+=("$number steps=$(three "runs/embedded-steps/$number")")
 done
-.venv/bin/python run_scripts/curves.py data/curves_embedded.png \
+.venv/bin/python run_scripts/curves.py data/curves_embedded.png 300 \
   "100 steps of 16 pairs, three seeds=$(three runs/embedded/ioi)" "${steps[@]}" \
-  "trainer=paper for 98 %, 3,000 steps of 32 pairs=runs/embedded-paper"
+  "trainer=paper for 98 %, 3,000 steps of 32 pairs=runs/embedded-paper" attribution

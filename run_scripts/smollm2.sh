@@ -23,11 +23,11 @@ done
 circuit ioi-800 ioi trainer.steps=800 trainer.learning_rate=0.15 task.train=6400
 for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
-  .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" "one seed=runs/smollm2/$task-0"
+  .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
 done
-.venv/bin/python run_scripts/curves.py data/curves_smollm2.png \
+.venv/bin/python run_scripts/curves.py data/curves_smollm2.png 150 \
   "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
-  "800 steps of 8 pairs=runs/smollm2/ioi-800"
+  "800 steps of 8 pairs=runs/smollm2/ioi-800" attribution
 "$edgeprune" export runs/smollm2/ioi-0 sparsity=0.98
 "$edgeprune" evaluate runs/smollm2/ioi-0 head_permuted=5
 "$edgeprune" draw runs/smollm2/ioi-0 num_edges=150 output=runs/smollm2/strongest
