@@ -109,7 +109,7 @@ def test_a_run_leaves_everything_needed(finished):
     curve = json.loads((finished / "curve.json").read_text())
     sizes = [point["num_edges"] for point in curve["points"]]
     assert sizes == sorted(sizes) and sizes[0] < 60 < sizes[-1] == 5524
-    assert (curve["num_examples"], curve["split"]) == (8, "validation")
+    assert (curve["num_examples"], curve["prompts"]) == (8, "validation")
     assert curve["points"][-1]["kl"] == 0 < curve["points"][0]["kl"]
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
@@ -311,7 +311,8 @@ def choice_of(run_dir) -> tuple[int, str]:
 
 @pytest.mark.parametrize("given", ["max_kl=4.0", "min_exact_match=0.5", None])
 def test_a_circuit_is_chosen_by_how_good_it_is(finished, copied, tmp_path, given, command):
-    """As the run asks, or later from the scores of another: the same circuit."""
+    """As the run asks, or later from the scores of another: the same circuit, to 10 % of its size
+    where the sizes measured before differ."""
     run_dir = tmp_path / "chosen"
     more = ["num_edges=null", *([given] if given else [])]
     command("prune", *SMALL, *more, f"run_dir={run_dir}")
@@ -335,11 +336,12 @@ def test_a_circuit_is_chosen_by_how_good_it_is(finished, copied, tmp_path, given
     if given is None:
         return
     command("export", copied, given)
-    assert (copied / "edges.json").read_text() == before
-    assert choice_of(copied) == (size, given)
+    found, chosen_by = choice_of(copied)
+    assert size / 1.1 <= found <= 1.1 * size and chosen_by == given
     (copied / "curve.json").unlink()  # it is measured again
     command("export", copied, given, "checkpoint=40")
     assert choice_of(copied) == (size, given)
+    assert (copied / "edges.json").read_text() == before
     command("export", copied)
     assert (copied / "edges.json").read_text() == (finished / "edges.json").read_text()
 
