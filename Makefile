@@ -13,7 +13,7 @@ help: ## list the targets
 
 demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded model
 	$(BIN)/edgeprune prune experiment=ioi run_dir=runs/demo overwrite=true
-	$(BIN)/edgeprune evaluate runs/demo head_permuted=3
+	$(BIN)/edgeprune evaluate runs/demo head_permuted=1
 	$(BIN)/edgeprune draw runs/demo
 	@echo "the circuit's picture is runs/demo/circuit.pdf (and .png, .svg)"
 
