@@ -38,9 +38,9 @@ SIZES = ("sparsity", "num_edges", "max_kl", "min_exact_match")
 """Settings that choose the size of a circuit; at most one is given."""
 
 DEFAULT_CHOICE = ("max_share_lost", 0.05)
-"""How a circuit is chosen if nothing else is said: the smallest whose KL is at most this share of
-the empty circuit's. Unlike a KL, it means the same for every model and task; and unlike the share
-of equal answers, it can be met by few edges where the model itself is uncertain."""
+"""The default way to choose a circuit: the smallest whose KL is at most this fraction of the empty
+circuit's. Unlike a limit on the KL, it means the same for every model and task; unlike a limit on
+exact match, few edges can meet it even where the model itself is uncertain."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -240,7 +240,7 @@ class TrainerConfig(Settings):
             )
 
     def repeats(self, num_pairs: int) -> bool:
-        """Whether training uses some of so many pairs more than once."""
+        """Whether training uses any pair more than once, given their number."""
         return self.steps * self.batch_size > num_pairs
 
     def method_settings(self, asked: float | None) -> dict[str, Any]:
@@ -647,6 +647,12 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 def dataclass_of(hint: Any) -> type | None:
     """The settings class in a type hint, such as `ModelConfig | None`; None if there is none."""
     return next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+
+
+def chosen_by(choice: tuple[str, float | None]) -> str:
+    """How circuit.json names a choice, see `PruneConfig.choice`."""
+    name, value = choice
+    return name if value is None else f"{name}={value}"
 
 
 def given_size(settings: Settings) -> tuple[str, float] | None:

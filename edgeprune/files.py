@@ -20,6 +20,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def json_values(value: Any) -> Any:
+    """A value as JSON has it; NaN becomes None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -14,8 +14,8 @@ from edgeprune.engine import cache
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from edgeprune.methods.every_size import EverySize
-from edgeprune.methods.hard_concrete import learning_rate_factor, probability_open
-from edgeprune.methods.method import Method
+from edgeprune.methods.hard_concrete import probability_open
+from edgeprune.methods.method import Method, learning_rate_factor
 from edgeprune.methods.paper import Lagrangian, penalty, rising_target
 from edgeprune.methods.priced import Priced
 from edgeprune.metrics import OBJECTIVES, Output
@@ -206,7 +206,7 @@ class Descent(Method):
 
     def update(self, step, objective, grad_gates):
         self.values.grad = grad_gates
-        self.apply_gradients(1.0)
+        self.apply_gradients(step)
         return {"objective": objective.item(), "mean": 0.25, "none": None}
 
     @staticmethod

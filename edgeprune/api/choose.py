@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
+from edgeprune.config import chosen_by
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.cleanup import CleanUp
+from edgeprune.evaluation.cleanup import clean_up
 from edgeprune.evaluation.curve import Curve, Rule, measure_curve, refine
 from edgeprune.methods.paper import circuit_by_threshold
 from edgeprune.metrics import Metrics
@@ -47,32 +48,31 @@ def choose(
     *,
     state: Callable[[], Mapping[str, Tensor]],
     measure: Callable[[Sequence[int] | None], Curve],
-    curve: Curve | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Circuit, dict[str, Any], Curve | None]:
     """Choose a circuit.
 
     Args:
         state: gives the state of the method that learned the scores, for a threshold.
-        measure: measures circuits of the given sizes, for a condition on how good the circuit is.
-        curve: what has been measured already.
+        measure: gives the curve (for None) and measures circuits of more sizes, for a condition on
+            how good the circuit is.
         agree: makes several processes, which may differ in rounding, decide in the same way.
 
     Returns:
-        The circuit, how it was chosen as JSON values, and the curve if one is known.
+        The circuit, how it was chosen as JSON values, and the curve if one was needed.
 
     Raises ConfigError for a limit on the KL where outputs are values.
     """
     name, value = choice
+    origin = {"chosen_by": chosen_by(choice)}
     if name == "threshold":
         circuit, thresholds = circuit_by_threshold(scores.graph, state())
         found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
-        return circuit, {"chosen_by": name, **found}, curve
-    origin = {"chosen_by": f"{name}={value}"}
+        return circuit, {**origin, **found}, None
     if name not in RULES:
-        return scores.circuit(**{name: value}), origin, curve
+        return scores.circuit(**{name: value}), origin, None
     rule = RULES[name](value)
-    curve = curve or measure(None)
+    curve = measure(None)
     full = curve.points[curve.num_edges]
     check_choice(choice, has_kl=not math.isnan(full.kl))
 
@@ -91,7 +91,7 @@ def describe_choice(choice: Choice) -> str:
     name, value = choice
     if name == "max_share_lost":
         return f"at most {value:.0%} of the empty circuit's distance from the full model"
-    return f"{name}={value}"
+    return chosen_by(choice)
 
 
 def check_choice(choice: Choice, *, has_kl: bool) -> None:
@@ -123,7 +123,14 @@ def curve_of(
 
 
 def cleaned_up(
-    cleaned: CleanUp, origin: dict[str, Any], tolerance: float
+    model: CircuitModel,
+    circuit: Circuit,
+    origin: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    *,
+    tolerance: float,
+    **options: Any,
 ) -> tuple[Circuit, dict[str, Any]]:
-    """A cleaned circuit, and how it was chosen."""
+    """`clean_up` of a chosen circuit, and how the result was chosen."""
+    cleaned = clean_up(model, circuit, pairs, tolerance=tolerance, **options)
     return cleaned.circuit, {**origin, "cleanup": {"tolerance": tolerance, **cleaned.to_dict()}}

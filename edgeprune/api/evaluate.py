@@ -13,7 +13,13 @@ from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import data_of, first_split, load_pairs, warn_if_none_held_out
+from edgeprune.runs.data import (
+    data_of,
+    first_split,
+    kind_of_prompts,
+    load_pairs,
+    warn_if_none_held_out,
+)
 from edgeprune.runs.source import Source, find
 
 log = logging.getLogger("edgeprune")
@@ -108,7 +114,7 @@ def evaluation_record(
         "data": pairs.name,
         "data_sha256": data_digest,
         "split": split,
-        "training_prompts": is_own and (split == "train" or not pairs.has_splits),
+        "training_prompts": is_own and kind_of_prompts(split, pairs) == "training",
         "ablation": to_dict(ablation),
         **evaluation.to_dict(),
     }

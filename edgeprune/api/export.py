@@ -13,7 +13,6 @@ from edgeprune.config import SIZES, ExportConfig, given_size
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.cleanup import clean_up
 from edgeprune.evaluation.curve import Curve
 from edgeprune.formats import write_circuit
 from edgeprune.prompts import PairDataset
@@ -51,11 +50,10 @@ def export(config: ExportConfig) -> Exported:
     scores, circuit, chosen = choose_from(run, choice, config.checkpoint, measuring)
     if config.cleanup is not None:
         own = measuring()
-        cleaned = clean_up(
-            own.model, circuit, own.train, tolerance=config.cleanup, scores=scores,
+        circuit, chosen = cleaned_up(
+            own.model, circuit, chosen, own.train, tolerance=config.cleanup, scores=scores,
             ablation=own.ablation, batch_size=run.config.evaluation_batch_size,
         )  # fmt: skip
-        circuit, chosen = cleaned_up(cleaned, chosen, config.cleanup)
     origin = {"scores": dict(scores.origin), **chosen}
     if config.output is None and form in ("edges", "circuit"):
         run.write_circuit(circuit, origin)
@@ -106,12 +104,15 @@ def choose_from(
         )
 
     def measure(sizes: Sequence[int] | None) -> Curve:
+        known = run.curve() if sizes is None and step is None else None
+        if known is not None:
+            return known
         own, batch_size = measuring(), run.config.evaluation_batch_size
         return curve_of(own.model, scores, own.held_out, own.ablation, batch_size, sizes)
 
     circuit, origin, _ = choose(
         scores, choice, state=lambda: run.checkpoint(scores.origin.get("step")).state,
-        measure=measure, curve=run.curve() if step is None else None,
+        measure=measure,
     )  # fmt: skip
     return scores, circuit, origin
 

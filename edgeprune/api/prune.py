@@ -20,7 +20,6 @@ from edgeprune.drawing import draw_frontier, draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.cleanup import clean_up
 from edgeprune.evaluation.curve import Curve, curve_panels, default_sizes
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
@@ -30,7 +29,7 @@ from edgeprune.models.load import load_meta_model
 from edgeprune.paths import CONF
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import held_out_pairs, load_pairs, make_data
+from edgeprune.runs.data import held_out_pairs, kind_of_prompts, load_pairs, make_data
 from edgeprune.runs.run import Run, claim
 from edgeprune.scale.memory import free_memory, in_gb, plan_memory
 from edgeprune.scale.world import World
@@ -199,11 +198,10 @@ def _choose(
     )
     curve = curve or measure(default_sizes(scores.graph.num_edges, len(circuit)))
     if config.cleanup is not None:
-        cleaned = clean_up(
-            model, circuit, pairs, tolerance=config.cleanup, scores=scores, ablation=ablation,
-            batch_size=config.evaluation_batch_size,
+        circuit, origin = cleaned_up(
+            model, circuit, origin, pairs, tolerance=config.cleanup, scores=scores,
+            ablation=ablation, batch_size=config.evaluation_batch_size,
         )  # fmt: skip
-        circuit, origin = cleaned_up(cleaned, origin, config.cleanup)
     origin = {"scores": dict(scores.origin), **origin}
     return Pruned(circuit, scores, replace(curve, prompts=prompts), history, ablation, origin)
 
@@ -261,7 +259,7 @@ def prune_run(config: PruneConfig) -> Finished | None:
                 world.close()
                 if not world.is_rank_zero:
                     return None
-            prompts = split if held_out.has_splits and split != "train" else "training"
+            prompts = kind_of_prompts(split, held_out)
             pruned = _choose(
                 model, pairs, held_out, config, ablation, learned, prompts=prompts,
                 agree=world.any if config.launcher.shard else bool, progress=progress,

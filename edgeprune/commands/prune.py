@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.console import print_result, print_table
-from edgeprune.config import DEFAULT_CHOICE, SIZES, PruneConfig
+from edgeprune.config import SIZES, PruneConfig, given_size
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
 
@@ -47,19 +47,18 @@ def _size(pruned: Pruned) -> int | None:
 
 def _reason(pruned: Pruned, config: PruneConfig) -> str:
     """How the circuit was chosen, in a sentence."""
+    from edgeprune.api.choose import describe_choice
+
     chosen_by, cleanup = pruned.origin["chosen_by"], pruned.origin.get("cleanup")
     if chosen_by == "threshold":
         reason = "Chosen by a threshold, which makes the circuit as sparse as the gates"
     elif config.choice[0] in ("sparsity", "num_edges"):
         reason = f"Chosen by size ({chosen_by})"
-    elif config.choice == DEFAULT_CHOICE:
-        reason = (
-            "Chosen by default as the smallest circuit with at most "
-            f"{DEFAULT_CHOICE[1]:.0%} of the empty circuit's distance from the full model "
-            f"({', '.join(f'{name}=' for name in SIZES)} choose others)"
-        )
     else:
-        reason = f"Chosen as the smallest circuit with {chosen_by}"
+        reason = f"Chosen as the smallest circuit with {describe_choice(config.choice)}"
+        if given_size(config) is None:
+            others = ", ".join(f"{name}=" for name in SIZES)
+            reason += f", the default ({others} choose others)"
     if cleanup:
         reason += f", then cleaned up from {cleanup['num_edges_before']:,} edges"
     return f"{reason}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import measure_circuits
 from edgeprune.evaluation.table import Table
+from edgeprune.files import json_values
 from edgeprune.metrics import METRICS, Metric, Metrics
 from edgeprune.prompts import Pair, iterate_batches
 from edgeprune.scores import EdgeScores
@@ -76,7 +76,7 @@ class Curve:
         """JSON values; NaN becomes None."""
         points = [{"num_edges": size, **metrics} for size, metrics in self.points.items()]
         about = {"prompts": self.prompts, "num_examples": self.num_examples}
-        return json.loads(json.dumps({**about, "points": points}), parse_constant=lambda _: None)
+        return json_values({**about, "points": points})
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Curve:

@@ -1,6 +1,5 @@
 """Evaluate a circuit, next to the full model and the empty circuit."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.table import Table
+from edgeprune.files import json_values
 from edgeprune.metrics import METRICS, ExampleMetrics, Metrics, Output, measure
 from edgeprune.prompts import Batch, Pair, iterate_batches
 
@@ -48,7 +48,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; NaN becomes None."""
-        return json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        return json_values(asdict(self))
 
 
 def evaluate(

@@ -60,7 +60,7 @@ class EverySize(Method):
         return total * smallest ** torch.rand((), generator=generator).item()
 
     def temperature_at(self, step: int) -> float:
-        """T of a step: falls by the same factor in each step, to a `COOLING`-th in all."""
+        """T of a step: falls geometrically from `COOLING` times its final value."""
         return self.temperature * COOLING ** (1 - step / self.steps)
 
     @torch.no_grad()
@@ -74,9 +74,7 @@ class EverySize(Method):
         gradient = grad_scores(grad_gates, self._gates)
         smallest_mean = MIN_TOTAL_GRADIENT / len(gradient)
         self._scores.grad = gradient / gradient.abs().mean().clamp(min=smallest_mean)
-        factor = 1 - step / self.steps
-        self.apply_gradients(factor)
-        rate = self.learning_rate * factor
+        rate = self.apply_gradients(step)
         return {**read, "num_edges": self.size(step), "learning_rate": rate}
 
     @staticmethod

@@ -111,12 +111,6 @@ class HardConcrete(Method):
         values = self.init_mean + self.init_std * torch.randn(count, generator=self._generator)
         return values.to(self.device).requires_grad_()
 
-    def learn(self, step: int) -> float:
-        """Apply the gradients; returns the learning rate of log alpha."""
-        factor = learning_rate_factor(step, self.steps, self.lr_warmup_steps)
-        self.apply_gradients(factor)
-        return self.learning_rate * factor
-
     @staticmethod
     def scores(graph: CircuitGraph, state: Mapping[str, Tensor]) -> Tensor:
         """The log odds of p = sigmoid(log alpha), i.e. log alpha.
@@ -129,13 +123,6 @@ class HardConcrete(Method):
         edge, node = (logsigmoid(x.double()) for x in log_alpha.values())
         log_p = edge + node[torch.tensor(graph.edge_writers())]
         return log_p - torch.log(-torch.expm1(log_p))
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up to 1, then linear decay to 0 at the end; steps count from 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return (steps - step) / max(1, steps - warmup_steps)
 
 
 def log_alphas(graph: CircuitGraph, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,12 +67,14 @@ class Method:
         """
         raise NotImplementedError
 
-    def apply_gradients(self, learning_rate_factor: float) -> None:
-        """Do a step of the optimiser at a fraction of its learning rates; clear the gradients."""
+    def apply_gradients(self, step: int, warmup_steps: int = 0) -> float:
+        """Do a step of the optimiser and clear the gradients; returns the learning rate."""
+        factor = learning_rate_factor(step, self.steps, warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return self.learning_rate * factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on: parameters by name, Adam's state as `name/key`."""
@@ -94,6 +96,13 @@ class Method:
             for key in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
                 device = "cpu" if key == "step" else parameter.device  # as Adam keeps them
                 self.optimizer.state[parameter][key] = state[prefix + key].to(device, copy=True)
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to 1, then linear decay to 0 at the end; steps count from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
 
 
 def read_finite(grad_gates: Tensor, **scalars: Tensor) -> dict[str, float]:

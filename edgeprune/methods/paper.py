@@ -91,7 +91,7 @@ class Lagrangian(HardConcrete):
             "lambda_1": read["edge.lambda_1"],
             "lambda_2": read["edge.lambda_2"],
             "loss": read["loss"],
-            "learning_rate": self.learn(step),
+            "learning_rate": self.apply_gradients(step, self.lr_warmup_steps),
         }
 
 

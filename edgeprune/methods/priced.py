@@ -32,4 +32,5 @@ class Priced(HardConcrete):
         read = read_finite(grad_gates, loss=loss, objective=objective, sparsity=sparsity)
         self._sampled.backward(grad_gates)
         loss.backward()
-        return {**read, "learning_rate": self.learn(step)}
+        rate = self.apply_gradients(step, self.lr_warmup_steps)
+        return {**read, "learning_rate": rate}

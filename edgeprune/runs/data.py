@@ -54,6 +54,11 @@ def first_split(path: Path, wanted: str) -> str:
     return wanted if wanted in found else next(split for split in SPLITS if split in found)
 
 
+def kind_of_prompts(split: str, pairs: PairDataset) -> str:
+    """ "training" if a circuit may have been found on them, else the split."""
+    return split if pairs.has_splits and split != "train" else "training"
+
+
 def warn_if_none_held_out(pairs: PairDataset) -> None:
     """Warn that a circuit is measured on its training prompts."""
     if not pairs.has_splits:

@@ -24,7 +24,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import SPLITS, PruneConfig, flatten, from_dict, settings_with, to_dict
+from edgeprune.config import (
+    SPLITS,
+    PruneConfig,
+    chosen_by,
+    flatten,
+    from_dict,
+    settings_with,
+    to_dict,
+)
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CheckpointError, ConfigError
 from edgeprune.evaluation.curve import Curve
@@ -187,12 +195,11 @@ class Run:
         own["edges_sha256"], own["ablation"] = file.circuit.digest(), to_dict(config.ablation)
         own["model_sha256"], own["data_sha256"] = self.digests["model"], self.digests["data"]
         size = file.origin.get("cleanup", {}).get("num_edges_before", len(file.circuit))
-        name_of_choice, value = config.choice
-        if name_of_choice in ("sparsity", "num_edges"):
-            is_asked = size == self.graph.resolve_size(**{name_of_choice: value})
+        setting, value = config.choice
+        if setting in ("sparsity", "num_edges"):
+            is_asked = size == self.graph.resolve_size(**{setting: value})
         else:
-            asked = name_of_choice if value is None else f"{name_of_choice}={value}"
-            is_asked = file.origin.get("chosen_by") == asked
+            is_asked = file.origin.get("chosen_by") == chosen_by(config.choice)
         if not is_asked or self.is_unfinished(file.origin.get("scores", {})):
             raise ConfigError(
                 "its circuit is unfinished, or was chosen otherwise than it asked for; let the run "
