@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # for test_kernels.py; read when transformers imports Triton
-
 import pytest
 import torch
+
+# For test_kernels.py; read when transformers imports Triton.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgeprune.__main__ import main, register
@@ -26,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 register()  # for tests that compose settings without the command line
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels: run by Triton's interpreter on the CPU, and compiled for GPUs.
+"""Triton kernels: run on a GPU, or by Triton's interpreter on the CPU, and compiled for GPUs.
 
 The interpreter cannot multiply in bfloat16, the dtype that the kernels are for.
 """
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import random_gpt2
+from conftest import DEVICE, random_gpt2
 from test_engine import gate_gradient, mixed_lengths, random_gates
 from test_llama import FAMILIES, random_llama
 
@@ -22,13 +22,17 @@ if find_spec("triton") is None:
 
 from edgeprune.engine import kernels
 
+TOLERANCES = {"float32": 1e-5, "float16": 1e-2} | ({} if DEVICE == "cpu" else {"bfloat16": 4e-2})
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES.items())
 @pytest.mark.parametrize("d_head", [12, 64])
 @pytest.mark.parametrize("num_tokens", [1, 130])
 def test_values_and_gradients_equal_the_formula(dtype, tolerance, d_head, num_tokens):
     torch.manual_seed(0)
-    readers = torch.randn(num_tokens, 5, 80).to(getattr(torch, dtype))  # of which three are read
+    readers = torch.randn(num_tokens, 5, 80).to(
+        DEVICE, getattr(torch, dtype)
+    )  # of which three are read
     weight = torch.randn(3, d_head, 80).to(readers) / 8
     grad = torch.randn(d_head, 3, num_tokens).to(readers).permute(1, 2, 0)
     before = readers.clone()
@@ -49,8 +53,10 @@ def test_values_and_gradients_equal_the_formula(dtype, tolerance, d_head, num_to
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_a_model_gives_the_same_gradient(monkeypatch, family, recompute):
-    model = wrap_model(random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family]))
-    batch, gates = collate(mixed_lengths()), random_gates(model.graph)
+    hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
+    model = wrap_model(hf_model.to(DEVICE))
+    batch = collate(mixed_lengths()).to(DEVICE)
+    gates = random_gates(model.graph).detach().to(DEVICE).requires_grad_()
     calls = []
     for name in ("project", "put_gradient"):
         own = getattr(kernels, name)
