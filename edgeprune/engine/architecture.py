@@ -67,6 +67,12 @@ class Block:
             outboxes = torch.bmm(by_head, weight)  # [head, token, d_model]
         return outboxes.view(num_heads, *values.shape[:-1], d_model)
 
+    def sum_heads(self, values: Tensor) -> Tensor:
+        """Sum the heads' outboxes: [..., head * d_head] -> [..., d_model]."""
+        weight, bias = self.output_weight(values.dtype), self.attention_output.bias
+        summed = values @ weight.flatten(0, 1)
+        return summed if bias is None else summed + bias
+
 
 class Architecture:
     """A loaded model with its parts named."""

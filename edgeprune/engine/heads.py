@@ -60,7 +60,8 @@ class _ScaledProjection(torch.autograd.Function):
     """y = x * factor @ (scale * weight).T, where factor = 1 / sqrt(mean square of x + eps).
 
     x is [head, token, d_model], y is [head, token, d_head]; the mean is over d_model. The backward
-    pass overwrites x with its gradient, and folds the frozen weights again to save memory.
+    pass overwrites x with its gradient, unless all heads' inputs are the same memory, and folds the
+    frozen weights again to save memory.
     """
 
     @staticmethod
@@ -73,12 +74,17 @@ class _ScaledProjection(torch.autograd.Function):
 
             factor, (y, negated) = None, kernels.project(x, weight, eps)
         else:
-            exact = x.float() if x.device.type == "cpu" else x  # a CPU's 16-bit norm is slow
+            own = x[:1] if _is_shared(x) else x  # [1 or head, token, d_model]
+            exact = own.float() if x.device.type == "cpu" else own  # a CPU's 16-bit norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
             # -d_model * (mean square + eps)
-            negated = -x.shape[-1] * eps - norm.square_()  # [head, token, 1]
+            negated = -x.shape[-1] * eps - norm.square_()  # [1 or head, token, 1]
             factor = (negated / -x.shape[-1]).rsqrt_()
-            y = (torch.bmm(x, weight.transpose(1, 2)) * factor).to(x.dtype)
+            if _is_shared(x):  # one wide product
+                y = (x[0] @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2]).transpose(0, 1)
+            else:
+                y = torch.bmm(x, weight.transpose(1, 2))
+            y = (y * factor).to(x.dtype)  # [head, token, d_head]
         ctx.fused = fused
         ctx.save_for_backward(x, negated, factor, y, scale, *weights)
         return y
@@ -90,13 +96,20 @@ class _ScaledProjection(torch.autograd.Function):
         if ctx.fused:
             from edgeprune.engine import kernels
 
+            x = x.contiguous() if _is_shared(x) else x
             kernels.put_gradient(x, weight, y, negated, grad)
         else:
             # d factor / dx = -factor^3 x / d_model, and factor^2 / d_model = -1 / negated, so
             # grad_x = (grad * y).sum() / negated * x + (grad * factor) @ weight.
             change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
-            x.mul_(change.to(x.dtype)).baddbmm_((grad * factor).to(x.dtype), weight)
+            x = x * change.to(x.dtype) if _is_shared(x) else x.mul_(change.to(x.dtype))
+            x.baddbmm_((grad * factor).to(x.dtype), weight)
         return x, *[None] * (3 + len(weights))
+
+
+def _is_shared(x: Tensor) -> bool:
+    """Whether all heads' inputs, [head, token, d_model], are the same memory."""
+    return len(x) > 1 and x.stride(0) == 0
 
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:
