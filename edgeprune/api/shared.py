@@ -26,7 +26,8 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     return load_model(
         config.path, device=device, dtype=config.dtype, attention=config.attention,
         bits=config.bits, fused=config.fused and device.startswith("cuda"),
-        embedding_writers=config.embedding_writers, trust_remote_code=config.trust_remote_code,
+        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
+        trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
 
     return load_meta_model(
         model.path, embedding_writers=model.embedding_writers,
-        trust_remote_code=model.trust_remote_code,
+        split_kv_readers=model.split_kv_readers, trust_remote_code=model.trust_remote_code,
     ).graph  # fmt: skip
 
 
