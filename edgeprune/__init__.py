@@ -10,6 +10,7 @@ _HOME = {
     "EdgeScores": "scores",
     "Evaluation": "evaluation.evaluate",
     "Run": "runs.run",
+    "attribute": "api.attribute",
     "clean_up": "evaluation.cleanup",
     "compare": "evaluation.compare",
     "consensus": "evaluation.compare",

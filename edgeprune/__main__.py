@@ -13,7 +13,14 @@ from traceback import walk_tb
 from typing import Any, NoReturn
 
 from edgeprune.commands import help
-from edgeprune.config import COMMANDS, CUSTOM, LESS_MEMORY, TRAINERS, did_you_mean
+from edgeprune.config import (
+    COMMANDS,
+    CUSTOM,
+    LESS_MEMORY,
+    RUN_COMMANDS,
+    TRAINERS,
+    did_you_mean,
+)
 from edgeprune.errors import ConfigError, JobFailed, UserError
 from edgeprune.paths import CONF
 
@@ -137,8 +144,10 @@ def _run(command: str, flags: list[str], arguments: list[str]) -> None:
     """
     overrides = _complete(command, arguments)
     is_sweep = bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in overrides
-    if command != "prune" and is_sweep:
-        raise ConfigError(f"--multirun is for prune; {command} takes one value per setting")
+    if command not in RUN_COMMANDS and is_sweep:
+        raise ConfigError(
+            f"--multirun is for {' and '.join(RUN_COMMANDS)}; {command} takes one value per setting"
+        )
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
     import hydra
     from omegaconf import DictConfig, OmegaConf

@@ -19,6 +19,9 @@ MAX_EVALUATION_BATCH = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 OBJECTIVES = ("kl", "logit_difference", "max_logit_difference", "cross_entropy")
+ATTRIBUTIONS = ("eap", "eap_ig", "eap_ig_activations", "clean_corrupted", "gates", "exact", "acdc")
+CUTTING = ("exact", "acdc")
+"""The methods of `attribute` that cut edges."""
 WARMUPS = ("linear", "logarithmic")
 DRAWINGS = ("pdf", "svg", "png", "dot")
 """File formats of drawings."""
@@ -56,7 +59,8 @@ def setting(default: Any, **metadata: Any) -> Any:
         metadata: `resumable=True` if a run may be resumed with another value;
             `distinguishes=False` if runs with different values are the same experiment in a report;
             `digest` ("model" or "data") if that digest of the run identifies the value, wherever it
-            lies; and the bounds `at_least`, `at_most`, `above` or the `choices` of a value.
+            lies; `hidden=True` if users do not set it; the bounds `at_least`, `at_most`, `above`;
+            and the `choices` of a value.
     """
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -386,14 +390,12 @@ class LauncherConfig(Settings):
 
 
 @dataclass
-class PruneConfig(Settings):
-    """Rank the edges of a model by how much a task needs them, and choose a circuit."""
+class RunConfig(Settings):
+    """What makes a run: `prune` and `attribute` differ in how edges are scored."""
 
     model: ModelConfig = setting(ModelConfig)
     task: TaskConfig = setting(TaskConfig)
     ablation: AblationConfig = setting(AblationConfig)
-    trainer: TrainerConfig = setting(TrainerConfig)
-    tracker: TrackerConfig = setting(TrackerConfig)
     launcher: LauncherConfig = setting(LauncherConfig)
     sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly."""
@@ -410,8 +412,6 @@ class PruneConfig(Settings):
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
     error where outputs are values. null: no clean-up."""
-    seed: int = setting(0, distinguishes=False, at_least=0, at_most=2**31 - 1)
-    """Seed of the initial values, the noise and the order of the data."""
     run_dir: str = setting("", **FREE)
     """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
     resume: str = setting("never", **FREE, choices=("never", "auto"))
@@ -427,6 +427,30 @@ class PruneConfig(Settings):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
+
+    @property
+    def choice(self) -> tuple[str, float | None]:
+        """How the circuit is chosen: one of `SIZES` and its value, `DEFAULT_CHOICE`, or "threshold"
+        and None."""
+        return given_size(self) or self.default_choice
+
+    @property
+    def title(self) -> str:
+        """Name for people, such as 'ioi in embedded'."""
+        return f"{self.task.title} in {self.model.title}"
+
+
+@dataclass
+class PruneConfig(RunConfig):
+    """Rank the edges of a model by how much a task needs them, and choose a circuit."""
+
+    trainer: TrainerConfig = setting(TrainerConfig)
+    tracker: TrackerConfig = setting(TrackerConfig)
+    seed: int = setting(0, distinguishes=False, at_least=0, at_most=2**31 - 1)
+    """Seed of the initial values, the noise and the order of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
         if sizes == (None, None, None):
             raise ConfigError(
@@ -442,15 +466,19 @@ class PruneConfig(Settings):
             raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
 
     @property
-    def choice(self) -> tuple[str, float | None]:
-        """How the circuit is chosen: one of `SIZES` and its value, `DEFAULT_CHOICE`, or "threshold"
-        and None."""
-        return given_size(self) or self.trainer.default_choice
+    def default_choice(self) -> tuple[str, float | None]:
+        """See `choice`."""
+        return self.trainer.default_choice
 
     @property
-    def title(self) -> str:
-        """Name for people, such as 'ioi in embedded'."""
-        return f"{self.task.title} in {self.model.title}"
+    def method_name(self) -> str:
+        """The method that scores the edges."""
+        return self.trainer.method
+
+    @property
+    def label(self) -> str:
+        """What the run is called in pictures."""
+        return f"{self.title}, seed {self.seed}"
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -458,6 +486,64 @@ class PruneConfig(Settings):
         trainer = self.trainer
         in_training = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
         return min(MAX_EVALUATION_BATCH, 2 * in_training)
+
+
+@dataclass
+class AttributeConfig(RunConfig):
+    """Score the edges of a model without learning (EAP, EAP-IG, ACDC), and choose a circuit."""
+
+    method: str = setting("eap_ig", choices=ATTRIBUTIONS)
+    """By the gradient of the metric: eap, at the clean prompts (attribution patching); eap_ig,
+    integrated from corrupted to clean token embeddings; eap_ig_activations, from corrupted to clean
+    outputs of one layer after another; clean_corrupted, at the clean and the corrupted prompts;
+    gates, with all gates half open. By cutting edges, which runs the model once per edge: exact,
+    one edge at a time; acdc, from the output backwards, so that what does not matter stays cut."""
+    metric: str = setting("kl", choices=("kl", "logit_difference"))
+    """What edges are scored by: kl, the KL divergence from the full model (or where outputs are
+    values, the unexplained variance); logit_difference, between answers and distractors."""
+    steps: int = setting(5, at_least=1)
+    """Number of points over which eap_ig, eap_ig_activations and gates integrate."""
+    threshold: float = setting(0.01, above=0)
+    """For acdc: an edge stays cut if the metric gets worse by less than this."""
+    circuit: str | None = None
+    """For exact and acdc: a run directory or circuit file, whose edges alone are cut; null: all."""
+    batch_size: int = setting(16, at_least=1)
+    """Pairs run at a time."""
+    trainer: Any = setting(None, hidden=True)
+    """Not used: what an experiment sets for `prune`."""
+
+    def __post_init__(self) -> None:
+        self.trainer = None
+        super().__post_init__()
+        if self.method == "eap" and self.metric == "kl":
+            raise ConfigError(
+                "method=eap with metric=kl scores all edges 0, since the KL has no gradient at the "
+                "clean prompts; give metric=logit_difference or method=eap_ig"
+            )
+        if self.circuit is not None and self.method not in CUTTING:
+            raise ConfigError(f"circuit= is for method={' and '.join(CUTTING)}, got {self.method}")
+        if self.launcher.shard:
+            raise ConfigError("launcher.shard=true is for `edgeprune prune`; leave it out")
+
+    @property
+    def default_choice(self) -> tuple[str, float | None]:
+        """See `choice`."""
+        return ("threshold", None) if self.method == "acdc" else DEFAULT_CHOICE
+
+    @property
+    def method_name(self) -> str:
+        """The method that scores the edges."""
+        return self.method
+
+    @property
+    def label(self) -> str:
+        """What the run is called in pictures."""
+        return f"{self.title}, {self.method}"
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Pairs per pass without gradients, which needs half the memory of one with them."""
+        return min(MAX_EVALUATION_BATCH, 2 * self.batch_size)
 
 
 @dataclass
@@ -479,6 +565,9 @@ class ExportConfig(Settings):
     the validation prompts. Without any of these four settings: as the run asked for."""
     threshold: bool = False
     """Find a threshold by binary search, for gates of the published method or of trainer=tracr."""
+    choose: str = setting("best", choices=("best", "greedy"))
+    """best: the edges of the highest scores; greedy: grow the circuit from the output, adding the
+    best edge into a node that already has an edge to follow, as EAP-IG and MIB do."""
     cleanup: float | None = setting(None, at_least=0)
     """Then remove edges as long as all removals together move the circuit, on the training prompts,
     no farther from the full model than this: KL in nats above its own, or an absolute error where
@@ -599,6 +688,7 @@ class PrepareConfig(Settings):
 
 COMMANDS = {
     "prune": PruneConfig,
+    "attribute": AttributeConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "draw": DrawConfig,
@@ -607,6 +697,9 @@ COMMANDS = {
     "prepare": PrepareConfig,
 }
 """Settings class per command; the first line of its docstring is the command's help."""
+
+RUN_COMMANDS = ("prune", "attribute")
+"""Commands that make runs."""
 
 
 # ------------------------------------------------------------------------------------- functions
@@ -679,15 +772,15 @@ def each_setting(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclas
     hints = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         part, name = dataclass_of(hints[entry.name]), f"{prefix}{entry.name}"
-        if part is None:
+        if part is None and not entry.metadata.get("hidden"):
             yield name, entry
         for one in TRAINERS.values() if part is TrainerConfig else [part] if part else []:
             yield from each_setting(one, f"{name}.")
 
 
 def settings_with(flag: str, value: Any) -> frozenset[str]:
-    """Names of the settings of `prune` whose metadata has a value, see `setting`."""
-    every = each_setting(PruneConfig)
+    """Names of the settings of runs whose metadata has a value, see `setting`."""
+    every = (entry for command in RUN_COMMANDS for entry in each_setting(COMMANDS[command]))
     return frozenset(name for name, entry in every if entry.metadata.get(flag) == value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,44 @@ class EdgeScores:
         kept = torch.zeros(self.graph.num_edges, dtype=torch.bool)
         kept[self.ranking()[:size]] = True
         return Circuit.from_mask(self.graph, kept.tolist())
+
+    def greedy(self) -> EdgeScores:
+        """Scores that rank the edges in the order in which a greedy search adds them.
+
+        The search grows the circuit from the output: it repeatedly adds the highest-ranked edge
+        into the output or into a node from which an edge has been added (as EAP-IG and MIB do), so
+        that what an added edge carries always reaches the output.
+        """
+        graph, edge_writers = self.graph, self.graph.edge_writers()
+        importance = (self.values.abs() if self.by_magnitude else self.values).tolist()
+        edges_into: dict[str, list[int]] = {}  # per node, the edges that become candidates with it
+        first = 0
+        for site in graph.sites:
+            for reader in site.readers:
+                for node in graph.nodes_fed_by(reader) or ["output"]:
+                    edges_into.setdefault(node, []).extend(range(first, first + site.num_writers))
+                first += site.num_writers
+        candidates: list[tuple[float, int]] = []
+        seen, order = set(), []
+
+        def reach(node: str) -> None:
+            for edge in edges_into.pop(node, ()):
+                if edge not in seen:  # heads may share a reader
+                    seen.add(edge)
+                    heappush(candidates, (-importance[edge], edge))
+
+        reach("output")
+        while candidates:
+            _, edge = heappop(candidates)
+            order.append(edge)
+            reach(graph.writers[edge_writers[edge]])
+        values = torch.empty(graph.num_edges, dtype=torch.float64)
+        values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
+        return EdgeScores(graph, values, origin={**self.origin, "order": "greedy"})
+
+    def circuit_above(self, threshold: float) -> Circuit:
+        """The circuit of the edges whose value is at least a threshold."""
+        return Circuit.from_mask(self.graph, (self.values >= threshold).tolist())
 
     def magnitudes(self) -> Tensor:
         """[edge], numbers whose magnitude ranks the edges, for formats that rank by magnitude.

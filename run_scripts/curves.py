@@ -13,36 +13,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
-
 import edgeprune
+from edgeprune.api.attribute import score_edges
 from edgeprune.drawing import draw_frontier
-from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.curve import Curve, curve_panels, measure_curve
-from edgeprune.prompts import Pair, collate
 from edgeprune.runs.run import Run
-from edgeprune.scores import EdgeScores
 
 SPARSITIES = (0.995, 0.99, 0.985, 0.98, 0.97, 0.95, 0.9, 0.8)
-GATES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Values of all gates at which attribution scores are computed and summed."""
-
-
-def attribute(model: CircuitModel, train: Sequence[Pair]) -> EdgeScores:
-    """Sum the gradients of the KL with respect to the gates over the training prompts.
-
-    Edge attribution patching (Syed et al. 2023, arXiv:2310.10348), integrated as by Hanna et al.
-    2024 (arXiv:2403.17806), but along the gates.
-    """
-    scores = torch.zeros(model.graph.num_edges, device=model.device)
-    for start in range(0, len(train), 8):
-        batch = collate(train[start : start + 8]).to(model.device)
-        reference, corrupted = model.run_pair(batch)
-        for value in GATES:
-            gates = torch.full_like(scores, value).requires_grad_()
-            scores += differentiate(model, StepInputs(batch, reference, corrupted, gates))[1]
-    return EdgeScores(model.graph, scores, by_magnitude=True)
+ATTRIBUTION = {"method": "gates", "metric": "kl", "steps": 5, "batch_size": 8}
+"""How the scores of "attribution" are made, see `edgeprune attribute`."""
 
 
 def print_row(name: str, test: Curve, train: Curve, sizes: Sequence[int]) -> None:
@@ -66,7 +45,7 @@ def main(picture: str, num_prompts: int, arguments: Sequence[str]) -> None:
             edgeprune.load_dataset(run.data_path, model.tokenizer, split)[:num_prompts]
             for split in ("test", "train")
         )
-        scores = run.scores() if learned else attribute(model, train)
+        scores = run.scores() if learned else score_edges(model, train, **ATTRIBUTION)
         on_test, on_train = (
             measure_curve(
                 model, scores, pairs, sizes=sizes, batch_size=32,

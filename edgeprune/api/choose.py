@@ -65,6 +65,9 @@ def choose(
     """
     name, value = choice
     origin = {"chosen_by": chosen_by(choice)}
+    if name == "threshold" and "threshold" in scores.origin:
+        threshold = scores.origin["threshold"]
+        return scores.circuit_above(threshold), {**origin, "edge_threshold": threshold}, None
     if name == "threshold":
         circuit, thresholds = circuit_by_threshold(scores.graph, state())
         found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}

@@ -47,7 +47,10 @@ def export(config: ExportConfig) -> Exported:
     by_threshold = ("threshold", None) if config.threshold else None
     choice = given_size(config) or by_threshold or run.config.choice
     measuring = cache(lambda: Measuring.of(run))
-    scores, circuit, chosen = choose_from(run, choice, config.checkpoint, measuring)
+    is_greedy = config.choose == "greedy"
+    scores, circuit, chosen = choose_from(
+        run, choice, config.checkpoint, measuring, greedy=is_greedy
+    )
     if config.cleanup is not None:
         own = measuring()
         circuit, chosen = cleaned_up(
@@ -88,7 +91,12 @@ class Measuring(NamedTuple):
 
 
 def choose_from(
-    run: Run, choice: Choice, step: int | None, measuring: Callable[[], Measuring]
+    run: Run,
+    choice: Choice,
+    step: int | None,
+    measuring: Callable[[], Measuring],
+    *,
+    greedy: bool = False,
 ) -> tuple[EdgeScores, Circuit, dict[str, Any]]:
     """A run's scores after a step, or else the last; a circuit chosen from them, and how it was."""
     scores = run.scores(step)
@@ -97,24 +105,26 @@ def choose_from(
             f"the run in {run.path} has done {scores.origin['step']:,} of "
             f"{run.config.trainer.steps:,} steps; continue it with its command and resume=auto"
         )
-    if choice[0] == "threshold" and run.config.trainer.default_choice != choice:
+    if choice[0] == "threshold" and run.config.default_choice != choice:
         raise ConfigError(
-            "threshold=true needs gates, but the run has learned scores; give "
+            "threshold=true needs gates or method=acdc, but the run has other scores; give "
             f"{', '.join(f'{name}=' for name in SIZES)} or none"
         )
 
+    ranked = scores.greedy() if greedy else scores
+
     def measure(sizes: Sequence[int] | None) -> Curve:
-        known = run.curve() if sizes is None and step is None else None
+        known = run.curve() if sizes is None and step is None and not greedy else None
         if known is not None:
             return known
         own, batch_size = measuring(), run.config.evaluation_batch_size
-        return curve_of(own.model, scores, own.held_out, own.ablation, batch_size, sizes)
+        return curve_of(own.model, ranked, own.held_out, own.ablation, batch_size, sizes)
 
     circuit, origin, _ = choose(
-        scores, choice, state=lambda: run.checkpoint(scores.origin.get("step")).state,
+        ranked, choice, state=lambda: run.checkpoint(scores.origin.get("step")).state,
         measure=measure,
     )  # fmt: skip
-    return scores, circuit, origin
+    return scores, circuit, {**origin, "order": "greedy"} if greedy else origin
 
 
 def _convert(config: ExportConfig, form: str) -> Exported:
@@ -134,7 +144,8 @@ def _convert(config: ExportConfig, form: str) -> Exported:
                 f"{source.path} does not have a score for every edge, which sparsity= and "
                 "num_edges= need; give a run directory, or a graph of EAP-IG or MIB with scores"
             )
-        circuit = file.scores.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
+        ranked = file.scores.greedy() if config.choose == "greedy" else file.scores
+        circuit = ranked.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
     d_model = file.d_model or (source.run and source.run.manifest["model"].get("d_model"))
     write_circuit(circuit, output, form, scores=file.scores, d_model=d_model, origin=source.origin)
     return Exported(circuit, output, {})

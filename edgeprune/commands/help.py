@@ -11,7 +11,14 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from edgeprune.config import COMMANDS, TRAINERS, TrainerConfig, dataclass_of, each_setting
+from edgeprune.config import (
+    COMMANDS,
+    RUN_COMMANDS,
+    TRAINERS,
+    TrainerConfig,
+    dataclass_of,
+    each_setting,
+)
 from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
@@ -29,6 +36,11 @@ EXAMPLES = {
               "experiment=ioi seed=0,1,2 --multirun",
               "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun",
               "experiment=tracr/reverse ablation=interchange"),
+    "attribute": ("experiment=ioi", "experiment=ioi method=eap metric=logit_difference",
+                  "task.path=my.jsonl model.path=gpt2 sparsity=0.98",
+                  "experiment=ioi method=acdc threshold=0.01 task.train=32",
+                  "experiment=ioi method=exact circuit=RUN",
+                  "experiment=ioi method=eap_ig,gates --multirun"),
     "export": ("RUN", "RUN sparsity=0.97", "RUN max_kl=0.1", "RUN num_edges=40 output=small.json",
                "RUN cleanup=0.01", "RUN sparsity=0.97 format=eap_json output=graph.json",
                "graph.pt output=edges.json model=embedded"),
@@ -95,7 +107,7 @@ def setting_names(command: str) -> frozenset[str]:
     """Every name that a command's overrides may set, config groups included."""
     settings = {name for name, _ in each_setting(COMMANDS[command])}
     groups = {name.split(".")[0] for name in settings if "." in name}
-    return frozenset(settings | groups | ({"experiment"} if command == "prune" else set()))
+    return frozenset(settings | groups | ({"experiment"} if command in RUN_COMMANDS else set()))
 
 
 def choices_of(group: str) -> list[str]:
@@ -121,7 +133,7 @@ def _described(
             rows += _described(part, f"{name}.", trainer, values)
         elif part is not None:
             rows += _described(part, f"{name}.", trainer)
-        elif name != "trainer.method":
+        elif name != "trainer.method" and not field.metadata.get("hidden"):
             value = field.default_factory() if field.default is MISSING else field.default
             value = (given or {}).get(field.name, value)
             rows.append((f"{name}={_as_text(value)}", docs.get(field.name, "")))

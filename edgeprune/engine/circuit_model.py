@@ -206,6 +206,7 @@ class CircuitModel:
         ablation_values: Activations | None,
         *,
         recompute: bool = False,
+        below: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Run the clean prompts of a batch with a gate on every edge.
 
@@ -214,6 +215,8 @@ class CircuitModel:
             ablation_values: what an edge with gate 0 carries; None: zeros.
             recompute: whether the backward pass recomputes the blocks. Then only the outboxes,
                 their gradients and the blocks of one look-ahead take memory.
+            below: a layer to start from and the result of `deltas_below` for it, where the gates
+                below are the same; without gradients.
 
         Returns:
             Logits, [predicted, vocabulary], differentiable with respect to the gates. Call backward
@@ -226,7 +229,13 @@ class CircuitModel:
             raise ValueError(f"gates are {list(gates.shape)}, expected [{self.graph.num_edges}]")
         keep_inputs = torch.is_grad_enabled() and not recompute
         circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs)
+        start, known = below or (0, None)
+        if known is not None:
+            circuit_pass.boxes.skip(known, 2 * start)
         for layers in lookaheads(self.graph):
+            layers = range(max(start, layers.start), layers.stop)
+            if not layers:
+                continue
             if recompute:
                 values = checkpoint(
                     circuit_pass.run_layers, layers, use_reentrant=False, preserve_rng_state=False,
@@ -235,6 +244,24 @@ class CircuitModel:
             else:
                 values = circuit_pass.run_layers(layers)
         return circuit_pass.finish(values)
+
+    @torch.no_grad()
+    def deltas_below(
+        self, layer: int, batch: Batch, gates: Tensor, ablation_values: Activations | None
+    ) -> Tensor:
+        """The deltas of the layers below one, in a circuit; arguments as for `run_circuit`.
+
+        Returns [writer, batch, pos, d_model], without the embeddings.
+        """
+        self.check_padding(batch)
+        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs=False)
+        for layers in lookaheads(self.graph):
+            layers = range(layers.start, min(layers.stop, layer))
+            if layers:
+                circuit_pass.run_layers(layers)
+        boxes, num_embeddings = circuit_pass.boxes, len(self.graph.embedding_writers)
+        deltas = boxes.delta[:, num_embeddings : boxes.num_written]  # [token, writer, d_model]
+        return deltas.transpose(0, 1).unflatten(1, batch.clean_ids.shape).clone()
 
 
 class _CircuitPass:

@@ -73,6 +73,8 @@ class OpenPass:
                 value = objective(self.batch, reference, outputs)
                 value.backward()
             total += value.detach()
+        for site, grad in self._grad_inputs.items():  # had no gradient at the last point
+            self._multiply(site, grad)
         return total / len(points), self._grad_gates / len(points)
 
     def _run(self, point: Point) -> Tensor:
@@ -109,13 +111,17 @@ class OpenPass:
     def add_gradient(self, site: int, grad: Tensor) -> None:
         """Take the gradient of a site's inputs at a point, [reader, ..., d_model].
 
-        Gradients are summed, and multiplied by the deltas only after the last point.
+        Gradients are summed, and multiplied by the deltas only at the last point.
         """
         if site in self._grad_inputs:
             grad = self._grad_inputs.pop(site).add_(grad)
-        if not self._is_last_point:
+        if self._is_last_point:
+            self._multiply(site, grad)
+        else:
             self._grad_inputs[site] = grad
-            return
+
+    def _multiply(self, site: int, grad: Tensor) -> None:
+        """Multiply the gradient of a site's inputs by the deltas of its writers."""
         graph = self.model.graph
         num_writers, is_last = graph.sites[site].num_writers, site >= len(graph.sites) - 2
         deltas = (self._last_deltas if is_last else self._deltas)[:num_writers]

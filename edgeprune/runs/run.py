@@ -26,7 +26,9 @@ from filelock import FileLock, Timeout
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     SPLITS,
+    AttributeConfig,
     PruneConfig,
+    RunConfig,
     chosen_by,
     flatten,
     from_dict,
@@ -59,7 +61,7 @@ class Run:
         is_new: whether it is still being set up next to its final place.
     """
 
-    def __init__(self, path: Path, config: PruneConfig, *, is_new: bool = False) -> None:
+    def __init__(self, path: Path, config: RunConfig, *, is_new: bool = False) -> None:
         self.path, self.config, self.is_new = path, config, is_new
 
     @classmethod
@@ -69,12 +71,13 @@ class Run:
         if not is_run(path):
             raise ConfigError(
                 f"{path} is not a run directory (it has no {layout.MANIFEST}); give the run_dir of "
-                "an `edgeprune prune`"
+                "an `edgeprune prune` or `attribute`"
             )
         file = path / layout.CONFIG
         try:
             settings = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-            return cls(path, from_dict(PruneConfig, {**settings, "run_dir": str(path)}))
+            schema = AttributeConfig if "method" in settings else PruneConfig
+            return cls(path, from_dict(schema, {**settings, "run_dir": str(path)}))
         except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{file} is damaged ({error}); restore it as `edgeprune prune` wrote it"
@@ -135,8 +138,13 @@ class Run:
         """The scores after a step; by default the final ones, or those of the last checkpoint."""
         if step is None and (self.path / layout.SCORES).exists():
             return EdgeScores.load(self.path / layout.SCORES)
+        method = self.config.method_name
+        if method not in METHODS:
+            raise ConfigError(
+                f"{self.path} has scores only at its end; let it end (its command, with "
+                "resume=auto), and give no checkpoint="
+            )
         found = self.checkpoint(step)
-        method = self.config.trainer.method
         values = METHODS[method].scores(self.graph, found.state)
         return EdgeScores(self.graph, values, origin={"method": method, "step": found.step})
 
@@ -172,7 +180,7 @@ class Run:
 
     def is_unfinished(self, origin: Mapping[str, Any]) -> bool:
         """Whether scores of this origin are not those of the run's last step."""
-        return origin.get("step", self.config.trainer.steps) < self.config.trainer.steps
+        return "step" in origin and origin["step"] < self.config.trainer.steps
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """The measurements of the run's circuit, by split."""
@@ -287,7 +295,7 @@ def run_of(path: Path) -> Path | None:
 
 
 @contextmanager
-def claim(config: PruneConfig, world: World) -> Iterator[Run]:
+def claim(config: RunConfig, world: World) -> Iterator[Run]:
     """Lock a run directory for a new run, or for one that is resumed.
 
     Called by all processes; rank 0 holds the lock, which the kernel releases when the process ends.
@@ -338,7 +346,7 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _check_claim(place: Path, config: PruneConfig) -> None:
+def _check_claim(place: Path, config: RunConfig) -> None:
     """Raise ConfigError unless a run may replace or continue the one in a directory."""
     if config.overwrite:
         for name, path in (("task.path", config.task.path), ("model.path", config.model.path)):
@@ -367,7 +375,7 @@ def _check_claim(place: Path, config: PruneConfig) -> None:
         )
 
 
-def _portable(config: PruneConfig) -> dict[str, Any]:
+def _portable(config: RunConfig) -> dict[str, Any]:
     """The settings as JSON values, with paths that are valid from any directory."""
     settings = to_dict(config)
     for part in (settings["task"], settings["model"]):
@@ -376,7 +384,7 @@ def _portable(config: PruneConfig) -> dict[str, Any]:
     return settings
 
 
-def _as_yaml(config: PruneConfig) -> str:
+def _as_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(_portable(config), sort_keys=False)
 
 

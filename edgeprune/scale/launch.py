@@ -36,8 +36,8 @@ def on_stop_signals(
             signal.signal(number, old[number])
 
 
-def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
-    """Run `edgeprune prune` in `count` processes (None: one per GPU) with `accelerate launch`.
+def launch_processes(command: str, count: int | None, overrides: Sequence[str]) -> None:
+    """Run a command of edgeprune in `count` processes (None: one per GPU) with `accelerate launch`.
 
     Signals to this process are forwarded. Raises JobFailed if a process failed or was stopped.
     """
@@ -45,14 +45,14 @@ def launch_processes(count: int | None, overrides: Sequence[str]) -> None:
         import torch
 
         count = max(1, torch.cuda.device_count())
-    command = [
+    arguments = [
         sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={count}",
         "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
         *(["--multi_gpu", "--main_process_port=0"] if count > 1 else []),
-        "--module", "edgeprune", "prune", *overrides,
+        "--module", "edgeprune", command, *overrides,
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    process = subprocess.Popen(command, env={**threads, **os.environ, "WORLD_SIZE": str(count)})
+    process = subprocess.Popen(arguments, env={**threads, **os.environ, "WORLD_SIZE": str(count)})
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:

@@ -39,13 +39,13 @@ class StepMetrics:
         step: number of steps done, including this one.
         objective: name of what was minimised: `kl` (nats per predicted token), `unexplained`
             (fraction of the outputs' variance), or another key of `metrics.OBJECTIVES`.
-        value: its value.
+        value: its value; None if the step did not measure it.
         values: the method's own numbers, such as `num_edges` and `learning_rate`.
     """
 
     step: int
     objective: str
-    value: float
+    value: float | None
     values: Mapping[str, float | None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +55,8 @@ class StepMetrics:
     def __str__(self) -> str:
         """The objective and the first two of the method's numbers, for a progress bar."""
         shown = [f"{name} {x:,.4g}" for name, x in self.values.items() if x is not None][:2]
-        return "  ".join([f"{self.objective} {self.value:.3f}", *shown])
+        value = [] if self.value is None else [f"{self.objective} {self.value:.3f}"]
+        return "  ".join([*value, *shown])
 
 
 @dataclass(eq=False)
@@ -100,6 +101,14 @@ class Trainer:
         self.differentiate_batch = partial(differentiate, self.model, **options)
         if settings.cuda_graph:
             self.differentiate_batch = CudaGraphs(self.model, **options).differentiate
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.settings.checkpoint_every
 
     def train_step(self) -> StepMetrics:
         """Do one optimisation step.
@@ -179,22 +188,23 @@ class Trainer:
         self.step = checkpoint.step
 
 
-def objective_of(name: str, output: Output, pairs: Sequence[Pair]) -> tuple[str, Objective]:
+def objective_of(
+    name: str, output: Output, pairs: Sequence[Pair], setting: str | None = None
+) -> tuple[str, Objective]:
     """An objective and the name under which it is logged.
 
-    Raises ConfigError if it does not apply to the model's outputs or to the prompts.
+    Raises ConfigError if it does not apply to the model's outputs or to the prompts; `setting` is
+    how the user asked for it.
     """
+    setting = setting or f"trainer.objective={name}"
     if output is not Output.logits:
         if name != "kl":
             raise ConfigError(
-                f"trainer.objective={name} needs logits, but this model outputs values; leave it "
-                "out"
+                f"{setting} needs logits, but this model outputs values; leave it out"
             )
         return "unexplained", mean_unexplained_variance
     if "logit_difference" in name and not all(pair.distractor_ids for pair in pairs):
-        raise ConfigError(
-            f'trainer.objective={name} needs a "distractor" on every line of the prompts'
-        )
+        raise ConfigError(f'{setting} needs a "distractor" on every line of the prompts')
     if name == "cross_entropy" and any(-1 in pair.target_ids for pair in pairs):
         raise ConfigError(
             "trainer.objective=cross_entropy needs all tokens to predict; some target_ids are null"
@@ -218,8 +228,21 @@ class Store(Protocol):
     def truncate_log(self, step: int) -> None: ...
 
 
+class Stepper(Protocol):
+    """What `train` runs: a `Trainer`, or an `Attributor`, whose steps learn nothing."""
+
+    world: World
+    step: int
+    steps: int
+    checkpoint_every: int
+
+    def train_step(self) -> StepMetrics: ...
+    def checkpoint(self) -> Checkpoint: ...
+    def restore(self, checkpoint: Checkpoint) -> None: ...
+
+
 def train(
-    trainer: Trainer, *, store: Store | None = None, listeners: Sequence[Listener] = ()
+    trainer: Stepper, *, store: Store | None = None, listeners: Sequence[Listener] = ()
 ) -> None:
     """Train to the end, from the latest checkpoint of the store if it has one.
 
@@ -248,7 +271,7 @@ def train(
     checkpoint = store.latest()
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        log.info(f"resuming from step {trainer.step} of {trainer.settings.steps}")
+        log.info(f"resuming from step {trainer.step} of {trainer.steps}")
     trainer.world.check_same("the checkpoints", str(trainer.step))
     if trainer.world.is_rank_zero:
         store.truncate_log(trainer.step)
@@ -258,25 +281,25 @@ def train(
 
 
 def _train(
-    trainer: Trainer, store: Store | None, listeners: Sequence[Listener], received: list[int]
+    trainer: Stepper, store: Store | None, listeners: Sequence[Listener], received: list[int]
 ) -> None:
     """Do the steps that remain, until a signal is received."""
-    settings, world, saved = trainer.settings, trainer.world, trainer.step
+    world, saved = trainer.world, trainer.step
     writes = store is not None and world.is_rank_zero
-    while trainer.step < settings.steps:
+    while trainer.step < trainer.steps:
         try:
             metrics = trainer.train_step()
         except (TrainingError, ProcessError, torch.OutOfMemoryError):
             if writes and trainer.step != saved:
                 store.save(trainer.checkpoint())
             raise
-        is_last = trainer.step == settings.steps
+        is_last = trainer.step == trainer.steps
         if writes:
             store.log(metrics.to_dict())
         for listener in listeners:
             listener(metrics)
         stop = world.any(bool(received))
-        if is_last or stop or trainer.step % settings.checkpoint_every == 0:
+        if is_last or stop or trainer.step % trainer.checkpoint_every == 0:
             saved = trainer.step
             if writes:
                 store.save(trainer.checkpoint())
