@@ -508,7 +508,7 @@ class AttributeConfig(RunConfig):
     circuit: str | None = None
     """For exact and acdc: a run directory or circuit file, whose edges alone are cut; null: all."""
     batch_size: int = setting(16, at_least=1)
-    """Pairs run at a time."""
+    """Pairs run at a time; where outputs are values, all are."""
     trainer: Any = setting(None, hidden=True)
     """Not used: what an experiment sets for `prune`."""
 

@@ -154,14 +154,17 @@ def _attribution(
     Circuit.check(circuit, model.graph)
     name = {"logit_difference": "max_logit_difference"}.get(config.metric, config.metric)
     name, objective = objective_of(name, model.output, pairs, f"metric={config.metric}")
-    if model.output is not Output.logits and (config.batch_size < len(pairs) or world.count > 1):
-        raise ConfigError(
-            f"the outputs of {model.name} are compared by the variance of all {len(pairs):,} "
-            f"prompts: give batch_size={len(pairs)}, and start one process"
-        )
+    batch_size = config.batch_size
+    if model.output is not Output.logits:
+        batch_size = len(pairs)  # values are compared by the variance of all prompts
+        if world.count > 1:
+            raise ConfigError(
+                f"{world.count} processes cannot share the prompts of {model.name}, whose outputs "
+                "are compared by their variance; start one process"
+            )
     attribution = ATTRIBUTIONS[config.method](
         model=model, pairs=pairs, ablation=ablation, objective=objective, world=world,
-        method=config.method, batch_size=config.batch_size, integration_steps=config.steps,
+        method=config.method, batch_size=batch_size, integration_steps=config.steps,
         threshold=config.threshold, circuit=circuit,
     )  # fmt: skip
     return attribution, config.metric if name != "unexplained" else name

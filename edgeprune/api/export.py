@@ -111,6 +111,11 @@ def choose_from(
             f"{', '.join(f'{name}=' for name in SIZES)} or none"
         )
 
+    if choice[0] == "threshold" and greedy:
+        raise ConfigError(
+            "choose=greedy adds edges up to a size, not to a threshold; give "
+            f"{', '.join(f'{name}=' for name in SIZES)}"
+        )
     ranked = scores.greedy() if greedy else scores
 
     def measure(sizes: Sequence[int] | None) -> Curve:
@@ -132,6 +137,8 @@ def _convert(config: ExportConfig, form: str) -> Exported:
     for name in ("checkpoint", "max_kl", "min_exact_match", "threshold", "cleanup"):
         if getattr(config, name) not in (None, False):
             raise ConfigError(f"{name}= needs a run directory; {config.run} is a file")
+    if config.choose == "greedy" and (config.sparsity, config.num_edges) == (None, None):
+        raise ConfigError("choose=greedy needs sparsity= or num_edges= to cut the file's scores")
     if config.output is None:
         raise ConfigError(f"say where to write the circuit of {config.run}: output=FILE")
     source, output = find(config.run), Path(config.output)

@@ -122,8 +122,9 @@ class ACDC(_Cutting):
             rises = (measured[1:] - measured[:-1]).tolist()
             count = next((i for i, rise in enumerate(rises) if rise >= self.threshold), len(rises))
             kept, value = cuts[count], measured[count].item()
-            scores[remaining[: count + 1]] = torch.tensor(rises[: count + 1], dtype=torch.float64)
-            remaining = remaining[count + 1 :]
+            decided = tried[: count + 1]  # with the edge that stays, if one does
+            scores[decided] = torch.tensor(rises[: count + 1], dtype=torch.float64)
+            remaining = remaining[len(decided) :]
         return value
 
     def _reaches_output(self, reader: str, kept: Tensor, decided: int) -> bool:
