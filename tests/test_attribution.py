@@ -327,8 +327,8 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(tmp_path, capsys, monke
     with monkeypatch.context() as patch:
         patch.setattr(Attributor, "train_step", failing)
         assert run("stopped")[0] == 130
-    assert_unusable = call(capsys, monkeypatch, "export", tmp_path / "stopped", "num_edges=9")
-    assert assert_unusable[0] == 2 and "resume=auto" in assert_unusable[2]
+    code, _, err = call(capsys, monkeypatch, "export", tmp_path / "stopped", "num_edges=9")
+    assert code == 2 and "resume=auto" in err
     code, err = run("stopped", "resume=auto")
     assert code == 0 and "resuming from step 3" in err
     files = [load_file(tmp_path / name / "scores.safetensors") for name in ("whole", "stopped")]

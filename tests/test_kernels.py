@@ -13,7 +13,9 @@ from conftest import DEVICE, random_gpt2
 from test_engine import gate_gradient, mixed_lengths, random_gates
 from test_llama import FAMILIES, random_llama
 
+from edgeprune.engine.open_pass import OpenPass, Point
 from edgeprune.errors import ModelError
+from edgeprune.metrics import negative_logit_difference
 from edgeprune.models.load import fuse, load_model, wrap_model
 from edgeprune.prompts import collate
 
@@ -72,6 +74,20 @@ def test_a_model_gives_the_same_gradient(monkeypatch, family, split, recompute):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     # Recomputed blocks run forward twice.
     assert len(calls) == len(model.architecture.blocks) * (3 if recompute else 2)
+
+
+def test_the_open_pass_gives_the_same_gradient():
+    """There, all readers' inputs are the same memory."""
+    model = wrap_model(random_gpt2().to(DEVICE))
+    batch = collate(mixed_lengths()).to(DEVICE)
+    _, corrupted = model.run_pair(batch)
+    found = []
+    for fused in (False, True):
+        for block in model.architecture.blocks:
+            block.fused = fused
+        open_pass = OpenPass(model, batch, corrupted)
+        found.append(open_pass.differentiate(negative_logit_difference, [Point()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_fused_needs_bfloat16_on_a_gpu():
