@@ -358,3 +358,51 @@ def test_any_file_is_read_or_refused(tokenizer, tmp_path, content, split):
         assert str(error)
     else:
         assert len(collate(list(dataset)).pairs) == len(dataset)
+
+
+@pytest.mark.parametrize("gap", ["\n", "\n\n", "\n \n", "\t", ":\n"])
+@pytest.mark.parametrize("kind", ["bytes", "prepending", "metaspace"])
+def test_only_the_tagged_text_is_predicted(kind, gap):
+    """Chat templates end in a line break, which the prompt keeps."""
+    merges = [("S", "h"), ("Sh", "e")]
+    tokenizer = byte_tokenizer([("Ġ", "x"), *merges])
+    if kind != "bytes":
+        tokenizer = sentencepiece_tokenizer(["S h", "Sh e"], kind)
+    lines = [f"a{name}{gap}<predict>She</predict>" for name in "bc"]
+    pair = encode_pair(tokenizer, {"clean": lines[0], "corrupted": lines[1], "distractor": "x"})
+    assert tokenizer.convert_ids_to_tokens(list(pair.target_ids)) == ["She"]
+    assert tokenizer.decode(pair.clean_ids).removeprefix("<s>").lstrip(" ") == f"ab{gap}"
+    assert tokenizer.decode(pair.distractor_ids) == "x"
+
+
+def test_a_space_moves_only_where_the_tokenizer_joins_it_to_the_word():
+    for merges, prompt, target in (([("Ġ", "3")], "=", " 3"), ([], "= ", "3")):
+        tokenizer = byte_tokenizer(merges)
+        pair = encode_pair(tokenizer, {k: v for k, v in SPEC.items() if k != "split"})
+        assert tokenizer.decode(pair.clean_ids).endswith(prompt)
+        assert tokenizer.decode(pair.target_ids) == target
+        assert len(pair.target_ids) == 1
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+def test_a_text_that_begins_with_bos_gets_no_second_one(sides):
+    tokenizer = byte_tokenizer([], begin=True)
+    texts = [
+        ("<s>" if has_bos else "") + f"{word} <predict>x</predict>"
+        for has_bos, word in zip(sides, ("ab", "cd"), strict=True)
+    ]
+    pair = encode_pair(tokenizer, dict(zip(("clean", "corrupted"), texts, strict=True)))
+    assert tokenizer.decode(pair.clean_ids) == "<s>ab "
+    assert tokenizer.decode(pair.corrupted_ids) == "<s>cd "
+    # With two, a prompt with one word fewer would seem to have as many tokens.
+    texts[sides.index(True)] = "<s>a <predict>x</predict>"
+    if not all(sides):
+        with pytest.raises(MisfitError, match="tokens"):
+            encode_pair(tokenizer, dict(zip(("clean", "corrupted"), texts, strict=True)))
+
+
+def test_a_bos_that_only_one_prompt_has_is_refused():
+    tokenizer = byte_tokenizer([])  # which puts none before texts
+    record = {"clean": "<s>a<predict>x</predict>", "corrupted": "bc<predict>x</predict>"}
+    with pytest.raises(MisfitError, match="<s>"):
+        encode_pair(tokenizer, record)

@@ -79,8 +79,8 @@ def _misspelt(name: str) -> str | None:
     return near[0] if near and name not in FIELDS else None
 
 
-def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
-    """Split '1 + 2 = <predict>3</predict>' into prompt '1 + 2 =', gap ' ' and prediction '3'."""
+def split_prompt(record: dict, field: str) -> tuple[str, str]:
+    """Split '1 + 2 = <predict>3</predict>' into the prompt '1 + 2 = ' and the prediction '3'."""
     text = record.get(field)
     prompt, _, rest = (text if isinstance(text, str) else "").partition(OPEN)
     prediction, close, tail = rest.partition(CLOSE)
@@ -89,23 +89,22 @@ def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
         expected = f"a prompt and, once and at the end, {OPEN}text to predict{CLOSE}"
         raise DataError(f"field {field!r} must be {expected}, got {shorten(text)}")
     _check_unicode(text, field)
-    bare = prompt.rstrip()
-    return bare, prompt[len(bare) :], prediction
+    return prompt, prediction
 
 
-def read_options(record: dict, field: str, gap: str, prediction: str) -> list[str]:
+def read_options(record: dict, field: str, prompt: str, prediction: str) -> list[str]:
     """Read the strings of `answers` or `distractor`, each an alternative to the prediction.
 
-    Each begins with the whitespace of the prediction, or if there is no gap with its own.
+    Each begins with the whitespace of the prediction, or after a word with its own.
     """
-    whole = gap + prediction
-    space = whole[: len(whole) - len(whole.lstrip())]
+    space = prediction[: len(prediction) - len(prediction.lstrip())]
     value = record.get(field)
     options = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
         raise DataError(f"field {field!r} must be text or a list of texts, got {shorten(value)}")
     _check_unicode("".join(options), field)
-    return [o if o[0].isspace() and not gap else space + o.lstrip() for o in options]
+    keeps_own = not prompt[-1].isspace()
+    return [o if o[0].isspace() and keeps_own else space + o.lstrip() for o in options]
 
 
 def _check_unicode(text: str, field: str) -> None:
