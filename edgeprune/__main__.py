@@ -117,7 +117,7 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
     unknown setting, which Hydra would accept after a +, or the wrong number of paths.
     """
     arguments = [  # Hydra's grammar has no ~ in values
-        re.sub(r"(?<=[=,[])~\w*/", lambda home: os.path.expanduser(home[0]), argument)
+        re.sub(r"(?:^|(?<=[=,[]))~\w*/", lambda home: os.path.expanduser(home[0]), argument)
         for argument in arguments
     ]
     known, name = help.setting_names(command), help.POSITIONAL.get(command)
@@ -268,7 +268,7 @@ def _name_of(settings: "DictConfig") -> str:
 def _report(command: str, error: Exception) -> NoReturn:
     """Report what went wrong in one message, and exit."""
     message, code, on_every_rank = _explain(command, error)
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.errno and error.filename is None:
         _drop_output()
     _fail(message, code, on_every_rank=on_every_rank)
 
