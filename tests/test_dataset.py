@@ -1,6 +1,14 @@
 """Data files: encoding, checks, splits, and batches."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import re
+import shutil
+import subprocess
 from collections import Counter
 from dataclasses import replace
 
@@ -18,8 +26,10 @@ from edgeprune.prompts import (
     encode_pair,
     iterate_batches,
     load_dataset,
+    read_records,
     training_pairs,
 )
+from edgeprune.runs.data import first_split
 
 SPEC = {
     "clean": "1 + 2 = <predict>3</predict>",
@@ -287,6 +297,68 @@ def test_bad_files_are_refused(tokenizer, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(DataError, match=str(path)):
         load_dataset(path, tokenizer, "train")
+
+
+RECORDS = [
+    {"clean": '"é", 1; <predict>2</predict>', "corrupted": "x,\t<predict>y</predict>"},
+    {"clean": "a <predict>b</predict>", "corrupted": "c <predict>d</predict>", "split": "test"},
+]
+
+
+def as_table(separator: str) -> bytes:
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["clean", "corrupted", "split"], delimiter=separator)
+    table.writeheader()
+    table.writerows(RECORDS)
+    return text.getvalue().encode("utf-8-sig")
+
+
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (as_table(","), "CSV"), (as_table(";"), "CSV"), (as_table("\t"), "CSV"),
+        (json.dumps(RECORDS).encode(), "array"), (json.dumps(RECORDS, indent=1).encode(), "array"),
+        (json.dumps(RECORDS[0], indent=1).encode(), "several lines"),
+        (gzip.compress(LINES), "gzip"), (bz2.compress(LINES), "bzip2"),
+        (lzma.compress(LINES), "xz"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_format_is_named_and_the_command_given_converts_it(
+    tmp_path, content, name
+):
+    path = tmp_path / "it's my $data"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="JSONL") as caught:
+        read_records(path)
+    assert name in str(caught.value)
+    command = re.search(r"(python -c .*|\w+ -dc .*) > NEW.jsonl", str(caught.value))[0]
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"no {command.split()[0]}")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    found = read_records(tmp_path / "NEW.jsonl")
+    for record in found:
+        del record["_where"]
+    assert found == RECORDS[: len(found)] and found
+
+
+def test_a_field_that_is_null_is_missing(tokenizer, tmp_path):
+    """As pandas writes files of lines that differ in their fields."""
+    text = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
+    ids = {"clean_ids": [1, 2, 3], "corrupted_ids": [1, 4, 3], "target_ids": [5]}
+    fields = (*text, *ids, "split", "answers", "distractor", "answer_ids", "distractor_ids",
+              "target_values")  # fmt: skip
+    with_null = [{**dict.fromkeys(fields), **record} for record in (text, ids)]
+    paths = [
+        write_jsonl(tmp_path / "null.jsonl", *with_null),
+        write_jsonl(tmp_path / "none.jsonl", text, ids),
+    ]
+    null, none = (load_dataset(path, tokenizer, "train") for path in paths)
+    assert list(null) == list(none) and len(null) == 2
+    assert not null.has_splits
+    assert first_split(paths[0], "validation") == "validation"
 
 
 def test_lines_that_do_not_fit_are_skipped_with_one_warning(tokenizer, tmp_path, caplog):

@@ -11,6 +11,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest
 from edgeprune.formats import CircuitFile
 from edgeprune.graph import CircuitGraph
+from edgeprune.paths import require_utf8
 from edgeprune.prompts import Pair
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
@@ -64,8 +65,10 @@ def check_output(
 ) -> None:
     """Check before any work that a command may write a file, or a folder unless `is_file`.
 
-    Raises ConfigError if it lies in a run directory, or is one of the files that the command reads.
+    Raises ConfigError if it lies in a run directory, is one of the files that the command reads, or
+    is not UTF-8.
     """
+    require_utf8(output.absolute())
     is_taken = is_file and output.exists() and not output.is_file()
     if is_taken or any(parent.is_file() for parent in output.parents):
         raise ConfigError(f"output={output} leads through a file or to a folder; choose another")
