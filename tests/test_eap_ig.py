@@ -1,8 +1,8 @@
 """Circuits and scores that EAP-IG's own code wrote, against its own evaluation of them.
 
 Skipped without the recorded results; the environment variable EDGEPRUNE_ATTRIBUTION names their
-folder. It has a folder per model with `prompts.jsonl` and graphs with scores; that of the GPT-2 also
-has the `model`, and in `interop` circuits, their numbers of edges, logit differences and KLs.
+folder. It has a folder per model with `prompts.jsonl` and graphs with scores. That of the GPT-2 has
+the `model` too, and `interop`: circuits, their numbers of edges, logit differences and KLs.
 """
 
 import json

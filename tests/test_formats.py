@@ -1,6 +1,8 @@
 """Circuit files: known answers worked out by hand, round trips, and what is refused."""
 
+import gc
 import json
+import os
 import pickle
 import random
 import re
@@ -424,6 +426,21 @@ def test_code_in_a_pt_file_does_not_run(tmp_path):
     for name in ("a.pt", "b.pt"):
         refused(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+@pytest.mark.parametrize("format", FORMATS)
+def test_reading_leaves_no_file_open(tmp_path, format):
+    write_circuit(Circuit.random(GPT2, 9, seed=0), tmp_path / "g", format)
+    gc.collect()
+    gc.disable()  # nothing but the reader itself closes its files
+    try:
+        before = os.listdir("/proc/self/fd")
+        file = read_circuit(tmp_path / "g", GPT2)
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        gc.enable()
+    assert len(file.circuit) == 9
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
