@@ -277,7 +277,9 @@ def test_learned_scores_are_written_so_that_magnitude_ranks_them(tmp_path):
 def test_of_a_groups_heads_the_largest_score_by_magnitude_is_read(tmp_path):
     content = their_file(1, 4, set())
     content["edges"]["input->a0.h3<k>"]["score"] = -9.0
-    scores = read_circuit(write_json(tmp_path / "h.json", content), GROUPED).scores
+    file = read_circuit(write_json(tmp_path / "h.json", content), GROUPED)
+    assert len(file.notes) == 2  # of the score of a0.h2<k>, and that no edge is in the graph
+    scores = file.scores
     assert scores.origin == {"method": "file", "file": "h.json"}
     assert scores.circuit(num_edges=2).edges == [("embeds", "a0.h0.q"), ("embeds", "a0.h1.k")]
     for damaged in (None, "1", float("inf")):

@@ -49,6 +49,13 @@ INPUT, LOGITS = "input", "logits"
 OWN_KEY = "edgeprune"
 """Key of what the format cannot represent."""
 
+EXACT = "model.embedding_writers=tokens model.split_kv_readers=true"
+INEXACT = (
+    "differ in this model, whose query heads share keys and values, or whose embeddings always "
+    f"flow; {EXACT} reads it exactly"
+)
+"""The end of notes."""
+
 ZERO_ABLATION = (
     "under zero ablation, EAP-IG and MIB measure something else if the model has position "
     "embeddings or biases of the attention's output: there these always flow"
@@ -117,6 +124,11 @@ def _translate(
     return torch.where(high >= -low, high, low)
 
 
+def _is_close(scores: Tensor, others: Tensor) -> Tensor:
+    """[edge], whether scores are the same up to the rounding of a file."""
+    return torch.isclose(scores, others, rtol=1e-6, atol=1e-30)
+
+
 def load_tensors(data: bytes) -> Any:
     """The content of a .pt file, which cannot run code."""
     try:
@@ -148,12 +160,16 @@ def read(
     if their_scores is not None and their_scores.isfinite().all():
         ours, paired = pairs
         values = _translate(their_scores, paired, ours, graph, unpaired=0)
+        again = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
+        changed = int((~_is_close(again, their_scores)).sum())
         exact = own.get("scores", []) if graph == own_graph else []
         exact = torch.as_tensor(exact, dtype=torch.float64)
         if len(exact) == graph.num_edges:
             written = _translate(exact, ours, paired, theirs, unpaired=exact.abs().max())
-            if torch.isclose(their_scores, written, rtol=1e-6, atol=1e-30).all():  # unchanged
-                values = exact
+            if _is_close(their_scores, written).all():  # unchanged
+                values, changed = exact, 0
+        if changed:
+            notes.append(f"{changed:,} scores of the file {INEXACT}")
         scores = EdgeScores(graph, values, True, {"method": "file", "file": name})
     if not in_graph.any():
         notes.append("no edge is in the graph; scores may choose some: num_edges= or sparsity=")
@@ -176,15 +192,13 @@ def _kept(
         if torch.equal(_translate(exact, ours, paired, theirs, unpaired=1), in_graph):  # unchanged
             return exact, []
     kept, notes = _translate(in_graph, paired, ours, graph, unpaired=1), []
-    exactly = "model.embedding_writers=tokens model.split_kv_readers=true reads the file exactly"
     if changed := int((_translate(kept, ours, paired, theirs, unpaired=1) != in_graph).sum()):
-        reason = "whose query heads share keys and values, or whose embeddings always flow"
-        notes.append(f"{changed:,} edges of the file differ in this model, {reason}; {exactly}")
+        notes.append(f"{changed:,} edges of the file {INEXACT}")
     if flowing := graph.embedding_writers[1:]:
         count = sum(writer in flowing for writer, _ in graph.edges)
         notes.append(
             f"all {count:,} edges from {', '.join(flowing)} are kept, since EAP-IG and MIB let it "
-            f"always flow; {exactly}"
+            f"always flow; {EXACT} reads the file exactly"
         )
     return kept, notes
 
