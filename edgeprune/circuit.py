@@ -34,7 +34,7 @@ class Circuit:
         if graph is not None and circuit.graph != graph:
             raise ValueError(
                 f"the circuit belongs to {circuit.graph}, expected {graph}; use the model in which "
-                "it was found, with the same embedding_writers"
+                "it was found, with the same embedding_writers and split_kv_readers"
             )
 
     @classmethod

@@ -140,8 +140,12 @@ class ModelConfig(Settings):
     fused: bool = False
     """On a GPU, in bfloat16: normalise and project the heads' inputs in Triton kernels, which moves
     less memory. No effect elsewhere."""
-    embedding_writers: bool = True
-    """Whether the embeddings are writers with edges; if not, they always flow."""
+    embedding_writers: str = setting("all", choices=("all", "tokens", "none"))
+    """Which embeddings are writers with edges: all; only the tokens'; none. The others always flow.
+    With tokens, a GPT-2's position embedding has no edges, as in EAP-IG and MIB."""
+    split_kv_readers: bool = False
+    """Whether query heads that share keys and values have key and value readers of their own, as in
+    EAP-IG and MIB."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
 

@@ -55,10 +55,11 @@ class CircuitGraph:
     """Nodes and edges of a transformer whose residual stream is split into one outbox per node.
 
     Args:
-        num_heads, num_kv_heads: query heads and key/value heads per block, equally many without
-            grouped-query attention.
-        embedding_writers: names of the embedding writers, in order; empty when the embeddings
-            always flow.
+        num_heads: query heads per block.
+        num_kv_heads: key readers per block, and value readers: one per key/value head, or one per
+            query head if query heads that share keys and values have readers of their own.
+        embedding_writers: names of the embeddings that are writers, in order; all others always
+            flow: their clean values reach every reader.
 
     Raises ValueError if a count is not a positive integer, too large, or not a multiple.
     """

@@ -43,6 +43,9 @@ MODELS = {
     "gpt2": lambda: wrap_model(random_gpt2()),
     "untied": untied_gpt2,
     "qwen3": lambda: wrap_model(test_llama.random_llama(test_llama.FAMILIES["qwen3"])),
+    "split": lambda: wrap_model(
+        test_llama.random_llama(test_llama.FAMILIES["qwen3"]), split_kv_readers=True
+    ),
 }
 
 

@@ -44,7 +44,7 @@ def run_gpt2(model, graph, ids: Tensor, gates=None, ablated=None):
     transformer = model.transformer
     tokens = transformer.wte(ids)
     positions = transformer.wpe(torch.arange(ids.shape[1])).expand_as(tokens)
-    stream = Stream([tokens, positions], graph, gates, ablated)
+    stream = Stream({"tok_embeds": tokens, "pos_embeds": positions}, graph, gates, ablated)
     for layer, block in enumerate(transformer.h):
         inputs = [
             [block.ln_1(stream.read(f"a{layer}.h{h}.{kind}")) for h in range(graph.num_heads)]
@@ -62,7 +62,7 @@ def run_llama(model, graph, ids: Tensor, gates=None, ablated=None):
     """
     body = model.model
     tokens = body.embed_tokens(ids)
-    stream = Stream([tokens], graph, gates, ablated)
+    stream = Stream({"embeds": tokens}, graph, gates, ablated)
     pos = torch.arange(ids.shape[1])
     for layer, block in enumerate(body.layers):
         attention = block.self_attn
@@ -75,9 +75,12 @@ def run_llama(model, graph, ids: Tensor, gates=None, ablated=None):
             seen = seen & (pos[:, None] - pos < model.config.sliding_window)
 
         def part(
-            kind: str, head: int, attention=attention, block=block, layer=layer, cos_sin=cos_sin
+            kind: str, reader: int, attention=attention, block=block, layer=layer, cos_sin=cos_sin
         ) -> Tensor:
-            x = block.input_layernorm(stream.read(f"a{layer}.h{head}.{kind}"))
+            x = block.input_layernorm(stream.read(f"a{layer}.h{reader}.{kind}"))
+            num_heads = graph.num_heads if kind == "q" else model.config.num_key_value_heads
+            readers_per_head = (graph.num_heads if kind == "q" else graph.num_kv_heads) // num_heads
+            head = reader // readers_per_head
             columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             projected = getattr(attention, f"{kind}_proj")(x)[..., columns]
             if kind != "v" and hasattr(attention, "q_norm"):
@@ -127,12 +130,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Stream:
     """The outboxes written so far."""
 
-    def __init__(self, embeddings: list[Tensor], graph, gates, ablated) -> None:
+    def __init__(self, embeddings: dict[str, Tensor], graph, gates, ablated) -> None:
         gates = torch.ones(graph.num_edges) if gates is None else gates
         self.gate_of = dict(zip(graph.edges, gates, strict=True))
         self.graph, self.ablated = graph, ablated
-        self.outboxes = list(embeddings) if graph.embedding_writers else []
-        self.always_on = 0 if graph.embedding_writers else sum(embeddings)
+        self.outboxes = [embeddings[name] for name in graph.embedding_writers]
+        self.always_on = sum(x for name, x in embeddings.items() if name not in graph.writers)
 
     def write(self, values: list[Tensor]) -> None:
         self.outboxes += values

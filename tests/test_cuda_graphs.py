@@ -84,7 +84,8 @@ def calls(monkeypatch) -> list:
 
 
 def random_model(family: str):
-    return wrap_model(random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family]))
+    hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
+    return wrap_model(hf_model, split_kv_readers=family == "llama")
 
 
 def some_inputs(model, ablation: str = "interchange", seed: int = 0, width: int = 7) -> StepInputs:

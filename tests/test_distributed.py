@@ -29,6 +29,7 @@ JOBS = [
     {"batch_size": 6, "model": "qwen3"},
     {"batch_size": 6, "model": "untied"},
     {"batch_size": 7, "method": "every_size", "objective": "logit_difference"},
+    {"batch_size": 6, "model": "split"},
 ]
 SHARDED = [
     {**JOBS[2], "shard": "on the device"},
@@ -38,6 +39,7 @@ SHARDED = [
     {**JOBS[3], "shard": "on the device", "recompute": True},
     {**JOBS[4], "shard": "on the device"},
     {**JOBS[5], "shard": "on the device"},
+    {**JOBS[6], "shard": "on the device", "recompute": True},
 ]
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def check_ends(hf_model, model) -> None:
             assert_close(model.run_circuit(batch, gates, corrupted), expected)
 
 
-@pytest.mark.parametrize("embedding_writers", [True, False])
+@pytest.mark.parametrize("embedding_writers", ["all", "tokens", "none"])
 @pytest.mark.parametrize("ablation", ["interchange", "zero"])
 @pytest.mark.parametrize(
     "settings",
@@ -86,10 +87,22 @@ def test_logits_and_gradients_equal_the_naive_engine(embedding_writers, ablation
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(attention):
+@pytest.mark.parametrize("embedding_writers", ["all", "tokens"])
+def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(
+    attention, embedding_writers
+):
     hf_model = random_gpt2()
     hf_model.set_attn_implementation(attention)
-    check_ends(hf_model, wrap_model(hf_model))
+    check_ends(hf_model, wrap_model(hf_model, embedding_writers=embedding_writers))
+
+
+def test_an_unknown_choice_of_embedding_writers_is_refused():
+    for load in (
+        lambda **kw: wrap_model(random_gpt2(), **kw),
+        partial(load_model, "tracr/reverse"),
+    ):
+        with pytest.raises(ModelError, match="'positions'.*all, tokens, none"):
+            load(embedding_writers="positions")
 
 
 def test_padding_changes_nothing(model):

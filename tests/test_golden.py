@@ -29,7 +29,8 @@ class Case:
         self.tensors = load_file(folder / "tensors.safetensors")
         self.meta = json.loads((folder / "meta.json").read_text())
         hf_model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        self.model = wrap_model(hf_model, embedding_writers=self.meta["with_embedding_nodes"])
+        writers = "all" if self.meta["with_embedding_nodes"] else "none"
+        self.model = wrap_model(hf_model, embedding_writers=writers)
         self.graph = self.model.graph
         clean, corrupted = self.tensors["input_ids"], self.tensors["corrupted_input_ids"]
         targets = tuple(range(clean.shape[1]))  # one per token, for the logits at every position
@@ -78,7 +79,7 @@ def close(got, expected, rtol: float = 0.0) -> None:
 def test_reference_and_corrupted_activations(case):
     reference, corrupted = case.model.run_pair(case.batch)
     close(reference, case.recorded("teacher_logits"), 1e-4)
-    outboxes = list(corrupted.embeddings) if case.graph.embedding_writers else []
+    outboxes = list(corrupted.embeddings[: len(case.graph.embedding_writers)])
     for layer, block in enumerate(case.model.architecture.blocks):
         outboxes += block.head_delta(corrupted.head_values[layer], None, centred=False)
         outboxes.append(corrupted.mlp_outputs[layer])

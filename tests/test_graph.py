@@ -50,6 +50,11 @@ def test_edges_are_those_whose_writer_comes_first(graph):
         (CircuitGraph(40, 40, 40, ()), 3_872_820),
         (CircuitGraph(30, 9, 3, ("embeds",)), 70_651),
         (CircuitGraph(5, 8, 4, ("embeds",)), 1_701),
+        # As EAP-IG and MIB count them: only tokens write, and every query head has its own readers.
+        (CircuitGraph(12, 12, 12, GPT2[:1]), 32_491),
+        (CircuitGraph(24, 14, 14, ("embeds",)), 179_749),  # Qwen2.5-0.5B
+        (CircuitGraph(26, 8, 8, ("embeds",)), 74_218),  # Gemma-2-2B
+        (CircuitGraph(32, 32, 32, ("embeds",)), 1_592_881),  # Llama-3.1-8B
     ],
 )
 def test_edge_counts_of_known_models(graph, edges):

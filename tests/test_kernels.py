@@ -28,33 +28,36 @@ TOLERANCES = {"float32": 1e-5, "float16": 1e-2} | ({} if DEVICE == "cpu" else {"
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES.items())
 @pytest.mark.parametrize("d_head", [12, 64])
 @pytest.mark.parametrize("num_tokens", [1, 130])
-def test_values_and_gradients_equal_the_formula(dtype, tolerance, d_head, num_tokens):
+@pytest.mark.parametrize("head_of", [[0, 1, 2], [0, 1, 1, 2, 2]])
+def test_values_and_gradients_equal_the_formula(dtype, tolerance, d_head, num_tokens, head_of):
     torch.manual_seed(0)
-    readers = torch.randn(num_tokens, 5, 80).to(
+    count = len(head_of)
+    readers = torch.randn(num_tokens, count + 2, 80).to(
         DEVICE, getattr(torch, dtype)
-    )  # of which three are read
+    )  # of which the first and the last are not read
     weight = torch.randn(3, d_head, 80).to(readers) / 8
-    grad = torch.randn(d_head, 3, num_tokens).to(readers).permute(1, 2, 0)
+    grad = torch.randn(d_head, count, num_tokens).to(readers).permute(1, 2, 0)
     before = readers.clone()
-    x = readers[:, 1:4].transpose(0, 1)
+    x = readers[:, 1:-1].transpose(0, 1)
     exact = x.double().requires_grad_()
     mean_square = exact.square().mean(-1, keepdim=True)
-    expected = exact / (mean_square + 0.25).sqrt() @ weight.double().transpose(1, 2)
+    own_weight = weight.double()[head_of].transpose(1, 2)
+    expected = exact / (mean_square + 0.25).sqrt() @ own_weight
     expected.backward(grad.double())
 
-    y, negated = kernels.project(x, weight, 0.25)
+    y, negated = kernels.project(x, weight, 0.25, 1)
     torch.testing.assert_close(y.double(), expected.detach(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(negated, -80 * (mean_square.detach().float() + 0.25))
-    kernels.put_gradient(x, weight, y, negated, grad)
+    kernels.put_gradient(x, weight, y, negated, grad, 1)
     torch.testing.assert_close(x.double(), exact.grad, rtol=tolerance, atol=tolerance)
-    assert torch.equal(readers[:, [0, 4]], before[:, [0, 4]])
+    assert torch.equal(readers[:, [0, -1]], before[:, [0, -1]])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_a_model_gives_the_same_gradient(monkeypatch, family, recompute):
+@pytest.mark.parametrize(("family", "split"), [("gpt2", False), ("llama", False), ("qwen2", True)])
+def test_a_model_gives_the_same_gradient(monkeypatch, family, split, recompute):
     hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
-    model = wrap_model(hf_model.to(DEVICE))
+    model = wrap_model(hf_model.to(DEVICE), split_kv_readers=split)
     batch = collate(mixed_lengths()).to(DEVICE)
     gates = random_gates(model.graph).detach().to(DEVICE).requires_grad_()
     calls = []

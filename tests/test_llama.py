@@ -3,7 +3,13 @@
 import pytest
 import torch
 from naive import run_llama
-from test_engine import check_against_naive, check_ends
+from test_engine import (
+    assert_close,
+    check_against_naive,
+    check_ends,
+    mixed_lengths,
+    random_gates,
+)
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,8 +23,11 @@ from transformers import (
 )
 
 from edgeprune.errors import ModelError
+from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import kl_per_token
 from edgeprune.models.load import load_model, wrap_model
 from edgeprune.models.parity import verify_parity
+from edgeprune.prompts import collate
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -87,13 +96,14 @@ def random_llama(config, attention: str = "sdpa"):
     return model
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(name, attention):
+def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(name, attention, split):
     if attention == "sdpa" and name == "gemma2":
         pytest.skip("sdpa does not support capped scores")
     hf_model = random_llama(FAMILIES[name], attention)
-    model = wrap_model(hf_model)
+    model = wrap_model(hf_model, split_kv_readers=split)
     check_ends(hf_model, model)
     verify_parity(model)
 
@@ -103,9 +113,67 @@ def test_gates_of_1_give_the_full_model_and_gates_of_0_the_corrupted_prompt(name
     ["llama", "llama-biases", "mistral", "qwen3-windows", "gemma", "gemma2", "gemma3"],
 )
 @pytest.mark.parametrize("ablation", ["interchange", "zero"])
-def test_logits_and_gradients_equal_the_naive_engine(name, ablation):
+@pytest.mark.parametrize("split", [False, True])
+def test_logits_and_gradients_equal_the_naive_engine(name, ablation, split):
     hf_model = random_llama(FAMILIES[name], "eager")
-    check_against_naive(run_llama, hf_model, wrap_model(hf_model), ablation)
+    model = wrap_model(hf_model, split_kv_readers=split)
+    check_against_naive(run_llama, hf_model, model, ablation)
+
+
+# --------------------------------------------------------------------- readers per query head
+
+
+def test_readers_are_split_only_where_heads_share_them():
+    shared, split = (
+        wrap_model(random_llama(FAMILIES["llama"]), split_kv_readers=choice).graph
+        for choice in (False, True)
+    )
+    assert (shared.num_kv_heads, split.num_kv_heads) == (2, 4)
+    assert split.nodes_fed_by("a0.h1.k") == ["a0.h1"]
+    assert CircuitGraph.from_dict(split.to_dict()) == split
+    alike = wrap_model(random_llama(FAMILIES["llama-no-groups"]), split_kv_readers=True).graph
+    assert alike == split
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-one-kv-head", "qwen2", "qwen3", "gemma2"])
+def test_a_shared_reader_acts_as_those_of_its_heads_together(name, recompute):
+    """With equal gates in a group, logits agree, and gradients add up over the group."""
+    hf_model, batch = random_llama(FAMILIES[name], "eager"), collate(mixed_lengths())
+    shared, split = (wrap_model(hf_model, split_kv_readers=choice) for choice in (False, True))
+    # For every edge of the split graph, the number of the shared graph's edge.
+    group = shared.graph.heads_per_kv_head
+    place = []
+    for writer, reader in split.graph.edges:
+        node, _, kind = reader.rpartition(".")
+        if kind in ("k", "v"):
+            layer, head = node.split(".h")
+            reader = f"{layer}.h{int(head) // group}.{kind}"
+        place.append(shared.graph.edge_index((writer, reader)))
+    place = torch.tensor(place)
+    gates = random_gates(shared.graph)
+    split_gates = gates.detach()[place].requires_grad_()
+    results = []
+    for model, own_gates in ((shared, gates), (split, split_gates)):
+        reference, corrupted = model.run_pair(batch)
+        logits = model.run_circuit(batch, own_gates, corrupted, recompute=recompute)
+        gradient = torch.autograd.grad(kl_per_token(reference, logits).mean(), own_gates)[0]
+        results.append((logits, gradient))
+    (logits, expected), (split_logits, gradient) = results
+    assert_close(split_logits, logits)
+    assert expected.abs().max() > 1e-3
+    assert_close(torch.zeros_like(expected).index_add_(0, place, gradient), expected, atol=1e-6)
+
+
+def test_graphs_of_eap_ig_and_mib_are_made_from_configurations():
+    config = Qwen2Config(  # Qwen2.5-0.5B
+        vocab_size=9, hidden_size=896, intermediate_size=9, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        hf_model = AutoModelForCausalLM.from_config(config)
+    model = wrap_model(hf_model, embedding_writers="tokens", split_kv_readers=True)
+    assert model.graph.num_edges == 179_749
 
 
 FAULTS = {

@@ -83,15 +83,16 @@ def test_a_gguf_file_gives_the_model_that_was_written(tmp_path, monkeypatch):
         load_model(path)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_in_few_bits_give_the_library_s_logits(tmp_path, bits, tokenizer):
+@pytest.mark.parametrize(("bits", "split"), [(4, False), (8, False), (4, True)])
+def test_weights_in_few_bits_give_the_library_s_logits(tmp_path, bits, split, tokenizer):
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": len(tokenizer)}
     config = LlamaConfig(**{**SMALL, **sizes})
     hf_model = random_llama(config)
     hf_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = load_model(tmp_path, device="cpu", bits=bits)  # includes the parity check
+    # includes the parity check
+    model = load_model(tmp_path, device="cpu", bits=bits, split_kv_readers=split)
     weight = model.architecture.body.layers[0].self_attn.q_proj.weight
     assert weight.dtype in (torch.uint8, torch.int8)
     gates = torch.full((model.graph.num_edges,), 0.5, requires_grad=True)

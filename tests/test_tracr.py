@@ -236,7 +236,7 @@ def test_padding_is_refused_where_it_would_be_attended_to():
 
 
 def test_masks_by_mean_ablation_and_without_embedding_writers():
-    model = load_model("tracr/xproportion", embedding_writers=False)
+    model = load_model("tracr/xproportion", embedding_writers="none")
     assert model.graph.num_edges < load_model("tracr/xproportion").graph.num_edges
     pairs = read_pairs(model)
     mean = Ablation(model, "mean", pairs, per_position=True)

@@ -287,6 +287,7 @@ def _load(run: Run, world: World) -> tuple[CircuitModel, PairDataset, str, PairD
     load_meta = partial(
         load_meta_model, config.model.path, dtype=config.model.dtype, bits=config.model.bits,
         embedding_writers=config.model.embedding_writers,
+        split_kv_readers=config.model.split_kv_readers,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
     meta = load_meta()  # with the default attention, since not every one runs without weights

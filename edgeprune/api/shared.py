@@ -9,7 +9,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest
-from edgeprune.formats import CircuitFile
+from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import require_utf8
 from edgeprune.prompts import Pair
@@ -27,7 +27,8 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     return load_model(
         config.path, device=device, dtype=config.dtype, attention=config.attention,
         bits=config.bits, fused=config.fused and device.startswith("cuda"),
-        embedding_writers=config.embedding_writers, trust_remote_code=config.trust_remote_code,
+        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
+        trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
 
 
@@ -39,15 +40,19 @@ def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
 
     return load_meta_model(
         model.path, embedding_writers=model.embedding_writers,
-        trust_remote_code=model.trust_remote_code,
+        split_kv_readers=model.split_kv_readers, trust_remote_code=model.trust_remote_code,
     ).graph  # fmt: skip
 
 
-def read(source: Source, graph: CircuitGraph | None) -> CircuitFile:
-    """Read a circuit and report what was lost in reading."""
+def read(
+    source: Source, graph: CircuitGraph | None, ablation: AblationConfig | None = None
+) -> CircuitFile:
+    """Read a circuit, to be measured under an ablation if any; warn of what is not the same."""
     file = source.read(graph)
     for note in file.notes:
         log.warning(f"{source.path}: {note}")
+    if file.is_eap and ablation is not None and ablation.kind == "zero":
+        log.warning(f"{source.path}: {eap.ZERO_ABLATION}")
     return file
 
 

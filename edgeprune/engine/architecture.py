@@ -10,6 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edgeprune.engine.heads import centre
+from edgeprune.errors import ModelError
+from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 
 CHUNK_SIZE = 2**22
@@ -37,9 +39,9 @@ class Block:
         """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
 
         Args:
-            x: [reader, batch, pos, d_model], for queries, then keys, then values; with zero mean
-                over d_model if the norm is a LayerNorm. The backward pass may overwrite it with its
-                gradient.
+            x: [reader, batch, pos, d_model], for queries, then keys, then values, of which there
+                may be one per query head (`Architecture.graph`); with zero mean over d_model if the
+                norm is a LayerNorm. The backward pass may overwrite it with its gradient.
             inputs: the result of `Architecture.attention_inputs`.
         """
         raise NotImplementedError
@@ -76,7 +78,7 @@ class Block:
 class Architecture:
     """A loaded model with its parts named."""
 
-    embedding_writers: tuple[str, ...]  # in order
+    embeddings: tuple[str, ...]  # their names in order, the tokens' first
     output = Output.logits  # what `logits` returns
     may_pad = True  # whether padding on the right leaves the positions before it unchanged
     blocks: Sequence[Block]
@@ -85,8 +87,36 @@ class Architecture:
     unembed: nn.Module  # the projection to the vocabulary
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[batch, pos] -> [embedding writer, batch, pos, d_model]."""
+        """[batch, pos] -> [embedding, batch, pos, d_model]."""
         raise NotImplementedError
+
+    def graph(
+        self,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        embedding_writers: str = "all",
+        split_kv_readers: bool = False,
+    ) -> CircuitGraph:
+        """The model's graph.
+
+        Args:
+            num_layers, num_heads, num_kv_heads: the model's.
+            embedding_writers: which embeddings are writers with edges of their own: "all", only
+                the "tokens", or "none". The others always flow: they reach every reader.
+            split_kv_readers: whether query heads that share keys and values have key and value
+                readers of their own, as in EAP-IG and MIB; `a5.h1.k` is then query head 1's.
+
+        Raises ModelError for another value of `embedding_writers`.
+        """
+        writers = {"all": self.embeddings, "tokens": self.embeddings[:1], "none": ()}
+        if embedding_writers not in writers:
+            raise ModelError(
+                f"embedding_writers={embedding_writers!r} is not one of {', '.join(writers)}"
+            )
+        num_kv_readers = num_heads if split_kv_readers else num_kv_heads
+        return CircuitGraph(num_layers, num_heads, num_kv_readers, writers[embedding_writers])
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
         """Masks and rotary embeddings for `Block.attend`, given [batch, pos, d_model]."""

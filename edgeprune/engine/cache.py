@@ -61,7 +61,7 @@ class KeptPasses:
         numbers = sum(len(pair.target_ids) for pair in pairs) * arch.body.config.vocab_size
         if corrupted:
             # embeddings, MLPs and sites; and the heads' values
-            per_position = model.d_model * (len(arch.embedding_writers) + 3 * layers + 1)
+            per_position = model.d_model * (len(arch.embeddings) + 3 * layers + 1)
             per_position += layers * model.graph.num_heads * arch.blocks[0].d_head
             numbers += len(pairs) * max(len(pair.clean_ids) for pair in pairs) * per_position
         return numbers * arch.body.get_input_embeddings().weight.element_size()

@@ -50,7 +50,7 @@ class Activations:
     """What the full model computes on a batch of prompts: values for ablated edges.
 
     Attributes:
-        embeddings: [embedding writer, batch, pos, d_model].
+        embeddings: [embedding, batch, pos, d_model].
         head_values: per layer, [batch, pos, head * d_head]: the input of the output projection,
             after `Block.scale`.
         mlp_outputs: per layer, [batch, pos, d_model].
@@ -278,17 +278,18 @@ class _CircuitPass:
         num_last = sum(readers * writers for readers, writers in self.last_sites)
         gates, self.last_gates = gates.split([graph.num_edges - num_last, num_last])
 
-        embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
+        embeddings = arch.embed(batch.clean_ids)  # [embedding, batch, pos, d_model]
         like = embeddings[0]  # [batch, pos, d_model]
         self.boxes = Outboxes(
             model.workspace, graph.num_writers, gates, sites, like, keep_inputs=keep_inputs
         )
         delta = embeddings if ablation_values is None else embeddings - ablation_values.embeddings
         delta = model.centre(delta)
-        # Without embedding writers, the clean embeddings reach every reader.
-        self.always_on = None if graph.embedding_writers else delta.sum(0)  # [batch, pos, d_model]
-        if graph.embedding_writers:
-            self.boxes.write(delta)
+        num_written = len(graph.embedding_writers)
+        # The clean values of the other embeddings reach every reader.
+        self.always_on = delta[num_written:].sum(0) if num_written < len(delta) else None
+        if num_written:
+            self.boxes.write(delta[:num_written])
         zeros = [None] * graph.num_layers
         self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
         self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs

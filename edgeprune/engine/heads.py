@@ -29,19 +29,22 @@ def is_foldable(norm: nn.Module) -> bool:
 def project_to_heads(
     x: Tensor, norm: nn.Module, weights: Sequence[Tensor], bias: Tensor | None, fused: bool = False
 ) -> Tensor:
-    """Norm and project a separate input per head; returns [head, batch, pos, d_head].
+    """Norm and project a separate input per reader; returns [reader, batch, pos, d_head].
 
     The norm's scale and shift are folded into the projection, and its factor per input multiplies
     the result. So no normed copy is made; the backward pass overwrites x with its gradient.
 
     Args:
-        x: [head, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
+        x: [reader, batch, pos, d_model], with zero mean over d_model if the norm is a LayerNorm.
         norm: called as usual if it cannot be folded, and in float16, where the unnormed inputs
             would overflow.
-        weights: [head, d_head, d_model] each, one after another for all heads.
+        weights: [head, d_head, d_model] each, one after another for all heads. A head has one
+            reader; if there are more readers than heads, this holds for the first weight, and the
+            other weights' heads have equally many consecutive readers each.
         bias: [head, d_head] or None.
         fused: whether to use the Triton kernels if the norm can be folded.
     """
+    num_single = len(weights[0])
     is_layer_norm = isinstance(norm, nn.LayerNorm)
     if is_foldable(norm) and x.dtype != torch.float16:
         if is_layer_norm and norm.bias is not None:
@@ -50,17 +53,22 @@ def project_to_heads(
         eps = norm.eps if is_layer_norm else norm.variance_epsilon
         projected = _ScaledProjection.apply(x.flatten(1, 2), eps, fused, norm.weight, *weights)
     else:
-        projected = torch.bmm(norm(x).flatten(1, 2), torch.cat(tuple(weights)).transpose(1, 2))
+        weight = torch.cat(tuple(weights)).transpose(1, 2)  # [head, d_model, d_head]
+        projected = _multiply(norm(x).flatten(1, 2), weight, num_single)
     if bias is not None:
-        projected = projected + bias[:, None]  # [head, batch * pos, d_head]
+        if len(x) > len(bias):
+            single, shared = bias[:num_single], bias[num_single:]
+            num_sharing = (len(x) - num_single) // len(shared)
+            bias = torch.cat([single, shared.repeat_interleave(num_sharing, 0)])  # [reader, d_head]
+        projected = projected + bias[:, None]  # [reader, batch * pos, d_head]
     return projected.unflatten(1, x.shape[1:3])
 
 
 class _ScaledProjection(torch.autograd.Function):
     """y = x * factor @ (scale * weight).T, where factor = 1 / sqrt(mean square of x + eps).
 
-    x is [head, token, d_model], y is [head, token, d_head]; the mean is over d_model. The backward
-    pass overwrites x with its gradient, and folds the frozen weights again to save memory.
+    x is [reader, token, d_model], y is [reader, token, d_head]; the mean is over d_model. The
+    backward pass overwrites x with its gradient, and folds the frozen weights again to save memory.
     """
 
     @staticmethod
@@ -71,14 +79,14 @@ class _ScaledProjection(torch.autograd.Function):
         if fused:
             from edgeprune.engine import kernels  # needs Triton
 
-            factor, (y, negated) = None, kernels.project(x, weight, eps)
+            factor, (y, negated) = None, kernels.project(x, weight, eps, len(weights[0]))
         else:
             exact = x.float() if x.device.type == "cpu" else x  # a CPU's 16-bit norm is slow
             norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True, dtype=torch.float32)
             # -d_model * (mean square + eps)
-            negated = -x.shape[-1] * eps - norm.square_()  # [head, token, 1]
+            negated = -x.shape[-1] * eps - norm.square_()  # [reader, token, 1]
             factor = (negated / -x.shape[-1]).rsqrt_()
-            y = (torch.bmm(x, weight.transpose(1, 2)) * factor).to(x.dtype)
+            y = (_multiply(x, weight.transpose(1, 2), len(weights[0])) * factor).to(x.dtype)
         ctx.fused = fused
         ctx.save_for_backward(x, negated, factor, y, scale, *weights)
         return y
@@ -90,13 +98,38 @@ class _ScaledProjection(torch.autograd.Function):
         if ctx.fused:
             from edgeprune.engine import kernels
 
-            kernels.put_gradient(x, weight, y, negated, grad)
+            kernels.put_gradient(x, weight, y, negated, grad, len(weights[0]))
         else:
             # d factor / dx = -factor^3 x / d_model, and factor^2 / d_model = -1 / negated, so
             # grad_x = (grad * y).sum() / negated * x + (grad * factor) @ weight.
             change = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(negated)
-            x.mul_(change.to(x.dtype)).baddbmm_((grad * factor).to(x.dtype), weight)
+            x.mul_(change.to(x.dtype))
+            grad = (grad * factor).to(x.dtype)
+            num_single = len(weights[0])
+            inputs, grads = (_by_weight(part, weight, num_single) for part in (x, grad))
+            for (part, own), (grad_part, _) in zip(inputs, grads, strict=True):
+                part.baddbmm_(grad_part, own)
         return x, *[None] * (3 + len(weights))
+
+
+def _multiply(x: Tensor, weight: Tensor, num_single: int) -> Tensor:
+    """x @ weight: [reader, token, m] and [head, m, n] -> [reader, token, n]; see `_by_weight`."""
+    first, *others = (torch.bmm(part, own) for part, own in _by_weight(x, weight, num_single))
+    return torch.cat([first, torch.stack(others, 1).flatten(0, 1)]) if others else first
+
+
+def _by_weight(x: Tensor, weight: Tensor, num_single: int) -> list[tuple[Tensor, Tensor]]:
+    """Pair readers, [reader, ...], with their heads' weights, [head, ...], without copying any.
+
+    A head has one reader; if there are more readers than heads, only the first `num_single` heads
+    do, and the others have equally many consecutive ones. Of these, the first reader of every head
+    makes one pair with the weights, the second makes the next, and so on.
+    """
+    if len(x) == len(weight):
+        return [(x, weight)]
+    single, shared = x.split([num_single, len(x) - num_single])
+    members = shared.unflatten(0, (len(weight) - num_single, -1)).unbind(1)
+    return [(single, weight[:num_single]), *((part, weight[num_single:]) for part in members)]
 
 
 def _fold(scale: Tensor, weights: Sequence[Tensor]) -> Tensor:

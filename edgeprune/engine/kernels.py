@@ -18,41 +18,54 @@ MODEL = 64
 """Number of elements of d_model that a program loads at a time."""
 
 
-def project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, weight: Tensor, eps: float, num_single: int) -> tuple[Tensor, Tensor]:
     """y = x / sqrt(mean square + eps) @ weight.T; x is read once.
 
     Args:
-        x: [head, token, d_model], contiguous along the last axis.
+        x: [reader, token, d_model], contiguous along the last axis.
         weight: [head, d_head, d_model], contiguous.
+        num_single: number of heads with one reader if there are more readers than heads; the others
+            have equally many consecutive ones.
 
     Returns:
-        y, [head, token, d_head]; and -d_model * (mean square + eps), [head, token, 1] in float32.
+        y, [reader, token, d_head]; and -d_model * (mean square + eps), [reader, token, 1] in
+        float32.
     """
-    num_heads, num_tokens, d_model = x.shape
-    y = x.new_empty(num_heads, num_tokens, weight.shape[1])
-    negated = x.new_empty(num_heads, num_tokens, 1, dtype=torch.float32)
+    num_readers, num_tokens, d_model = x.shape
+    y = x.new_empty(num_readers, num_tokens, weight.shape[1])
+    negated = x.new_empty(num_readers, num_tokens, 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _project[_grid(x)](
-            x, weight, y, negated, num_tokens, *x.stride()[:2], eps, d_model, **_tile(weight)
-        )
+            x, weight, y, negated, num_tokens, *x.stride()[:2], *_sharing(x, weight, num_single),
+            eps, d_model, **_tile(weight),
+        )  # fmt: skip
     return y, negated
 
 
-def put_gradient(x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor) -> None:
-    """Overwrite the input of `project` with its gradient, given that of y, [head, token, d_head].
+def put_gradient(
+    x: Tensor, weight: Tensor, y: Tensor, negated: Tensor, grad: Tensor, num_single: int
+) -> None:
+    """Overwrite the input of `project` with its gradient, given that of y, [reader, token, d_head].
 
     y and negated are the results of `project`; x is read once and written once.
     """
     _, num_tokens, d_model = x.shape
     with torch.cuda.device_of(x):
         _put_gradient[_grid(x)](
-            x, weight, y, negated, grad.contiguous(), num_tokens, x.stride(0), x.stride(1), d_model,
-            **_tile(weight),
+            x, weight, y, negated, grad.contiguous(), num_tokens, *x.stride()[:2],
+            *_sharing(x, weight, num_single), d_model, **_tile(weight),
         )  # fmt: skip
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.shape[1], TOKENS), x.shape[0]
+
+
+def _sharing(x: Tensor, weight: Tensor, num_single: int) -> tuple[int, int]:
+    """The number of heads with one reader, and the number of readers of each other head."""
+    if len(x) == len(weight):
+        return len(weight), 1
+    return num_single, (len(x) - num_single) // (len(weight) - num_single)
 
 
 def _tile(weight: Tensor) -> dict[str, int]:
@@ -62,30 +75,37 @@ def _tile(weight: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def _place(num_tokens, d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):
+def _place(
+    num_tokens, num_single, num_sharing,
+    d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """The part of the arrays that a program computes.
 
     Returns:
-        The head; the tokens' indices within the head and among all heads, and whether they exist,
-        [TOKENS] each; the indices into d_head, [PADDED]; the offsets into y and whether they exist,
-        [TOKENS, PADDED] each.
+        The reader and its head; the tokens' indices within the reader and among all readers, and
+        whether they exist, [TOKENS] each; the indices into d_head, [PADDED]; the offsets into y and
+        whether they exist, [TOKENS, PADDED] each.
     """
-    head = tl.program_id(1).to(tl.int64)
+    reader = tl.program_id(1).to(tl.int64)
+    head = tl.where(reader < num_single, reader, num_single + (reader - num_single) // num_sharing)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     own = tl.arange(0, PADDED)
-    among_all, is_token = head * num_tokens + tokens, tokens < num_tokens
+    among_all, is_token = reader * num_tokens + tokens, tokens < num_tokens
     in_y = among_all[:, None] * d_head + own[None, :]
     is_y = is_token[:, None] & (own < d_head)[None, :]
-    return head, tokens, among_all, is_token, own, in_y, is_y
+    return reader, head, tokens, among_all, is_token, own, in_y, is_y
 
 
 @triton.jit
 def _project(
-    x_at, weight_at, y_at, negated_at, num_tokens, head_stride, token_stride, eps, d_model,
+    x_at, weight_at, y_at, negated_at, num_tokens, reader_stride, token_stride, num_single,
+    num_sharing, eps, d_model,
     d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    head, tokens, among_all, is_token, own, in_y, is_y = _place(num_tokens, d_head, PADDED, TOKENS)
-    rows = x_at + head * head_stride + tokens[:, None] * token_stride
+    reader, head, tokens, among_all, is_token, own, in_y, is_y = _place(
+        num_tokens, num_single, num_sharing, d_head, PADDED, TOKENS
+    )
+    rows = x_at + reader * reader_stride + tokens[:, None] * token_stride
     weights = weight_at + (head * d_head + own[None, :]) * d_model
     product = tl.zeros((TOKENS, PADDED), tl.float32)
     squares = tl.zeros((TOKENS,), tl.float32)
@@ -106,17 +126,20 @@ def _project(
 
 @triton.jit
 def _put_gradient(
-    x_at, weight_at, y_at, negated_at, grad_at, num_tokens, head_stride, token_stride, d_model,
+    x_at, weight_at, y_at, negated_at, grad_at, num_tokens, reader_stride, token_stride, num_single,
+    num_sharing, d_model,
     d_head: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    head, tokens, among_all, is_token, own, in_y, is_y = _place(num_tokens, d_head, PADDED, TOKENS)
+    reader, head, tokens, among_all, is_token, own, in_y, is_y = _place(
+        num_tokens, num_single, num_sharing, d_head, PADDED, TOKENS
+    )
     y = tl.load(y_at + in_y, is_y, 0.0).to(tl.float32)
     grad = tl.load(grad_at + in_y, is_y, 0.0).to(tl.float32)
     negated = tl.load(negated_at + among_all, is_token, -1.0)
     # See `_ScaledProjection.backward` in heads.py.
     change = tl.sum(grad * y, 1) / negated
     scaled = (grad * tl.rsqrt(negated / -d_model)[:, None]).to(x_at.dtype.element_ty)
-    rows = x_at + head * head_stride + tokens[:, None] * token_stride
+    rows = x_at + reader * reader_stride + tokens[:, None] * token_stride
     weights = weight_at + (head * d_head + own[:, None]) * d_model
     for start in range(0, d_model, MODEL):
         inner = start + tl.arange(0, MODEL)

@@ -51,7 +51,7 @@ class GPT2Block(Block):
 class GPT2(Architecture):
     """A loaded GPT-2."""
 
-    embedding_writers = ("tok_embeds", "pos_embeds")
+    embeddings = ("tok_embeds", "pos_embeds")
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.body = model.transformer

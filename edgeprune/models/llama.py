@@ -10,6 +10,7 @@ norm of the heads' sum multiplies every head's outbox by the same factor per tok
 still add up to the output: o_h -> w o_h / sqrt(mean((sum_h o_h)^2) + eps).
 """
 
+import copy
 import sys
 from typing import Any
 
@@ -47,7 +48,8 @@ class LlamaBlock(Block):
             self.mlp = self.mlp_output = layer.mlp
         self.attention, self.layer_type = attention, layer_type
         self.num_heads = attention.config.num_attention_heads
-        self.num_kv_heads = attention.config.num_key_value_heads
+        self.ungrouped = copy.copy(attention)  # tells the library's functions not to repeat keys
+        self.ungrouped.num_key_value_groups = 1
         self.d_head = attention.head_dim
         source = sys.modules[type(attention).__module__]
         self.rotate = source.apply_rotary_pos_emb
@@ -58,8 +60,10 @@ class LlamaBlock(Block):
         return self.attention_output if self.heads_norm is None else self.heads_norm
 
     def attend(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """[head + 2 * kv_head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
-        attention, (mask, rotation) = self.attention, inputs[self.layer_type]
+        """[reader, batch, pos, d_model] -> [batch, pos, head * d_head]."""
+        is_split = len(x) == 3 * self.num_heads  # keys and values per query head
+        attention = self.ungrouped if is_split else self.attention
+        mask, rotation = inputs[self.layer_type]
         q, k, v = self._project(x)  # [batch, head or kv_head, pos, d_head] each
         if getattr(attention, "use_rope", True):
             q, k = self.rotate(q, k, *rotation)
@@ -83,8 +87,9 @@ class LlamaBlock(Block):
         if attention.q_proj.bias is not None:  # [head + 2 * kv_head, d_head]
             bias = torch.cat([linear.bias for linear in projections]).unflatten(0, heads)
         qkv = project_to_heads(x, self.attention_norm, weights, bias, self.fused)
-        qkv = qkv.transpose(0, 1)  # [batch, head + 2 * kv_head, pos, d_head]
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        qkv = qkv.transpose(0, 1)  # [batch, reader, pos, d_head]
+        num_kv_readers = (len(x) - self.num_heads) // 2
+        q, k, v = qkv.split([self.num_heads, num_kv_readers, num_kv_readers], 1)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         return q, k, v
@@ -108,7 +113,7 @@ class LlamaBlock(Block):
 class Llama(Architecture):
     """A loaded model of the Llama family."""
 
-    embedding_writers = ("embeds",)
+    embeddings = ("embeds",)
 
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model

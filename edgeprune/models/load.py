@@ -23,7 +23,6 @@ from transformers.utils import find_adapter_config_file, logging
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import is_foldable
 from edgeprune.errors import ModelError
-from edgeprune.graph import CircuitGraph
 from edgeprune.models import gguf, tracr
 from edgeprune.models.gpt2 import GPT2
 from edgeprune.models.llama import Llama
@@ -57,7 +56,8 @@ def load_model(
     attention: str = "auto",
     bits: int | None = None,
     fused: bool = False,
-    embedding_writers: bool = True,
+    embedding_writers: str = "all",
+    split_kv_readers: bool = False,
     trust_remote_code: bool = False,
 ) -> CircuitModel:
     """Load a model of a supported family and check that it runs exactly as a circuit.
@@ -72,8 +72,8 @@ def load_model(
             or `eager` for models with capped attention scores.
         bits: 4 or 8 to quantise the weights (bitsandbytes; Llama family).
         fused: whether to use Triton kernels, see `fuse`.
-        embedding_writers: whether the embeddings are writers with edges of their own; otherwise
-            they reach every reader.
+        embedding_writers, split_kv_readers: which embeddings are writers, and whether every query
+            head has key and value readers of its own; see `Architecture.graph`.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises ModelError if the model is not found, has no safetensors weights, is of an unsupported
@@ -95,7 +95,10 @@ def load_model(
                 name, device, DTYPES[dtype], attention, bits, trust_remote_code
             )
         tokenizer = load_tokenizer(name, trust_remote_code)
-        model = wrap_model(hf_model, tokenizer, name=name, embedding_writers=embedding_writers)
+        model = wrap_model(
+            hf_model, tokenizer, name=name, embedding_writers=embedding_writers,
+            split_kv_readers=split_kv_readers,
+        )  # fmt: skip
     if device != "meta":
         if fused:
             fuse(model)
@@ -129,9 +132,12 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 
 
 def wrap_model(
-    hf_model: Any, tokenizer: Any = None, *, name: str = "model", embedding_writers: bool = True
+    hf_model: Any, tokenizer: Any = None, *, name: str = "model", **graph_settings: Any
 ) -> CircuitModel:
-    """Freeze a loaded Hugging Face model, of a supported family, and wrap it as a circuit."""
+    """Freeze a loaded Hugging Face model, of a supported family, and wrap it as a circuit.
+
+    `graph_settings` are those of `Architecture.graph`.
+    """
     config = hf_model.config
     _check_family(config, name)
     hf_model.requires_grad_(False).eval()
@@ -143,8 +149,8 @@ def wrap_model(
     architecture = FAMILIES[config.model_type](hf_model)
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
-    writers = architecture.embedding_writers if embedding_writers else ()
-    graph = CircuitGraph(config.num_hidden_layers, num_heads, num_kv_heads, writers)
+    counts = config.num_hidden_layers, num_heads, num_kv_heads
+    graph = architecture.graph(*counts, **graph_settings)
     return CircuitModel(architecture, graph, tokenizer, name, _unusual_settings(config))
 
 

@@ -20,7 +20,6 @@ from edgeprune.engine.architecture import Architecture, Block
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import project_to_heads
 from edgeprune.errors import DataError, ModelError
-from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
 from edgeprune.paths import TRACR_MODELS
 
@@ -135,7 +134,7 @@ class TracrLayer(nn.Module, Block):
 class Tracr(nn.Module, Architecture):
     """The whole model."""
 
-    embedding_writers = ("tok_embeds", "pos_embeds")
+    embeddings = ("tok_embeds", "pos_embeds")
     body = property(lambda self: self)
     blocks = property(lambda self: self.layers)
 
@@ -169,7 +168,7 @@ class Tracr(nn.Module, Architecture):
         return torch.stack([tokens, positions.expand_as(tokens)])
 
 
-def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
+def load(folder: Path, *, embedding_writers: str) -> CircuitModel:
     """Load the Tracr model of a folder, in float32 on the CPU; see `load_model`."""
     tokenizer = TracrTokenizer(folder)
     config = tokenizer.config
@@ -180,8 +179,8 @@ def load(folder: Path, *, embedding_writers: bool) -> CircuitModel:
         model.load_state_dict(state, assign=True)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from None
-    num_heads, writers = config["n_heads"], Tracr.embedding_writers if embedding_writers else ()
-    graph = CircuitGraph(config["n_layers"], num_heads, num_heads, writers)
+    counts = config["n_layers"], config["n_heads"], config["n_heads"]
+    graph = model.graph(*counts, embedding_writers=embedding_writers)
     model.requires_grad_(False).eval()
     return CircuitModel(model, graph, tokenizer, str(folder), config)
 

@@ -187,7 +187,7 @@ def _tensors_of(x: Activations) -> list[Tensor]:
 def _empty_activations(model: CircuitModel, batch: Batch) -> Activations:
     """The activations of `run_pair`; the full model's own code does not run on the meta device."""
     arch, layers = model.architecture, model.graph.num_layers
-    embeddings = arch.embed(batch.clean_ids)  # [embedding writer, batch, pos, d_model]
+    embeddings = arch.embed(batch.clean_ids)  # [embedding, batch, pos, d_model]
     batch_pos, d_model = embeddings.shape[1:3], embeddings.shape[3]
 
     def empty(count: int, width: int) -> list[Tensor]:
