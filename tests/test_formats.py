@@ -288,6 +288,15 @@ def test_of_a_groups_heads_the_largest_score_by_magnitude_is_read(tmp_path):
         assert file.scores is None
 
 
+def test_a_score_that_is_no_number_is_named_and_the_circuit_still_read(tmp_path):
+    content = their_file(2, 2, {"m1->logits"})
+    content["edges"]["a0.h1->m1"]["score"] = float("nan")
+    file = read_circuit(write_json(tmp_path / "their.json", content), TOKENS)
+    assert file.scores is None
+    assert file.circuit.edge_set == {("m1", "resid_post")}
+    assert any("a0.h1->m1" in note for note in file.notes)
+
+
 def test_scores_that_were_changed_replace_our_own(tmp_path):
     path, best = tmp_path / "g.json", ("tok_embeds", "a0.h0.q")
     scores = scored(GPT2, [number / GPT2.num_edges for number in range(GPT2.num_edges)])

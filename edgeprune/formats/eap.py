@@ -157,7 +157,13 @@ def read(
     pairs = _pairs(graph)
     kept, notes = _kept(in_graph.int(), pairs, graph, own if graph == own_graph else None)
     scores = None
-    if their_scores is not None and their_scores.isfinite().all():
+    if their_scores is not None and not their_scores.isfinite().all():
+        index = int(their_scores.isfinite().logical_not().nonzero()[0])
+        notes.append(
+            f"scores are not used, since that of {_their_edges(theirs)[index]} is "
+            f"{their_scores[index].item()}"
+        )
+    elif their_scores is not None:
         ours, paired = pairs
         values = _translate(their_scores, paired, ours, graph, unpaired=0)
         again = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
