@@ -6,11 +6,12 @@ so that help is instant.
 
 import os
 import re
+import shlex
 import sys
 from importlib import import_module
 from importlib.metadata import version
-from traceback import walk_tb
-from typing import Any, NoReturn
+from traceback import print_exception, walk_tb
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgeprune.commands import help
 from edgeprune.config import (
@@ -22,22 +23,25 @@ from edgeprune.config import (
     did_you_mean,
 )
 from edgeprune.errors import ConfigError, JobFailed, UserError
-from edgeprune.paths import CONF
+from edgeprune.paths import CONF, require_utf8
 
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd",
-                    "--config-name", "-cn", "--config-path", "-cp")  # fmt: skip
-"""Hydra's flags that may be followed by their value."""
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from omegaconf import DictConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
+    if arguments is None:
+        _use_utf8()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if not os.environ.get("COLUMNS", "").strip("0"):  # a width of 0 would print nothing
         os.environ.pop("COLUMNS", None)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # escape characters that its encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    _escape_output()
     try:
+        for argument in rest:
+            require_utf8(argument)
         if command in ("", "-h", "--help", "help"):
             print(help.overview(), flush=True)
             sys.exit(0 if command else 2)
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         if {"-h", "--help"} & set(rest):
             print(help.command_help(command, rest), flush=True)
             sys.exit(0)
-        _run(command, *_split_flags(rest))
+        _run(command, _parse_flags(command, rest))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:  # `| head` has read enough
@@ -62,30 +66,67 @@ def main(arguments: list[str] | None = None) -> None:
         _report(command, error)
 
 
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale encodes file names in another way.
+
+    Output keeps the locale's encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _escape_output() -> None:
+    """Escape characters that the encoding of the output lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 # ------------------------------------------------------------------------------------- arguments
 
 
-def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags, with their values, and the other arguments."""
-    flags, others = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if not argument.startswith("-"):
-            others.append(argument)
-            continue
-        flags.append(argument)
-        if argument in FLAGS_WITH_VALUE:
-            flags += [value for value in [next(remaining, None)] if value is not None]
-    return flags, others
+def _parse_flags(command: str, arguments: list[str]) -> "Namespace":
+    """Hydra's flags, in every form that Hydra accepts, and the other arguments as `overrides`.
+
+    Raises ConfigError where Hydra would print its usage.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(
+            f"{message}; settings are name=value (edgeprune {command} --help), flags are those of "
+            f"Hydra (edgeprune {command} --hydra-help)"
+        )
+
+    parser = get_args_parser()
+    parser.error = fail  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args(arguments)
+    given.config_dir = given.config_dir and os.path.expanduser(given.config_dir)
+    return given
 
 
-def _complete(command: str, arguments: list[str]) -> list[str]:
+def _flags(given: "Namespace") -> list[str]:
+    """The flags that were given, in their long form."""
+    flags = {name: value for name, value in vars(given).items() if name != "overrides"}
+    return [
+        f"--{name.replace('_', '-')}{'' if value is True else f'={value}'}"
+        for name, value in flags.items() if value not in (None, False)
+    ]  # fmt: skip
+
+
+def _complete(command: str, arguments: list[str], *, needs_path: bool = True) -> list[str]:
     """Hydra overrides from the arguments: paths get their name, `custom` is chosen for own files.
 
     `export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths become a list.
-    `prune model.path=X` -> `prune model=custom model.path=X`. Raises ConfigError for an unknown
-    setting, which Hydra would accept after a +, or the wrong number of paths.
+    `prune model.path=~/X` -> `prune model=custom model.path=/home/me/X`. Raises ConfigError for an
+    unknown setting, which Hydra would accept after a +, or the wrong number of paths.
     """
+    arguments = [  # Hydra's grammar has no ~ in values
+        re.sub(r"(?:^|(?<=[=,[]))~\w*/", lambda home: os.path.expanduser(home[0]), argument)
+        for argument in arguments
+    ]
     known, name = help.setting_names(command), help.POSITIONAL.get(command)
     keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
     bare = {a for a in arguments if "=" not in a and a[:1] not in ("~", "+")}
@@ -96,7 +137,7 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
     is_given = name in keys.values()
-    is_right = len(paths) == 1 or (paths and command in help.SEVERAL)
+    is_right = len(paths) == 1 or (paths and command in help.SEVERAL) or not (paths or needs_path)
     if name is None and paths:
         raise ConfigError(f"unexpected argument {paths[0]!r}; settings are name=value")
     if name is not None and (paths if is_given else not is_right):
@@ -111,10 +152,12 @@ def _complete(command: str, arguments: list[str]) -> list[str]:
     return custom + others
 
 
-def _quote(text: str) -> str:
+def _quote(text: str, mark: str = "'") -> str:
     """A string in Hydra's override grammar, where a backslash counts only before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
-    return f"'{escaped}'"
+    parts = re.sub(
+        rf"(\\*)({mark}|$)", lambda found: found[1] * 2 + found[2].replace(mark, f"\\{mark}"), text
+    )
+    return f"{mark}{parts}{mark}"
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -137,61 +180,95 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
-def _run(command: str, flags: list[str], arguments: list[str]) -> None:
-    """Compose the settings with Hydra and run the command (several times under --multirun).
+def _run(command: str, given: "Namespace") -> None:
+    """Compose the settings with Hydra and run the command, or what one of Hydra's flags asks for.
 
-    All runs of a sweep are checked before the first one starts, if they run in this process.
+    Under --multirun the command runs several times, in this process or wherever Hydra's launcher
+    starts it. A run that fails reports why when it happens, and the others go on. All runs of a
+    sweep are checked before the first one starts, if they run in this process.
     """
-    overrides = _complete(command, arguments)
-    is_sweep = bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in overrides
+    overrides = given.overrides
+    if not given.shell_completion:
+        shows = given.cfg or given.info or given.hydra_help
+        overrides = _complete(command, overrides, needs_path=not shows)
+    is_sweep = given.multirun or "hydra.mode=MULTIRUN" in overrides
     if command not in RUN_COMMANDS and is_sweep:
         raise ConfigError(
             f"--multirun is for {' and '.join(RUN_COMMANDS)}; {command} takes one value per setting"
         )
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to standard error
     import hydra
-    from omegaconf import DictConfig, OmegaConf
-
-    from edgeprune.commands.console import print_log
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     register()
-    failures: list[Exception] = []
-    run_dirs: set[str] = set()
-    only_checks = False
+    process, only_checks = os.getpid(), False
+    names: list[str] = []
+    failures: list[tuple[str, Exception]] = []
 
     @hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")
-    def job(settings: DictConfig) -> None:
-        if any(getattr(failure, "ends_sweep", False) for failure in failures):
+    def job(settings: "DictConfig") -> None:
+        nonlocal is_sweep
+        if any(getattr(failure, "ends_sweep", False) for _, failure in failures):
             return
-        register()  # again, where this runs as a job elsewhere
-        print_log()  # Hydra has disabled all loggers
+        is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN  # or so says a config
+        name = _name_of(settings) if is_sweep else command
         try:
-            config: Any = OmegaConf.to_object(settings)
-            if not only_checks:
-                getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
-            elif config.run_dir in run_dirs:
-                raise ConfigError(
-                    f"several runs of this sweep go to {config.run_dir}; name in run_dir what they "
-                    "differ in, such as run_dir='runs/${ablation.kind}-${seed}'"
-                )
-            else:
-                run_dirs.add(config.run_dir)
+            _run_job(command, settings, earlier=names if only_checks else None)
         except Exception as error:  # Hydra would print a traceback of its own
-            if "SUBMITIT_EXECUTOR" in os.environ:  # Hydra passes it on to the launching process
-                raise JobFailed(str(error)) from None
-            failures.append(error)
+            failures.append((name, error))
+            if is_sweep:
+                failed = _report_run(command, name, error)
+                if os.getpid() != process:  # the launcher passes it on to the first process
+                    raise failed from None
+        names.append(name)
 
-    sys.argv = [f"edgeprune {command}", *overrides, *flags]  # overrides must precede flags
+    sys.argv = [f"edgeprune {command}", *overrides, *_flags(given)]  # overrides precede flags
     if is_sweep and not any(a.startswith(("hydra/", "launcher=")) for a in overrides):
         only_checks = True
         job()
+        if failures:
+            raise _sweep_failed(command, failures, f"{len(names)} runs cannot start, so none did")
         only_checks = False
-    if not failures:
-        job()
-    for failure in failures[:-1]:  # of a sweep
-        print(f"edgeprune: {failure}", file=sys.stderr)
-    if failures:
-        raise failures[-1]
+        names.clear()
+    job()
+    if failures and is_sweep:
+        raise _sweep_failed(command, failures, f"{len(names)} runs did not finish")
+    for _, failure in failures:
+        raise failure
+
+
+def _run_job(command: str, settings: "DictConfig", earlier: list[str] | None) -> None:
+    """Run the command, here or as a job of a launcher elsewhere.
+
+    With the names of a sweep's `earlier` runs, only check the settings.
+    """
+    from omegaconf import OmegaConf
+
+    from edgeprune.commands.console import print_log
+
+    _escape_output()
+    register()
+    print_log()  # Hydra has disabled all loggers
+    config: Any = OmegaConf.to_object(settings)
+    if earlier is None:
+        getattr(import_module(f"edgeprune.commands.{command}"), command)(config)
+    elif config.run_dir in earlier:
+        raise ConfigError(
+            f"several runs of this sweep go to {config.run_dir}; name in run_dir what they "
+            "differ in, such as run_dir='runs/${ablation.kind}-${seed}'"
+        )
+
+
+def _name_of(settings: "DictConfig") -> str:
+    """How a run of a sweep is called in messages: its run_dir, or else its overrides."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return os.path.expanduser(settings.run_dir)
+    except OmegaConfBaseException:
+        return " ".join(HydraConfig.get().overrides.task)
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -199,20 +276,48 @@ def _run(command: str, flags: list[str], arguments: list[str]) -> None:
 
 def _report(command: str, error: Exception) -> NoReturn:
     """Report what went wrong in one message, and exit."""
+    message, code, on_every_rank = _explain(command, error)
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        _drop_output()
+    _fail(message, code, on_every_rank=on_every_rank)
+
+
+def _report_run(command: str, name: str, error: Exception) -> JobFailed:
+    """Report why a run of a sweep failed; returns the same as an error for other processes."""
+    if os.environ.get("EDGEPRUNE_TRACEBACK"):
+        print_exception(error)
+    message, code, on_every_rank = _explain(command, error)
+    _print_error(f"{name}: {message}", on_every_rank=on_every_rank)
+    failed = JobFailed(f"{name}: {message}")
+    failed.exit_code = code
+    return failed
+
+
+def _sweep_failed(command: str, failures: list[tuple[str, Exception]], what: str) -> JobFailed:
+    """The error that ends a sweep; it has the exit code of the last failure."""
+    names = ", ".join(dict.fromkeys(name for name, _ in failures))
+    failed = JobFailed(f"{len(failures)} of {what}: {names}; the reasons are given above")
+    _, failed.exit_code, failed.on_every_rank = _explain(command, failures[-1][1])
+    return failed
+
+
+def _explain(command: str, error: Exception) -> tuple[str, int, bool]:
+    """What went wrong in one message, the exit code, and whether every process has the error."""
     if isinstance(error, UserError):
-        _fail(str(error), error.exit_code, on_every_rank=error.on_every_rank)
+        return str(error), error.exit_code, error.on_every_rank
     if _is_from(error, "hydra.", "omegaconf."):
-        _fail(_explain_hydra(command, error), 2, on_every_rank=True)
+        return _explain_hydra(command, error), 2, True
+    if _is_from(error, "joblib.", "submitit."):
+        return f"a run was lost by its launcher: {error}", 1, False
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        _fail(f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}", 1)
+        first = str(error).strip().splitlines()[0]
+        return f"out of memory ({first}). {LESS_MEMORY}", 1, False
     if _is_from(error, "edgeprune."):
-        _fail(str(error), 1)
+        return str(error), 1, False
     if isinstance(error, OSError):
-        if error.filename is None:
-            _drop_output()
-        _fail(f"{error.filename or 'cannot write'}: {error.strerror or error}", 1)
-    _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; EDGEPRUNE_TRACEBACK=1 shows "
-          "where)", 1)  # fmt: skip
+        return f"{error.filename or 'cannot write'}: {error.strerror or error}", 1, False
+    where = "(this is a bug; EDGEPRUNE_TRACEBACK=1 shows where)"
+    return f"unexpected {type(error).__name__}: {error} {where}", 1, False
 
 
 def _is_from(error: Exception, *packages: str) -> bool:
@@ -237,20 +342,34 @@ def _explain_hydra(command: str, error: Exception) -> str:
     if "Unexpected type for root: NoneType" in str(error):
         return "a part of the run's model or task cannot change alone; give model= or task= as well"
     if hasattr(error, "override"):
-        return (
-            f"{error.override!r} cannot be parsed; text with special characters needs quotes "
-            "inside the shell's, as in run_dir=\"'a (1), b'\" (Hydra's override grammar)"
-        )
+        return _explain_override(error.override, text)
     lines = [line.strip() for line in str(error.__cause__ or text).splitlines() if line.strip()]
     wanted = [line for line in lines if not line.startswith("object_type")]
     return f"{'; '.join(wanted)} (all settings: edgeprune {command} --help)"
 
 
+def _explain_override(override: str, reason: str) -> str:
+    """An override that Hydra's grammar does not have, and how to write it."""
+    name, _, value = override.partition("=")
+    found = re.search(r"(?:at:|mismatched input) '([^<]+?)'", reason)
+    what = f" because of {found[1]!r}" if found else ""
+    quoted = _quote(value, '"')
+    return (
+        f"{override!r} cannot be parsed{what}; text with special characters needs quotes inside "
+        f"the shell's: {shlex.quote(f'{name}={quoted}')} (Hydra's override grammar)"
+    )
+
+
 def _fail(message: str, code: int, *, on_every_rank: bool = False) -> NoReturn:
+    _print_error(message, on_every_rank=on_every_rank)
+    sys.exit(code)
+
+
+def _print_error(message: str, *, on_every_rank: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not on_every_rank:
-        print(f"edgeprune{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
-    sys.exit(code)
+        process = f" (process {rank})" if rank else ""
+        print(f"edgeprune{process}: {message}", file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:

@@ -7,12 +7,15 @@ whether it may change when a run is resumed, and whether it distinguishes experi
 import dataclasses
 import difflib
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from edgeprune.errors import ConfigError
+from edgeprune.paths import require_utf8
 
 MAX_EVALUATION_BATCH = 64
 """Default number of pairs per forward pass without gradients."""
@@ -69,7 +72,10 @@ def setting(default: Any, **metadata: Any) -> Any:
 
 @dataclass
 class Settings:
-    """Base of all settings classes: checks every field against its metadata."""
+    """Base of all settings classes: checks every field against its metadata.
+
+    In text that begins with `~/` or `~name/`, this is replaced by the home directory.
+    """
 
     prefix = ""
 
@@ -80,7 +86,8 @@ class Settings:
             if isinstance(value, (ModelConfig, TaskConfig)):
                 value.require_path()
             elif value is not None:
-                listed = value if isinstance(value, list) else [value]
+                listed = [_expand(v) for v in (value if isinstance(value, list) else [value])]
+                setattr(self, entry.name, listed if isinstance(value, list) else listed[0])
                 bounds = ("choices", "at_least", "at_most", "above")
                 choices, least, most, above = map(entry.metadata.get, bounds)
                 rules = {
@@ -100,6 +107,15 @@ class Settings:
                 f"got {' and '.join(given)}; give only one; where an experiment sets the other, "
                 f"add {given[0].split('=')[0]}=null"
             )
+
+
+def _expand(value: Any) -> Any:
+    """A value with the home directory in place of a leading `~/`; raises ConfigError for text that
+    is not UTF-8."""
+    if not isinstance(value, str):
+        return value
+    require_utf8(value)
+    return os.path.expanduser(value) if re.match(r"~\w*/", value) else value
 
 
 # ---------------------------------------------------------------------------------------- groups

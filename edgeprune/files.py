@@ -16,8 +16,9 @@ from edgeprune.errors import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file in UTF-8 atomically; what UTF-8 lacks (lone surrogates) is escaped."""
+    content = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def json_values(value: Any) -> Any:

@@ -8,6 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +20,10 @@ from conftest import assert_refused, call, run_cli, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune.commands.help import setting_names
-from edgeprune.config import COMMANDS
-from edgeprune.errors import Interrupted
+from edgeprune.config import COMMANDS, ReportConfig, from_dict
+from edgeprune.errors import ConfigError, Interrupted
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.training.progress import open_tracker
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -548,6 +554,14 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["prune", "model=tracr", "task=tracr", "sparsity=0.5"], ["model.name=reverse"]),
         (["prepare", "task.validation=-2"], ["task.validation=-2"]),
         (["prepare", "task=ioi", "task.path=my.jsonl"], ["task.path=my.jsonl"]),
+        (["prune", "--verbose"], ["--verbose"]),
+        (["report", "runs", "--trainer.steps=3"], ["--trainer.steps=3"]),
+        (["prune", "--cfg", "jobs"], ["'jobs'"]),
+        (["prune", "--config-name"], ["--config-name"]),
+        (["prune", "--config-dir", "nowhere", "--cfg", "job"], ["nowhere"]),
+        (["prune", "--cfg", "job", "--multirun"], ["--multirun"]),
+        (["prune", "run_dir=r/a=${seed}", "seed=0,1", "-m"], ["'='", '\'run_dir="r/a=${seed}"\'']),
+        (["prune", "run_dir=$x#1"], ["'run_dir=\"$x#1\"'"]),
         (["evaluate", "runs", "batch_size=0"], ["batch_size=0"]),
         (["evaluate", "runs", "head_permuted=-1"], ["head_permuted=-1"]),
         (["export"], ["edgeprune export PATH"]),
@@ -586,6 +600,46 @@ def test_bad_data(tmp_path, lines, wanted, refused):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("spaced", "joined"),
+    [
+        (["--cfg", "job"], ["--cfg=job"]),
+        (["-c", "job"], ["--cfg=job"]),
+        (["--cfg", "job", "--package", "trainer"], ["-c=job", "-p=trainer"]),
+        (["--info", "defaults"], ["--info=defaults"]),
+        (["-i", "searchpath"], ["--info=searchpath"]),
+        (["--config-name", "own", "--config-dir", "DIR", "--cfg", "job", "--resolve"],
+         ["-cn=own", "-cd=DIR", "-c=job", "--resolve"]),
+    ],
+)  # fmt: skip
+def test_flags_of_hydra_take_their_value_after_a_space(spaced, joined, tmp_path):
+    own = "defaults: [prune, _self_]\nrun_dir: of-${seed}\nseed: 5\n"
+    (tmp_path / "own.yaml").write_text(own)
+    shown = []
+    for arguments in ([*spaced, "num_edges=77"], ["num_edges=77", *joined]):
+        done = run_cli("prune", *(a.replace("DIR", str(tmp_path)) for a in arguments))
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    assert shown[0] == shown[1]
+    contents = {
+        "trainer": "# @package trainer", "own": "run_dir: of-5", "defaults": "prune_schema",
+        "searchpath": "structured://",
+    }  # fmt: skip
+    for flag, content in contents.items():
+        assert flag not in spaced or content in shown[0]
+
+
+def test_what_hydra_shows_needs_no_path(command):
+    assert "num_edges: null" in command("export", "--cfg", "job")[0]
+    assert "hydra" in command("evaluate", "--hydra-help")[0].lower()
+    assert "complete" in command("prune", "-sc", "install=bash")[0]
+
+
+def test_a_quoted_value_may_contain_what_the_grammar_uses(composed):
+    configs = composed('run_dir="r/a=${seed}, (b)"', "seed=0,1", "--multirun")
+    assert [config.run_dir for config in configs] == ["r/a=0, (b)", "r/a=1, (b)"]
+
+
 def test_paths_may_have_any_name(tmp_path, monkeypatch, command, finished):
     monkeypatch.chdir(tmp_path)
     for name in ("a=b", "it's \\ here", "é 東 (1), 98 % [x]: {y}"):
@@ -615,12 +669,126 @@ def test_an_experiment_file_may_set_any_setting(tmp_path, composed):
     for flags in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         (config,) = composed(*flags, "experiment=mine")
         assert (config.run_dir, config.sparsity, config.trainer.steps) == ("runs/mine", 0.5, 7)
+    (config,) = composed(*flags, "experiment=mine", "run_dir=runs/other")
+    assert config.run_dir == "runs/other"
+
+
+def test_a_file_of_any_group_may_set_run_dir(tmp_path, composed):
+    for group in ("launcher", "model", "tracker"):
+        (tmp_path / group).mkdir()
+        text = f"# @package _global_\nrun_dir: runs/{group}\nmodel: {{path: embedded}}\n"
+        (tmp_path / group / "mine.yaml").write_text(text)
+        (config,) = composed("--config-dir", tmp_path, f"{group}=mine")
+        assert config.run_dir == f"runs/{group}"
+
+
+def test_processes_of_a_run_get_its_own_experiment_file(tmp_path, monkeypatch, command, composed):
+    from edgeprune.commands import prune
+
+    started = []
+    monkeypatch.setattr(prune, "launch_processes", lambda count, given: started.append(given))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nrun_dir: runs/mine\n")
+    place = f"hydra.searchpath=[{tmp_path}]"
+    for known in (["--config-dir", tmp_path], [place]):
+        processes = ("launcher=accelerate", "launcher.processes=2")
+        command("prune", *known, "experiment=mine", "seed=3,4", *processes, "-m")
+        (one,), (two,) = (composed(*given) for given in started[-2:])
+        assert (one.run_dir, one.seed, two.seed) == ("runs/mine", 3, 4)
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch, composed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(
+        "# @package _global_\nrun_dir: ~/x\nmodel: {path: ~/m}\ntask: {path: ~/t.jsonl}\n"
+    )
+    model, task = "model.path=~/m", "task.path=~/t.jsonl"
+    configs = [
+        *composed(model, task, "run_dir=~/x"),
+        *composed(model, task, "run_dir='~/x'"),
+        *composed("--config-dir=~/conf", "experiment=mine"),
+        *composed(model, "task.path=~/t.jsonl,~/u.jsonl", "run_dir=~/x-${seed}", "seed=0", "-m",
+                  "run_dir='~/${title:custom,${task.path}}'")[:1],
+    ]  # fmt: skip
+    for config in configs[:3]:
+        assert config.run_dir == str(tmp_path / "x")
+    assert configs[3].run_dir.startswith(f"{tmp_path}/")
+    for config in configs:
+        assert config.model.path == str(tmp_path / "m")
+        assert config.task.path == str(tmp_path / "t.jsonl")
+    (config,) = composed("model.path='org/model~/x'", "task.name='~'")
+    assert (config.model.path, config.task.name) == ("org/model~/x", "~")
+
+
+def test_an_output_and_an_input_may_begin_with_a_tilde(finished, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(finished, tmp_path / "run")
+    command("export", "~/run", "num_edges=5", "output=~/e.json")
+    command("compare", "~/run", "~/e.json", "output=~/both", "formats=[dot]", "model=embedded")
+    assert (tmp_path / "both/comparison.json").exists()
+
+
+def test_names_that_are_not_utf8_are_refused_before_any_work(
+    finished, tmp_path, monkeypatch, refused
+):
+    name = "caf\udce9"  # the byte E9, which is é in Latin-1
+    (tmp_path / name).mkdir()
+    before = set(tmp_path.rglob("*"))
+    for arguments in (
+        ("prune", f"run_dir={tmp_path}/{name}"),
+        ("prune", f"run_dir='{tmp_path}/{name}'"),
+        ("prune", f"model.path={name}"),
+        ("export", finished, f"output={tmp_path}/{name}/e.json"),
+        ("draw", tmp_path / name),
+    ):
+        assert "UTF-8" in refused(*arguments)
+    monkeypatch.chdir(tmp_path / name)
+    assert "UTF-8" in refused("prune", *SMALL, "run_dir=run")
+    assert "UTF-8" in refused("export", finished, "output=e.json")
+    assert set(tmp_path.rglob("*")) == before
+    with pytest.raises(ConfigError, match="UTF-8"):
+        from_dict(ReportConfig, {"folder": name})
+
+
+def test_a_report_leaves_out_runs_whose_names_are_not_utf8(finished, tmp_path, command):
+    shutil.copytree(finished, tmp_path / "caf\udce9/run")
+    shutil.copytree(finished, tmp_path / "cafés/run")
+    _, err = command("report", tmp_path)
+    assert "UTF-8" in err and "cafés" not in err
+    assert (tmp_path / "report/report.html").exists()
+
+
+def test_a_locale_without_utf8_changes_no_file(finished, tmp_path):
+    """Python's UTF-8 mode is off; the terminal has ASCII alone."""
+    runs, ascii = tmp_path / "円", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shutil.copytree(finished, runs / "é")
+    for arguments in (["report", runs], ["export", runs / "é", "num_edges=7"]):
+        done = run_cli(*arguments, **ascii)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii() and r"\u5186" in done.stdout
+    page = (runs / "report/report.html").read_text("utf-8")
+    assert "円" in page
+    assert len(json.loads((runs / "é/edges.json").read_text())) == 7
+    assert_refused(run_cli("report", tmp_path / "東", **ascii), 2, r"\u6771")
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_file_system_in_memory_may_hold_runs_and_outputs(command):
+    with TemporaryDirectory(dir="/dev/shm") as scratch:
+        command("prune", *SMALL, "trainer.steps=2", f"run_dir={scratch}/run")
+        command("export", f"{scratch}/run", "num_edges=5", f"output={scratch}/e.json")
+        assert len(json.loads(Path(scratch, "e.json").read_text())) == 5
 
 
 # ----------------------------------------------------------------------------------------- sweeps
 
 
 def test_multirun_and_wandb_without_a_key(tmp_path):
+    (tmp_path / ".netrc").mkdir()  # cannot be read
     done = run_cli(
         "prune", *SMALL, "seed=0,1", "--multirun", "trainer.steps=20", "tracker=wandb",
         f"run_dir={tmp_path}/seed-${{seed}}",
@@ -630,6 +798,24 @@ def test_multirun_and_wandb_without_a_key(tmp_path):
     for seed in (0, 1):
         assert (tmp_path / f"seed-{seed}" / "edges.json").exists()
         assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"), [(None, "offline"), ("machine api.wandb.ai password x", None)]
+)
+def test_a_file_of_keys_that_cannot_be_read_is_none(content, mode, tmp_path, monkeypatch):
+    started, netrc = [], tmp_path / ".netrc"
+    netrc.mkdir() if content is None else netrc.write_text(content)
+    wandb = SimpleNamespace(
+        init=lambda **given: started.append(given) or SimpleNamespace(finish=lambda code: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with open_tracker("project", tmp_path, {}):
+        pass
+    assert [given["mode"] for given in started] == [mode]
 
 
 @pytest.mark.parametrize(
@@ -669,8 +855,105 @@ def test_a_signal_stops_a_whole_sweep_and_an_error_does_not(tmp_path, capsys, mo
     assert code == 128 + signal.SIGTERM
     assert begun == [("ioi", 0), ("ioi", 1), ("ioi", 2), ("induction", 0)]
     messages = [line for line in err.splitlines() if line.startswith("edgeprune: ")]
-    assert len(messages) == 2
-    assert "seed 1 fails" in messages[0]
+    assert len(messages) == 3
+    assert "seed 1 fails" in messages[0] and "seed-1" in messages[0]
+    assert "SIGTERM" in messages[1] and "induction" in messages[1]
+    assert all(name in messages[2] for name in ("2 of 4", "seed-1", "induction"))
+
+
+def test_a_failure_in_a_sweep_is_reported_before_the_next_run_starts(tmp_path, capsys, monkeypatch):
+    from edgeprune.commands import prune
+
+    reported = {}
+
+    def fake(config):
+        reported[config.seed] = capsys.readouterr().err
+        if config.seed < 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"file-{config.seed}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prune, "prune", fake)
+    code, _, _ = call(capsys, monkeypatch, "prune", "-m", "seed=0,1,2", "run_dir=of-${seed}")
+    assert code == 1
+    assert reported[0] == ""
+    for seed in (0, 1):
+        (line,) = reported[seed + 1].splitlines()
+        assert line.startswith(f"edgeprune: of-{seed}: file-{seed}")
+
+
+LAUNCHER = '''
+import multiprocessing
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+
+
+class ProcessLauncher(Launcher):
+    """Each job in a process of its own, which sends back what Hydra's run_job returns."""
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.context, self.function, self.config = hydra_context, task_function, config
+
+    def job(self, overrides):
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        done = run_job(hydra_context=self.context, task_function=self.function, config=config,
+                       job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir")
+        self.sending.send(done)
+
+    def launch(self, job_overrides, initial_job_idx):
+        setup_globals()
+        results, fork = [], multiprocessing.get_context("fork")
+        for overrides in job_overrides:
+            receiving, self.sending = fork.Pipe(duplex=False)
+            process = fork.Process(target=self.job, args=[overrides])
+            process.start()
+            results.append(receiving.recv())
+            process.join()
+        return results
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="processes",
+    node={"_target_": "hydra_plugins.processes.ProcessLauncher"},
+)
+'''
+
+
+def has_joblib() -> bool:
+    with suppress(ImportError):
+        return find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    return False
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "processes",
+        pytest.param("joblib", marks=pytest.mark.skipif(
+            not has_joblib(), reason="pip install hydra-joblib-launcher")),
+    ],
+)  # fmt: skip
+def test_failures_in_other_processes_are_reported_and_counted(launcher, tmp_path):
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins/processes.py").write_text(LAUNCHER)
+    write_jsonl(tmp_path / "good.jsonl", GOOD)
+    write_jsonl(tmp_path / "bad.jsonl", GOOD, "{not json")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = run_cli(
+        "prune", f"task.path={tmp_path}/none.jsonl,{tmp_path}/bad.jsonl,{tmp_path}/good.jsonl",
+        "num_edges=60", "trainer.steps=2", f"hydra/launcher={launcher}", "--multirun",
+        f"run_dir='{tmp_path}/of-${{title:custom,${{task.path}}}}'",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        PYTHONPATH=os.pathsep.join(paths),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("edgeprune: ")]
+    for name in ("none.jsonl", "bad.jsonl"):
+        assert any(name in line.split(": ")[1] for line in lines), done.stderr
+    assert not any("good" in line for line in lines)
+    assert len(list(tmp_path.rglob("edges.json"))) == 1
 
 
 def test_another_model_than_the_runs_is_named(copied, tmp_path, command):

@@ -1,6 +1,14 @@
 """Data files: encoding, checks, splits, and batches."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import re
+import shutil
+import subprocess
 from collections import Counter
 from dataclasses import replace
 
@@ -18,8 +26,10 @@ from edgeprune.prompts import (
     encode_pair,
     iterate_batches,
     load_dataset,
+    read_records,
     training_pairs,
 )
+from edgeprune.runs.data import first_split
 
 SPEC = {
     "clean": "1 + 2 = <predict>3</predict>",
@@ -289,6 +299,68 @@ def test_bad_files_are_refused(tokenizer, tmp_path, content):
         load_dataset(path, tokenizer, "train")
 
 
+RECORDS = [
+    {"clean": '"é", 1; <predict>2</predict>', "corrupted": "x,\t<predict>y</predict>"},
+    {"clean": "a <predict>b</predict>", "corrupted": "c <predict>d</predict>", "split": "test"},
+]
+
+
+def as_table(separator: str) -> bytes:
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["clean", "corrupted", "split"], delimiter=separator)
+    table.writeheader()
+    table.writerows(RECORDS)
+    return text.getvalue().encode("utf-8-sig")
+
+
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (as_table(","), "CSV"), (as_table(";"), "CSV"), (as_table("\t"), "CSV"),
+        (json.dumps(RECORDS).encode(), "array"), (json.dumps(RECORDS, indent=1).encode(), "array"),
+        (json.dumps(RECORDS[0], indent=1).encode(), "several lines"),
+        (gzip.compress(LINES), "gzip"), (bz2.compress(LINES), "bzip2"),
+        (lzma.compress(LINES), "xz"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_format_is_named_and_the_command_given_converts_it(
+    tmp_path, content, name
+):
+    path = tmp_path / "it's my $data"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="JSONL") as caught:
+        read_records(path)
+    assert name in str(caught.value)
+    command = re.search(r"(python -c .*|\w+ -dc .*) > NEW.jsonl", str(caught.value))[0]
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"no {command.split()[0]}")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    found = read_records(tmp_path / "NEW.jsonl")
+    for record in found:
+        del record["_where"]
+    assert found == RECORDS[: len(found)] and found
+
+
+def test_a_field_that_is_null_is_missing(tokenizer, tmp_path):
+    """As pandas writes files of lines that differ in their fields."""
+    text = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}
+    ids = {"clean_ids": [1, 2, 3], "corrupted_ids": [1, 4, 3], "target_ids": [5]}
+    fields = (*text, *ids, "split", "answers", "distractor", "answer_ids", "distractor_ids",
+              "target_values")  # fmt: skip
+    with_null = [{**dict.fromkeys(fields), **record} for record in (text, ids)]
+    paths = [
+        write_jsonl(tmp_path / "null.jsonl", *with_null),
+        write_jsonl(tmp_path / "none.jsonl", text, ids),
+    ]
+    null, none = (load_dataset(path, tokenizer, "train") for path in paths)
+    assert list(null) == list(none) and len(null) == 2
+    assert not null.has_splits
+    assert first_split(paths[0], "validation") == "validation"
+
+
 def test_lines_that_do_not_fit_are_skipped_with_one_warning(tokenizer, tmp_path, caplog):
     unequal = {**SPEC, "corrupted": "1 + 4 + 5 = <predict>9</predict>"}
     path = write_jsonl(tmp_path / "a.jsonl", SPEC, unequal, unequal)
@@ -358,3 +430,51 @@ def test_any_file_is_read_or_refused(tokenizer, tmp_path, content, split):
         assert str(error)
     else:
         assert len(collate(list(dataset)).pairs) == len(dataset)
+
+
+@pytest.mark.parametrize("gap", ["\n", "\n\n", "\n \n", "\t", ":\n"])
+@pytest.mark.parametrize("kind", ["bytes", "prepending", "metaspace"])
+def test_only_the_tagged_text_is_predicted(kind, gap):
+    """Chat templates end in a line break, which the prompt keeps."""
+    merges = [("S", "h"), ("Sh", "e")]
+    tokenizer = byte_tokenizer([("Ġ", "x"), *merges])
+    if kind != "bytes":
+        tokenizer = sentencepiece_tokenizer(["S h", "Sh e"], kind)
+    lines = [f"a{name}{gap}<predict>She</predict>" for name in "bc"]
+    pair = encode_pair(tokenizer, {"clean": lines[0], "corrupted": lines[1], "distractor": "x"})
+    assert tokenizer.convert_ids_to_tokens(list(pair.target_ids)) == ["She"]
+    assert tokenizer.decode(pair.clean_ids).removeprefix("<s>").lstrip(" ") == f"ab{gap}"
+    assert tokenizer.decode(pair.distractor_ids) == "x"
+
+
+def test_a_space_moves_only_where_the_tokenizer_joins_it_to_the_word():
+    for merges, prompt, target in (([("Ġ", "3")], "=", " 3"), ([], "= ", "3")):
+        tokenizer = byte_tokenizer(merges)
+        pair = encode_pair(tokenizer, {k: v for k, v in SPEC.items() if k != "split"})
+        assert tokenizer.decode(pair.clean_ids).endswith(prompt)
+        assert tokenizer.decode(pair.target_ids) == target
+        assert len(pair.target_ids) == 1
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+def test_a_text_that_begins_with_bos_gets_no_second_one(sides):
+    tokenizer = byte_tokenizer([], begin=True)
+    texts = [
+        ("<s>" if has_bos else "") + f"{word} <predict>x</predict>"
+        for has_bos, word in zip(sides, ("ab", "cd"), strict=True)
+    ]
+    pair = encode_pair(tokenizer, dict(zip(("clean", "corrupted"), texts, strict=True)))
+    assert tokenizer.decode(pair.clean_ids) == "<s>ab "
+    assert tokenizer.decode(pair.corrupted_ids) == "<s>cd "
+    # With two, a prompt with one word fewer would seem to have as many tokens.
+    texts[sides.index(True)] = "<s>a <predict>x</predict>"
+    if not all(sides):
+        with pytest.raises(MisfitError, match="tokens"):
+            encode_pair(tokenizer, dict(zip(("clean", "corrupted"), texts, strict=True)))
+
+
+def test_a_bos_that_only_one_prompt_has_is_refused():
+    tokenizer = byte_tokenizer([])  # which puts none before texts
+    record = {"clean": "<s>a<predict>x</predict>", "corrupted": "bc<predict>x</predict>"}
+    with pytest.raises(MisfitError, match="<s>"):
+        encode_pair(tokenizer, record)

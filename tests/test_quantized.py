@@ -61,7 +61,8 @@ def write_gguf(path, model) -> None:
     writer.close()
 
 
-def test_a_gguf_file_gives_the_model_that_was_written(tmp_path):
+def test_a_gguf_file_gives_the_model_that_was_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
     config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     hf_model = random_llama(config)
     path = tmp_path / "tiny.gguf"

@@ -9,8 +9,9 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest
-from edgeprune.formats import CircuitFile
+from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
+from edgeprune.paths import require_utf8
 from edgeprune.prompts import Pair
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
@@ -43,11 +44,15 @@ def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
     ).graph  # fmt: skip
 
 
-def read(source: Source, graph: CircuitGraph | None) -> CircuitFile:
-    """Read a circuit and report what was lost in reading."""
+def read(
+    source: Source, graph: CircuitGraph | None, ablation: AblationConfig | None = None
+) -> CircuitFile:
+    """Read a circuit, to be measured under an ablation if any; warn of what is not the same."""
     file = source.read(graph)
     for note in file.notes:
         log.warning(f"{source.path}: {note}")
+    if file.is_eap and ablation is not None and ablation.kind == "zero":
+        log.warning(f"{source.path}: {eap.ZERO_ABLATION}")
     return file
 
 
@@ -65,8 +70,10 @@ def check_output(
 ) -> None:
     """Check before any work that a command may write a file, or a folder unless `is_file`.
 
-    Raises ConfigError if it lies in a run directory, or is one of the files that the command reads.
+    Raises ConfigError if it lies in a run directory, is one of the files that the command reads, or
+    is not UTF-8.
     """
+    require_utf8(output.absolute())
     is_taken = is_file and output.exists() and not output.is_file()
     if is_taken or any(parent.is_file() for parent in output.parents):
         raise ConfigError(f"output={output} leads through a file or to a folder; choose another")

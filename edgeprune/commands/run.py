@@ -21,7 +21,7 @@ def make_run(command: str, config: RunConfig) -> None:
     """Start the run's processes, or be one of them; print what was found."""
     processes, started = config.launcher.processes, os.environ.get("WORLD_SIZE")
     if processes != 1 and started is None:
-        launch_processes(command, processes, HydraConfig.get().overrides.task)
+        launch_processes(command, processes, _arguments())
         return
     if started is not None and processes not in (None, 1, int(started)):
         raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
@@ -36,6 +36,18 @@ def make_run(command: str, config: RunConfig) -> None:
     print_table(curve_table(pruned.curve, title, _size(pruned)))
     print_result(f"{_reason(pruned, config)} {describe(finished.evaluation, pruned.circuit)}")
     print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")
+
+
+def _arguments() -> list[str]:
+    """The arguments with which this run can be started again, alone if it is one of a sweep."""
+    settings = HydraConfig.get()
+    flags = {"main": "--config-path", "command-line": "--config-dir"}
+    places = [s for s in settings.runtime.config_sources if s.provider in flags]
+    searched = [o for o in settings.overrides.hydra if o.startswith("hydra.searchpath")]
+    return [
+        *settings.overrides.task, *searched, f"--config-name={settings.job.config_name}",
+        *(f"{flags[place.provider]}={place.path}" for place in places),
+    ]  # fmt: skip
 
 
 def _size(pruned: Pruned) -> int | None:

@@ -1,7 +1,15 @@
-"""What an ablated edge carries: the corrupted prompt's value, zero, or a mean."""
+"""What an ablated edge carries: the corrupted prompt's value, zero, or a mean.
+
+With zero ablation it carries nothing of its writer. A head's share of the bias of the attention's
+output is part of what the head writes (Bhaskar et al. 2024, arXiv:2406.16778, and their code), and
+so is ablated with it. EAP-IG and MIB count this bias, like a GPT-2's positions, to no node, so that
+it always flows there; for models with either, zero ablation gives other values there. Under
+interchange ablation both cancel: they are the same on the clean and the corrupted prompt.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +18,8 @@ from torch import Tensor, nn
 from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.errors import ConfigError, DataError
 from edgeprune.prompts import Batch, Pair, iterate_batches
+
+log = logging.getLogger("edgeprune")
 
 KINDS = ("interchange", "zero", "mean")
 """The supported kinds of ablation."""
@@ -45,10 +55,16 @@ class Ablation:
             raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(KINDS)}")
         self.kind, self.per_position = kind, per_position
         self.needs_corrupted = kind == "interchange"
-        if self.needs_corrupted and all(p.clean_ids == p.corrupted_ids for p in reference_set):
+        num_same = sum(pair.clean_ids == pair.corrupted_ids for pair in reference_set)
+        if self.needs_corrupted and num_same == len(reference_set):
             raise DataError(
                 "interchange ablation changes nothing, because all corrupted prompts equal their "
                 "clean prompts; give other corrupted prompts, or use ablation zero or mean"
+            )
+        if self.needs_corrupted and num_same:
+            log.warning(
+                f"{num_same:,} of {len(reference_set):,} corrupted prompts are the same as their "
+                "clean prompts: nothing can be learned from them, and they lower every KL"
             )
         self.means: Activations | None = None
         if kind == "mean":

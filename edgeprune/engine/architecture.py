@@ -30,6 +30,11 @@ class Block:
     mlp_output: nn.Module  # the loaded module whose output is added to the residual stream
     fused = False  # whether Triton kernels apply `attention_norm` and project
 
+    @property
+    def heads_output(self) -> nn.Module:
+        """The loaded module whose output is added to the residual stream for all heads."""
+        return self.attention_output
+
     def attend(self, x: Tensor, inputs: Any) -> Tensor:
         """Compute the heads' values, [batch, pos, head * d_head], after `scale`.
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from edgeprune.engine.architecture import Architecture, Block, fingerprint
 from edgeprune.engine.heads import centre
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
+from edgeprune.errors import DataError
 from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import Output
 from edgeprune.prompts import Batch, Pair
 
 MAX_LOOKAHEAD = 8
@@ -109,23 +112,31 @@ class CircuitModel:
         self.end_layer: Callable[[nn.Module, Tensor], None] = lambda layer, x: None
         self.digest: str | None = None
         # A LayerNorm subtracts the mean of its input, so the outboxes are kept without it.
-        self._norms = [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
-        self._norms.append(architecture.final_norm)
-        self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in self._norms)
+        norms = [n for b in architecture.blocks for n in (b.attention_norm, b.mlp_norm)]
+        norms.append(architecture.final_norm)
+        self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
     @property
     def device(self) -> torch.device:
         return next(self.architecture.body.parameters()).device
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Raises ValueError if there are no prompts, or one is too long for the model."""
+        """Raises DataError if there are no prompts, or one does not fit the model."""
         if not len(pairs):
-            raise ValueError("got no prompts; give at least one pair, from load_dataset")
+            raise DataError("got no prompts; give at least one pair, from load_dataset")
         longest = max(len(pair.clean_ids) for pair in pairs)
         if longest > self.max_length:
-            raise ValueError(
+            raise DataError(
                 f"a prompt has {longest} tokens, but {self.name} takes at most {self.max_length}; "
                 f"drop longer prompts with load_dataset(..., max_length={self.max_length})"
+            )
+        highest = max(max(pair.token_ids(self.output is Output.logits)) for pair in pairs)
+        num_embeddings = self.architecture.body.config.vocab_size
+        if highest >= num_embeddings:
+            name = f" ({self.tokenizer.decode([highest])!r})" if self.tokenizer else ""
+            raise DataError(
+                f"token {highest}{name} is beyond the {num_embeddings:,} embeddings of "
+                f"{self.name}; its tokenizer has tokens that the model lacks: leave them out"
             )
 
     def check_padding(self, batch: Batch) -> None:
@@ -159,29 +170,35 @@ class CircuitModel:
         of the examples in `keep`.
         """
         arch = self.architecture
+        embeddings = arch.embed(ids[keep])
+        # Summed in float32: in 16 bits, the stock model's own stream is rounded at every addition.
+        stream = embeddings.sum(0, dtype=torch.float32)  # [batch, pos, d_model]
         head_values, mlp_outputs, residuals = [], [], []
 
-        def record(store: list[Tensor], change: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
-            """A hook that stores a module's output, or its input if it has not run yet."""
+        def record_residual() -> None:
+            residuals.append(self.centre(stream).to(embeddings.dtype, copy=True))
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any = None) -> None:
-                store.append(change((inputs[0] if output is None else output)[keep]).clone())
+        def record_heads(block: Block, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            head_values.append(block.scale(inputs[0][keep]).clone())
 
-            return hook
+        def add_heads(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            stream.add_(output[keep])
+            record_residual()
 
-        to_residuals = record(residuals, self.centre)
-        hooks = [norm.register_forward_pre_hook(to_residuals) for norm in self._norms]
-        for block in arch.blocks:
-            hooks += [
-                block.attention_output.register_forward_pre_hook(record(head_values, block.scale)),
-                block.mlp_output.register_forward_hook(record(mlp_outputs)),
-            ]
-        with ExitStack() as stack:  # removes the hooks
-            for hook in hooks:
-                stack.enter_context(hook)
+        def add_mlp(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            mlp_outputs.append(output[keep].clone())
+            add_heads(module, inputs, output)
+
+        record_residual()
+        with ExitStack() as hooks:  # removes them
+            for block in arch.blocks:
+                heads = block.attention_output
+                hooks.enter_context(heads.register_forward_pre_hook(partial(record_heads, block)))
+                hooks.enter_context(block.heads_output.register_forward_hook(add_heads))
+                hooks.enter_context(block.mlp_output.register_forward_hook(add_mlp))
             inputs_embeds = arch.body.get_input_embeddings()(ids)
             states = arch.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        return states, Activations(arch.embed(ids[keep]), head_values, mlp_outputs, residuals)
+        return states, Activations(embeddings, head_values, mlp_outputs, residuals)
 
     def run_pair(
         self, batch: Batch, *, corrupted: bool = True

@@ -55,6 +55,10 @@ class LlamaBlock(Block):
         self.rotate = source.apply_rotary_pos_emb
         self.eager_attention = source.eager_attention_forward
 
+    @property
+    def heads_output(self) -> nn.Module:
+        return self.attention_output if self.heads_norm is None else self.heads_norm
+
     def attend(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """[reader, batch, pos, d_model] -> [batch, pos, head * d_head]."""
         is_split = len(x) == 3 * self.num_heads  # keys and values per query head

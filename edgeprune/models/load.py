@@ -1,5 +1,6 @@
 """Loading models: Hugging Face loads supported families, and each model passes a parity check."""
 
+import json
 import struct
 import sys
 from collections.abc import Iterator
@@ -9,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import is_foldable
 from edgeprune.errors import ModelError
-from edgeprune.models import tracr
+from edgeprune.models import gguf, tracr
 from edgeprune.models.gpt2 import GPT2
 from edgeprune.models.llama import Llama
-from edgeprune.models.parity import TOLERANCE, random_batch, verify_parity
+from edgeprune.models.parity import random_batch, verify_parity
 from edgeprune.paths import EMBEDDED_MODEL
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
@@ -33,12 +35,15 @@ LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3
 FAMILIES = {"gpt2": GPT2, **dict.fromkeys(LLAMA_FAMILY, Llama)}
 """model_type -> architecture. Any other type is refused by name."""
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The supported dtypes by name."""
 
 SAVED_SETTINGS = {"architectures", "dtype", "quantization_config", "torch_dtype",
                   "transformers_version"}  # fmt: skip
 """Fields of a configuration that say how the model was saved; not part of the fingerprint."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has not fetched yet."""
 
 SOURCES = "give a folder with config.json and *.safetensors, a .gguf file, or a hub name"
 
@@ -85,9 +90,10 @@ def load_model(
         model.architecture.body.to(device=device, dtype=DTYPES[dtype])
         batch = random_batch(model, 8, model.max_length, predicted=model.max_length)
     else:
-        source = {**_source(name), "trust_remote_code": trust_remote_code}
         with _translate_errors(name):
-            hf_model = _load_hf_model(source, device, DTYPES[dtype], attention, bits)
+            hf_model = _load_hf_model(
+                name, device, DTYPES[dtype], attention, bits, trust_remote_code
+            )
         tokenizer = load_tokenizer(name, trust_remote_code)
         model = wrap_model(
             hf_model, tokenizer, name=name, embedding_writers=embedding_writers,
@@ -110,9 +116,16 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
     folder = tracr.find_folder(name_or_path)
     if folder is not None:
         return tracr.TracrTokenizer(folder)
-    source = _source(str(name_or_path))
     with _translate_errors(str(name_or_path)):
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
+        source = _find(str(name_or_path))
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*token*")):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json); copy these files "
+            "into it, or save the model's with tokenizer.save_pretrained(FOLDER)"
+        )
+    with _translate_errors(str(name_or_path)):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ModelError(f"{name_or_path} has no fast tokenizer; it needs a tokenizer.json")
     return tokenizer
@@ -174,34 +187,90 @@ def pick_device(device: str) -> str:
 
 
 def _load_hf_model(
-    source: dict[str, Any], device: str, dtype: torch.dtype, attention: str, bits: int | None
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    attention: str,
+    bits: int | None,
+    trust_remote_code: bool,
 ) -> Any:
-    """Load a model with the library; `source` has arguments of `from_pretrained`."""
+    """Load a model with the library; arguments as of `load_model`."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(**source)
-    _check_family(config, source["pretrained_model_name_or_path"])
+    source = _find(name)
+    base = _adapter_base(source)
+    config = AutoConfig.from_pretrained(base or source, trust_remote_code=trust_remote_code)
+    _check_family(config, name)
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     if is_capped and attention == "sdpa":
         raise ModelError("sdpa does not support this model's capped attention scores; use eager")
     if attention == "auto":
         attention = "eager" if is_capped else "sdpa"
-    settings = {"dtype": dtype, "attn_implementation": attention}
+    settings = {
+        "dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code
+    }  # fmt: skip
     quantization = _quantization(bits, config.model_type)
     if device == "meta":
-        settings["trust_remote_code"] = source["trust_remote_code"]
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **settings)
-    if "gguf_file" in source:
+    if name.endswith(".gguf"):
         if bits is not None:
             raise ModelError(f"a GGUF file is already quantised; omit bits={bits}")
-        quantization = GgufConfig(dequantize=True)
+        source = str(gguf.expanded(Path(name), dtype))
     settings |= {"device_map": device, "quantization_config": quantization, "use_safetensors": True}
-    hf_model = AutoModelForCausalLM.from_pretrained(**source, **settings)
+    hf_model, report = AutoModelForCausalLM.from_pretrained(
+        source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    _check_complete(report, name)
+    if base is not None:
+        _merge_adapter(hf_model)
     for module in hf_model.modules():  # bitsandbytes would repack 4-bit weights for some CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return hf_model
+
+
+def _check_complete(report: dict[str, Any], name: str) -> None:
+    """Raise ModelError if weights were left at random values, by the library's own report."""
+    missing = sorted(report["missing_keys"])
+    misshapen = sorted(str(key[0] if isinstance(key, tuple) else key)
+                       for key in report["mismatched_keys"])  # fmt: skip
+    for keys, problem in ((missing, "not in the checkpoint"), (misshapen, "of another shape")):
+        if keys:
+            more = f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""
+            unused = sorted(report["unexpected_keys"])
+            hint = f"; it has {unused[0]}, which the model does not" if unused else ""
+            raise ModelError(
+                f"weights of {name} are {problem} and would be random: {', '.join(keys[:3])}{more}"
+                f"{hint}; save the whole causal language model with save_pretrained"
+            )
+
+
+def _adapter_base(name: str) -> str | None:
+    """The base model of a LoRA adapter: a name or the same folder. None without an adapter."""
+    path = find_adapter_config_file(name)
+    if path is None:
+        return None
+    if find_spec("peft") is None:
+        raise ModelError(
+            f"{name} has a LoRA adapter (adapter_config.json): pip install peft, which merges it "
+            "into the model when it is loaded; or merge and save it, with "
+            "PeftModel.merge_and_unload().save_pretrained(FOLDER)"
+        )
+    if (Path(name) / "config.json").exists():
+        return name
+    base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return _find(base)
+
+
+def _merge_adapter(hf_model: nn.Module) -> None:
+    """Replace the layers of a LoRA adapter by the layers they adapt, with the adapter added."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(n, m) for n, m in hf_model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, module in adapted:
+        module.merge()
+        hf_model.set_submodule(name, module.get_base_layer())
 
 
 def _check_family(config: Any, name: str) -> None:
@@ -229,10 +298,10 @@ def _quantization(bits: int | None, model_type: str) -> BitsAndBytesConfig | Non
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
 
-def _source(name: str) -> dict[str, str]:
-    """Where a model is, as arguments of `from_pretrained`."""
+def _find(name: str) -> str:
+    """The hub name or folder with a model's config and tokenizer; ModelError if there is none."""
     if name == "embedded":
-        return {"pretrained_model_name_or_path": str(EMBEDDED_MODEL)}
+        return str(EMBEDDED_MODEL)
     path, is_gguf = Path(name), name.endswith(".gguf")
     is_hub_name = len(path.parts) <= 2 and not name.startswith(("/", ".", "~")) and not is_gguf
     if not is_hub_name and not path.exists():
@@ -240,18 +309,41 @@ def _source(name: str) -> dict[str, str]:
             f"there is no {path}; {SOURCES}. If the model of a run has moved, add model=custom "
             "model.path=FOLDER"
         )
-    if is_gguf:
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": name}
+    return str(gguf.expanded(path)) if is_gguf else name
 
 
 @contextmanager
 def _translate_errors(name: str) -> Iterator[None]:
     """Turn what the libraries raise for missing or damaged files into a ModelError."""
+    kinds = (OSError, ValueError, ImportError, KeyError, IndexError, struct.error, SafetensorError)
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, IndexError, struct.error) as error:
+    except kinds as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load model {name!r}: {reason} ({SOURCES})") from None
+        advice = _damage(Path(name)) or f"{reason} ({SOURCES})"
+        raise ModelError(f"cannot load model {name!r}: {advice}") from None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a folder, or with one file; None if nothing was found."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{file} is a Git LFS pointer, not the file itself; run: git lfs pull"
+        if file.suffix == ".safetensors":
+            try:
+                safe_open(file, "pt")
+            except SafetensorError as error:
+                return f"{file} is damaged or cut off ({error}); download it again"
+        if file.suffix == ".gguf" and find_spec("gguf") is not None:
+            from gguf import GGUFReader
+
+            try:
+                GGUFReader(file)
+            except Exception as error:  # depends on where the file ends
+                return f"{file} is damaged or cut off ({error}); download it again"
+    return None

@@ -70,6 +70,8 @@ class TracrTokenizer:
     answer itself instead of one column per answer.
     """
 
+    bos_token = bos_token_id = None
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, read_config(folder)
         self.num_outputs = self.config["d_out"]

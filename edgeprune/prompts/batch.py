@@ -43,6 +43,12 @@ class Pair:
     target_values: tuple[float, ...] = ()
     also_right: tuple[tuple[int, int], ...] = ()
 
+    def token_ids(self, with_predictions: bool = True) -> tuple[int, ...]:
+        """All token ids of the prompts and, unless left out, of what can be predicted."""
+        prompts = self.clean_ids + self.corrupted_ids
+        predictions = self.target_ids + self.answer_ids + self.distractor_ids
+        return prompts + predictions if with_predictions else prompts
+
 
 @dataclass(frozen=True)
 class Batch:

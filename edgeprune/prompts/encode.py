@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,19 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
 
 
 def _encode_text(tokenizer: Any, record: dict) -> Pair:
-    clean, gap, prediction = split_prompt(record, "clean")
-    corrupted, other_gap, other_prediction = split_prompt(record, "corrupted")
-    answers = read_options(record, "answers", gap, prediction)
+    clean, prediction = split_prompt(record, "clean")
+    corrupted, other_prediction = split_prompt(record, "corrupted")
+    answers = read_options(record, "answers", clean, prediction)
     answers = [answer for answer in answers if answer.strip() != prediction.strip()]
-    distractors = read_options(record, "distractor", gap, prediction)
-    predictions = [gap + prediction, *answers, *distractors]
-    clean_ids, (target, *options) = _tokenize(tokenizer, clean, predictions)
-    corrupted_ids, (other_target,) = _tokenize(tokenizer, corrupted, [other_gap + other_prediction])
+    distractors = read_options(record, "distractor", clean, prediction)
+    predictions = [prediction, *answers, *distractors]
+    clean_ids, (target, *options), joins = _tokenize(tokenizer, clean, predictions)
+    corrupted_ids, (other_target,), _ = _tokenize(
+        tokenizer, corrupted, [other_prediction], joins=joins
+    )
+    bos = tokenizer.bos_token_id
+    if bos is not None and (clean_ids[0] == bos) != (corrupted_ids[0] == bos):
+        raise MisfitError(f"only one of the prompts begins with {tokenizer.bos_token!r}")
     _check_same_length("prompts", clean_ids, corrupted_ids)
     if len(target) > 1:  # all but the last token are fed back
         _check_same_length("predictions", target, other_target)
@@ -173,22 +179,34 @@ def _check_same_length(what: str, clean: Sequence[int], corrupted: Sequence[int]
         )
 
 
-def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids, list[Ids]]:
+def _tokenize(
+    tokenizer: Any, prompt: str, predictions: list[str], joins: bool = False
+) -> tuple[Ids, list[Ids], bool]:
     """Return the token ids of the prompt, and of each prediction as a continuation of it.
 
-    The whole text is tokenised as the model would see it, and cut where the prediction begins. If
-    that would split a token ("17" + "45" tokenised as "1", "74", "5"), or if predictions disagree
-    on the prompt's tokens, prompt and predictions are tokenised separately.
+    The whole text is tokenised as the model would see it, and cut where the prediction begins, or
+    before a space in front of it that the tokenizer joins to the word; the third result is whether
+    it does. If that would split a token ("17" + "45" tokenised as "1", "74", "5"), or if
+    predictions disagree on the prompt's tokens, prompt and predictions are tokenised separately. A
+    text that begins with the tokenizer's BOS, as chat templates write it, gets no second one.
+
+    Args:
+        joins: whether to cut before the space in any case, as in the other prompt of the pair.
     """
-    whole = tokenizer([prompt + p for p in predictions], return_offsets_mapping=True)
-    tokenized = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
-    cuts = [_cut(ids, offsets, len(prompt)) for ids, offsets in tokenized]
-    if all(cut is not None and cut[0] == cuts[0][0] for cut in cuts):
-        return cuts[0][0], [prediction for _, prediction in cuts]
-    alone = tokenizer(prompt, return_offsets_mapping=True)
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    tokenize = partial(tokenizer, add_special_tokens=not has_bos, return_offsets_mapping=True)
+    whole = tokenize([prompt + p for p in predictions])
+    tokenized = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+    bare = prompt.removesuffix(" ")
+    for place in [len(bare)] if joins else dict.fromkeys((len(prompt), len(bare))):
+        cuts = [_cut(ids, offsets, place) for ids, offsets in tokenized]
+        if all(cut is not None and cut[0] == cuts[0][0] for cut in cuts):
+            return cuts[0][0], [prediction for _, prediction in cuts], place == len(bare)
+    alone = tokenize(bare)
     ids = alone["input_ids"]
     while ids and alone["offset_mapping"][len(ids) - 1] == (0, 0):  # closing special tokens
         ids = ids[:-1]
+    predictions = [prompt[len(bare) :] + prediction for prediction in predictions]
     separate = tokenizer(predictions, add_special_tokens=False)["input_ids"]
     for number, prediction in enumerate(predictions):
         text = _decode(tokenizer, whole["input_ids"][number])
@@ -199,7 +217,7 @@ def _tokenize(tokenizer: Any, prompt: str, predictions: list[str]) -> tuple[Ids,
                 f"the tokenizer cannot continue the prompt with {shorten(prediction)}; put {OPEN} "
                 "after a space or a whole word"
             )
-    return ids, separate
+    return ids, separate, True
 
 
 def _after_line_break(tokenizer: Any, prediction: str) -> Ids:

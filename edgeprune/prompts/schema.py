@@ -12,6 +12,7 @@ alternatives to the first target.
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,10 @@ FIELDS = (
     *TEXT_OPTIONS, *ID_OPTIONS,
 )  # fmt: skip
 """The fields of a line; any other field is ignored."""
+COMPRESSED = {
+    "gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd",
+}  # fmt: skip
+"""Compression programs, and how their files begin."""
 OPEN, CLOSE = "<predict>", "</predict>"
 """Tags around the text to predict."""
 
@@ -34,15 +39,22 @@ OPEN, CLOSE = "<predict>", "</predict>"
 def read_records(path: Path | str) -> list[dict]:
     """Read the objects of a JSONL file, each with its file and line as `_where`.
 
-    Raises DataError if the file cannot be read, is empty, or has a line without an object or of an
-    unknown split.
+    A field that is null, as some libraries write a missing one, is left out.
+
+    Raises DataError if the file cannot be read, is empty, of another format, or has a line without
+    an object or of an unknown split.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        records = [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, DataError) as error:
+        _refuse_other_formats(Path(path))
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"cannot read {path} as a JSONL file in UTF-8: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    records = [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
     if not records:
         raise DataError(f"{path} has no lines; expected one JSON object per line")
     return records
@@ -55,9 +67,51 @@ def _parse_line(line: str, where: str) -> dict:
         raise DataError(f"{where}: not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: got {shorten(record)}, expected a JSON object")
-    if "split" in record and record["split"] not in SPLITS:
+    record = {name: value for name, value in record.items() if value is not None}
+    if record.get("split", SPLITS[0]) not in SPLITS:
         raise DataError(f"{where}: got split {record['split']!r}, expected one of {SPLITS} or none")
     return {**record, "_where": where}
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raise DataError, with a command that makes JSONL of it, for a file of another format: a
+    compressed one, a table, or a single JSON document."""
+    content = path.read_bytes()
+    text, source = content.decode("utf-8-sig", "replace"), json.dumps(str(path), ensure_ascii=False)
+    program = next((key for key, start in COMPRESSED.items() if content.startswith(start)), None)
+    fields = re.split(r"([,;\t])", text.partition("\n")[0])  # and what separates them
+    document = _parse_document(text)
+    write = "[print(json.dumps(record)) for record in {}]"
+    if program is not None:
+        kind, command = f"compressed by {program}", f"{program} -dc {shlex.quote(str(path))}"
+    elif len(fields) > 1 and {f.strip(' "\r') for f in fields} & {"clean", "clean_ids"}:
+        table = f'open({source}, encoding="utf-8-sig"), delimiter={json.dumps(fields[1])}'
+        rows = f"({{k: v for k, v in row.items() if v}} for row in csv.DictReader({table}))"
+        kind, command = "a table (CSV)", _python(write.format(rows))
+    elif isinstance(document, list):
+        kind, command = "a JSON array", _python(write.format(f"json.load(open({source}))"))
+    elif isinstance(document, dict) and "\n" in text.strip():
+        kind = "a JSON object over several lines"
+        command = _python(f"print(json.dumps(json.load(open({source}))))")
+    else:
+        return
+    raise DataError(
+        f"{path} is {kind}; expected JSONL, one JSON object per line. Convert it, for instance "
+        f"with: {command} > NEW.jsonl"
+    ) from None
+
+
+def _python(code: str) -> str:
+    """The shell command for a line of Python."""
+    return f"python -c {shlex.quote(f'import csv, json; {code}')}"
+
+
+def _parse_document(text: str) -> Any:
+    """A whole text as JSON; None if it is not."""
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return None
 
 
 def check_fields(record: dict) -> None:
@@ -79,8 +133,8 @@ def _misspelt(name: str) -> str | None:
     return near[0] if near and name not in FIELDS else None
 
 
-def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
-    """Split '1 + 2 = <predict>3</predict>' into prompt '1 + 2 =', gap ' ' and prediction '3'."""
+def split_prompt(record: dict, field: str) -> tuple[str, str]:
+    """Split '1 + 2 = <predict>3</predict>' into the prompt '1 + 2 = ' and the prediction '3'."""
     text = record.get(field)
     prompt, _, rest = (text if isinstance(text, str) else "").partition(OPEN)
     prediction, close, tail = rest.partition(CLOSE)
@@ -89,23 +143,22 @@ def split_prompt(record: dict, field: str) -> tuple[str, str, str]:
         expected = f"a prompt and, once and at the end, {OPEN}text to predict{CLOSE}"
         raise DataError(f"field {field!r} must be {expected}, got {shorten(text)}")
     _check_unicode(text, field)
-    bare = prompt.rstrip()
-    return bare, prompt[len(bare) :], prediction
+    return prompt, prediction
 
 
-def read_options(record: dict, field: str, gap: str, prediction: str) -> list[str]:
+def read_options(record: dict, field: str, prompt: str, prediction: str) -> list[str]:
     """Read the strings of `answers` or `distractor`, each an alternative to the prediction.
 
-    Each begins with the whitespace of the prediction, or if there is no gap with its own.
+    Each begins with the whitespace of the prediction, or after a word with its own.
     """
-    whole = gap + prediction
-    space = whole[: len(whole) - len(whole.lstrip())]
+    space = prediction[: len(prediction) - len(prediction.lstrip())]
     value = record.get(field)
     options = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
         raise DataError(f"field {field!r} must be text or a list of texts, got {shorten(value)}")
     _check_unicode("".join(options), field)
-    return [o if o[0].isspace() and not gap else space + o.lstrip() for o in options]
+    keeps_own = not prompt[-1].isspace()
+    return [o if o[0].isspace() and keeps_own else space + o.lstrip() for o in options]
 
 
 def _check_unicode(text: str, field: str) -> None:

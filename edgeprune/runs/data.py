@@ -45,7 +45,9 @@ def data_of(task: TaskConfig, tokenizer: Any) -> Iterator[Path]:
 def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
     """One split of a task's file, as far as its prompts are short enough."""
     limit = min(model.max_length, task.max_length or model.max_length)
-    return load_dataset(path, model.tokenizer, split, max_length=limit)
+    pairs = load_dataset(path, model.tokenizer, split, max_length=limit)
+    model.check_prompts(pairs)
+    return pairs
 
 
 def first_split(path: Path, wanted: str) -> str:

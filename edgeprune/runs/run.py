@@ -43,6 +43,7 @@ from edgeprune.files import file_digest, put_in_place, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import METHODS
+from edgeprune.paths import require_utf8
 from edgeprune.runs import layout
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
@@ -68,6 +69,7 @@ class Run:
     def open(cls, path: Path | str) -> Run:
         """Open an existing run; raises ConfigError if it is none, or damaged."""
         path = Path(path)
+        require_utf8(path)
         if not is_run(path):
             raise ConfigError(
                 f"{path} is not a run directory (it has no {layout.MANIFEST}); give the run_dir of "
@@ -304,6 +306,7 @@ def claim(config: RunConfig, world: World) -> Iterator[Run]:
     """
     place = Path(config.run_dir)
     target = Path(os.path.realpath(place))  # a link stays, and what it points to is replaced
+    require_utf8(target)
     new = target.with_name(f".{target.name}.new")
     held: list[FileLock] = []
 

@@ -49,9 +49,7 @@ def open_tracker(
     """Open a wandb run, offline without an API key; yields a function that logs a step."""
     import wandb
 
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
-    mode = None if has_key or "WANDB_MODE" in os.environ else "offline"
+    mode = None if _has_key() or "WANDB_MODE" in os.environ else "offline"
     run = wandb.init(project=project, name=run_dir.name, dir=run_dir, config=settings, mode=mode)
     exit_code = 1
     try:
@@ -61,3 +59,17 @@ def open_tracker(
         exit_code = 0
     finally:
         run.finish(exit_code)
+
+
+def _has_key() -> bool:
+    """Whether wandb has an API key, in the environment or in the file in which it saves one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
+    try:
+        return b"wandb" in Path(netrc).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.warning(f"no wandb key is read from {netrc} ({error.strerror}); wandb stays offline")
+        return False
