@@ -17,6 +17,7 @@ _HOME = {
     "draw_circuit": "drawing",
     "encode_pair": "prompts",
     "evaluate": "evaluation.evaluate",
+    "mib_areas": "evaluation.mib",
     "load_circuit": "runs.source",
     "load_dataset": "prompts",
     "load_model": "models.load",

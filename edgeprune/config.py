@@ -629,6 +629,25 @@ class EvaluateConfig(Settings):
 
 
 @dataclass
+class MibConfig(Settings):
+    """Measure scores as the MIB benchmark does: CPR, CMD and ten faithfulness values."""
+
+    scores: str = ""
+    """Run directory, or a graph of EAP-IG or MIB with scores."""
+    model: ModelConfig | None = None
+    """null: the model whose edges were scored."""
+    task: TaskConfig | None = None
+    """null: the task for which they were scored."""
+    split: str = setting("test", choices=SPLITS)
+    """Which prompts; all need a distractor."""
+    batch_size: int = setting(MAX_EVALUATION_BATCH, at_least=1)
+    """Pairs per forward pass."""
+    output: str | None = None
+    """Folder for a submission: importances.json with the scores, and circuits/ with nine circuits
+    from .1 to 50 % of the edges; an earlier one there is replaced."""
+
+
+@dataclass
 class DrawConfig(Settings):
     """Draw a circuit with Graphviz."""
 
@@ -707,6 +726,7 @@ COMMANDS = {
     "attribute": AttributeConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "mib": MibConfig,
     "draw": DrawConfig,
     "compare": CompareConfig,
     "report": ReportConfig,

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import MAX_EVALUATION_BATCH, AblationConfig, EvaluateConfig, to_dict
+from edgeprune.config import (
+    MAX_EVALUATION_BATCH,
+    AblationConfig,
+    EvaluateConfig,
+    TaskConfig,
+    to_dict,
+)
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
@@ -50,7 +56,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
             f"{model.name} differs from the model in which the circuit was found, in its weights, "
             "configuration or tokenizer"
         )
-    pairs, reference, digest = _load_prompts(source, ablation, model, config)
+    pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
     is_own_data = digest == source.digest("data")
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     batch_size = batch_size or MAX_EVALUATION_BATCH
@@ -71,19 +77,26 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
     return Measured(evaluation, circuit, title, output)
 
 
-def _load_prompts(
-    source: Source, ablation: AblationConfig, model: CircuitModel, config: EvaluateConfig
+def load_prompts(
+    source: Source,
+    ablation: AblationConfig,
+    model: CircuitModel,
+    given: TaskConfig | None,
+    split: str,
 ) -> tuple[PairDataset, PairDataset, str]:
-    """The split's prompts, those over which means are taken, and the SHA-256 of their file."""
-    task = source.task(config.task)
+    """A split's prompts, those over which means are taken, and the SHA-256 of their file.
+
+    `given` is the task of which they are; None: the source's own.
+    """
+    task = source.task(given)
     with ExitStack() as stack:
-        if config.task is None and source.run is not None:
+        if given is None and source.run is not None:
             path = source.run.data_path
         else:
             path = stack.enter_context(data_of(task, model.tokenizer))
-        if config.task is None:
+        if given is None:
             own_data(path, source.digest("data"))
-        pairs = reference = load_pairs(path, task, model, config.split)
+        pairs = reference = load_pairs(path, task, model, split)
         if ablation.kind == "mean":
             reference = load_pairs(path, task, model, first_split(path, "train"))
         digest = file_digest(path)

@@ -24,7 +24,7 @@ from edgeprune.paths import CONF
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
 POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-              "report": "folder"}  # fmt: skip
+              "mib": "scores", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare",)
@@ -46,6 +46,7 @@ EXAMPLES = {
                "graph.pt output=edges.json model=embedded"),
     "evaluate": ("RUN", "RUN split=validation head_permuted=5",
                  "edges.json model=embedded task=ioi"),
+    "mib": ("RUN", "RUN output=submission/ioi_gpt2", "graph.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),

@@ -63,7 +63,7 @@ ZERO_ABLATION = (
 """A warning for circuits that are measured here and there; see above."""
 
 
-def _their_graph(graph: CircuitGraph) -> CircuitGraph:
+def their_graph(graph: CircuitGraph) -> CircuitGraph:
     """The format's graph of a model. Its readers have our names; see `_their_reader`."""
     return replace(graph, num_kv_heads=graph.num_heads, embedding_writers=(INPUT,))
 
@@ -89,7 +89,7 @@ def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
 
 def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
-    theirs = _their_graph(graph)
+    theirs = their_graph(graph)
     writers = dict(zip(graph.writers, graph.writers, strict=True))
     writers |= dict.fromkeys(graph.embedding_writers) | dict.fromkeys(_input(graph), INPUT)
     readers = {reader: [reader] for reader in graph.readers}
@@ -148,7 +148,7 @@ def read(
     if config.get("parallel_attn_mlp"):
         raise ValueError("parallel_attn_mlp is set; such models are not supported")
     theirs = CircuitGraph(config["n_layers"], config["n_heads"], config["n_heads"], (INPUT,))
-    if _their_graph(graph) != theirs:
+    if their_graph(graph) != theirs:
         raise ValueError(f"not of this model: the file has {theirs}, the model {graph}")
     parse = _parse_tensors if "src_nodes" in content else _parse_json
     in_graph, their_scores = parse(content, theirs)
@@ -191,7 +191,7 @@ def _kept(
 
     `own` is what we wrote under our own key, if it is of this graph.
     """
-    theirs, (ours, paired) = _their_graph(graph), pairs
+    theirs, (ours, paired) = their_graph(graph), pairs
     if own is not None and "kept" in own:  # older files have something else
         numbers = torch.as_tensor(own["kept"], dtype=torch.int64)
         exact = in_graph.new_zeros(graph.num_edges).index_fill_(0, numbers, 1)
@@ -245,7 +245,7 @@ def write(
     circuit: Circuit, path: Path, format: str, scores: EdgeScores | None, d_model: int | None
 ) -> None:
     """Write a graph, as JSON with one edge per line for "eap_json", else as tensors."""
-    graph, theirs = circuit.graph, _their_graph(circuit.graph)
+    graph, theirs = circuit.graph, their_graph(circuit.graph)
     ours, paired = _pairs(graph)
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()

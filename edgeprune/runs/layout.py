@@ -30,3 +30,8 @@ LOCK = ".lock"
 def evaluation(split: str) -> str:
     """The measurement of the run's circuit on a split of the run's prompts."""
     return f"evaluation-{split}.json"
+
+
+def mib(split: str) -> str:
+    """What the MIB benchmark measures of the run's scores on a split of the run's prompts."""
+    return f"mib-{split}.json"

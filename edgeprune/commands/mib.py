@@ -1,0 +1,20 @@
+"""`edgeprune mib`."""
+
+from edgeprune.commands.console import print_result, print_table
+from edgeprune.config import MibConfig
+
+
+def mib(config: MibConfig) -> None:
+    """Measure scores as the MIB benchmark does: CPR, CMD and ten faithfulness values."""
+    from edgeprune.api.mib import benchmark
+    from edgeprune.evaluation.mib import mib_table
+
+    done = benchmark(config)
+    print_table(mib_table(done.areas, done.title))
+    print_result(
+        "Nearly all of these areas lies above 5 % of the edges, where most rankings do well, and a "
+        "circuit that overshoots the full model raises CPR; the curve of KL says more about small "
+        "circuits."
+    )
+    for path in done.outputs:
+        print_result(f"-> {path}")
