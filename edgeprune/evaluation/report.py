@@ -162,7 +162,9 @@ def _series(runs: Sequence[RunRecord], split: str | None) -> dict[str, list[Poin
     keys = sorted(key for key in keys if len({_setting(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.settings.get("seed") or 0, run.name)):
-        own = (key for key in keys if key in run.settings)  # prune and attribute have different ones
+        own = (
+            key for key in keys if key in run.settings
+        )  # prune and attribute have different ones
         name = ", ".join(f"{key}={_setting(run, key)}" for key in own)
         members[name][tuple(map(run.settings.get, SIZE))].append(run)
     series = {}
