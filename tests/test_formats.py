@@ -1,12 +1,15 @@
 """Circuit files: known answers worked out by hand, round trips, and what is refused."""
 
+import gc
 import json
+import os
 import pickle
 import random
 import re
 
 import pytest
 import torch
+from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +20,8 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
 
 GPT2 = CircuitGraph(2, 2, 2, ("tok_embeds", "pos_embeds"))
+TOKENS = CircuitGraph(2, 2, 2, ("tok_embeds",))
+"""The graph of EAP-IG and MIB: positions always flow."""
 GROUPED = CircuitGraph(1, 4, 2, ("embeds",))
 """Heads 0 and 1 share key/value head 0, heads 2 and 3 share key/value head 1."""
 WRITTEN = (
@@ -67,7 +72,8 @@ def scored(graph: CircuitGraph, values: list[float] | dict) -> EdgeScores:
 @st.composite
 def circuits(draw) -> Circuit:
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
-    embeddings = draw(st.sampled_from([(), ("embeds",), ("tok_embeds", "pos_embeds")]))
+    writers = [(), ("embeds",), TOKENS.embedding_writers, GPT2.embedding_writers]
+    embeddings = draw(st.sampled_from(writers))
     graph = CircuitGraph(draw(st.integers(1, 3)), heads, kv_heads, embeddings)
     return Circuit.from_mask(
         graph, draw(st.lists(st.booleans(), min_size=graph.num_edges, max_size=graph.num_edges))
@@ -146,13 +152,18 @@ def test_a_shared_key_is_kept_if_any_of_its_heads_has_it(tmp_path):
     assert not file.notes
 
 
-def test_an_edge_from_the_input_stands_for_both_embeddings(tmp_path):
+def test_the_input_is_the_token_embedding_and_positions_always_flow(tmp_path):
     path = write_json(tmp_path / "g.json", their_file(2, 2, {"input->a0.h1<q>", "m1->logits"}))
-    file = read_circuit(path, GPT2)
-    assert file.circuit.edges == [
-        ("tok_embeds", "a0.h1.q"), ("pos_embeds", "a0.h1.q"), ("m1", "resid_post"),
-    ]  # fmt: skip
-    assert (file.notes, file.d_model) == ((), 8)
+    file = read_circuit(path, TOKENS)
+    assert file.circuit.edges == [("tok_embeds", "a0.h1.q"), ("m1", "resid_post")]
+    assert (file.notes, file.d_model, file.is_eap) == ((), 8, True)
+    assert file.scores.values.tolist() == [0.5] * TOKENS.num_edges
+    both = read_circuit(path, GPT2)
+    positions = {edge for edge in GPT2.edges if edge[0] == "pos_embeds"}
+    assert both.circuit.edge_set == file.circuit.edge_set | positions
+    assert len(both.notes) == 1
+    scores = dict(zip(GPT2.edges, both.scores.values.tolist(), strict=True))
+    assert {edge for edge, score in scores.items() if score == 0} == positions
     file = read_circuit(path, CircuitGraph(2, 2, 2, ()))
     assert file.circuit.edges == [("m1", "resid_post")]
     assert len(file.notes) == 1  # all edges from the input flow
@@ -160,16 +171,30 @@ def test_an_edge_from_the_input_stands_for_both_embeddings(tmp_path):
         read_circuit(path)
 
 
-def test_either_embedding_puts_the_input_in_the_graph(tmp_path):
-    circuit = Circuit.from_edges(GPT2, {("pos_embeds", "m0"), ("m0", "resid_post")})
+def test_edges_from_positions_are_not_written(tmp_path):
+    edges = {("pos_embeds", "m0"), ("tok_embeds", "a0.h1.v"), ("m0", "resid_post")}
+    circuit = Circuit.from_edges(GPT2, edges)
     path = tmp_path / "g.json"
     write_circuit(circuit, path, "eap_json")
-    assert {n for n, (kept, _) in edges_of(path).items() if kept} == {"input->m0", "m0->logits"}
+    kept = {name for name, (kept, _) in edges_of(path).items() if kept}
+    assert kept == {"input->a0.h1<v>", "m0->logits"}
     assert read_circuit(path, GPT2).circuit == circuit  # thanks to our own key
     content = json.loads(path.read_text())
-    del content["edgeprune"]  # as if another program had written the file
-    file = read_circuit(write_json(path, content), GPT2)
-    assert file.circuit.edge_set == circuit.edge_set | {("tok_embeds", "m0")}
+    content["edges"]["m1->logits"]["in_graph"] = True  # by another program
+    changed = read_circuit(write_json(path, content), GPT2).circuit
+    positions = {edge for edge in GPT2.edges if edge[0] == "pos_embeds"}
+    assert changed.edge_set == edges | positions | {("m1", "resid_post")}
+
+
+@pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
+def test_where_no_embedding_is_a_writer_the_input_ranks_first(tmp_path, format):
+    graph = CircuitGraph(2, 2, 2, ())
+    scores = EdgeScores(graph, torch.linspace(-9, 2, graph.num_edges), by_magnitude=True)
+    path = tmp_path / f"g.{format.removeprefix('eap_')}"
+    write_circuit(scores.circuit(num_edges=3), path, format, scores=scores)
+    found = edges_of(path)
+    assert {found[name] for name in their_edges(2, 2) if name.startswith("input")} == {(True, 9)}
+    assert sum(kept for kept, _ in found.values()) == 15 + 3  # readers and edges
 
 
 def test_older_and_sparser_files_are_read_too(tmp_path):
@@ -179,31 +204,64 @@ def test_older_and_sparser_files_are_read_too(tmp_path):
         "nodes": {"input": True},
         "edges": {"m1->logits": {"in_graph": True}},
     }
-    file = read_circuit(write_json(tmp_path / "g.json", content), GPT2)
+    file = read_circuit(write_json(tmp_path / "g.json", content), TOKENS)
     assert (file.circuit.edges, file.scores) == ([("m1", "resid_post")], None)
 
 
 def test_cells_without_an_edge_are_ignored(tmp_path):
     """Graphs made node by node set whole rows, including impossible edges."""
-    write_circuit(Circuit(GPT2, frozenset()), tmp_path / "g.pt", "eap_pt")
+    write_circuit(Circuit(TOKENS, frozenset()), tmp_path / "g.pt", "eap_pt")
     content = torch.load(tmp_path / "g.pt", weights_only=True)
     content["edges_in_graph"][-1] = True  # m1, which only the output reads
     del content["edges_scores"], content["edgeprune"]
     torch.save(content, tmp_path / "g.pt")
-    assert read_circuit(tmp_path / "g.pt", GPT2).circuit.edges == [("m1", "resid_post")]
+    assert read_circuit(tmp_path / "g.pt", TOKENS).circuit.edges == [("m1", "resid_post")]
+
+
+# ------------------------------------------------------------------------ what the user is told
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["interchange", "zero", "mean"])
+def test_zero_ablation_is_warned_of(tmp_path, caplog, format, kind):
+    circuit, origin = Circuit.random(TOKENS, 9, seed=0), {"ablation": {"kind": kind}}
+    write_circuit(circuit, tmp_path / "g", format, origin=origin)
+    assert ("zero ablation" in caplog.text) == (kind == "zero" and format.startswith("eap"))
+
+
+def test_a_file_of_theirs_needs_a_model_and_is_warned_of(tmp_path, capsys, monkeypatch):
+    kept = {"input->a0.h1<q>", "a0.h1->m0", "m0->logits"}
+    path, edges = write_json(tmp_path / "g.json", their_file(4, 16, kept)), tmp_path / "e.json"
+    code, _, error = call(capsys, monkeypatch, "export", path, f"output={edges}")
+    assert (code, edges.exists()) == (1, False)
+    assert "does not identify its model" in error
+    model = ("model=embedded", "model.embedding_writers=tokens")
+    code, _, error = call(capsys, monkeypatch, "export", path, f"output={edges}", *model)
+    assert code == 0, error
+    expected = [["tok_embeds", "a0.h1.q"], ["a0.h1", "m0"], ["m0", "resid_post"]]
+    assert json.loads(edges.read_text()) == expected
+    for file, ablation, is_warned in (
+        (path, "zero", True), (path, "interchange", False), (edges, "zero", False),
+    ):  # fmt: skip
+        code, _, error = call(
+            capsys, monkeypatch, "evaluate", file, *model, "task=ioi", "task.test=4",
+            f"ablation={ablation}",
+        )  # fmt: skip
+        assert code == 0, error
+        assert ("EAP-IG" in error) == is_warned
 
 
 # ------------------------------------------------------------------------------------ scores
 
 
 @pytest.mark.parametrize("format", ["eap_json", "eap_pt"])
-def test_of_two_embeddings_the_larger_score_is_written(tmp_path, format):
-    circuit = Circuit.from_edges(GPT2, {("pos_embeds", "m0")})
+def test_of_two_embeddings_the_tokens_score_is_written(tmp_path, format):
+    circuit = Circuit.from_edges(GPT2, {("tok_embeds", "m0")})
     scores = scored(GPT2, {("tok_embeds", "m0"): 0.25, ("pos_embeds", "m0"): -0.75})
     path = tmp_path / f"g.{format.removeprefix('eap_')}"
     write_circuit(circuit, path, format, scores=scores)
     found = {name: entry for name, entry in edges_of(path).items() if entry != (False, 0)}
-    assert found == {"input->m0": (True, -0.75)}
+    assert found == {"input->m0": (True, 0.25)}
 
 
 def test_learned_scores_are_written_so_that_magnitude_ranks_them(tmp_path):
@@ -219,7 +277,9 @@ def test_learned_scores_are_written_so_that_magnitude_ranks_them(tmp_path):
 def test_of_a_groups_heads_the_largest_score_by_magnitude_is_read(tmp_path):
     content = their_file(1, 4, set())
     content["edges"]["input->a0.h3<k>"]["score"] = -9.0
-    scores = read_circuit(write_json(tmp_path / "h.json", content), GROUPED).scores
+    file = read_circuit(write_json(tmp_path / "h.json", content), GROUPED)
+    assert len(file.notes) == 2  # of the score of a0.h2<k>, and that no edge is in the graph
+    scores = file.scores
     assert scores.origin == {"method": "file", "file": "h.json"}
     assert scores.circuit(num_edges=2).edges == [("embeds", "a0.h0.q"), ("embeds", "a0.h1.k")]
     for damaged in (None, "1", float("inf")):
@@ -229,14 +289,14 @@ def test_of_a_groups_heads_the_largest_score_by_magnitude_is_read(tmp_path):
 
 
 def test_scores_that_were_changed_replace_our_own(tmp_path):
-    path, best = tmp_path / "g.json", ("pos_embeds", "a0.h0.q")
+    path, best = tmp_path / "g.json", ("tok_embeds", "a0.h0.q")
     scores = scored(GPT2, [number / GPT2.num_edges for number in range(GPT2.num_edges)])
     write_circuit(Circuit(GPT2, frozenset()), path, "eap_json", scores=scores)
     assert best not in read_circuit(path).scores.circuit(num_edges=20)
     content = json.loads(path.read_text())
     content["edges"]["input->a0.h0<q>"]["score"] = 2.0
-    found = read_circuit(write_json(path, content)).scores.circuit(num_edges=2)
-    assert found.edges == [("tok_embeds", "a0.h0.q"), best]
+    found = read_circuit(write_json(path, content)).scores.circuit(num_edges=1)
+    assert found.edges == [best]
 
 
 # ------------------------------------------------------------------------------- round trips
@@ -269,19 +329,15 @@ def test_circuits_are_read_back_exactly(tmp_path_factory, format, circuit):
     if format != "edges":
         file = read_circuit(path)
         assert file.circuit == circuit
-        assert not circuit.edge_set or not file.notes
+        in_file = [writer for writer, _ in circuit.edge_set if writer != "pos_embeds"]
+        assert not in_file or not file.notes
 
 
 @settings(max_examples=40, deadline=None)
 @given(circuit=circuits())
 def test_a_circuit_that_the_format_can_represent_needs_no_key_of_ours(tmp_path_factory, circuit):
     graph = circuit.graph
-    whole = {  # a reader is fed by all embeddings or by none
-        (writer, reader)
-        for writer, reader in circuit.edge_set
-        if writer not in graph.embedding_writers
-        or all((w, reader) in circuit.edge_set for w in graph.embedding_writers)
-    }
+    whole = circuit.edge_set | {edge for edge in graph.edges if edge[0] == "pos_embeds"}
     path = tmp_path_factory.mktemp("formats") / "g.json"
     write_circuit(Circuit.from_edges(graph, whole), path, "eap_json")
     content = json.loads(path.read_text())
@@ -308,7 +364,7 @@ def circuit_json(**changes) -> dict:
     }  # fmt: skip
 
 
-OWN = {"graph": GPT2.to_dict(), "left_out": [], "scores": []}
+OWN = {"graph": GPT2.to_dict(), "kept": [], "scores": []}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +381,8 @@ OWN = {"graph": GPT2.to_dict(), "left_out": [], "scores": []}
         changed(edges={"input->a0.h0.q": {"in_graph": True}}),
         changed(edges={"m1->logits": {"in_graph": 2}}), changed(edges={"m1->logits": {"score": 1}}),
         changed(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}),
-        changed(edgeprune={**OWN, "graph": 3}), changed(edgeprune={**OWN, "left_out": [["x"]]}),
+        changed(edgeprune={**OWN, "graph": 3}), changed(edgeprune={**OWN, "kept": ["x"]}),
+        changed(edgeprune={**OWN, "kept": [61]}),
     ],
 )  # fmt: skip
 def test_bad_json_is_refused(tmp_path, content):
@@ -371,6 +428,21 @@ def test_code_in_a_pt_file_does_not_run(tmp_path):
     for name in ("a.pt", "b.pt"):
         refused(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+@pytest.mark.parametrize("format", FORMATS)
+def test_reading_leaves_no_file_open(tmp_path, format):
+    write_circuit(Circuit.random(GPT2, 9, seed=0), tmp_path / "g", format)
+    gc.collect()
+    gc.disable()  # nothing but the reader itself closes its files
+    try:
+        before = os.listdir("/proc/self/fd")
+        file = read_circuit(tmp_path / "g", GPT2)
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        gc.enable()
+    assert len(file.circuit) == 9
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

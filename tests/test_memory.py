@@ -13,9 +13,9 @@ from edgeprune.scale import memory
 from edgeprune.scale.memory import free_memory, memory_allowed, plan_memory
 
 
-def meta_model(config, dtype=torch.float32):
+def meta_model(config, dtype=torch.float32, **graph_settings):
     with torch.device("meta"):
-        return wrap_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        return wrap_model(AutoModelForCausalLM.from_config(config, dtype=dtype), **graph_settings)
 
 
 def test_code_llama_13b():
@@ -62,6 +62,21 @@ def test_a_small_model_s_plan_agrees_with_the_model():
     plan = plan_memory(meta_model(hf_model.config), pairs, 4)
     assert plan.weights == sum(p.nbytes for p in hf_model.parameters())  # embeddings are tied
     assert plan.kept == KeptPasses.size(wrap_model(hf_model), pairs, corrupted=True)
+
+
+def test_split_readers_take_more_inputs_and_nothing_else_of_weights():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    pairs = random_pairs(2)
+    models = [meta_model(config, split_kv_readers=choice) for choice in (False, True)]
+    shared, split = (plan_memory(model, pairs, 2) for model in models)
+    assert [len(model.graph.sites[0].readers) for model in models] == [12, 24]
+    input_bytes = 2 * len(pairs[0].clean_ids) * 64 * 4  # of a reader
+    # All readers' inputs are kept; the last layer's MLP and the output read predicted tokens only.
+    assert split.outboxes - shared.outboxes >= 4 * 12 * input_bytes
+    assert split.weights == shared.weights
 
 
 def test_recomputing_and_smaller_batches_take_less():

@@ -43,7 +43,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
     if output:
         check_output(output, [source.path, model_config.path, task.path])
     model = load_model_of(model_config)
-    circuit = read(source, model.graph).circuit
+    circuit = read(source, model.graph, ablation).circuit
     is_own_model = model.fingerprint() == source.digest("model")
     if config.model is None and not is_own_model:
         log.warning(

@@ -9,7 +9,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.files import file_digest
-from edgeprune.formats import CircuitFile
+from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair
 from edgeprune.runs.run import run_of
@@ -43,11 +43,15 @@ def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
     ).graph  # fmt: skip
 
 
-def read(source: Source, graph: CircuitGraph | None) -> CircuitFile:
-    """Read a circuit and report what was lost in reading."""
+def read(
+    source: Source, graph: CircuitGraph | None, ablation: AblationConfig | None = None
+) -> CircuitFile:
+    """Read a circuit, to be measured under an ablation if any; warn of what is not the same."""
     file = source.read(graph)
     for note in file.notes:
         log.warning(f"{source.path}: {note}")
+    if file.is_eap and ablation is not None and ablation.kind == "zero":
+        log.warning(f"{source.path}: {eap.ZERO_ABLATION}")
     return file
 
 

@@ -1,4 +1,11 @@
-"""What an ablated edge carries: the corrupted prompt's value, zero, or a mean."""
+"""What an ablated edge carries: the corrupted prompt's value, zero, or a mean.
+
+With zero ablation it carries nothing of its writer. A head's share of the bias of the attention's
+output is part of what the head writes (Bhaskar et al. 2024, arXiv:2406.16778, and their code), and
+so is ablated with it. EAP-IG and MIB count this bias, like a GPT-2's positions, to no node, so that
+it always flows there; for models with either, zero ablation gives other values there. Under
+interchange ablation both cancel: they are the same on the clean and the corrupted prompt.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ eap_pt    the same as tensors
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from edgeprune.formats import eap, edges_json
 from edgeprune.formats.edges_json import CircuitFile
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
+
+log = logging.getLogger("edgeprune")
 
 __all__ = ["FORMATS", "CircuitFile", "read_circuit", "write_circuit"]
 
@@ -59,7 +62,8 @@ def write_circuit(
         format: one of `FORMATS`.
         scores: for 'eap_json' and 'eap_pt'; None: 1 for kept edges, 0 for the others.
         d_model: width of the model, for 'eap_json' and 'eap_pt'; None: unknown, written as 0.
-        origin: how the circuit was found, as JSON values, for 'circuit'.
+        origin: how the circuit was found, as JSON values. 'circuit' records it, 'eap_json' and
+            'eap_pt' warn if its `ablation` is zero, see `eap.py`.
 
     Raises ValueError for an unknown format.
     """
@@ -70,5 +74,7 @@ def write_circuit(
         edges_json.write_circuit_json(circuit, path, origin or {})
     elif format in FORMATS:
         eap.write(circuit, path, format, scores, d_model)
+        if (origin or {}).get("ablation", {}).get("kind") == "zero":
+            log.warning(f"{path}: {eap.ZERO_ABLATION}")
     else:
         raise ValueError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")

@@ -1,23 +1,35 @@
 """Graphs of EAP-IG and MIB, as JSON and as `.pt`.
 
 The format (github.com/hannamw/EAP-IG, `Graph.to_json` and `Graph.to_pt`; MIB's circuit track reads
-the same) gives every edge a score and a flag `in_graph`. Its graph differs from ours:
+the same) gives every edge a score and a flag `in_graph`. Its graph is that of a model loaded with
+`embedding_writers=tokens` and `split_kv_readers=true`: circuits and scores of such a model are
+translated edge by edge, without loss. Other graphs of ours differ from it:
 
-- All embeddings together are one node, `input`. An edge from it is in the graph if an edge from
-  any of our embedding writers is; when read, it stands for all of them. For a model without
-  embedding writers, all `input` edges are in the graph, and are ignored when read.
-- Every query head has its own key and value. An edge into a shared key/value head is written for
-  every query head of its group; when read, it is kept if any of them is.
+- `input` is the token embedding alone. A GPT-2's positions are in no node and always flow. Where
+  they are a writer of ours, its edges are not written; when read, they are all kept, with scores of
+  0. Under interchange ablation they have no effect, since clean and corrupted prompts have the same
+  positions. Where no embedding is a writer, all `input` edges are in the graph, with the largest
+  score; when read, they are ignored.
+- Every query head has its own key and value. An edge into one that heads share is written, with its
+  score, for every query head of its group; when read, it is kept if any of them is, with the score
+  of largest magnitude, so that what is written is read. (Attribution scores of shared readers are
+  the sums of those of their heads; split readers have the heads' own.)
 - Flags of nodes are written but not read: EAP-IG too derives them from the edges. Circuits of
   single neurons are refused.
 
-What the format cannot represent (our graph, the embeddings that an `input` edge does not stand
-for, and exact scores) is stored under our own key, which other programs ignore. Circuits and
-scores that we wrote are therefore read back exactly.
+Under interchange ablation a circuit gives the same logits here and there. Under zero ablation it
+does so only in models without position embeddings and biases of the attention's output projection:
+there these are in no node and always flow. Here a closed edge from a head carries nothing of the
+head's share of the bias, as published with Edge Pruning, and a closed edge from the position
+embedding nothing of it (with `embedding_writers=tokens` it flows here too).
+
+Our graph, circuit and exact scores are stored under our own key, which other programs ignore. They
+are read back exactly, unless another program has changed the flags or the scores.
 """
 
 import io
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +43,24 @@ from edgeprune.formats.edges_json import CircuitFile
 from edgeprune.graph import CircuitGraph
 from edgeprune.scores import EdgeScores
 
+log = logging.getLogger("edgeprune")
+
 INPUT, LOGITS = "input", "logits"
 OWN_KEY = "edgeprune"
 """Key of what the format cannot represent."""
+
+EXACT = "model.embedding_writers=tokens model.split_kv_readers=true"
+INEXACT = (
+    "differ in this model, whose query heads share keys and values, or whose embeddings always "
+    f"flow; {EXACT} reads it exactly"
+)
+"""The end of notes."""
+
+ZERO_ABLATION = (
+    "under zero ablation, EAP-IG and MIB measure something else if the model has position "
+    "embeddings or biases of the attention's output: there these always flow"
+)
+"""A warning for circuits that are measured here and there; see above."""
 
 
 def _their_graph(graph: CircuitGraph) -> CircuitGraph:
@@ -62,29 +89,44 @@ def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
 
 def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
-    theirs, writers = _their_graph(graph), dict.fromkeys(graph.embedding_writers, INPUT)
+    theirs = _their_graph(graph)
+    writers = dict(zip(graph.writers, graph.writers, strict=True))
+    writers |= dict.fromkeys(graph.embedding_writers) | dict.fromkeys(_input(graph), INPUT)
     readers = {reader: [reader] for reader in graph.readers}
     for reader in graph.readers:
         if "." in reader:  # a shared key or value becomes those of its query heads
             readers[reader] = [f"{head}.{reader[-1]}" for head in graph.nodes_fed_by(reader)]
     pairs = [
-        (index, theirs.edge_index((writers.get(writer, writer), their_reader)))
+        (index, theirs.edge_index((writers[writer], their_reader)))
         for index, (writer, reader) in enumerate(graph.edges)
+        if writers[writer] is not None
         for their_reader in readers[reader]
     ]
     return torch.tensor(pairs).unbind(1)
 
 
-def _translate(values: Tensor, source: Tensor, target: Tensor, graph: CircuitGraph) -> Tensor:
+def _input(graph: CircuitGraph) -> tuple[str, ...]:
+    """The writer for which `input` stands: the token embedding, unless it always flows."""
+    return graph.embedding_writers[:1]
+
+
+def _translate(
+    values: Tensor, source: Tensor, target: Tensor, graph: CircuitGraph, unpaired: float
+) -> Tensor:
     """[edge] of a graph, from one number per edge of the other graph.
 
-    Where several edges stand for one, the number of largest magnitude; 1 where none does, for
-    embeddings that always flow. `source` and `target` are the columns of `_pairs`.
+    Where several edges stand for one, the number of largest magnitude; `unpaired` where none does.
+    `source` and `target` are the columns of `_pairs`.
     """
-    ones, values = values.new_ones(graph.num_edges), values[source]
-    high = ones.scatter_reduce(0, target, values, "amax", include_self=False)
-    low = ones.scatter_reduce(0, target, values, "amin", include_self=False)
+    start, values = values.new_full((graph.num_edges,), unpaired), values[source]
+    high = start.scatter_reduce(0, target, values, "amax", include_self=False)
+    low = start.scatter_reduce(0, target, values, "amin", include_self=False)
     return torch.where(high >= -low, high, low)
+
+
+def _is_close(scores: Tensor, others: Tensor) -> Tensor:
+    """[edge], whether scores are the same up to the rounding of a file."""
+    return torch.isclose(scores, others, rtol=1e-6, atol=1e-30)
 
 
 def load_tensors(data: bytes) -> Any:
@@ -112,26 +154,53 @@ def read(
     in_graph, their_scores = parse(content, theirs)
     if not ((in_graph == 0) | (in_graph == 1)).all():
         raise ValueError("in_graph has values other than true and false")
-    ours, paired = _pairs(graph)
-    kept, notes, scores = _translate(in_graph.int(), paired, ours, graph), [], None
-    if changed := int((_translate(kept, ours, paired, theirs) != in_graph).sum()):
-        reason = "whose query heads share keys and values, or whose embeddings always flow"
-        notes.append(f"{changed:,} edges of the file differ in this model, {reason}")
+    pairs = _pairs(graph)
+    kept, notes = _kept(in_graph.int(), pairs, graph, own if graph == own_graph else None)
+    scores = None
     if their_scores is not None and their_scores.isfinite().all():
-        values = _translate(their_scores, paired, ours, graph)
+        ours, paired = pairs
+        values = _translate(their_scores, paired, ours, graph, unpaired=0)
+        again = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
+        changed = int((~_is_close(again, their_scores)).sum())
         exact = own.get("scores", []) if graph == own_graph else []
         exact = torch.as_tensor(exact, dtype=torch.float64)
-        if len(exact) == graph.num_edges:  # older files have fewer
-            written = _translate(exact, ours, paired, theirs)
-            if torch.isclose(their_scores, written, rtol=1e-6, atol=1e-30).all():  # unchanged
-                values = exact
+        if len(exact) == graph.num_edges:
+            written = _translate(exact, ours, paired, theirs, unpaired=exact.abs().max())
+            if _is_close(their_scores, written).all():  # unchanged
+                values, changed = exact, 0
+        if changed:
+            notes.append(f"{changed:,} scores of the file {INEXACT}")
         scores = EdgeScores(graph, values, True, {"method": "file", "file": name})
-    if graph == own_graph:
-        kept[[graph.edge_index(edge) for edge in own["left_out"]]] = 0
-    if not kept.any():
+    if not in_graph.any():
         notes.append("no edge is in the graph; scores may choose some: num_edges= or sparsity=")
     circuit = Circuit.from_mask(graph, kept.tolist())
-    return CircuitFile(circuit, {}, tuple(notes), scores, config.get("d_model") or None)
+    d_model = config.get("d_model") or None
+    return CircuitFile(circuit, {}, tuple(notes), scores, d_model, is_eap=True)
+
+
+def _kept(
+    in_graph: Tensor, pairs: tuple[Tensor, Tensor], graph: CircuitGraph, own: dict[str, Any] | None
+) -> tuple[Tensor, list[str]]:
+    """[edge] of ours, 1 where kept, given the format's flags; and notes of what was not exact.
+
+    `own` is what we wrote under our own key, if it is of this graph.
+    """
+    theirs, (ours, paired) = _their_graph(graph), pairs
+    if own is not None and "kept" in own:  # older files have something else
+        numbers = torch.as_tensor(own["kept"], dtype=torch.int64)
+        exact = in_graph.new_zeros(graph.num_edges).index_fill_(0, numbers, 1)
+        if torch.equal(_translate(exact, ours, paired, theirs, unpaired=1), in_graph):  # unchanged
+            return exact, []
+    kept, notes = _translate(in_graph, paired, ours, graph, unpaired=1), []
+    if changed := int((_translate(kept, ours, paired, theirs, unpaired=1) != in_graph).sum()):
+        notes.append(f"{changed:,} edges of the file {INEXACT}")
+    if flowing := graph.embedding_writers[1:]:
+        count = sum(writer in flowing for writer, _ in graph.edges)
+        notes.append(
+            f"all {count:,} edges from {', '.join(flowing)} are kept, since EAP-IG and MIB let it "
+            f"always flow; {EXACT} reads the file exactly"
+        )
+    return kept, notes
 
 
 def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
@@ -174,21 +243,25 @@ def write(
     ours, paired = _pairs(graph)
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()
-    in_graph = _translate(kept, ours, paired, theirs)
-    extra = (_translate(in_graph, paired, ours, graph) > kept).nonzero().flatten().tolist()
-    left_out = [list(graph.edges[index]) for index in extra]
+    in_graph = _translate(kept, ours, paired, theirs, unpaired=1).bool()
+    their_scores = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
     config = {"n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False}
-    own = {"graph": graph.to_dict(), "left_out": left_out, "scores": values}
+    own = {"graph": graph.to_dict(), "kept": kept.nonzero().flatten(), "scores": values}
     content = {"cfg": config | {"d_model": d_model or 0}, OWN_KEY: own}
     write_content = _write_json if format == "eap_json" else _write_pt
-    write_content(path, content, theirs, in_graph.bool(), _translate(values, ours, paired, theirs))
+    write_content(path, content, theirs, in_graph, their_scores)
+    if flowing := graph.embedding_writers[1:]:
+        log.info(
+            f"{path}: edges from {', '.join(flowing)} are left out, since EAP-IG and MIB let it "
+            "always flow; under interchange ablation this makes no difference"
+        )
 
 
 def _write_json(
     path: Path, content: dict[str, Any], theirs: CircuitGraph, in_graph: Tensor, scores: Tensor
 ) -> None:
     nodes = {name: {"in_graph": kept} for name, kept in _nodes(theirs, in_graph).items()}
-    own = content[OWN_KEY] | {"scores": content[OWN_KEY]["scores"].tolist()}
+    own = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in content[OWN_KEY].items()}
     entries = zip(_their_edges(theirs), scores.tolist(), in_graph.tolist(), strict=True)
     lines = (f'"{name}": {json.dumps({"score": s, "in_graph": k})}' for name, s, k in entries)
     edges = ",\n".join(lines)

@@ -23,6 +23,7 @@ class CircuitFile:
         notes: remarks for the user, such as what could not be represented.
         scores: from a graph file with a number for every edge.
         d_model: width of the model, if the file records it.
+        is_eap: whether the file is a graph of EAP-IG or MIB.
     """
 
     circuit: Circuit
@@ -30,6 +31,7 @@ class CircuitFile:
     notes: tuple[str, ...] = ()
     scores: EdgeScores | None = None
     d_model: int | None = None
+    is_eap: bool = False
 
 
 def read(
