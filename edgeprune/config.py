@@ -464,6 +464,9 @@ class PruneConfig(RunConfig):
     tracker: TrackerConfig = setting(TrackerConfig)
     seed: int = setting(0, distinguishes=False, at_least=0, at_most=2**31 - 1)
     """Seed of the initial values, the noise and the order of the data."""
+    start: str | None = None
+    """With trainer=every_size: a run, such as one of `edgeprune attribute`, whose ranking learning
+    starts from; null: from scratch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

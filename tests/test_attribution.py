@@ -5,6 +5,7 @@ the environment variable EDGEPRUNE_ATTRIBUTION_CASES, joined by `:`.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, load_edges, read_pairs, true_edges
 from transformers import AutoModelForCausalLM
 
-from edgeprune import attribute, load_model
+from edgeprune import attribute, load_model, prune
 from edgeprune.api.attribute import score_edges
 from edgeprune.circuit import Circuit
 from edgeprune.config import ATTRIBUTIONS as NAMES
@@ -267,6 +268,24 @@ def test_under_grouped_queries_a_shared_reader_is_added_once():
     graph = CircuitGraph(2, 4, 2, ("embeds",))
     scores = EdgeScores(graph, torch.rand(graph.num_edges), by_magnitude=True).greedy()
     assert sorted(scores.values.tolist()) == list(range(1, graph.num_edges + 1))
+
+
+# ------------------------------------------------------------------------------------ warm start
+
+
+def test_learning_may_start_from_the_ranking_of_other_scores(model):
+    graph, pairs = model.graph, random_pairs(8)
+    values = torch.randperm(graph.num_edges) - graph.num_edges / 2
+    start = EdgeScores(graph, values, by_magnitude=True)
+    settings = {"steps": 1, "learning_rate": 1e-6, "num_edges": 9, "progress": False}
+    found = prune(model, pairs, start=start, **settings)
+    assert found.circuit == start.circuit(num_edges=9)
+    assert found.scores.values.abs().max() < 0.5 * math.log(2 * graph.num_edges) + 0.1
+    with pytest.raises(ConfigError, match="every_size"):
+        prune(model, pairs, start=start, trainer="paper", sparsity=0.9, progress=False)
+    other = CircuitGraph(1, 1, 1, ("embeds",))
+    with pytest.raises(ConfigError, match="num_layers=1"):
+        prune(model, pairs, start=EdgeScores(other, torch.zeros(other.num_edges)), **settings)
 
 
 # ------------------------------------------------------------------------------------------ runs

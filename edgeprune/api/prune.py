@@ -24,6 +24,7 @@ from edgeprune.runs import layout
 from edgeprune.runs.run import Run
 from edgeprune.scale.memory import MemoryPlan, plan_memory
 from edgeprune.scale.world import World
+from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import open_tracker
 from edgeprune.training.progress import progress as progress_bar
 from edgeprune.training.trainer import StepMetrics, Trainer, train
@@ -42,6 +43,7 @@ def prune(
     min_exact_match: float | None = None,
     cleanup: float | None = None,
     seed: int = 0,
+    start: EdgeScores | None = None,
     ablation: Ablation | str = "interchange",
     trainer: str = "every_size",
     progress: bool = True,
@@ -62,6 +64,8 @@ def prune(
             most 5 % of the empty circuit's.
         cleanup: then remove edges that the circuit does not need; the tolerance of `clean_up`.
         seed: of the initial values, the sizes or noise, and the order of the data.
+        start: scores, such as `attribute(...).scores`, from whose ranking learning starts; for
+            `trainer="every_size"` and settings that begin with it.
         ablation: what closed edges carry: `interchange`, `zero`, `mean` (over `pairs`, one mean per
             position), or an `Ablation`.
         trainer: settings to start from, as `trainer=` on the command line.
@@ -84,7 +88,7 @@ def prune(
     })  # fmt: skip
     check_choice(config.choice, has_kl=model.output is Output.logits)
     ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
-    learned = _learn(model, pairs, config, ablation, progress=progress)
+    learned = _learn(model, pairs, config, ablation, start=start, progress=progress)
     prompts = "training" if validation is None else "validation"
     return choose_circuit(
         model, pairs, held_out, config, ablation, learned, prompts=prompts, progress=progress
@@ -107,6 +111,7 @@ def _learn(
     config: PruneConfig,
     ablation: Ablation,
     *,
+    start: EdgeScores | None = None,
     run: Run | None = None,
     world: World | None = None,
     progress: bool = True,
@@ -115,9 +120,16 @@ def _learn(
     settings, world, asked = config.trainer, world or World(), config.sparsity
     if config.num_edges is not None:
         asked = 1 - model.graph.resolve_size(config.num_edges) / model.graph.num_edges
-    method = METHODS[settings.method](
-        model.graph, seed=config.seed, device=model.device, **settings.method_settings(asked)
-    )
+    options = settings.method_settings(asked)
+    if config.start is not None:
+        start = Run.open(config.start).scores()
+    if start is not None:
+        if start.graph != model.graph:
+            raise ConfigError(f"start= has scores of {start.graph}, expected {model.graph}")
+        if settings.method != "every_size":
+            raise ConfigError(f"start= is for trainer=every_size, not for {settings.method}")
+        options["ranking"] = start.ranking()
+    method = METHODS[settings.method](model.graph, seed=config.seed, device=model.device, **options)
     trainer = Trainer(model, pairs, method, settings, config.seed, ablation, world)
     history: list[StepMetrics] = []
     with ExitStack() as stack:

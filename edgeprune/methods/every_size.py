@@ -19,6 +19,9 @@ from edgeprune.methods.method import Method, check_shapes, read_finite
 
 INITIAL_STD = 0.01
 """Standard deviation of the scores at the start, which only breaks ties."""
+START_SCALE = 0.5
+"""Size of the scores at the start where they follow other scores' ranks, as a multiple of log odds:
+small enough for what is learned to move them."""
 COOLING = 4.0
 """The temperature at the start, as a multiple of that at the end: gates become nearly binary, like
 those of the circuits that are cut in the end."""
@@ -40,14 +43,19 @@ class EverySize(Method):
     Attributes:
         smallest: smallest size that is drawn, as a share of the edges, in (0, 1].
         temperature: T at the end; see `temperature_at`.
+        ranking: [edge], the edges in the order of other scores, best first, from which learning
+            starts; None: from scratch.
     """
 
     smallest: float
     temperature: float
+    ranking: Tensor | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         scores = INITIAL_STD * torch.randn(self.graph.num_edges, generator=generator)
+        if self.ranking is not None:
+            scores += START_SCALE * log_odds_of_ranks(self.ranking)
         self._scores = scores.to(self.device).requires_grad_()
         self.parameters = {"scores": self._scores}
         self.optimizer = torch.optim.Adam([self._scores], self.learning_rate)
@@ -81,6 +89,16 @@ class EverySize(Method):
     def scores(graph: CircuitGraph, state: Mapping[str, Tensor]) -> Tensor:
         check_shapes(state, {"scores": (graph.num_edges,)})
         return state["scores"]
+
+
+def log_odds_of_ranks(ranking: Tensor) -> Tensor:
+    """log(q / (1 - q)), [edge], where q is the fraction of the edges that rank lower.
+
+    Args:
+        ranking: [edge], the edges from best to worst.
+    """
+    quantiles = (torch.arange(len(ranking), 0, -1) - 0.5) / len(ranking)
+    return torch.empty(len(ranking)).index_copy(0, ranking, torch.logit(quantiles))
 
 
 def soft_top_k(scores: Tensor, k: float, temperature: float) -> Tensor:
