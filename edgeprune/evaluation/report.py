@@ -19,8 +19,8 @@ from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import draw_circuit, draw_frontier, render_page
-from edgeprune.drawing.page import Section
+from edgeprune.drawing import draw_circuit, draw_frontier, render_report
+from edgeprune.drawing.report import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import Curve, curve_panels
@@ -233,7 +233,7 @@ def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune 
         sections.append(section)
     if any(folder.glob("consensus/*/circuit.dot")):
         log.warning("Graphviz is not installed, so the page shows no circuits; they are .dot files")
-    write_text(folder / "report.html", render_page(title, sections))
+    write_text(folder / "report.html", render_report(title, sections))
 
 
 def _file_name(*parts: str) -> str:

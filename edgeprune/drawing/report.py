@@ -25,9 +25,9 @@ class Section(TypedDict, total=False):
     sections: Sequence[Section]
 
 
-def render_page(title: str, sections: Sequence[Section]) -> str:
+def render_report(title: str, sections: Sequence[Section]) -> str:
     """An HTML page with a title and sections."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    return environment.get_template("page.html.j2").render(title=title, sections=sections)
+    return environment.get_template("report.html.j2").render(title=title, sections=sections)
