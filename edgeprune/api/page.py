@@ -13,7 +13,7 @@ from edgeprune.api.circuits import labels_of
 from edgeprune.api.export import Measuring
 from edgeprune.api.shared import check_output
 from edgeprune.circuit import Circuit
-from edgeprune.config import MAX_EVALUATION_BATCH, PageConfig
+from edgeprune.config import MAX_EVALUATION_BATCH, PageConfig, chosen_by
 from edgeprune.drawing.page import data_of_page, in_frame, render
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
@@ -32,12 +32,12 @@ from edgeprune.training.progress import progress as progress_bar
 log = logging.getLogger("edgeprune")
 
 LIMITS = (
-    ("max_kl", 1.0, "KL at most 1"),
-    ("max_kl", 0.1, "KL at most 0.1"),
-    ("max_kl", 0.01, "KL at most 0.01"),
-    ("min_exact_match", 0.9, "exact match at least 0.9"),
-    ("min_exact_match", 0.99, "exact match at least 0.99"),
-    ("max_share_lost", 0.05, "at most 5 % of the empty circuit's distance"),
+    ("max_kl", 1.0, "KL ≤ 1"),
+    ("max_kl", 0.1, "KL ≤ 0.1"),
+    ("max_kl", 0.01, "KL ≤ 0.01"),
+    ("min_exact_match", 0.9, "exact match ≥ 0.9"),
+    ("min_exact_match", 0.99, "exact match ≥ 0.99"),
+    ("max_share_lost", 0.05, "≤ 5 % of the empty circuit's distance"),
 )
 """The rules whose choices the page marks: name, limit, text."""
 
@@ -195,8 +195,8 @@ def _of_result(
             f"got a {type(shown).__name__}, expected a run directory, what `prune` returns, "
             "EdgeScores or a Circuit"
         )
-    chosen_by = str(shown.origin.get("chosen_by", ""))
-    data |= page_data.scores_data(shown.scores, shown.circuit, chosen_by, max_edges)
+    how = shown.origin.get("chosen_by")
+    data |= page_data.scores_data(shown.scores, shown.circuit, how, max_edges)
     data["curve"] = page_data.curve_data(shown.curve, _rules(shown.curve))
     if model is not None and pairs is not None:
         data["measured"] = _measure(
@@ -262,14 +262,15 @@ def _test_pairs(run: Run, model: CircuitModel) -> Sequence[Pair]:
     return load_pairs(run.data_path, run.config.task, model, split)
 
 
-def _rules(curve: Curve) -> dict[str, int]:
-    """The sizes that the usual limits choose, by their text; without those that keep all edges."""
+def _rules(curve: Curve) -> list[dict[str, Any]]:
+    """The sizes that the usual limits choose; without those that keep all edges."""
     has_kl = not math.isnan(curve.empty.kl)
-    found = {}
+    found = []
     for name, limit, text in LIMITS:
         if has_kl or name != "max_kl":
             size = curve.smallest(RULES[name](limit))
-            found |= {text: size} if size < curve.num_edges else {}
+            if size < curve.num_edges:
+                found.append({"text": text, "by": chosen_by((name, limit)), "size": size})
     return found
 
 

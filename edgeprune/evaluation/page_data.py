@@ -32,7 +32,7 @@ MAX_RANKED = 100
 """Number of prompts among which these are found."""
 NUM_CUT_PROMPTS = 16
 """Number of prompts on which the effects of cuts are measured."""
-CUT_BUDGET = {"cpu": 5e12, "cuda": 1e15}
+CUT_BUDGET = {"cpu": 2.5e12, "cuda": 1e15}
 """Operations that all cuts together may take, by device; about a minute on one core."""
 MAX_ATTENTION = 1_200_000
 """Bytes of attention patterns in a page, before base64 makes four of three."""
@@ -108,8 +108,8 @@ def _pairs(graph: CircuitGraph, edges: Sequence[int]) -> list[list[int]]:
     return [(numbers - starts[readers]).tolist(), readers.tolist()]
 
 
-def curve_data(curve: Curve, rules: Mapping[str, int]) -> dict[str, Any]:
-    """Metrics by size; `rules` are the sizes that conditions choose, by their text."""
+def curve_data(curve: Curve, rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics by size; `rules` are conditions, each a `text`, `by` and the `size` it chooses."""
     shown = {
         name: metric for name, metric in METRICS.items()
         if metric.better and not any(math.isnan(point[name]) for point in curve.points.values())
@@ -128,7 +128,7 @@ def curve_data(curve: Curve, rules: Mapping[str, int]) -> dict[str, Any]:
             }
             for name, metric in shown.items()
         ],
-        "rules": [{"text": text, "size": size} for text, size in rules.items()],
+        "rules": rules,
     }
 
 

@@ -70,10 +70,10 @@ function drawRules(r, size) {
     const by = { max_share_lost: "default rule" }[String(chosen.by).split("=")[0]] ?? chosen.by;
     if (chosen.by) {
       const over = chosen.size > r.limit ? ", more than this page carries" : "";
-      entries.push({ text: `chosen by the run (${by}${over})`, size: chosen.size, value: chosen.edges ? "chosen" : Math.min(chosen.size, r.limit), strong: true });
+      entries.push({ text: `chosen by the run (${by}${over})`, size: chosen.size, value: chosen.edges ? "chosen" : chosen.size, strong: true, far: chosen.size > r.limit });
     }
     for (const rule of r.curve?.rules ?? []) {
-      if (!entries.some((e) => e.size === rule.size && e.text === rule.text)) entries.push({ ...rule, value: Math.min(rule.size, r.limit), far: rule.size > r.limit });
+      if (rule.by !== chosen.by) entries.push({ ...rule, value: Math.min(rule.size, r.limit), far: rule.size > r.limit });
     }
   }
   const signature = JSON.stringify([entries, state.size, r.index]);
@@ -99,7 +99,7 @@ function drawCurve(r, size) {
   slider.style.width = `${inner + THUMB}px`;
   const x = (s) => LEFT + THUMB / 2 + inner * toShare(s);
   const lines = RUNS.filter((one) => one.curve).map((one) => ({ one, metric: metricsOf(one).find((m) => m.name === metric.name) })).filter((l) => l.metric);
-  const values = lines.flatMap((l) => l.metric.values);
+  const values = lines.flatMap((l) => l.one.curve.sizes.flatMap((s, i) => (s && s < largest() ? [l.metric.values[i]] : [])).concat(valueAt(l.one, l.metric, largest()), valueAt(l.one, l.metric, smallest()))).filter((v) => v != null);
   const isLog = metric.better === "lower";
   const positive = values.filter((v) => v > 0);
   const floor = isLog ? Math.max(Math.min(...positive, 1) * 0.8, Math.max(...positive, 1e-9) / 3e4) : Math.min(0, ...values);

@@ -21,7 +21,7 @@ function drawGraph() {
   context.fillRect(0, 0, width, height);
   const textScale = clamp(parseFloat(getComputedStyle(document.documentElement).fontSize) / 16, 1, 2);
   scene = makeScene(state, layout(width, height, state.view), colors, hover || cursor);
-  drawScene(new CanvasPen(context, textScale), scene, colors);
+  drawScene(new CanvasPen(context, textScale, isChanging()), scene, colors);
   $("view").classList.toggle("moved", state.view[2] !== 1 || state.view[0] !== 0 || state.view[1] !== 0);
 }
 
@@ -157,7 +157,7 @@ canvas.addEventListener("pointermove", (event) => {
 for (const type of ["pointerup", "pointercancel"]) {
   canvas.addEventListener(type, (event) => {
     pointers.delete(event.pointerId);
-    if (type === "pointerup" && dragged <= 4) clickAt(placeOf(event), event.shiftKey || event.ctrlKey || event.metaKey);
+    if (type === "pointerup" && dragged <= 4) clickAt(placeOf(event), event.shiftKey || event.ctrlKey || event.metaKey, event.pointerType === "touch");
   });
 }
 
@@ -172,8 +172,9 @@ canvas.addEventListener("dblclick", (event) => {
   if (!thingAt(x, y)) zoomAt(x, y, 2);
 });
 
-function clickAt({ x, y }, isPinning) {
+function clickAt({ x, y }, isPinning, isTouch) {
   const name = thingAt(x, y);
+  if (isTouch) showTip(name, x, y);
   if (name.startsWith("group ")) return change({ tab: "groups" });
   if (isPinning && NODES.has(name)) return togglePin(name);
   select(name === state.select ? "" : name);

@@ -55,6 +55,20 @@ let isRequested = false;
 let panelTimer = 0;
 let panelDrawn = "";
 
+// Whether the last change was a moment ago, as while a slider is dragged. The graph is then drawn
+// fast, and once more in full when it rests.
+let changed = 0;
+let restTimer = 0;
+
+function isChanging() {
+  const now = performance.now();
+  const result = now - changed < 150;
+  changed = now;
+  clearTimeout(restTimer);
+  if (result) restTimer = setTimeout(requestRender, 200);
+  return result;
+}
+
 function requestRender() {
   if (isRequested) return;
   isRequested = true;

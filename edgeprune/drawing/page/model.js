@@ -66,6 +66,7 @@ function makeRun(data, index) {
   return {
     ...data, index, edges, importance,
     limit: edges.length,
+    ordered: [...edges].sort((a, b) => a.reader.index - b.reader.index),
     rank: new Map(edges.map((edge, rank) => [edge.key, rank])),
     labels: data.labels ?? {},
     chosen: { ...data.chosen, edges: data.chosen.edges && pairs(data.chosen.edges) },
@@ -81,8 +82,8 @@ function circuitOf(run, size) {
 }
 
 // Keys of the edges on some path from the input to the output; the others dangle.
-function connected(edges) {
-  const ordered = [...edges].sort((a, b) => a.reader.index - b.reader.index);
+// `ordered` are in the order of the forward pass.
+function connected(ordered) {
   const hasInput = DATA.graph.writers[0] in EMBEDDINGS;
   const alive = new Set(hasInput ? Object.keys(EMBEDDINGS) : DATA.graph.writers);
   const fed = ordered.filter((edge) => {

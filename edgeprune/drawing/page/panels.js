@@ -141,16 +141,23 @@ function nodePanel(r, node) {
     groupNote ? h("p", { class: "note", text: groupNote }) : null,
     RUNS.length > 1 ? runsOfNode(node) : null,
     node.type === "output" ? null : effectPanel(r, "nodes", node.name, inChosen),
+    node.type === "embed" ? null : edgeTable(r, "Reads", reads, (edge) => nodeLink(edge.from.name), "from"),
+    node.type === "output" ? null : edgeTable(r, "Writes to", writes, (edge) => readerLink(edge.reader), "to"),
     attentionPanel(r, node),
-    node.type === "embed" ? null : edgeTable(r, "Reads", reads, (edge) => nodeLink(edge.from.name), "from", true),
-    node.type === "output" ? null : edgeTable(r, "Writes to", writes, (edge) => readerLink(edge.reader), "to", true),
     node.type === "output" ? null : pathsPanel(r, edges, node),
   ];
 }
 
-function edgeTable(r, caption, edges, end, heading, isKind) {
-  const rows = edges.slice(0, 40).map((edge) => [end(edge), isKind ? kindMark(edge.reader.kind) : "", edgeLink(edge, scoreText(r, edge)), rankText(r, edge)]);
-  const more = edges.length > 40 ? h("p", { class: "note", text: `and ${edges.length - 40} weaker ones` }) : null;
+const expanded = new Set(); // captions of tables that are shown whole
+
+function edgeTable(r, caption, edges, end, heading) {
+  const count = expanded.has(caption) ? MAX_ROWS : 7;
+  const rows = edges.slice(0, count).map((edge) => [end(edge), kindMark(edge.reader.kind), edgeLink(edge, scoreText(r, edge)), rankText(r, edge)]);
+  const toggle = () => {
+    if (!expanded.delete(caption)) expanded.add(caption);
+    drawPanel();
+  };
+  const more = edges.length > 7 ? button(expanded.has(caption) ? "show fewer" : `show ${Math.min(edges.length, MAX_ROWS) - 7} more`, toggle, { class: "quiet" }) : null;
   return h("section", {}, table(`${caption} (${edges.length})`, [heading, "as", "score", "rank"], rows, { numeric: [2, 3] }), more);
 }
 
@@ -216,14 +223,16 @@ function promptsPanel(r) {
   const current = promptOf(r);
   const at = answersAt(r, current, size);
   const metric = r.measured.distance;
-  const list = h("ul", { class: "prompts" }, prompts.map((prompt, i) => {
+  const heading = { typical: "Typical", worst: "Where the chosen circuit is least faithful" };
+  const list = ["typical", "worst"].flatMap((kind) => [h("h4", { text: heading[kind] }), h("ul", { class: "prompts" }, prompts.flatMap((prompt, i) => {
+    if (prompt.kind !== kind) return [];
     const answer = answersAt(r, prompt, size);
     const same = firsts(answer.top) === firsts(prompt.answers.full);
     return h("li", {}, h("button", { type: "button", class: "prompt", "aria-pressed": String(prompt === current), onclick: () => change({ prompt: i, token: -1 }) },
       h("span", { class: `verdict ${same ? "same" : "other"}`, text: same ? "✓" : "✗", title: same ? "the full model's answer" : "another answer than the full model's" }),
-      h("span", { class: "text", dir: "auto", text: brief(prompt) }),
-      h("span", { class: "note", text: `${prompt.kind}, ${metric} ${short(answer.distance)}` })));
-  }));
+      h("span", { class: "text", dir: "auto", title: wholeText(prompt), text: brief(prompt) }),
+      h("span", { class: "note", text: `${metric} ${short(answer.distance)}` })));
+  }))]);
   const other = current.clean.map((token, i) => token !== current.corrupted[i]);
   const line = (side) => h("p", { class: "line", dir: "auto" }, current[side].map((token, i) =>
     h("span", { class: `token${other[i] ? " differs" : ""}${current.predicted.includes(i) ? " predicts" : ""}`, text: tokenText(token), title: `token ${i + 1}` })));
@@ -231,8 +240,8 @@ function promptsPanel(r) {
   const isIn = r.measured.split ? `${r.measured.split} prompts` : "prompts";
   return [
     h("h2", { text: "Prompts" }),
-    h("p", { class: "note", text: `Typical ${isIn} and those on which the chosen circuit is least faithful. ✗: the circuit of the size shown answers differently from the full model.` }),
-    list,
+    h("p", { class: "note", text: `From the ${isIn}. ✗: at the size shown, the circuit answers differently from the full model.` }),
+    ...list,
     h("h3", { text: `Prompt ${prompts.indexOf(current) + 1}` }),
     h("h4", { text: "clean" }), line("clean"), h("h4", { text: "corrupted" }), line("corrupted"),
     h("p", { class: "note", text: "Marked tokens differ between the two; after an underlined one an answer is predicted." }),
@@ -241,9 +250,12 @@ function promptsPanel(r) {
   ];
 }
 
+const wholeText = (prompt) => prompt.clean.map((t) => tokenText(t, 30).replace("␣", " ")).join("").trim();
+
+// The end of a prompt, from which the answer is predicted.
 function brief(prompt) {
-  const text = prompt.clean.map((t) => tokenText(t, 30).replace("␣", " ")).join("").trim();
-  return text.length > 110 ? `…${text.slice(-109)}` : text;
+  const text = wholeText(prompt);
+  return text.length > 44 ? `…${text.slice(-43)}` : text;
 }
 
 function answersTable(r, prompt, at, row, place) {

@@ -30,7 +30,9 @@ function circuitAt(r, size) {
   if (!circuits.has(key)) {
     if (circuits.size > 40) circuits.clear();
     const edges = circuitOf(r, size);
-    circuits.set(key, { edges, kept: connected(edges) });
+    const ordered = edges === r.chosen.edges ? edges
+      : r.ordered.filter((edge) => r.rank.get(edge.key) < edges.length);
+    circuits.set(key, { edges, kept: connected(ordered) });
   }
   return circuits.get(key);
 }
@@ -47,7 +49,7 @@ function layout(width, height, [dx, dy, zoom]) {
   const originX = MARGIN.left + (width / 2 - MARGIN.left) * (1 - zoom) + dx * width;
   const originY = height - MARGIN.bottom - (height / 2 - MARGIN.bottom) * (1 - zoom) + dy * height;
   const w = Math.min(0.82 * stepX, 120);
-  const tall = clamp(0.46 * stepY, 5, 46);
+  const tall = clamp((stepY < 26 ? 0.6 : 0.46) * stepY, 5, 46);
   const x = (column) => originX + (column + 0.5) * stepX;
   const y = (row) => originY - (row + 0.3) * stepY;
   const boxes = new Map();
@@ -65,7 +67,7 @@ function layout(width, height, [dx, dy, zoom]) {
     }
     boxes.set(node.name, box);
   }
-  return { boxes, stepX, stepY, w, tall, width, height, zoom, port: (reader) => portOf(boxes, reader) };
+  return { boxes, stepX, stepY, w, tall, width, height, zoom, ports: READERS.map((reader) => portOf(boxes, reader)) };
 }
 
 // Where an edge into a reader ends: the middle of a port's lower side, and the port's box.
@@ -111,14 +113,13 @@ function makeScene(s, places, colors, hover = "") {
   const isFocused = (edge) => focus.has(edge.name) || focus.has(edge.from.name) ||
     edge.reader.feeds.some((node) => focus.has(node)) ||
     (groupOf.has(edge.from.name) && focus.has(`group ${groupOf.get(edge.from.name)}`));
-  const r = RUNS[s.run];
-  const weight = weights(r, shown);
+  const weight = weights(shown);
   const edges = [];
   for (const item of shown) {
     const { edge } = item;
     const ends = edgeEnds(edge, places, groupOf, groups);
     if (!ends) continue; // within a collapsed group
-    const strong = weight(edge);
+    const strong = Math.round(8 * weight(item)) / 8; // few steps, so that many edges look alike
     const focused = focus.size > 0 && isFocused(edge);
     let alpha = (0.28 + 0.6 * strong) * (shown.length > 800 ? 0.75 : 1);
     if (focus.size) alpha = focused ? 0.95 : alpha * 0.16;
@@ -133,7 +134,7 @@ function makeScene(s, places, colors, hover = "") {
       order: (focused ? 10 : 0) + strong,
     });
   }
-  edges.sort((a, b) => a.order - b.order);
+  edges.sort((a, b) => a.order - b.order || (a.color < b.color ? -1 : a.color > b.color ? 1 : a.dashed - b.dashed));
   return { edges, groups, groupOf, used, focus, places, shown, state: s };
 }
 
@@ -146,13 +147,22 @@ function markSharedKeys(shown, used) {
   }
 }
 
-// From 0 for the weakest edge shown to 1 for the strongest.
-function weights(r, shown) {
-  if (!r.importance) return () => 0.5;
-  const values = shown.map(({ edge }) => importanceOf(r, edge)).filter(Number.isFinite);
-  const low = Math.min(...values);
-  const high = Math.max(...values);
-  return (edge) => clamp((importanceOf(r, edge) - low) / (high - low || 1), 0, 1);
+// From 0 for the weakest edge shown to 1 for the strongest, in the run that ranks it higher.
+function weights(shown) {
+  const ranges = RUNS.map((r) => ({ r, low: Infinity, high: -Infinity }));
+  for (const { edge, runs } of shown) {
+    for (const index of runs) {
+      const range = ranges[index];
+      const value = importanceOf(range.r, edge);
+      if (value < range.low && value > -Infinity) range.low = value;
+      if (value > range.high) range.high = value;
+    }
+  }
+  return ({ edge, runs }) => runs.reduce((strongest, index) => {
+    const { r, low, high } = ranges[index];
+    const share = r.importance ? (importanceOf(r, edge) - low) / (high - low || 1) : 0.5;
+    return Math.max(strongest, clamp(share, 0, 1));
+  }, 0);
 }
 
 function compareColor(runs, colors) {
@@ -164,10 +174,11 @@ function compareColor(runs, colors) {
 // A curve from the top of its writer to the lower side of its reader.
 function edgeEnds(edge, places, groupOf, groups) {
   const from = groups[groupOf.get(edge.from.name)] ?? places.boxes.get(edge.from.name);
-  const inside = edge.reader.feeds.map((node) => groupOf.get(node));
-  const group = inside.every((g) => g !== undefined && g === inside[0]) ? groups[inside[0]] : null;
+  const first = groupOf.size ? groupOf.get(edge.reader.feeds[0]) : undefined;
+  const isInside = first !== undefined && edge.reader.feeds.every((node) => groupOf.get(node) === first);
+  const group = isInside ? groups[first] : null;
   if (group && group === from) return null;
-  const to = group ? { x: group.x, y: group.y + group.h / 2 } : places.port(edge.reader);
+  const to = group ? { x: group.x, y: group.y + group.h / 2 } : places.ports[edge.reader.index];
   const [x1, y1, x2, y2] = [from.x, from.y - from.h / 2, to.x, to.y];
   const lift = Math.max(14, 0.42 * Math.abs(y1 - y2));
   // Between nodes above each other, a bow: else it would hide behind those between.
@@ -182,10 +193,12 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
   const { places, used, focus, groupOf } = scene;
   const { tall, stepY } = places;
   if (labels) drawRows(pen, places, colors);
+  const font = Math.min(0.85 * tall, 0.15 * tall + 6.5, places.w / 3, 13 * pen.textScale);
+  const isUsed = ({ node }) => used.has(node.name) || node.name === "resid_post" || focus.has(node.name);
+  const boxes = [...places.boxes.values()].filter(({ node }) => !groupOf.has(node.name));
+  for (const box of boxes.filter((one) => !isUsed(one))) drawGhost(pen, box, font, colors);
   pen.curves(scene.edges);
-  const font = clamp(Math.min(0.36 * tall + 2, places.w / 4.4), 0, 13) * pen.textScale;
-  for (const box of places.boxes.values()) {
-    if (groupOf.has(box.node.name)) continue;
+  for (const box of boxes.filter(isUsed)) {
     const name = box.node.name;
     const inUse = used.has(name) || name === "resid_post";
     const isSelected = scene.state.select === name;
@@ -195,7 +208,7 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
     pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, fill, ring, isSelected || isPinned ? 2.4 : 0.9);
     if (box.node.type === "head" && !GROUPED && inUse && tall >= 9) drawPorts(pen, scene, box, colors);
     const text = nodeText(box.node, box.w, font);
-    if (font >= 7 && text) {
+    if (font >= 6.5 && text) {
       const lift = box.node.type === "head" && tall >= 16 && !GROUPED ? box.h * 0.2 : 0;
       const ink = !inUse ? colors.ghostText : box.node.type === "output" ? colors.onOutput : colors.onFill;
       pen.text(text, box.x, box.y - lift, font, ink, "center", focus.has(name) ? 700 : 400);
@@ -209,6 +222,13 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
     pen.text(tokenText(group.name, 15), group.x, group.y - 5, 12, colors.onFill, "center", 700);
     pen.text(`${group.members.length} nodes`, group.x, group.y + 8, 10, colors.onFill, "center", 400);
   }
+}
+
+// A node outside the circuit: it keeps its place below the edges.
+function drawGhost(pen, box, font, colors) {
+  pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, colors.paper, colors.ghost, 0.8);
+  const text = nodeText(box.node, box.w, font);
+  if (font >= 6.5 && text) pen.text(text, box.x, box.y, font, colors.ghostText);
 }
 
 function nodeText(node, width, font) {
@@ -226,7 +246,7 @@ function drawRows(pen, places, colors) {
     pen.text(`${layer}`, 18, y, size, colors.soft, "center", 400);
     last = y;
   }
-  pen.text("layer", 18, clamp(places.boxes.get("a0.h0").y + places.stepY * 0.5, 10, places.height - 6), size * 0.9, colors.soft, "center", 400);
+  if (places.stepY > 30) pen.text("layer", 18, clamp(places.boxes.get("a0.h0").y + places.stepY * 0.5, 10, places.height - 6), size * 0.9, colors.soft, "center", 400);
 }
 
 // The inputs of a head, where an edge reads them.
@@ -235,9 +255,9 @@ function drawPorts(pen, scene, box, colors) {
     const reader = READER.get(`${box.node.name}.${kind}`);
     if (!scene.ports) scene.ports = new Set(scene.shown.map(({ edge }) => edge.reader.name));
     if (!scene.ports.has(reader.name)) continue;
-    const port = portOf(scene.places.boxes, reader);
+    const port = scene.places.ports[reader.index];
     pen.box(port.x - port.w / 2 + 1, port.y - port.h, port.w - 2, port.h - 1, colors.fill[kind], null, 0, 2);
-    if (port.h >= 10) pen.text(kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h * 0.8), colors.onFill, "center", 400);
+    if (port.h >= 10 && port.w >= 10) pen.text(kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h * 0.8), colors.onFill, "center", 400);
   }
 }
 
@@ -246,7 +266,7 @@ function drawSharedPorts(pen, scene, colors) {
   scene.ports ??= new Set(scene.shown.map(({ edge }) => edge.reader.name));
   for (const reader of READERS) {
     if (!scene.ports.has(reader.name) || !"qkv".includes(reader.kind)) continue;
-    const port = portOf(scene.places.boxes, reader);
+    const port = scene.places.ports[reader.index];
     pen.box(port.x - port.w / 2 + 1, port.y - port.h, port.w - 2, port.h - 0.5, colors.fill[reader.kind], null, 0, 2);
     if (port.h >= 10) pen.text(reader.kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h * 0.8), colors.onFill, "center", 400);
   }
