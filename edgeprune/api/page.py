@@ -187,9 +187,8 @@ def _of_result(
         return shown.graph, {**data, **page_data.circuit_data(shown)}
     max_edges = options["max_edges"]
     if isinstance(shown, EdgeScores):
-        name, start = str(shown.origin.get("method", "scores")), min(100, shown.graph.num_edges)
-        scored = page_data.scores_data(shown, shown.circuit(num_edges=start), None, max_edges)
-        return shown.graph, {**data, "name": name, **scored}
+        name = str(shown.origin.get("method", "scores"))
+        return shown.graph, {**data, "name": name, **page_data.scores_data(shown, None, None, max_edges)}
     if not isinstance(shown, Result):
         raise TypeError(
             f"got a {type(shown).__name__}, expected a run directory, what `prune` returns, "

@@ -26,6 +26,8 @@ FORMAT = 1
 """Number of the data's form; measurements in pages of another form are not used again."""
 MAX_EDGES = 5_000
 """Default number of edges that a page carries, the strongest of all."""
+UNCHOSEN_SIZE = 100
+"""Size that is shown first where no circuit was chosen."""
 NUM_PROMPTS = 10
 """Default number of prompts, half of them typical and half the least faithful."""
 MAX_RANKED = 100
@@ -62,39 +64,35 @@ def graph_data(graph: CircuitGraph) -> dict[str, Any]:
 
 
 def scores_data(
-    scores: EdgeScores, circuit: Circuit, chosen_by: str | None, max_edges: int = MAX_EDGES
-) -> dict[str, Any]:
-    """The strongest edges with their scores, and the chosen circuit.
+    scores: EdgeScores, circuit: Circuit | None = None, chosen_by: str | None = None,
+    max_edges: int = MAX_EDGES,
+) -> dict[str, Any]:  # fmt: skip
+    """The strongest edges with their scores, and the chosen circuit, if one was chosen.
 
     Edges are pairs of indices of writer and reader. The chosen circuit is given by its size if it
     has the strongest edges (`chosen.edges` is None), or else edge by edge.
     """
-    ranking = scores.ranking()[: max(max_edges, 1)]
-    values = scores.values[ranking].nan_to_num().tolist()
-    best = ranking[: len(circuit)].tolist()
-    is_best = {*best} == {*map(circuit.graph.edge_index, circuit.edge_set)}
+    ranking = scores.ranking().tolist()
+    carried = ranking[:max_edges]
+    chosen = {"size": min(UNCHOSEN_SIZE, len(carried)), "by": None, "edges": None}
+    if circuit is not None:
+        edges = {*map(circuit.graph.edge_index, circuit.edge_set)}
+        is_best = edges == {*ranking[: len(circuit)]}
+        by_edge = None if is_best else _pairs(scores.graph, sorted(edges))
+        chosen = {"size": len(circuit), "by": chosen_by, "edges": by_edge}
     return {
-        "edges": _pairs(scores.graph, ranking.tolist()),
-        "scores": [_rounded(value) for value in values],
+        "edges": _pairs(scores.graph, carried),
+        "scores": [_rounded(value) for value in scores.values[carried].nan_to_num().tolist()],
         "by_magnitude": scores.by_magnitude,
-        "chosen": {
-            "size": len(circuit),
-            "by": chosen_by,
-            "edges": None if is_best else circuit_edges(circuit),
-        },
+        "chosen": chosen,
     }
 
 
 def circuit_data(circuit: Circuit) -> dict[str, Any]:
     """A circuit without scores: all its edges, which the page cannot rank."""
+    edges = _pairs(circuit.graph, sorted(map(circuit.graph.edge_index, circuit.edge_set)))
     chosen = {"size": len(circuit), "by": None, "edges": None}
-    edges = circuit_edges(circuit)
     return {"edges": edges, "scores": None, "by_magnitude": False, "chosen": chosen}
-
-
-def circuit_edges(circuit: Circuit) -> list[list[int]]:
-    """Indices of writers and of readers of all edges, in the graph's order."""
-    return _pairs(circuit.graph, sorted(map(circuit.graph.edge_index, circuit.edge_set)))
 
 
 def _pairs(graph: CircuitGraph, edges: Sequence[int]) -> list[list[int]]:

@@ -49,7 +49,7 @@ function drawSize() {
   slider.value = 1000 * toShare(size);
   slider.setAttribute("aria-valuetext", plural(size, "edge"));
   const isFixed = !r.importance;
-  slider.disabled = number.disabled = isFixed;
+  slider.hidden = number.disabled = isFixed;
   const { edges, kept } = circuitAt(r, state.size);
   const dangling = edges.length - kept.size;
   $("summary").textContent =
@@ -58,7 +58,7 @@ function drawSize() {
     (state.size === "chosen" ? ", cleaned up" : "") +
     (state.size > r.limit ? `; this page carries the strongest ${whole(r.limit)}` : "");
   $("curve").toggleAttribute("hidden", !r.curve);
-  for (const element of [$("metric"), $("metric").previousElementSibling]) element.hidden = !r.curve;
+  $("metric").parentElement.hidden = !r.curve;
   drawRules(r, size);
   if (r.curve) drawCurve(r, size);
 }

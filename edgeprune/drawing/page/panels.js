@@ -112,8 +112,9 @@ function overviewPanel(r) {
       ? [`Of ${plural(failures.all, "prompt")} shown here, the circuit answers `, h("b", { text: `${failures.failed.length} differently` }), ": ",
         ...failures.failed.slice(0, 10).flatMap((i, n) => [n ? ", " : "", button(`prompt ${i + 1}`, () => change({ tab: "prompts", prompt: i }), { class: "link" })])]
       : `On all ${failures.all} prompts shown here, the circuit gives the full model's answer.`),
-    table("What feeds the output", ["from", "score", "rank"],
-      toOutput.slice(0, 12).map((edge) => [nodeLink(edge.from.name), scoreText(r, edge), rankText(r, edge)]), { numeric: [1, 2] }),
+    table("What feeds the output", ["from", "score", "rank", ...(r.measured ? ["if cut"] : [])],
+      toOutput.slice(0, 12).map((edge) => [nodeLink(edge.from.name), edgeLink(edge, scoreText(r, edge)), rankText(r, edge),
+        ...(r.measured ? [cutCell(r, edge.from.name)] : [])]), { numeric: [1, 2, 3] }),
     table("Nodes with the most edges", ["node", "edges", ...(r.measured ? ["if cut"] : [])],
       busiest.map(([name, count]) => [nodeLink(name), String(count), ...(r.measured ? [cutCell(r, name)] : [])]), { numeric: [1, 2] }),
     h("p", { class: "note", text: "Click a node or an edge, or find one by name. Drag the slider to change the size. Press ? for the keys." }),
@@ -255,7 +256,7 @@ const wholeText = (prompt) => prompt.clean.map((t) => tokenText(t, 30).replace("
 // The end of a prompt, from which the answer is predicted.
 function brief(prompt) {
   const text = wholeText(prompt);
-  return text.length > 44 ? `…${text.slice(-43)}` : text;
+  return text.length > 38 ? `…${text.slice(-37).replace(/^\S* /, "")}` : text;
 }
 
 function answersTable(r, prompt, at, row, place) {

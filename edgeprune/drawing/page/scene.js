@@ -105,8 +105,7 @@ function makeScene(s, places, colors, hover = "") {
   const used = new Set();
   for (const { edge } of shown) {
     used.add(edge.from.name);
-    const fed = edge.reader.feeds;
-    for (const node of fed) if (fed.length === 1 || !edge.reader.head) used.add(node);
+    if (edge.reader.feeds.length === 1) used.add(edge.reader.feeds[0]);
   }
   markSharedKeys(shown, used);
   const focus = new Set([hover, s.select, ...s.pins].filter(Boolean));
@@ -193,7 +192,7 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
   const { places, used, focus, groupOf } = scene;
   const { tall, stepY } = places;
   if (labels) drawRows(pen, places, colors);
-  const font = Math.min(0.85 * tall, 0.15 * tall + 6.5, places.w / 3, 13 * pen.textScale);
+  const font = Math.min(0.85 * tall, 0.15 * tall + 6.5, 13 * pen.textScale);
   const isUsed = ({ node }) => used.has(node.name) || node.name === "resid_post" || focus.has(node.name);
   const boxes = [...places.boxes.values()].filter(({ node }) => !groupOf.has(node.name));
   for (const box of boxes.filter((one) => !isUsed(one))) drawGhost(pen, box, font, colors);
@@ -207,11 +206,11 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
     const ring = isSelected ? colors.accent : isPinned ? colors.pin : inUse ? colors.outline : colors.ghost;
     pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, fill, ring, isSelected || isPinned ? 2.4 : 0.9);
     if (box.node.type === "head" && !GROUPED && inUse && tall >= 9) drawPorts(pen, scene, box, colors);
-    const text = nodeText(box.node, box.w, font);
-    if (font >= 6.5 && text) {
+    const [text, size] = nodeText(box, font);
+    if (text) {
       const lift = box.node.type === "head" && tall >= 16 && !GROUPED ? box.h * 0.2 : 0;
       const ink = !inUse ? colors.ghostText : box.node.type === "output" ? colors.onOutput : colors.onFill;
-      pen.text(text, box.x, box.y - lift, font, ink, "center", focus.has(name) ? 700 : 400);
+      pen.text(text, box.x, box.y - lift, size, ink, "center", focus.has(name) ? 700 : 400);
     }
   }
   if (GROUPED && stepY > 9) drawSharedPorts(pen, scene, colors);
@@ -227,14 +226,24 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
 // A node outside the circuit: it keeps its place below the edges.
 function drawGhost(pen, box, font, colors) {
   pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, colors.paper, colors.ghost, 0.8);
-  const text = nodeText(box.node, box.w, font);
-  if (font >= 6.5 && text) pen.text(text, box.x, box.y, font, colors.ghostText);
+  const [text, size] = nodeText(box, font);
+  if (text) pen.text(text, box.x, box.y, size, colors.ghostText);
 }
 
-function nodeText(node, width, font) {
-  const long = node.type === "head" ? `${node.layer}.${node.head}` : node.title;
-  const brief = node.type === "mlp" ? `m${node.layer}` : node.type === "embed" ? node.title.split(" ")[0] : long;
-  return long.length * font * 0.56 <= width ? long : brief.length * font * 0.5 <= width + 4 ? brief : "";
+// The longest name of a node that fits into its box, and its size; "" if none does.
+function nodeText({ node, w }, font) {
+  const names = {
+    head: [`${node.layer}.${node.head}`, `${node.head}`],
+    mlp: [node.title, `m${node.layer}`],
+    embed: [node.title, node.title.split(" ")[0], node.title[0]],
+    output: [node.title, "out"],
+  }[node.type];
+  for (const name of names) {
+    const room = name.includes(".") ? `${LAYERS - 1}.${HEADS - 1}` : name; // all heads alike
+    const size = Math.min(font, (w - 3) / (0.58 * room.length));
+    if (size >= Math.min(8, font) && size >= 6.5) return [name, size];
+  }
+  return ["", 0];
 }
 
 function drawRows(pen, places, colors) {
@@ -268,6 +277,6 @@ function drawSharedPorts(pen, scene, colors) {
     if (!scene.ports.has(reader.name) || !"qkv".includes(reader.kind)) continue;
     const port = scene.places.ports[reader.index];
     pen.box(port.x - port.w / 2 + 1, port.y - port.h, port.w - 2, port.h - 0.5, colors.fill[reader.kind], null, 0, 2);
-    if (port.h >= 10) pen.text(reader.kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h * 0.8), colors.onFill, "center", 400);
+    if (port.h >= 7) pen.text(reader.kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h), colors.onFill, "center", 400);
   }
 }
