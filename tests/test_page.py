@@ -103,8 +103,10 @@ def test_answers_go_from_the_empty_circuit_to_the_full_model(small):
 
 def test_attention_is_the_full_models():
     model = load_model("embedded", device="cpu")
-    record = {"clean": "When Mary and John got to the park, John gave a ring to<predict> Mary</predict>",
-              "corrupted": "When Mary and John got to the park, Mary gave a ring to<predict> John</predict>"}  # fmt: skip
+    clean = "When Mary and John got to the park, John gave a ring to"
+    corrupted = "When Mary and John got to the park, Mary gave a ring to"
+    record = {"clean": f"{clean}<predict> Mary</predict>",
+              "corrupted": f"{corrupted}<predict> John</predict>"}  # fmt: skip
     pair = encode_pair(model.tokenizer, record)
     scores = random_scores(model.graph)
     circuit = scores.circuit(num_edges=50)
@@ -117,7 +119,7 @@ def test_attention_is_the_full_models():
     eager = load_model("embedded", device="cpu", attention="eager")
     length = len(pair.clean_ids)
     prompt = found["prompts"][0]
-    assert "".join(prompt["clean"]).strip() == record["clean"].split("<predict>")[0]
+    assert "".join(prompt["clean"]).strip() == clean
     for side, ids in (("clean", pair.clean_ids), ("corrupted", pair.corrupted_ids)):
         weights = eager.architecture.body(torch.tensor([ids]), output_attentions=True).attentions
         data = base64.b64decode(prompt["attention"][side])
@@ -225,7 +227,9 @@ def test_the_command_refuses_what_it_cannot_use(runs, tmp_path):
 
 # ------------------------------------------------------------------------------- in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -447,8 +451,7 @@ def test_runs_are_compared(show, small):
     assert facts[1].startswith(str(len(a | b)))
     assert facts[2].startswith(f"{overlap(a, b)['edge_iou']:.2f}")
     assert sorted(drawn_edges(page)) == sorted((a | b).edge_set)
-    page.get_by_role("button", name="scores 2").click()
-    page.get_by_role("button", name="compare").click()  # off again
+    page.get_by_role("button", name="scores 2", exact=True).click()
     found = address(page)
     assert (found["run"], found["select"]) == ("1", "a1.h2")
     assert sorted(drawn_edges(page)) == sorted(b.edge_set)

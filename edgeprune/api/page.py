@@ -188,7 +188,11 @@ def _of_result(
     max_edges = options["max_edges"]
     if isinstance(shown, EdgeScores):
         name = str(shown.origin.get("method", "scores"))
-        return shown.graph, {**data, "name": name, **page_data.scores_data(shown, None, None, max_edges)}
+        return shown.graph, {
+            **data,
+            "name": name,
+            **page_data.scores_data(shown, None, None, max_edges),
+        }
     if not isinstance(shown, Result):
         raise TypeError(
             f"got a {type(shown).__name__}, expected a run directory, what `prune` returns, "
@@ -222,7 +226,9 @@ def _of_run(
         "about": f"{run.config.trainer.method}, seed {seed}, {run.config.ablation.kind} ablation",
         "curve": None if curve is None else page_data.curve_data(curve, _rules(curve)),
     }
-    data |= page_data.scores_data(scores, circuit, chosen.origin.get("chosen_by"), options["max_edges"])
+    data |= page_data.scores_data(
+        scores, circuit, chosen.origin.get("chosen_by"), options["max_edges"]
+    )
     key = {
         "edges": circuit.digest(), "data": run.digests["data"], "model": run.digests["model"],
         "scores": _digest(run.path / layout.SCORES), "curve": _digest(run.path / layout.CURVE),

@@ -1,8 +1,8 @@
 """Drawings of circuits, plots and the HTML page of a report. Imports no torch."""
 
 from edgeprune.drawing.graphviz import circuit_dot, comparison_groups, draw_circuit
-from edgeprune.drawing.report import render_report
 from edgeprune.drawing.plots import Line, Panel, draw_frontier, draw_training
+from edgeprune.drawing.report import render_report
 
 __all__ = [
     "Line", "Panel", "circuit_dot", "comparison_groups", "draw_circuit",

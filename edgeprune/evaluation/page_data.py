@@ -1,4 +1,4 @@
-"""What the page of circuits shows, as JSON values: edges by score, answers by size, cuts, attention.
+"""What the page of circuits shows, as JSON: edges by score, answers by size, cuts, attention.
 
 Numbers are rounded and long lists are cut, because the page is one file that can be mailed.
 `drawing/page/model.js` reads what is written here.
@@ -216,9 +216,7 @@ def _select(
     return [(pairs[i], "typical") for i in typical] + [(pairs[i], "worst") for i in worst]
 
 
-def _reference(
-    model: CircuitModel, batch: Batch, ablation: Ablation
-) -> tuple[Tensor, Any, Batch]:
+def _reference(model: CircuitModel, batch: Batch, ablation: Ablation) -> tuple[Tensor, Any, Batch]:
     """The full model's outputs, the ablation values, and the batch on the model's device."""
     batch = batch.to(model.device)
     reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
@@ -287,7 +285,7 @@ def _answers(
 def _top(model: CircuitModel, batch: Batch, outputs: Tensor) -> list[list[list[list[Any]]]]:
     """Per pair and predicted token, the best answers: [text, probability (or value)] each."""
     if model.output is Output.number:
-        rows = [[["%.4g" % number, _rounded(number)]] for number in outputs[:, 0].tolist()]
+        rows = [[[f"{number:.4g}", _rounded(number)]] for number in outputs[:, 0].tolist()]
     else:
         is_logits = model.output is Output.logits
         shares = outputs.float().softmax(-1) if is_logits else outputs.float()
@@ -298,9 +296,7 @@ def _top(model: CircuitModel, batch: Batch, outputs: Tensor) -> list[list[list[l
             for row in zip(ids.tolist(), values.tolist(), strict=True)
         ]
     remaining = iter(rows)
-    return [
-        [next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs
-    ]
+    return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 
 
 # ------------------------------------------------------------------------------------- attention

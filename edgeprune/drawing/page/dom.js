@@ -31,16 +31,32 @@ function button(text, action, attributes = {}) {
 // A table with a heading row and a button that copies it; cells are strings or elements.
 function table(caption, columns, rows, { numeric = [] } = {}) {
   const cell = (tag) => (content, i) =>
-    h(tag, { class: numeric.includes(i) ? "number" : null, scope: tag === "th" ? "col" : null },
-      content);
-  const element = h("table", {},
+    h(
+      tag,
+      { class: numeric.includes(i) ? "number" : null, scope: tag === "th" ? "col" : null },
+      content,
+    );
+  const element = h(
+    "table",
+    {},
     h("thead", {}, h("tr", {}, columns.map(cell("th")))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell("td"))))));
+    h(
+      "tbody",
+      {},
+      rows.map((row) => h("tr", {}, row.map(cell("td")))),
+    ),
+  );
   element.setAttribute("aria-label", caption);
-  const copy = button("copy", () => copyText(tableText(element), `${caption} copied`),
-    { class: "quiet", "aria-label": `Copy the table: ${caption}` });
-  return h("div", { class: "table" }, h("div", { class: "bar" }, h("h3", { text: caption }), copy),
-    rows.length ? h("div", { class: "wide" }, element) : h("p", { class: "note", text: "none" }));
+  const copy = button("copy", () => copyText(tableText(element), `${caption} copied`), {
+    class: "quiet",
+    "aria-label": `Copy the table: ${caption}`,
+  });
+  return h(
+    "div",
+    { class: "table" },
+    h("div", { class: "bar" }, h("h3", { text: caption }), copy),
+    rows.length ? h("div", { class: "wide" }, element) : h("p", { class: "note", text: "none" }),
+  );
 }
 
 function tableText(element) {
@@ -87,7 +103,10 @@ const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"
 // A token for display: a visible space, line break and direction mark; long ones are cut.
 function tokenText(token, limit = 24) {
   const visible = token
-    .replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣").replace(/^$/, "∅")
+    .replace(/\n/g, "⏎")
+    .replace(/\t/g, "⇥")
+    .replace(/^ /, "␣")
+    .replace(/^$/, "∅")
     .replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "�");
   return visible.length > limit ? `${visible.slice(0, limit - 1)}…` : visible;
 }

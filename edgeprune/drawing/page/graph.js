@@ -5,6 +5,7 @@ const tip = $("tip");
 let hover = ""; // name of the node, edge or group under the pointer
 let cursor = ""; // name of the node that the arrow keys are at
 let scene = null;
+const pictures = new Map(); // blocks of edges, see DraftPen
 
 function drawGraph() {
   const { clientWidth: width, clientHeight: height } = canvas;
@@ -19,17 +20,43 @@ function drawGraph() {
   const colors = palette(isDark());
   context.fillStyle = colors.paper;
   context.fillRect(0, 0, width, height);
-  const textScale = clamp(parseFloat(getComputedStyle(document.documentElement).fontSize) / 16, 1, 2);
+  const textScale = clamp(
+    parseFloat(getComputedStyle(document.documentElement).fontSize) / 16,
+    1,
+    2,
+  );
   scene = makeScene(state, layout(width, height, state.view), colors, hover || cursor);
-  drawScene(new CanvasPen(context, textScale, isChanging()), scene, colors);
-  $("view").classList.toggle("moved", state.view[2] !== 1 || state.view[0] !== 0 || state.view[1] !== 0);
+  const { view, hide, layers, dangling, run: shownRun, groups } = state;
+  const same = [
+    view,
+    hide,
+    layers,
+    dangling,
+    shownRun,
+    groups,
+    canvas.width,
+    canvas.height,
+    isDark(),
+  ];
+  if (JSON.stringify(same) !== drawGraph.same) pictures.clear();
+  drawGraph.same = JSON.stringify(same);
+  const isFast = isChanging() && !scene.focus.size && !state.compare && run().importance;
+  const pen = isFast
+    ? new DraftPen(context, textScale, pictures)
+    : new CanvasPen(context, textScale);
+  drawScene(pen, scene, colors);
+  $("view").classList.toggle(
+    "moved",
+    state.view[2] !== 1 || state.view[0] !== 0 || state.view[1] !== 0,
+  );
 }
 
 // ------------------------------------------------------------------------------- what is where
 
 // Name of the group, node or edge at a place, or "".
 function thingAt(x, y) {
-  const within = (b, pad) => Math.abs(x - b.x) <= b.w / 2 + pad && Math.abs(y - b.y) <= b.h / 2 + pad;
+  const within = (b, pad) =>
+    Math.abs(x - b.x) <= b.w / 2 + pad && Math.abs(y - b.y) <= b.h / 2 + pad;
   const index = scene.groups.findIndex((g) => g.collapsed && within(g, 2));
   if (index >= 0) return `group ${index}`;
   for (const pad of [0, 3]) {
@@ -43,7 +70,8 @@ function thingAt(x, y) {
     if (e.alpha < 0.06 && scene.focus.size) continue;
     const low = Math.min(e.x1, e.x2, e.cx1, e.cx2) - 6;
     const high = Math.max(e.x1, e.x2, e.cx1, e.cx2) + 6;
-    if (x < low || x > high || y > Math.max(e.y1, e.cy2) + 6 || y < Math.min(e.y2, e.cy1) - 6) continue;
+    if (x < low || x > high || y > Math.max(e.y1, e.cy2) + 6 || y < Math.min(e.y2, e.cy1) - 6)
+      continue;
     for (let t = 0.02; t < 1; t += 0.03) {
       const u = 1 - t;
       const [a, b, c, d] = [u * u * u, 3 * u * u * t, 3 * u * t * t, t * t * t];
@@ -63,14 +91,17 @@ function tipText(name) {
   }
   if (NODES.has(name)) {
     const node = NODES.get(name);
-    const at = scene.shown.filter(({ edge }) => edge.from.name === name || edge.reader.feeds.includes(name));
+    const at = scene.shown.filter(
+      ({ edge }) => edge.from.name === name || edge.reader.feeds.includes(name),
+    );
     const out = at.filter(({ edge }) => edge.from.name === name).length;
     const label = run().labels[name] ? `, ${run().labels[name]}` : "";
     return `${node.title} (${name})${label}: reads ${at.length - out}, writes ${out}`;
   }
   const edge = edgeByName(name);
   const rank = run().rank.get(edge.key);
-  const score = run().importance && rank !== undefined ? `, score ${short(run().scores[rank])}` : "";
+  const score =
+    run().importance && rank !== undefined ? `, score ${short(run().scores[rank])}` : "";
   return `${edge.from.title} → ${edge.reader.title}${rank === undefined ? "" : `: rank ${whole(rank + 1)}${score}`}`;
 }
 
@@ -106,20 +137,28 @@ function zoomAt(x, y, factor) {
   const newY = y + (originY - y) * grow;
   moveView(
     (newX - MARGIN.left - (width / 2 - MARGIN.left) * (1 - next)) / width,
-    (newY - height + MARGIN.bottom + (height / 2 - MARGIN.bottom) * (1 - next)) / height, next);
+    (newY - height + MARGIN.bottom + (height / 2 - MARGIN.bottom) * (1 - next)) / height,
+    next,
+  );
 }
 
 // The graph cannot leave the view.
 function moveView(dx, dy, zoom) {
   const limit = (zoom - 1) / 2;
-  change({ view: zoom === 1 ? [0, 0, 1] : [clamp(dx, -limit, limit), clamp(dy, -limit, limit), zoom] });
+  change({
+    view: zoom === 1 ? [0, 0, 1] : [clamp(dx, -limit, limit), clamp(dy, -limit, limit), zoom],
+  });
 }
 
-canvas.addEventListener("wheel", (event) => {
-  event.preventDefault();
-  const { x, y } = placeOf(event);
-  zoomAt(x, y, Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0016)));
-}, { passive: false });
+canvas.addEventListener(
+  "wheel",
+  (event) => {
+    event.preventDefault();
+    const { x, y } = placeOf(event);
+    zoomAt(x, y, Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0016)));
+  },
+  { passive: false },
+);
 
 canvas.addEventListener("pointerdown", (event) => {
   canvas.setPointerCapture(event.pointerId);
@@ -139,7 +178,11 @@ canvas.addEventListener("pointermove", (event) => {
       zoomAt((now.x + other.x) / 2, (now.y + other.y) / 2, distance(now) / distance(before));
     } else if (dragged > 4) {
       const [dx, dy, zoom] = state.view;
-      moveView(dx + (now.x - before.x) / canvas.clientWidth, dy + (now.y - before.y) / canvas.clientHeight, zoom);
+      moveView(
+        dx + (now.x - before.x) / canvas.clientWidth,
+        dy + (now.y - before.y) / canvas.clientHeight,
+        zoom,
+      );
     }
     pointers.set(event.pointerId, now);
     return;
@@ -157,7 +200,12 @@ canvas.addEventListener("pointermove", (event) => {
 for (const type of ["pointerup", "pointercancel"]) {
   canvas.addEventListener(type, (event) => {
     pointers.delete(event.pointerId);
-    if (type === "pointerup" && dragged <= 4) clickAt(placeOf(event), event.shiftKey || event.ctrlKey || event.metaKey, event.pointerType === "touch");
+    if (type === "pointerup" && dragged <= 4)
+      clickAt(
+        placeOf(event),
+        event.shiftKey || event.ctrlKey || event.metaKey,
+        event.pointerType === "touch",
+      );
   });
 }
 
@@ -186,7 +234,9 @@ const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 
 // The nearest node of the circuit in a direction.
 function neighbour(name, [dx, dy]) {
-  const boxes = [...scene.places.boxes.values()].filter(({ node }) => scene.used.has(node.name) || node.name === "resid_post");
+  const boxes = [...scene.places.boxes.values()].filter(
+    ({ node }) => scene.used.has(node.name) || node.name === "resid_post",
+  );
   const here = scene.places.boxes.get(name);
   if (!here) return boxes[0]?.node.name ?? "";
   let best = null;
@@ -203,7 +253,8 @@ function neighbour(name, [dx, dy]) {
 canvas.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const { key } = event;
-  if (key in STEPS) cursor = neighbour(cursor || (NODES.has(state.select) ? state.select : ""), STEPS[key]);
+  if (key in STEPS)
+    cursor = neighbour(cursor || (NODES.has(state.select) ? state.select : ""), STEPS[key]);
   else if (key === "Enter" && cursor) togglePin(cursor);
   else if (key === " " && cursor) select(cursor);
   else if (key === "+" || key === "=") zoomAt(canvas.clientWidth / 2, canvas.clientHeight / 2, 1.4);

@@ -7,8 +7,11 @@ const DATA = JSON.parse($("data").textContent);
 const { layers: LAYERS, heads: HEADS, kv_heads: KV_HEADS } = DATA.graph;
 const GROUPED = HEADS !== KV_HEADS;
 const KINDS = { q: "query", k: "key", v: "value", mlp: "MLP", output: "output" };
-const EMBEDDINGS = { tok_embeds: "Token embedding", pos_embeds: "Position embedding",
-  embeds: "Embedding" };
+const EMBEDDINGS = {
+  tok_embeds: "Token embedding",
+  pos_embeds: "Position embedding",
+  embeds: "Embedding",
+};
 
 const NODES = new Map([...DATA.graph.writers, "resid_post"].map((name) => [name, makeNode(name)]));
 const READERS = DATA.graph.readers.map(makeReader);
@@ -36,9 +39,10 @@ function makeReader(name, index) {
   const head = Number(number);
   const size = kind === "q" ? 1 : HEADS / KV_HEADS;
   const feeds = Array.from({ length: size }, (_, i) => `a${layer}.h${head * size + i}`);
-  const whose = kind !== "q" && GROUPED
-    ? `${KINDS[kind]} ${layer}.${head} of heads ${head * size}–${head * size + size - 1}`
-    : `${KINDS[kind]} of head ${layer}.${head}`;
+  const whose =
+    kind !== "q" && GROUPED
+      ? `${KINDS[kind]} ${layer}.${head} of heads ${head * size}–${head * size + size - 1}`
+      : `${KINDS[kind]} of head ${layer}.${head}`;
   return { name, index, kind, layer, head, feeds, title: whose };
 }
 
@@ -64,7 +68,10 @@ function makeRun(data, index) {
   const edges = pairs(data.edges);
   const importance = data.scores && data.scores.map((s) => (data.by_magnitude ? Math.abs(s) : s));
   return {
-    ...data, index, edges, importance,
+    ...data,
+    index,
+    edges,
+    importance,
     limit: edges.length,
     ordered: [...edges].sort((a, b) => a.reader.index - b.reader.index),
     rank: new Map(edges.map((edge, rank) => [edge.key, rank])),
@@ -77,7 +84,8 @@ function makeRun(data, index) {
 
 // The edges of a run at a size, the strongest first.
 function circuitOf(run, size) {
-  return size === "chosen" && run.chosen.edges ? run.chosen.edges
+  return size === "chosen" && run.chosen.edges
+    ? run.chosen.edges
     : run.edges.slice(0, size === "chosen" ? run.chosen.size : size);
 }
 
@@ -149,8 +157,15 @@ function search(text, run) {
     const label = (run.labels[node.name] ?? "").toLowerCase();
     const short = node.type === "head" ? `${node.layer}.${node.head}` : node.name;
     const names = [node.name, node.title.toLowerCase(), short];
-    const place = names.includes(query) ? 0 : names.some((n) => n.startsWith(query)) ? 1
-      : label.includes(query) ? 2 : names.some((n) => n.includes(query)) ? 3 : null;
+    const place = names.includes(query)
+      ? 0
+      : names.some((n) => n.startsWith(query))
+        ? 1
+        : label.includes(query)
+          ? 2
+          : names.some((n) => n.includes(query))
+            ? 3
+            : null;
     if (place !== null) found.push({ node, label, place });
   }
   return found.sort((a, b) => a.place - b.place).slice(0, 12);

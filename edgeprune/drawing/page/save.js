@@ -13,7 +13,11 @@ function download(name, content, type) {
 const fileStem = () => `${run().name}-${sizeOf()}`.replace(/[^\w.=-]+/g, "-").slice(0, 80);
 
 function saveSvg() {
-  download(`${fileStem()}.svg`, new XMLSerializer().serializeToString(svgOfGraph()), "image/svg+xml");
+  download(
+    `${fileStem()}.svg`,
+    new XMLSerializer().serializeToString(svgOfGraph()),
+    "image/svg+xml",
+  );
 }
 
 // The graph as an SVG, in light colours, as it lies in the view.
@@ -38,11 +42,21 @@ function savePng() {
   context.scale(ratio, ratio);
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, width, height);
-  drawScene(new CanvasPen(context), makeScene(state, layout(width, height, state.view), colors), colors);
+  drawScene(
+    new CanvasPen(context),
+    makeScene(state, layout(width, height, state.view), colors),
+    colors,
+  );
   picture.toBlob((blob) => download(`${fileStem()}.png`, blob), "image/png");
 }
 
 function saveEdges() {
-  const edges = shownEdges().map(({ edge }) => edge).sort((a, b) => a.reader.index - b.reader.index || a.key - b.key);
-  download("edges.json", `${JSON.stringify(edges.map((e) => [e.from.name, e.reader.name]))}\n`, "application/json");
+  const edges = shownEdges()
+    .map(({ edge }) => edge)
+    .sort((a, b) => a.reader.index - b.reader.index || a.key - b.key);
+  download(
+    "edges.json",
+    `${JSON.stringify(edges.map((e) => [e.from.name, e.reader.name]))}\n`,
+    "application/json",
+  );
 }

@@ -30,8 +30,10 @@ function circuitAt(r, size) {
   if (!circuits.has(key)) {
     if (circuits.size > 40) circuits.clear();
     const edges = circuitOf(r, size);
-    const ordered = edges === r.chosen.edges ? edges
-      : r.ordered.filter((edge) => r.rank.get(edge.key) < edges.length);
+    const ordered =
+      edges === r.chosen.edges
+        ? edges
+        : r.ordered.filter((edge) => r.rank.get(edge.key) < edges.length);
     circuits.set(key, { edges, kept: connected(ordered) });
   }
   return circuits.get(key);
@@ -59,15 +61,30 @@ function layout(width, height, [dx, dy, zoom]) {
     else if (node.type === "mlp") Object.assign(box, { x: x(HEADS + 0.1), y: y(node.layer + 1.5) });
     else {
       const inputs = DATA.graph.writers.filter((name) => name in EMBEDDINGS);
-      const share = node.type === "embed" ? (inputs.indexOf(node.name) + 1) / (inputs.length + 1) : 0.5;
+      const share =
+        node.type === "embed" ? (inputs.indexOf(node.name) + 1) / (inputs.length + 1) : 0.5;
       const row = node.type === "embed" ? 0 : LAYERS + 0.95;
-      Object.assign(box, { x: originX + share * HEADS * stepX, y: y(row), w: Math.max(w, Math.min(150, 2.2 * stepX)) });
+      Object.assign(box, {
+        x: originX + share * HEADS * stepX,
+        y: y(row),
+        w: Math.max(w, Math.min(150, 2.2 * stepX)),
+      });
       if (node.type === "output" && LAYERS < 12) box.h = Math.min(tall, 30);
       if (node.type === "embed") box.h = Math.min(tall, 30);
     }
     boxes.set(node.name, box);
   }
-  return { boxes, stepX, stepY, w, tall, width, height, zoom, ports: READERS.map((reader) => portOf(boxes, reader)) };
+  return {
+    boxes,
+    stepX,
+    stepY,
+    w,
+    tall,
+    width,
+    height,
+    zoom,
+    ports: READERS.map((reader) => portOf(boxes, reader)),
+  };
 }
 
 // Where an edge into a reader ends: the middle of a port's lower side, and the port's box.
@@ -99,7 +116,13 @@ function makeScene(s, places, colors, hover = "") {
     for (const member of group.members) if (group.collapsed) groupOf.set(member, index);
     const boxes = group.members.map((member) => places.boxes.get(member));
     const mean = (pick) => boxes.reduce((sum, box) => sum + pick(box), 0) / boxes.length;
-    return { ...group, x: mean((b) => b.x), y: mean((b) => b.y), w: Math.max(places.w, 96), h: Math.max(places.tall, 26) };
+    return {
+      ...group,
+      x: mean((b) => b.x),
+      y: mean((b) => b.y),
+      w: Math.max(places.w, 96),
+      h: Math.max(places.tall, 26),
+    };
   });
   const shown = shownEdges(s);
   const used = new Set();
@@ -109,31 +132,40 @@ function makeScene(s, places, colors, hover = "") {
   }
   markSharedKeys(shown, used);
   const focus = new Set([hover, s.select, ...s.pins].filter(Boolean));
-  const isFocused = (edge) => focus.has(edge.name) || focus.has(edge.from.name) ||
+  const isFocused = (edge) =>
+    focus.has(edge.name) ||
+    focus.has(edge.from.name) ||
     edge.reader.feeds.some((node) => focus.has(node)) ||
     (groupOf.has(edge.from.name) && focus.has(`group ${groupOf.get(edge.from.name)}`));
-  const weight = weights(shown);
   const edges = [];
   for (const item of shown) {
     const { edge } = item;
     const ends = edgeEnds(edge, places, groupOf, groups);
     if (!ends) continue; // within a collapsed group
-    const strong = Math.round(8 * weight(item)) / 8; // few steps, so that many edges look alike
+    const isRanked = RUNS[item.runs[0]].importance;
+    const rank = isRanked
+      ? Math.min(...item.runs.map((i) => RUNS[i].rank.get(edge.key) ?? Infinity))
+      : 0;
+    const strong = isRanked ? strength(Math.min(rank, largest()), largest()) : 0.5;
     const focused = focus.size > 0 && isFocused(edge);
-    let alpha = (0.28 + 0.6 * strong) * (shown.length > 800 ? 0.75 : 1);
+    let alpha = 0.14 + 0.78 * strong;
     if (focus.size) alpha = focused ? 0.95 : alpha * 0.16;
-    if (!item.isConnected) alpha *= focused ? 0.5 : 0.3;
-    const thin = shown.length > 1500 ? 0.6 : 1;
+    if (!item.isConnected) alpha *= focused ? 0.5 : 0.4;
     edges.push({
-      edge, ...ends, focused,
+      edge,
+      rank,
+      ...ends,
       color: s.compare ? compareColor(item.runs, colors) : colors.line[edge.reader.kind],
-      width: (0.7 + 1.9 * strong * strong) * (focused ? 1.25 : thin),
-      alpha: clamp(alpha, 0.03, 1),
+      width: (0.55 + 2.3 * strong * strong) * (focused ? 1.25 : 1),
+      alpha: clamp(alpha, 0.04, 1),
       dashed: !item.isConnected,
       order: (focused ? 10 : 0) + strong,
     });
   }
-  edges.sort((a, b) => a.order - b.order || (a.color < b.color ? -1 : a.color > b.color ? 1 : a.dashed - b.dashed));
+  edges.sort(
+    (a, b) =>
+      a.order - b.order || (a.color < b.color ? -1 : a.color > b.color ? 1 : a.dashed - b.dashed),
+  );
   return { edges, groups, groupOf, used, focus, places, shown, state: s };
 }
 
@@ -142,26 +174,16 @@ function markSharedKeys(shown, used) {
   if (!GROUPED) return;
   for (const { edge } of shown) {
     const { feeds } = edge.reader;
-    if (feeds.length > 1 && !feeds.some((node) => used.has(node))) feeds.forEach((node) => used.add(node));
+    if (feeds.length > 1 && !feeds.some((node) => used.has(node)))
+      feeds.forEach((node) => used.add(node));
   }
 }
 
-// From 0 for the weakest edge shown to 1 for the strongest, in the run that ranks it higher.
-function weights(shown) {
-  const ranges = RUNS.map((r) => ({ r, low: Infinity, high: -Infinity }));
-  for (const { edge, runs } of shown) {
-    for (const index of runs) {
-      const range = ranges[index];
-      const value = importanceOf(range.r, edge);
-      if (value < range.low && value > -Infinity) range.low = value;
-      if (value > range.high) range.high = value;
-    }
-  }
-  return ({ edge, runs }) => runs.reduce((strongest, index) => {
-    const { r, low, high } = ranges[index];
-    const share = r.importance ? (importanceOf(r, edge) - low) / (high - low || 1) : 0.5;
-    return Math.max(strongest, clamp(share, 0, 1));
-  }, 0);
+// From 0 for the weakest edge that the page carries to 1 for the strongest, on a logarithmic scale
+// of ranks, so that an edge looks the same at every size. There are few steps: neighbours in the
+// order of drawing then look alike, which pens use.
+function strength(rank, limit) {
+  return Math.round(10 * (1 - Math.log(rank + 1) / Math.log(limit + 1))) / 10;
 }
 
 function compareColor(runs, colors) {
@@ -174,14 +196,18 @@ function compareColor(runs, colors) {
 function edgeEnds(edge, places, groupOf, groups) {
   const from = groups[groupOf.get(edge.from.name)] ?? places.boxes.get(edge.from.name);
   const first = groupOf.size ? groupOf.get(edge.reader.feeds[0]) : undefined;
-  const isInside = first !== undefined && edge.reader.feeds.every((node) => groupOf.get(node) === first);
+  const isInside =
+    first !== undefined && edge.reader.feeds.every((node) => groupOf.get(node) === first);
   const group = isInside ? groups[first] : null;
   if (group && group === from) return null;
   const to = group ? { x: group.x, y: group.y + group.h / 2 } : places.ports[edge.reader.index];
   const [x1, y1, x2, y2] = [from.x, from.y - from.h / 2, to.x, to.y];
   const lift = Math.max(14, 0.42 * Math.abs(y1 - y2));
   // Between nodes above each other, a bow: else it would hide behind those between.
-  const bow = Math.abs(x1 - x2) < 10 && y1 - y2 > places.stepY * 0.6 ? Math.min(0.6 * places.stepX, 8 + 0.09 * (y1 - y2)) : 0;
+  const bow =
+    Math.abs(x1 - x2) < 10 && y1 - y2 > places.stepY * 0.6
+      ? Math.min(0.6 * places.stepX, 8 + 0.09 * (y1 - y2))
+      : 0;
   return { x1, y1, cx1: x1 + bow, cy1: y1 - lift, cx2: x2 + bow, cy2: y2 + lift, x2, y2 };
 }
 
@@ -193,7 +219,8 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
   const { tall, stepY } = places;
   if (labels) drawRows(pen, places, colors);
   const font = Math.min(0.85 * tall, 0.15 * tall + 6.5, 13 * pen.textScale);
-  const isUsed = ({ node }) => used.has(node.name) || node.name === "resid_post" || focus.has(node.name);
+  const isUsed = ({ node }) =>
+    used.has(node.name) || node.name === "resid_post" || focus.has(node.name);
   const boxes = [...places.boxes.values()].filter(({ node }) => !groupOf.has(node.name));
   for (const box of boxes.filter((one) => !isUsed(one))) drawGhost(pen, box, font, colors);
   pen.curves(scene.edges);
@@ -202,14 +229,35 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
     const inUse = used.has(name) || name === "resid_post";
     const isSelected = scene.state.select === name;
     const isPinned = scene.state.pins.includes(name);
-    const fill = inUse ? colors.fill[box.node.type === "embed" ? name : box.node.type] : colors.paper;
-    const ring = isSelected ? colors.accent : isPinned ? colors.pin : inUse ? colors.outline : colors.ghost;
-    pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, fill, ring, isSelected || isPinned ? 2.4 : 0.9);
-    if (box.node.type === "head" && !GROUPED && inUse && tall >= 9) drawPorts(pen, scene, box, colors);
+    const fill = inUse
+      ? colors.fill[box.node.type === "embed" ? name : box.node.type]
+      : colors.paper;
+    const ring = isSelected
+      ? colors.accent
+      : isPinned
+        ? colors.pin
+        : inUse
+          ? colors.outline
+          : colors.ghost;
+    pen.box(
+      box.x - box.w / 2,
+      box.y - box.h / 2,
+      box.w,
+      box.h,
+      fill,
+      ring,
+      isSelected || isPinned ? 2.4 : 0.9,
+    );
+    if (box.node.type === "head" && !GROUPED && inUse && tall >= 9)
+      drawPorts(pen, scene, box, colors);
     const [text, size] = nodeText(box, font);
     if (text) {
       const lift = box.node.type === "head" && tall >= 16 && !GROUPED ? box.h * 0.2 : 0;
-      const ink = !inUse ? colors.ghostText : box.node.type === "output" ? colors.onOutput : colors.onFill;
+      const ink = !inUse
+        ? colors.ghostText
+        : box.node.type === "output"
+          ? colors.onOutput
+          : colors.onFill;
       pen.text(text, box.x, box.y - lift, size, ink, "center", focus.has(name) ? 700 : 400);
     }
   }
@@ -219,7 +267,15 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
     const ring = focus.has(`group ${index}`) ? colors.accent : colors.outline;
     pen.box(group.x - group.w / 2, group.y - group.h / 2, group.w, group.h, colors.group, ring, 2);
     pen.text(tokenText(group.name, 15), group.x, group.y - 5, 12, colors.onFill, "center", 700);
-    pen.text(`${group.members.length} nodes`, group.x, group.y + 8, 10, colors.onFill, "center", 400);
+    pen.text(
+      `${group.members.length} nodes`,
+      group.x,
+      group.y + 8,
+      10,
+      colors.onFill,
+      "center",
+      400,
+    );
   }
 }
 
@@ -255,7 +311,16 @@ function drawRows(pen, places, colors) {
     pen.text(`${layer}`, 18, y, size, colors.soft, "center", 400);
     last = y;
   }
-  if (places.stepY > 30) pen.text("layer", 18, clamp(places.boxes.get("a0.h0").y + places.stepY * 0.5, 10, places.height - 6), size * 0.9, colors.soft, "center", 400);
+  if (places.stepY > 30)
+    pen.text(
+      "layer",
+      18,
+      clamp(places.boxes.get("a0.h0").y + places.stepY * 0.5, 10, places.height - 6),
+      size * 0.9,
+      colors.soft,
+      "center",
+      400,
+    );
 }
 
 // The inputs of a head, where an edge reads them.
@@ -265,8 +330,26 @@ function drawPorts(pen, scene, box, colors) {
     if (!scene.ports) scene.ports = new Set(scene.shown.map(({ edge }) => edge.reader.name));
     if (!scene.ports.has(reader.name)) continue;
     const port = scene.places.ports[reader.index];
-    pen.box(port.x - port.w / 2 + 1, port.y - port.h, port.w - 2, port.h - 1, colors.fill[kind], null, 0, 2);
-    if (port.h >= 10 && port.w >= 10) pen.text(kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h * 0.8), colors.onFill, "center", 400);
+    pen.box(
+      port.x - port.w / 2 + 1,
+      port.y - port.h,
+      port.w - 2,
+      port.h - 1,
+      colors.fill[kind],
+      null,
+      0,
+      2,
+    );
+    if (port.h >= 10 && port.w >= 10)
+      pen.text(
+        kind.toUpperCase(),
+        port.x,
+        port.y - port.h / 2,
+        Math.min(10, port.h * 0.8),
+        colors.onFill,
+        "center",
+        400,
+      );
   }
 }
 
@@ -276,7 +359,25 @@ function drawSharedPorts(pen, scene, colors) {
   for (const reader of READERS) {
     if (!scene.ports.has(reader.name) || !"qkv".includes(reader.kind)) continue;
     const port = scene.places.ports[reader.index];
-    pen.box(port.x - port.w / 2 + 1, port.y - port.h, port.w - 2, port.h - 0.5, colors.fill[reader.kind], null, 0, 2);
-    if (port.h >= 7) pen.text(reader.kind.toUpperCase(), port.x, port.y - port.h / 2, Math.min(10, port.h), colors.onFill, "center", 400);
+    pen.box(
+      port.x - port.w / 2 + 1,
+      port.y - port.h,
+      port.w - 2,
+      port.h - 0.5,
+      colors.fill[reader.kind],
+      null,
+      0,
+      2,
+    );
+    if (port.h >= 7)
+      pen.text(
+        reader.kind.toUpperCase(),
+        port.x,
+        port.y - port.h / 2,
+        Math.min(10, port.h),
+        colors.onFill,
+        "center",
+        400,
+      );
   }
 }

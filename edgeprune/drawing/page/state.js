@@ -32,14 +32,20 @@ function firstSize() {
 }
 
 const run = () => RUNS[state.run];
-const sizeOf = (r = run()) => (state.size === "chosen" ? r.chosen.size : Math.min(state.size, r.limit));
+const sizeOf = (r = run()) =>
+  state.size === "chosen" ? r.chosen.size : Math.min(state.size, r.limit);
 
 const LISTS = {
   pins: [(list) => list.join(","), (text) => text.split(",").filter((name) => NODES.has(name))],
   hide: [(list) => list.join(","), (text) => text.split(",").filter((kind) => kind in KINDS)],
-  layers: [(list) => list.join("-"), (text) => text.split("-").map((n) => clamp(Number(n) || 0, 0, LAYERS - 1))],
-  view: [(list) => list.map((x) => Number(x.toFixed(3))).join(","),
-    (text) => text.split(",").map(Number)],
+  layers: [
+    (list) => list.join("-"),
+    (text) => text.split("-").map((n) => clamp(Number(n) || 0, 0, LAYERS - 1)),
+  ],
+  view: [
+    (list) => list.map((x) => Number(x.toFixed(3))).join(","),
+    (text) => text.split(",").map(Number),
+  ],
 };
 
 function toAddress(s) {
@@ -71,14 +77,19 @@ function fromAddress(text) {
       found[name] = Number.isInteger(Number(value)) ? Number(value) : START[name];
     } else found[name] = value;
   }
-  found.groups = parts.getAll("group").map((value) => {
-    const [, how, members, name] = value.match(/^(closed|open):([^:]*):(.*)$/s) ?? [];
-    const known = (members ?? "").split(",").filter((member) => NODES.has(member));
-    return { name, members: known, collapsed: how === "closed" };
-  }).filter((group) => group.members.length);
+  found.groups = parts
+    .getAll("group")
+    .map((value) => {
+      const [, how, members, name] = value.match(/^(closed|open):([^:]*):(.*)$/s) ?? [];
+      const known = (members ?? "").split(",").filter((member) => NODES.has(member));
+      return { name, members: known, collapsed: how === "closed" };
+    })
+    .filter((group) => group.members.length);
   found.run = clamp(found.run, 0, RUNS.length - 1);
-  if (found.size !== "chosen") found.size = clamp(found.size, 0, Math.max(...RUNS.map((r) => r.limit)));
-  if (!(NODES.has(found.select) || (found.select.includes(">") && edgeByName(found.select)))) found.select = "";
+  if (found.size !== "chosen")
+    found.size = clamp(found.size, 0, Math.max(...RUNS.map((r) => r.limit)));
+  if (!(NODES.has(found.select) || (found.select.includes(">") && edgeByName(found.select))))
+    found.select = "";
   if (found.layers.length !== 2) found.layers = START.layers;
   if (found.view.length !== 3 || !found.view.every(Number.isFinite)) found.view = START.view;
   return found;
@@ -135,7 +146,9 @@ const select = (name) => change({ select: name, ...(name ? { tab: "details" } : 
 
 function togglePin(name) {
   if (!NODES.has(name)) return;
-  const pins = state.pins.includes(name) ? state.pins.filter((p) => p !== name) : [...state.pins, name];
+  const pins = state.pins.includes(name)
+    ? state.pins.filter((p) => p !== name)
+    : [...state.pins, name];
   change({ pins });
 }
 
