@@ -3,15 +3,15 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from edgeprune.api.choose import RULES
-from edgeprune.api.circuits import labels_of
 from edgeprune.api.export import Measuring
-from edgeprune.api.shared import check_output
+from edgeprune.api.shared import check_output, labels_of
 from edgeprune.circuit import Circuit
 from edgeprune.config import MAX_EVALUATION_BATCH, PageConfig, chosen_by
 from edgeprune.drawing.page import data_of_page, in_frame, render
@@ -46,6 +46,9 @@ DEFAULTS = {
     "max_edges": page_data.MAX_EDGES, "num_prompts": page_data.NUM_PROMPTS, "num_cuts": None,
 }  # fmt: skip
 """What is measured unless something else is asked for."""
+
+
+NOTHING_MEASURED = {**DEFAULTS, "num_prompts": 0}
 
 
 @runtime_checkable
@@ -122,16 +125,20 @@ def write_page(config: PageConfig) -> Path:
     if config.output is not None:
         check_output(Path(config.output), [run.data_path for run in runs])
     options = {"max_edges": config.edges, "num_prompts": config.prompts, "num_cuts": config.cuts}
+    title = ", ".join(dict.fromkeys(run.config.title for run in runs))
+    path = Path(config.output or (runs[0].path / layout.PAGE if len(runs) == 1 else layout.PAGE))
+    page_of_runs(runs, title, options).save(path)
+    return path
+
+
+def page_of_runs(runs: Sequence[Run], title: str, options: Mapping[str, Any] | None = None) -> Page:
+    """Make a page of runs; by default with scores and curves only, which needs no model."""
     for run in runs[1:]:
         _check_graph(run.graph, runs[0].graph)
-    parts = [_of_run(run, options) for run in runs]
-    if len(runs) > 1:
-        for label, (_, data) in zip(labels_of([run.path for run in runs]), parts, strict=True):
-            data["name"] = label
-    titles = dict.fromkeys(data["title"] for _, data in parts)
-    path = Path(config.output or (runs[0].path / layout.PAGE if len(runs) == 1 else layout.PAGE))
-    _page(parts, ", ".join(titles)).save(path)
-    return path
+    parts = [_of_run(run, options or NOTHING_MEASURED) for run in runs]
+    for label, (_, data) in zip(labels_of([run.path for run in runs]), parts, strict=True):
+        data["name"] = label
+    return _page(parts, title)
 
 
 def write_run_page(run: Run, model: CircuitModel | None, ablation: Ablation) -> None:
@@ -142,7 +149,7 @@ def write_run_page(run: Run, model: CircuitModel | None, ablation: Ablation) -> 
     path = run.path / layout.PAGE
     try:
         if model is None:
-            part = _of_run(run, {**DEFAULTS, "num_prompts": 0})
+            part = _of_run(run, NOTHING_MEASURED)
         else:
             part = _of_run(run, DEFAULTS, measured=(model, _test_pairs(run, model), ablation))
         _page([part], run.config.title).save(path)
@@ -254,7 +261,8 @@ def _measure(
     ablation: Ablation, curve: Curve | None, batch_size: int, options: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """`measured_data` with a progress bar."""
-    with progress_bar(100, "measuring for the page: percent") as show:
+    is_shown = sys.stderr.isatty()
+    with progress_bar(100, "measuring for the page: percent", enabled=is_shown) as show:
         return page_data.measured_data(
             model, scores, circuit, pairs, ablation=ablation, curve=curve, batch_size=batch_size,
             listener=lambda done, total: show(100 * done // total, ""), **options,

@@ -1,7 +1,7 @@
 """The page of circuits: one HTML file with its own style, scripts and data; it loads nothing.
 
-`render` joins template.html, page.css and the scripts of `SCRIPTS`, which are plain JavaScript, one
-subject a file. The data are JSON (`evaluation/page_data.py`), of which no text becomes markup: in
+`render` joins template.html, style.css, page.css and the scripts of `SCRIPTS`, which are plain
+JavaScript, one subject a file. The data are JSON (`evaluation/page_data.py`), of which no text becomes markup: in
 the file every `<` is escaped, and the scripts only ever set the text of elements.
 """
 
@@ -29,7 +29,7 @@ def render(data: dict[str, Any]) -> str:
     """The page of this data, as HTML."""
     colors = {"fill": FILL, "line": LINE, "shared": SHARED, "partly": PARTLY, "only": ONLY}
     data = {**data, "colors": colors}
-    style = _read("page.css")
+    style = _read("../style.css") + _read("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(_read(f"{s}.js") for s in SCRIPTS) + "})();\n"
     text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     parts = {

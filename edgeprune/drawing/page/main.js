@@ -20,7 +20,10 @@ function drawHeader() {
   );
   $("undo").disabled = !steps.past.length;
   $("redo").disabled = !steps.future.length;
-  document.documentElement.dataset.theme = isDark() ? "dark" : "light";
+  const { dataset, style } = document.documentElement;
+  dataset.theme = isDark() ? "dark" : "light";
+  for (const [kind, color] of Object.entries(palette(isDark()).line))
+    style.setProperty(`--${kind}`, color);
   $("theme").textContent = { auto: "◐", light: "☀", dark: "☾" }[state.theme];
 }
 

@@ -296,7 +296,7 @@ function nodeText({ node, w }, font) {
   }[node.type];
   for (const name of names) {
     const room = name.includes(".") ? `${LAYERS - 1}.${HEADS - 1}` : name; // all heads alike
-    const size = Math.min(font, (w - 3) / (0.58 * room.length));
+    const size = Math.min(font, (w - 3) / (0.61 * room.length));
     if (size >= Math.min(8, font) && size >= 6.5) return [name, size];
   }
   return ["", 0];
