@@ -1,8 +1,9 @@
 """The page of circuits: one HTML file with its own style, scripts and data; it loads nothing.
 
 `render` joins template.html, style.css, page.css and the scripts of `SCRIPTS`, which are plain
-JavaScript, one subject a file. The data are JSON (`evaluation/page_data.py`), of which no text becomes markup: in
-the file every `<` is escaped, and the scripts only ever set the text of elements.
+JavaScript, one subject a file. The data are JSON (`evaluation/page_data.py`), of which no text
+becomes markup: in the file every `<` is escaped, and the scripts only ever set the text of
+elements.
 """
 
 import base64

@@ -83,7 +83,7 @@ function promptsPanel(r) {
         }),
       ),
     );
-  const note =
+  const measuredAt =
     at.size === size
       ? `The circuit has ${plural(size, "edge")}.`
       : `Measured at ${plural(at.size, "edge")}, the size next to ${whole(size)}.`;
@@ -101,7 +101,7 @@ function promptsPanel(r) {
     line("corrupted"),
     note("Marked tokens differ between the two; after an underlined one an answer is predicted."),
     ...current.predicted.map((place, row) => answersTable(r, current, at, row, place)),
-    note(note),
+    note(measuredAt),
   ];
 }
 
