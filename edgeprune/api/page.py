@@ -13,18 +13,18 @@ from edgeprune.api.choose import RULES
 from edgeprune.api.export import Measuring
 from edgeprune.api.shared import check_output, labels_of
 from edgeprune.circuit import Circuit
-from edgeprune.config import MAX_EVALUATION_BATCH, PageConfig, chosen_by
+from edgeprune.config import MAX_EVALUATION_BATCH, SPLITS, PageConfig, chosen_by
 from edgeprune.drawing.page import data_of_page, in_frame, render
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.errors import CircuitError, ConfigError
+from edgeprune.errors import CircuitError, ConfigError, DataError
 from edgeprune.evaluation import page_data
 from edgeprune.evaluation.curve import Curve
 from edgeprune.files import file_digest, write_text
 from edgeprune.graph import CircuitGraph
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import first_split, load_pairs
+from edgeprune.runs.data import kind_of_prompts, load_pairs
 from edgeprune.runs.run import Run
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
@@ -84,7 +84,7 @@ def page(
     *shown: Run | Result | EdgeScores | Circuit | Path | str,
     model: CircuitModel | None = None,
     pairs: Sequence[Pair] | None = None,
-    title: str = "edgeprune",
+    title: str | None = None,
     edges: int = page_data.MAX_EDGES,
     prompts: int = page_data.NUM_PROMPTS,
     cuts: int | None = None,
@@ -96,7 +96,7 @@ def page(
         model, pairs: with both, the page also shows answers on prompts, attention, and what cuts
             change, for results of `prune`. For run directories these are measured as `edgeprune
             page` does.
-        title: shown above.
+        title: shown above; None: task and model of the runs.
         edges: number of edges that the page carries, the strongest of each.
         prompts: number of prompts, half of them typical and half the least faithful.
         cuts: maximum number of nodes and edges that are cut one at a time; None: as many as take
@@ -114,7 +114,8 @@ def page(
     names = [data["name"] for _, data in parts]
     for number, (name, (_, data)) in enumerate(zip(names, parts, strict=True), 1):
         data["name"] = f"{name} {number}" if names.count(name) > 1 else name
-    return _page(parts, title)
+    titles = dict.fromkeys(data["title"] for _, data in parts if data["title"])
+    return _page(parts, title or ", ".join(titles) or "edgeprune")
 
 
 def write_page(config: PageConfig) -> Path:
@@ -122,11 +123,11 @@ def write_page(config: PageConfig) -> Path:
     runs = [Run.open(path) for path in config.runs]
     if not runs:
         raise ConfigError("got no run; usage: edgeprune page RUN [RUN ...]")
-    if config.output is not None:
-        check_output(Path(config.output), [run.data_path for run in runs])
+    path = Path(config.output or (runs[0].path / layout.PAGE if len(runs) == 1 else layout.PAGE))
+    if config.output or len(runs) > 1:
+        check_output(path, [run.data_path for run in runs])
     options = {"max_edges": config.edges, "num_prompts": config.prompts, "num_cuts": config.cuts}
     title = ", ".join(dict.fromkeys(run.config.title for run in runs))
-    path = Path(config.output or (runs[0].path / layout.PAGE if len(runs) == 1 else layout.PAGE))
     page_of_runs(runs, title, options).save(path)
     return path
 
@@ -151,7 +152,7 @@ def write_run_page(run: Run, model: CircuitModel | None, ablation: Ablation) -> 
         if model is None:
             part = _of_run(run, NOTHING_MEASURED)
         else:
-            part = _of_run(run, DEFAULTS, measured=(model, _test_pairs(run, model), ablation))
+            part = _of_run(run, DEFAULTS, loaded=(model, ablation))
         _page([part], run.config.title).save(path)
     except Exception as error:
         log.warning(f"{path} is not written: {error}; edgeprune page {run.path} tries again")
@@ -218,11 +219,11 @@ def _of_result(
 
 def _of_run(
     run: Run, options: Mapping[str, Any],
-    measured: tuple[CircuitModel, Sequence[Pair], Ablation] | None = None,
+    loaded: tuple[CircuitModel, Ablation] | None = None,
 ) -> Part:  # fmt: skip
     """The part of a run: of its files, and of its page if that was measured in the same way.
 
-    `measured` are the model, the prompts and the ablation, where they are loaded already.
+    `loaded` are the model and the ablation, where they are loaded already.
     """
     scores, chosen = run.scores(), run.circuit()
     circuit, curve = chosen.circuit, run.curve()
@@ -243,16 +244,16 @@ def _of_run(
     }  # fmt: skip
     found = _known(run.path / layout.PAGE, key)
     if found is None and options["num_prompts"]:
-        if measured is None:
+        if loaded is None:
             own = Measuring.of(run)
-            measured = own.model, _test_pairs(run, own.model), own.ablation
-        model, pairs, ablation = measured
+            loaded = own.model, own.ablation
+        model, ablation = loaded
+        pairs, kind = _pairs(run, model)
         found = _measure(
             model, scores, circuit, pairs, ablation, curve, run.config.evaluation_batch_size,
             options,
         )  # fmt: skip
-        split = first_split(run.data_path, "test")
-        found["split"] = "training" if split == "train" else split
+        found["split"] = kind
     return run.graph, {**data, "measured": found, "key": key}
 
 
@@ -269,10 +270,16 @@ def _measure(
         )  # fmt: skip
 
 
-def _test_pairs(run: Run, model: CircuitModel) -> Sequence[Pair]:
-    """The run's test prompts, or those it has."""
-    split = first_split(run.data_path, "test")
-    return load_pairs(run.data_path, run.config.task, model, split)
+def _pairs(run: Run, model: CircuitModel) -> tuple[PairDataset, str]:
+    """The run's test prompts, or if there are none its others; and what they are."""
+    problems = []
+    for split in reversed(SPLITS):
+        try:
+            pairs = load_pairs(run.data_path, run.config.task, model, split)
+            return pairs, kind_of_prompts(split, pairs)
+        except DataError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _rules(curve: Curve) -> list[dict[str, Any]]:

@@ -157,6 +157,9 @@ def measured_data(
     Raises ValueError as `evaluate` does.
     """
     Circuit.check(circuit, model.graph)
+    if ablation.means is not None and ablation.per_position:  # which cover so many positions
+        known = ablation.means.residuals[0].shape[-2]
+        pairs = [pair for pair in pairs if len(pair.clean_ids) <= known]
     model.check_prompts(pairs)
     if not num_prompts:
         return {}

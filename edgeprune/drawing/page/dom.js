@@ -97,6 +97,9 @@ function short(x) {
   return x.toFixed(digits);
 }
 
+const percent = (share) =>
+  share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+
 const whole = (x) => x.toLocaleString("en-US");
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 

@@ -153,6 +153,10 @@ function moveView(dx, dy, zoom) {
 canvas.addEventListener(
   "wheel",
   (event) => {
+    // Where the wheel scrolls what is around the graph, it zooms only when asked for.
+    const scrolls = document.documentElement.scrollHeight > window.innerHeight + 1;
+    const isAsked = event.ctrlKey || document.activeElement === canvas;
+    if ((scrolls || window.parent !== window) && !isAsked) return;
     event.preventDefault();
     const { x, y } = placeOf(event);
     zoomAt(x, y, Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0016)));

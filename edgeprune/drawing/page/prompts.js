@@ -131,10 +131,11 @@ function answersTable(r, prompt, at, row, place) {
     const element = h(
       "span",
       { class: `answer${token === best ? " best" : ""}`, dir: "auto" },
-      h("span", { class: "token", text: tokenText(token, 18) }),
+      h("span", { class: "token", text: tokenText(token), title: tokenText(token, 400) }),
+      " ",
       h("span", {
         class: "value",
-        text: isShare ? `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %` : short(value),
+        text: isShare ? percent(value) : short(value),
       }),
     );
     element.style.setProperty("--share", isShare ? value : 0);
