@@ -209,7 +209,7 @@ def _of_result(
     how = shown.origin.get("chosen_by")
     data |= page_data.scores_data(shown.scores, shown.circuit, how, max_edges)
     data["curve"] = page_data.curve_data(shown.curve, _rules(shown.curve))
-    if model is not None and pairs is not None:
+    if model is not None and pairs is not None and options["num_prompts"]:
         data["measured"] = _measure(
             model, shown.scores, shown.circuit, pairs, shown.ablation, shown.curve,
             MAX_EVALUATION_BATCH, options,

@@ -161,8 +161,6 @@ def measured_data(
         known = ablation.means.residuals[0].shape[-2]
         pairs = [pair for pair in pairs if len(pair.clean_ids) <= known]
     model.check_prompts(pairs)
-    if not num_prompts:
-        return {}
     ranking = scores.ranking().to(model.device)
     chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
     cut_pairs = pairs[:NUM_CUT_PROMPTS]

@@ -7,91 +7,101 @@ function detailsPanel(r) {
 }
 
 function overviewPanel(r) {
-  const size = sizeOf();
   const shown = shownEdges();
-  const edges = shown.map(({ edge }) => edge);
-  const toOutput = edges.filter((edge) => edge.reader.kind === "output").sort(byImportance(r));
-  const degree = new Map();
-  for (const { edge, isConnected } of shown) {
-    if (!isConnected) continue;
-    for (const name of [edge.from.name, ...edge.reader.feeds])
-      degree.set(name, (degree.get(name) ?? 0) + 1);
-  }
-  const busiest = [...degree]
-    .filter(([name]) => name !== "resid_post")
-    .sort((a, b) => b[1] - a[1])
-    .slice(0, 8);
-  const facts = [
-    fact("edges", whole(size)),
-    fact("of all edges", `${((100 * size) / DATA.graph.num_edges).toPrecision(2)} %`),
-  ];
-  for (const name of ["kl", "error", "exact_match"]) {
-    const metric = metricsOf(r).find((m) => m.name === name);
-    if (metric)
-      facts.push(
-        fact(
-          metric.label,
-          `${r.curve.sizes.includes(size) ? "" : "≈ "}${short(valueAt(r, metric, size))}`,
-        ),
-      );
-  }
-  const failures = promptsOf(r).length ? failedPrompts(r, size) : null;
+  const toOutput = shown
+    .map(({ edge }) => edge)
+    .filter((edge) => edge.reader.kind === "output")
+    .sort(byImportance(r));
+  const cutColumn = r.measured ? [`${r.measured.distance} if cut`] : [];
+  const cut = (name) => (r.measured ? [cutCell(r, name)] : []);
   return [
     h("h2", { text: r.title || r.name }),
     r.about ? note(r.about) : null,
-    h("div", { class: "facts" }, facts),
-    failures &&
-      h(
-        "p",
-        {},
-        failures.failed.length
-          ? [
-              `Of ${plural(failures.all, "prompt")} shown here, the circuit answers `,
-              h("b", { text: `${failures.failed.length} differently` }),
-              ": ",
-              ...failures.failed
-                .slice(0, 10)
-                .flatMap((i, n) => [
-                  n ? ", " : "",
-                  button(`prompt ${i + 1}`, () => change({ tab: "prompts", prompt: i }), {
-                    class: "link",
-                  }),
-                ]),
-            ]
-          : `On all ${failures.all} prompts shown here, the circuit gives the full model's answer.`,
-      ),
+    h("div", { class: "facts" }, sizeFacts(r)),
+    r.curve
+      ? note(`Measured on ${plural(r.curve.num_examples, `${r.curve.prompts} prompt`)}.`)
+      : null,
+    promptsOf(r).length ? failuresNote(r) : null,
     table(
       "What feeds the output",
-      ["from", "score", "rank", ...(r.measured ? ["if cut"] : [])],
+      ["from", "score", "rank", ...cutColumn],
       toOutput
         .slice(0, 12)
         .map((edge) => [
           nodeLink(edge.from.name),
           edgeLink(edge, scoreText(r, edge)),
           rankText(r, edge),
-          ...(r.measured ? [cutCell(r, edge.from.name)] : []),
+          ...cut(edge.from.name),
         ]),
       { numeric: [1, 2, 3] },
     ),
     table(
       "Nodes with the most edges",
-      ["node", "edges", ...(r.measured ? ["if cut"] : [])],
-      busiest.map(([name, count]) => [
-        nodeLink(name),
-        String(count),
-        ...(r.measured ? [cutCell(r, name)] : []),
-      ]),
+      ["node", "edges", ...cutColumn],
+      busiestNodes(shown).map(([name, count]) => [nodeLink(name), String(count), ...cut(name)]),
       { numeric: [1, 2] },
     ),
     note(
-      "Click a node or an edge, or find one by name. Drag the slider to change the size. Press ? for the keys.",
+      "Click a node or an edge, or find one by name. Drag the slider to change the size. " +
+        "Press ? for the keys.",
     ),
   ];
 }
 
+// The size, and how good the circuit is.
+function sizeFacts(r) {
+  const size = sizeOf();
+  const facts = [
+    fact("edges", whole(size)),
+    fact("of all edges", `${((100 * size) / DATA.graph.num_edges).toPrecision(2)} %`),
+  ];
+  for (const metric of metricsOf(r)) {
+    if (!["kl", "error", "exact_match"].includes(metric.name)) continue;
+    const about = r.curve.sizes.includes(size) ? "" : "≈ ";
+    facts.push(fact(metric.label, about + short(valueAt(r, metric, size))));
+  }
+  return facts;
+}
+
+// On which prompts the circuit does not give the full model's answer.
+function failuresNote(r) {
+  const { failed, all } = failedPrompts(r, sizeOf());
+  if (!failed.length) {
+    return h("p", {
+      text: `On all ${all} prompts shown here, the circuit gives the full model's answer.`,
+    });
+  }
+  const link = (i) =>
+    button(`prompt ${i + 1}`, () => change({ tab: "prompts", prompt: i }), { class: "link" });
+  return h(
+    "p",
+    {},
+    `Of ${plural(all, "prompt")} shown here, half of them the hardest, the circuit answers `,
+    h("b", { text: `${failed.length} differently` }),
+    ": ",
+    failed.slice(0, 10).flatMap((i, n) => [n ? ", " : "", link(i)]),
+  );
+}
+
+// [name, number of edges] of the nodes at which most edges meet; dangling edges do not count.
+function busiestNodes(shown) {
+  const counts = new Map();
+  for (const { edge, isConnected } of shown) {
+    if (!isConnected) continue;
+    for (const name of [edge.from.name, ...edge.reader.feeds]) {
+      counts.set(name, (counts.get(name) ?? 0) + 1);
+    }
+  }
+  counts.delete("resid_post");
+  return [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8);
+}
+
+// By how much cutting a node from the chosen circuit moves it from the full model.
 function cutCell(r, name) {
   const effect = effectText(r, "nodes", name);
-  return effect ? `${effect.label} ${short(effect.after)}` : "–";
+  if (!effect) return "–";
+  const change = effect.after - effect.before;
+  return `${change < 0 ? "−" : "+"}${short(Math.abs(change))}`;
 }
 
 function nodePanel(r, node) {

@@ -109,7 +109,12 @@ function runsOfNode(node) {
     const writes = edges.filter((e) => e.from === node && kept.has(e.key)).length;
     return [r.name, String(reads), String(writes), cutCell(r, node.name)];
   });
-  return table("In each run", ["run", "reads", "writes", "if cut"], rows, { numeric: [1, 2, 3] });
+  return table(
+    "In each run",
+    ["run", "reads", "writes", `${RUNS[0].measured?.distance ?? "KL"} if cut`],
+    rows,
+    { numeric: [1, 2, 3] },
+  );
 }
 
 function runsPanel(r) {

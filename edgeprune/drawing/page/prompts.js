@@ -133,10 +133,7 @@ function answersTable(r, prompt, at, row, place) {
       { class: `answer${token === best ? " best" : ""}`, dir: "auto" },
       h("span", { class: "token", text: tokenText(token), title: tokenText(token, 400) }),
       " ",
-      h("span", {
-        class: "value",
-        text: isShare ? percent(value) : short(value),
-      }),
+      h("span", { class: "value", text: isShare ? percent(value) : short(value) }),
     );
     element.style.setProperty("--share", isShare ? value : 0);
     return element;
