@@ -220,6 +220,15 @@ def test_other_options_are_measured_again(runs, capsys, monkeypatch):
     assert len(measured["cuts"]["nodes"]) == 1
 
 
+def test_a_report_links_to_a_page_of_its_runs(runs, tmp_path, capsys, monkeypatch):
+    code, *_ = call(capsys, monkeypatch, "report", runs, f"output={tmp_path}/report")
+    assert code == 0
+    name = "page-ioi-embedded-interchange.html"
+    assert f'href="{name}"' in (tmp_path / "report/report.html").read_text()
+    data = data_of_page((tmp_path / "report" / name).read_text())
+    assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
+
+
 def test_the_command_refuses_what_it_cannot_use(runs, tmp_path):
     assert_refused(run_cli("page", tmp_path), 2, "not a run directory")
     assert_refused(run_cli("page", runs / "r0", f"output={runs}/r0/x.html"), 2, "run directory")
@@ -437,6 +446,17 @@ def test_pictures_are_saved(show, measured):
     root = drawn(page)
     texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
     assert {"Output", "0.0", "MLP 2", "Token embedding"} <= set(texts)
+
+
+def test_tables_are_copied(show, measured, small):
+    page = show(render(measured), "tab=edges", permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="copy all 60 edges").click()
+    settle(page)
+    lines = page.evaluate("navigator.clipboard.readText()").splitlines()
+    assert lines[0].split("\t") == ["from", "to", "score", "rank"]
+    best = small.model.graph.edges[int(small.scores.ranking()[0])]
+    assert lines[1].split("\t")[:2] == list(best)
+    assert len(lines) == 61
 
 
 def test_runs_are_compared(show, small):
