@@ -23,7 +23,8 @@ from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.evaluation.page_data import measured_data
 from edgeprune.graph import CircuitGraph
 from edgeprune.models.load import load_model, wrap_model
-from edgeprune.prompts import encode_pair
+from edgeprune.prompts.encode import encode_pair, encode_records
+from edgeprune.prompts.tasks import generate_records
 from edgeprune.scores import EdgeScores
 
 GRAPH = CircuitGraph(3, 4, 4, ("tok_embeds", "pos_embeds"))
@@ -131,6 +132,23 @@ def test_attention_is_the_full_models():
             wanted = 255 * weights[layer][0, head][rows[0], rows[1]]
             got = torch.tensor(list(data[place * per_head : (place + 1) * per_head]))
             torch.testing.assert_close(got.float(), wanted, atol=0.6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("reverse", "one_hot"), ("xproportion", "number")])
+def test_models_that_output_values(name, kind):
+    """Their answers are values, their distance is an error, and they have no attention to show."""
+    model = load_model(f"tracr/{name}", device="cpu")
+    records = generate_records("tracr", model.tokenizer, {"train": 12}, 0)
+    pairs = encode_records(records, model.tokenizer)
+    scores = random_scores(model.graph)
+    found = measured_data(
+        model, scores, scores.circuit(num_edges=10), pairs,
+        ablation=Ablation(model, "interchange", pairs), num_prompts=4,
+    )  # fmt: skip
+    assert (found["output"], found["distance"], found["attention_heads"]) == (kind, "error", [])
+    for prompt in found["prompts"]:
+        assert prompt["clean"][0] == "BOS"
+        assert prompt["answers"]["circuits"][-1]["distance"] == pytest.approx(0, abs=1e-4)
 
 
 def test_data_has_no_more_than_asked_for(small):

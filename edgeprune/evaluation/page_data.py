@@ -166,7 +166,7 @@ def measured_data(
     cut_pairs = pairs[:NUM_CUT_PROMPTS]
     cuts = _cuts(model, circuit, ranking, _max_cuts(model, cut_pairs, num_cuts))
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
-    batches = list(iterate_batches(pairs[:MAX_RANKED], batch_size))
+    batches = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
     total, done = len(batches) + len(sizes) + len(cuts) + 2, 0
 
     def step() -> None:

@@ -105,11 +105,14 @@ function promptsPanel(r) {
   ];
 }
 
-const wholeText = (prompt) =>
-  prompt.clean
-    .map((t) => tokenText(t, 30).replace("␣", " "))
-    .join("")
+// A prompt as text; tokens that are names of their own, without spaces, are set apart.
+function wholeText({ clean }) {
+  const gap = clean.some((token) => /\s/.test(token)) ? "" : " ";
+  return clean
+    .map((token) => tokenText(token, 30).replace("␣", " "))
+    .join(gap)
     .trim();
+}
 
 // The end of a prompt, from which the answer is predicted.
 function brief(prompt) {

@@ -61,12 +61,11 @@ function layout(width, height, [dx, dy, zoom]) {
     else if (node.type === "mlp") Object.assign(box, { x: x(HEADS + 0.1), y: y(node.layer + 1.5) });
     else {
       const inputs = DATA.graph.writers.filter((name) => name in EMBEDDINGS);
-      const share =
-        node.type === "embed" ? (inputs.indexOf(node.name) + 1) / (inputs.length + 1) : 0.5;
-      const row = node.type === "embed" ? 0 : LAYERS + 0.95;
+      const isInput = node.type === "embed";
+      const place = isInput ? (inputs.indexOf(node.name) + 1) / (inputs.length + 1) : 0.5;
       Object.assign(box, {
-        x: originX + share * HEADS * stepX,
-        y: y(row),
+        x: originX + place * (isInput ? Math.max(HEADS, 2) : HEADS) * stepX,
+        y: y(isInput ? 0 : LAYERS + 0.95),
         w: Math.max(w, Math.min(150, 2.2 * stepX)),
       });
       if (node.type === "output" && LAYERS < 12) box.h = Math.min(tall, 30);
