@@ -17,10 +17,10 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	$(BIN)/edgeprune draw runs/demo
 	@echo "the circuit's picture is runs/demo/circuit.pdf (and .png, .svg)"
 
-test: $(READY) dot ## run the tests (a few minutes)
+test: $(READY) dot browser ## run the tests (a few minutes)
 	$(BIN)/python -m pytest -n auto
 
-test-slow: $(READY) dot ## run the slow tests too
+test-slow: $(READY) dot browser ## run the slow tests too
 	$(BIN)/python -m pytest -n auto -m "not slurm"
 
 test-slurm: $(READY) ## run the tests on a SLURM cluster (SLURM_CONF, or the machine's own)
@@ -49,7 +49,12 @@ $(READY): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test]'
 	@touch $(READY)
 
-.PHONY: dot debian-package
+.PHONY: dot browser debian-package
+browser:
+	@command -v chromium >/dev/null || $(MAKE) --no-print-directory debian-package \
+	  PACKAGE=chromium WHY="a browser for the tests of the page is missing" || \
+	  echo "going on without: the tests of the page in a browser are skipped"
+
 dot:
 	@command -v dot >/dev/null || $(MAKE) --no-print-directory debian-package \
 	  PACKAGE=graphviz WHY="the program dot, which renders drawings, is missing" || \

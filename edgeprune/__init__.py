@@ -21,6 +21,7 @@ _HOME = {
     "load_circuit": "runs.source",
     "load_dataset": "prompts",
     "load_model": "models.load",
+    "page": "api.page",
     "prune": "api.prune",
     "write_circuit": "formats",
 }

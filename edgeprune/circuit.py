@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import edgeprune
 from edgeprune.graph import CircuitGraph, Edge
 
 
@@ -22,6 +23,10 @@ class Circuit:
 
     def __repr__(self) -> str:
         return f"Circuit({len(self):,} of {self.graph.num_edges:,} edges)"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, in a frame."""
+        return edgeprune.page(self)._repr_html_()
 
     @staticmethod
     def check(circuit: Any, graph: CircuitGraph | None = None) -> None:

@@ -693,6 +693,25 @@ class CompareConfig(Settings):
 
 
 @dataclass
+class PageConfig(Settings):
+    """Write a page to look into circuits of every size: one file, which opens offline."""
+
+    runs: list[str] = setting(list)
+    """Run directories. Several runs, of one graph, are shown on one page and compared."""
+    output: str | None = None
+    """HTML file to write; null: page.html in the run directory, or for several runs in the current
+    one."""
+    edges: int = setting(5000, at_least=1)
+    """Number of edges that the page carries, the strongest of each run."""
+    prompts: int = setting(10, at_least=0)
+    """Number of prompts, half of them typical and half those on which the chosen circuit is least
+    faithful; 0: measure nothing."""
+    cuts: int | None = setting(None, at_least=0)
+    """Maximum number of nodes and edges of the chosen circuit that are cut one at a time; null: as
+    many as take about a minute."""
+
+
+@dataclass
 class ReportConfig(Settings):
     """Summarise all runs below a folder: frontiers, and stability over seeds."""
 
@@ -732,6 +751,7 @@ COMMANDS = {
     "mib": MibConfig,
     "draw": DrawConfig,
     "compare": CompareConfig,
+    "page": PageConfig,
     "report": ReportConfig,
     "prepare": PrepareConfig,
 }

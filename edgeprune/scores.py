@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import edgeprune
 from edgeprune.circuit import Circuit
 from edgeprune.errors import CircuitError
 from edgeprune.files import write_atomically
@@ -53,6 +54,10 @@ class EdgeScores:
 
     def __repr__(self) -> str:
         return f"EdgeScores({self.graph.num_edges:,} edges, {self.origin.get('method', 'unknown')})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, in a frame."""
+        return edgeprune.page(self)._repr_html_()
 
     def ranking(self) -> Tensor:
         """[edge], the indices of all edges, most important first; ties in the graph's order."""

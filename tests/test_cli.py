@@ -99,7 +99,7 @@ def test_a_run_leaves_everything_needed(finished):
     assert names == {
         "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
         "circuit.json", "scores.safetensors", "evaluation-validation.json", ".lock", "training.png",
-        "curve.json", "curve.png",
+        "curve.json", "curve.png", "page.html",
     }  # fmt: skip
     for picture in ("training.png", "curve.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
@@ -683,10 +683,10 @@ def test_a_file_of_any_group_may_set_run_dir(tmp_path, composed):
 
 
 def test_processes_of_a_run_get_its_own_experiment_file(tmp_path, monkeypatch, command, composed):
-    from edgeprune.commands import prune
+    from edgeprune.commands import run
 
     started = []
-    monkeypatch.setattr(prune, "launch_processes", lambda count, given: started.append(given))
+    monkeypatch.setattr(run, "launch_processes", lambda name, count, given: started.append(given))
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nrun_dir: runs/mine\n")
     place = f"hydra.searchpath=[{tmp_path}]"

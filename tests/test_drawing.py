@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import circuit_dot, comparison_groups, draw_circuit, render_page
+from edgeprune.drawing import circuit_dot, comparison_groups, draw_circuit, render_report
 from edgeprune.drawing.graphviz import COLUMN, DPI, FILL, LINE, ONLY, OUTLINE, PARTLY, SHARED
 from edgeprune.errors import GraphvizMissing
 from edgeprune.graph import CircuitGraph
@@ -209,7 +209,7 @@ def test_a_page_shows_its_sections_and_loads_nothing(tmp_path):
         "heading": HOSTILE, "tables": [table, {**table, "shades": [[1.0], [0.25]]}],
         "details": [inner], "sections": [inner],
     }  # fmt: skip
-    text = render_page(HOSTILE, [{"notes": ["first"]}, section])
+    text = render_report(HOSTILE, [{"notes": ["first"]}, section])
     assert "<script" not in text
     for tag, count in {"h1": 1, "h2": 1, "h3": 1, "details": 1, "table": 2, "img": 2}.items():
         assert len(re.findall(rf"<{tag}\b", text)) == count

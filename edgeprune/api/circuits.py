@@ -1,14 +1,14 @@
 """Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeprune.api.export import Measuring, choose_from
-from edgeprune.api.shared import check_output, graph_of, read
+from edgeprune.api.page import page_of_runs
+from edgeprune.api.shared import check_output, graph_of, labels_of, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     DRAWINGS,
@@ -19,9 +19,16 @@ from edgeprune.config import (
     given_size,
 )
 from edgeprune.drawing import comparison_groups, draw_circuit
-from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing
+from edgeprune.errors import CircuitError, ConfigError, GraphvizMissing, UserError
 from edgeprune.evaluation import compare as comparison
-from edgeprune.evaluation.report import Group, RunRecord, group_runs, write_report
+from edgeprune.evaluation.report import (
+    Group,
+    RunRecord,
+    file_names,
+    group_runs,
+    page_name,
+    write_report,
+)
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.prompts.tasks import generate_records
@@ -136,20 +143,6 @@ def _shared_origin(sources: Sequence[Source]) -> dict[str, Any]:
     return {key: sources[0].origin[key] for key in shared if key in sources[0].origin}
 
 
-def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell paths apart: of the run directory or file, as long as needed."""
-    whole = [path.resolve() for path in paths]
-    if len(set(whole)) < len(whole):
-        raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
-    chosen = (layout.EDGES, layout.CIRCUIT)
-    named = [path.parent if path.name in chosen else path for path in whole]
-    for length in range(1, max(len(path.parts) for path in named)):
-        labels = [re.sub(r"[^\w.=+-]", "-", "-".join(path.parts[-length:])) for path in named]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{label}-{number}" for number, label in enumerate(labels, 1)]
-
-
 def _draw_comparison(
     circuits: Mapping[str, Circuit], folder: Path, formats: Sequence[str], title: str
 ) -> None:
@@ -183,8 +176,21 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
     groups = group_runs(records, config.split)
     with replace_folder(output, ".edgeprune-report") as new:
         title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
+        _write_pages(groups, new)
         write_report(groups, new, title=title)
     return groups, output
+
+
+def _write_pages(groups: Sequence[Group], folder: Path) -> None:
+    """Write a page per group to look into its runs; none for a group with damaged scores."""
+    for group, name in zip(groups, file_names(groups), strict=True):
+        paths = [run.origin["run"] for point in group.points for run in point.runs]
+        try:
+            page_of_runs([Run.open(path) for path in paths], group.title).save(
+                folder / page_name(name)
+            )
+        except UserError as error:
+            log.warning(f"there is no page of {group.title}: {error}")
 
 
 def _record(path: Path, folder: Path) -> RunRecord | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edgeprune.api.choose import check_choice, choose, cleaned_up, curve_of
 from edgeprune.api.evaluate import evaluation_record
+from edgeprune.api.page import page, write_run_page
 from edgeprune.api.shared import ablation_of, load_model_of
 from edgeprune.circuit import Circuit
 from edgeprune.config import LESS_MEMORY, RunConfig
@@ -56,6 +57,10 @@ class Pruned:
     history: list[StepMetrics] = field(repr=False)
     ablation: Ablation = field(repr=False)
     origin: Mapping[str, Any] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, in a frame."""
+        return page(self)._repr_html_()
 
 
 class Scored(NamedTuple):
@@ -168,6 +173,7 @@ def make_run(config: RunConfig, score: Scorer, plan: Planner) -> Finished | None
                 data_digest=run.digests["data"], is_own=True,
             )  # fmt: skip
             write_json(run.path / layout.evaluation(split), record)
+            write_run_page(run, None if config.launcher.shard else model, pruned.ablation)
             return Finished(run, pruned, prompts, evaluation)
 
 

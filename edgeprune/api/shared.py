@@ -1,6 +1,7 @@
 """What several functions of the API need: models, ablations, a run's prompts, output paths."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import require_utf8
 from edgeprune.prompts import Pair
+from edgeprune.runs import layout
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
 
@@ -101,3 +103,17 @@ def own_data(path: Path, digest: str) -> Path:
             f"as other prompts: task=custom task.path={path}"
         )
     return path
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell paths apart: of the run directory or file, as long as needed."""
+    whole = [path.resolve() for path in paths]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
+    chosen = (layout.EDGES, layout.CIRCUIT)
+    named = [path.parent if path.name in chosen else path for path in whole]
+    for length in range(1, max(len(path.parts) for path in named)):
+        labels = [re.sub(r"[^\w.=+-]", "-", "-".join(path.parts[-length:])) for path in named]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label}-{number}" for number, label in enumerate(labels, 1)]

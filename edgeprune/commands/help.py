@@ -24,10 +24,10 @@ from edgeprune.paths import CONF
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
 POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-              "mib": "scores", "report": "folder"}  # fmt: skip
+              "mib": "scores", "page": "runs", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
-SEVERAL = ("compare",)
+SEVERAL = ("compare", "page")
 """Commands that take any number of paths."""
 
 EXAMPLES = {
@@ -50,6 +50,7 @@ EXAMPLES = {
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
+    "page": ("RUN", "RUN RUN output=seeds.html", "RUN edges=20000 prompts=20"),
     "report": ("runs", "runs/ioi-embedded output=report"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
                 "task=greater_than output=gt.jsonl model.path=gpt2"),

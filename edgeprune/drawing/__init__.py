@@ -1,10 +1,10 @@
 """Drawings of circuits, plots and the HTML page of a report. Imports no torch."""
 
 from edgeprune.drawing.graphviz import circuit_dot, comparison_groups, draw_circuit
-from edgeprune.drawing.page import render_page
 from edgeprune.drawing.plots import Line, Panel, draw_frontier, draw_training
+from edgeprune.drawing.report import render_report
 
 __all__ = [
     "Line", "Panel", "circuit_dot", "comparison_groups", "draw_circuit",
-    "draw_frontier", "draw_training", "render_page",
+    "draw_frontier", "draw_training", "render_report",
 ]  # fmt: skip

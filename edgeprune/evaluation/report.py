@@ -19,8 +19,8 @@ from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import draw_circuit, draw_frontier, render_page
-from edgeprune.drawing.page import Section
+from edgeprune.drawing import draw_circuit, draw_frontier, render_report
+from edgeprune.drawing.report import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import Curve, curve_panels
@@ -220,13 +220,16 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
 
 
 def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
-    """Write runs.csv, edges.csv, plots, consensus/ and report.html into a folder."""
+    """Write runs.csv, edges.csv, plots, consensus/ and report.html into a folder.
+
+    The report links to the groups' pages that are in the folder (`page_name`).
+    """
     _write_csv_files(groups, folder)
-    names = [_file_name(group.task, group.model, group.ablation) for group in groups]
     sections = [Section(notes=[NOTE])]
-    for number, (group, name) in enumerate(zip(groups, names, strict=True), 1):
-        name = f"{name}-{number}" if names.count(name) > 1 else name  # they differ in their graphs
+    for group, name in zip(groups, file_names(groups), strict=True):
         section = Section(heading=f"{group.title}; {group.num_edges:,} edges", sections=[])
+        if (folder / page_name(name)).exists():
+            section["links"] = {"Look into these circuits at every size": page_name(name)}
         section["pictures"] = _draw_frontier(group, folder, name)
         for index, (series, points) in enumerate(group.series.items(), 1):
             place = f"consensus/{name}-series-{index}"
@@ -236,7 +239,19 @@ def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune 
         sections.append(section)
     if any(folder.glob("consensus/*/circuit.dot")):
         log.warning("Graphviz is not installed, so the page shows no circuits; they are .dot files")
-    write_text(folder / "report.html", render_page(title, sections))
+    write_text(folder / "report.html", render_report(title, sections))
+
+
+def file_names(groups: Sequence[Group]) -> list[str]:
+    """A name per group for its files; groups that differ in their graphs alone are numbered."""
+    names = [_file_name(group.task, group.model, group.ablation) for group in groups]
+    numbered = enumerate(names, 1)
+    return [f"{name}-{number}" if names.count(name) > 1 else name for number, name in numbered]
+
+
+def page_name(name: str) -> str:
+    """The file of the page of a group, given the group's name."""
+    return f"page-{name}.html"
 
 
 def _file_name(*parts: str) -> str:

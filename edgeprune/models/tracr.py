@@ -89,6 +89,11 @@ class TracrTokenizer:
         names = self.config.get("output_decoding", {}).get("values") or range(self.num_outputs)
         return " ".join(str(names[column]) for column in ids)
 
+    def decode_inputs(self, ids: list[int]) -> str:
+        """The names of input tokens."""
+        names = {token: name for name, token in self.config["token_to_id"].items()}
+        return " ".join(str(names.get(token, token)) for token in ids)
+
 
 class TracrLayer(nn.Module, Block):
     """One layer, run as a whole or head by head."""

@@ -23,6 +23,8 @@ GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 """The chosen circuit as a graph of EAP-IG and MIB."""
 DRAWING = "circuit"
 """Stem of the drawings."""
+PAGE = "page.html"
+"""The page that shows the run's circuits of every size; also holds what was measured for it."""
 REPORT = "report"
 LOCK = ".lock"
 

@@ -1,0 +1,119 @@
+// The panel at the side: what is selected, prompts, edges, groups, and the comparison of runs.
+
+const TABS = {
+  details: "Details",
+  prompts: "Prompts",
+  edges: "Edges",
+  groups: "Groups",
+  ...(RUNS.length > 1 ? { runs: "Compare" } : {}),
+};
+const MAX_ROWS = 200;
+
+function drawPanel() {
+  $("tabs").replaceChildren(
+    ...Object.entries(TABS).map(([id, text]) =>
+      h("button", {
+        type: "button",
+        role: "tab",
+        id: `tab-${id}`,
+        text,
+        "aria-selected": String(state.tab === id),
+        "aria-controls": "panel",
+        tabindex: state.tab === id ? 0 : -1,
+        onclick: () => change({ tab: id }),
+      }),
+    ),
+  );
+  const panel = $("panel");
+  panel.setAttribute("aria-labelledby", `tab-${state.tab}`);
+  const subject = `${state.tab} ${state.select}`;
+  const focused = document.activeElement?.closest?.("#panel")
+    ? focusPath(document.activeElement)
+    : null;
+  const top = panel.dataset.subject === subject ? panel.scrollTop : 0;
+  panel.dataset.subject = subject;
+  const draw =
+    { prompts: promptsPanel, edges: edgesPanel, groups: groupsPanel, runs: runsPanel }[state.tab] ??
+    detailsPanel;
+  panel.replaceChildren(...[draw(run())].flat().filter(Boolean));
+  panel.scrollTop = top;
+  if (focused !== null)
+    panel.querySelectorAll("button, select, input")[focused]?.focus({ preventScroll: true });
+}
+
+// Which control of the panel has the focus, so that it keeps it when the panel is drawn again.
+function focusPath(element) {
+  const index = [...$("panel").querySelectorAll("button, select, input")].indexOf(element);
+  return index < 0 ? null : index;
+}
+
+$("tabs").addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step) return;
+  const ids = Object.keys(TABS);
+  change({ tab: ids[(ids.indexOf(state.tab) + step + ids.length) % ids.length] });
+  requestAnimationFrame(() => requestAnimationFrame(() => $(`tab-${state.tab}`)?.focus()));
+});
+
+// ------------------------------------------------------------------------------- pieces
+
+const nodeLink = (name, text = NODES.get(name).title) =>
+  button(text, () => select(name), { class: "link", title: name });
+const edgeLink = (edge, text) =>
+  button(text, () => select(edge.name), { class: "link", title: edge.name.replace(">", " → ") });
+const kindMark = (kind) => h("span", { class: `kind ${kind}`, text: KINDS[kind] });
+const scoreText = (r, edge) => {
+  const rank = r.rank.get(edge.key);
+  return rank === undefined || !r.importance ? "–" : short(r.scores[rank]);
+};
+const rankText = (r, edge) =>
+  r.rank.has(edge.key) && r.importance ? whole(r.rank.get(edge.key) + 1) : "–";
+const byImportance = (r) => (a, b) => importanceOf(r, b) - importanceOf(r, a);
+const readerLink = (reader) =>
+  reader.feeds.length > 1 ? h("span", { text: reader.title }) : nodeLink(reader.feeds[0]);
+
+function effectText(r, kind, name) {
+  const cuts = r.measured?.cuts;
+  const found = cuts?.[kind][name];
+  if (!found) return null;
+  const [after, flips] = found;
+  return { before: cuts.distance, after, flips, prompts: cuts.prompts, label: r.measured.distance };
+}
+
+function effectPanel(r, kind, name, inChosen) {
+  if (!r.measured) return null;
+  const heading = h("h3", { text: "Effect of cutting it" });
+  const effect = effectText(r, kind, name);
+  const where = `from the chosen circuit (${plural(r.chosen.size, "edge")})`;
+  if (!effect) {
+    return h(
+      "section",
+      {},
+      heading,
+      note(
+        inChosen
+          ? `Not measured ${where}.`
+          : "It takes no part in the run's chosen circuit, or was not measured.",
+      ),
+    );
+  }
+  return h(
+    "section",
+    {},
+    heading,
+    h(
+      "div",
+      { class: "facts" },
+      fact(
+        `${effect.label} from the full model`,
+        `${short(effect.before)} → ${short(effect.after)}`,
+      ),
+      fact("predictions flipped", `${effect.flips} of ${effect.prompts}`),
+    ),
+    note(`Cut ${where}, on ${plural(effect.prompts, "prompt")}.`),
+  );
+}
+
+const note = (text) => h("p", { class: "note", text });
+const fact = (label, value) =>
+  h("div", { class: "fact" }, h("b", { text: value }), h("span", { text: label }));

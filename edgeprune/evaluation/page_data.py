@@ -1,0 +1,441 @@
+"""What the page of circuits shows, as JSON: edges by score, answers by size, cuts, attention.
+
+Numbers are rounded and long lists are cut, because the page is one file that can be mailed.
+`drawing/page/model.js` reads what is written here.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.circuit import Circuit
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
+from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
+from edgeprune.prompts import Batch, Pair, collate, iterate_batches
+from edgeprune.scores import EdgeScores
+
+FORMAT = 1
+"""Number of the data's form; measurements in pages of another form are not used again."""
+MAX_EDGES = 5_000
+"""Default number of edges that a page carries, the strongest of all."""
+UNCHOSEN_SIZE = 100
+"""Size that is shown first where no circuit was chosen."""
+NUM_PROMPTS = 10
+"""Default number of prompts, half of them typical and half the least faithful."""
+MAX_RANKED = 100
+"""Number of prompts among which these are found."""
+NUM_CUT_PROMPTS = 16
+"""Number of prompts on which the effects of cuts are measured."""
+CUT_BUDGET = {"cpu": 2.5e12, "cuda": 1e15}
+"""Operations that all cuts together may take, by device; about a minute on one core."""
+MAX_ATTENTION = 1_200_000
+"""Bytes of attention patterns in a page, before base64 makes four of three."""
+MAX_SIZES = 16
+"""Number of sizes at which answers are measured."""
+TOP = 5
+"""Number of most likely tokens shown."""
+MAX_PREDICTED = 8
+"""Number of predicted tokens of a prompt that are shown."""
+MAX_TEXT = 400
+"""Number of characters of a token that are kept."""
+
+Listener = Callable[[int, int], object]
+"""Called with the number of passes done, and of all."""
+
+
+def graph_data(graph: CircuitGraph) -> dict[str, Any]:
+    """Names of the nodes, in order, and the sizes of the graph."""
+    return {
+        "layers": graph.num_layers,
+        "heads": graph.num_heads,
+        "kv_heads": graph.num_kv_heads,
+        "writers": graph.writers,
+        "readers": graph.readers,
+        "num_edges": graph.num_edges,
+    }
+
+
+def scores_data(
+    scores: EdgeScores, circuit: Circuit | None = None, chosen_by: str | None = None,
+    max_edges: int = MAX_EDGES,
+) -> dict[str, Any]:  # fmt: skip
+    """The strongest edges with their scores, and the chosen circuit, if one was chosen.
+
+    Edges are pairs of indices of writer and reader. The chosen circuit is given by its size if it
+    has the strongest edges (`chosen.edges` is None), or else edge by edge.
+    """
+    ranking = scores.ranking().tolist()
+    carried = ranking[:max_edges]
+    chosen = {"size": min(UNCHOSEN_SIZE, len(carried)), "by": None, "edges": None}
+    if circuit is not None:
+        edges = {*map(circuit.graph.edge_index, circuit.edge_set)}
+        is_best = edges == {*ranking[: len(circuit)]}
+        by_edge = None if is_best else _pairs(scores.graph, sorted(edges))
+        chosen = {"size": len(circuit), "by": chosen_by, "edges": by_edge}
+    return {
+        "edges": _pairs(scores.graph, carried),
+        "scores": [_rounded(value) for value in scores.values[carried].nan_to_num().tolist()],
+        "by_magnitude": scores.by_magnitude,
+        "chosen": chosen,
+    }
+
+
+def circuit_data(circuit: Circuit) -> dict[str, Any]:
+    """A circuit without scores: all its edges, which the page cannot rank."""
+    edges = _pairs(circuit.graph, sorted(map(circuit.graph.edge_index, circuit.edge_set)))
+    chosen = {"size": len(circuit), "by": None, "edges": None}
+    return {"edges": edges, "scores": None, "by_magnitude": False, "chosen": chosen}
+
+
+def _pairs(graph: CircuitGraph, edges: Sequence[int]) -> list[list[int]]:
+    """[indices of the writers, indices of the readers] of edges that are given by number."""
+    starts = torch.tensor([
+        site.offset + row * site.num_writers
+        for site in graph.sites for row in range(len(site.readers))
+    ])  # fmt: skip
+    numbers = torch.tensor(edges, dtype=torch.long)
+    readers = torch.searchsorted(starts, numbers, right=True) - 1
+    return [(numbers - starts[readers]).tolist(), readers.tolist()]
+
+
+def curve_data(curve: Curve, rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics by size; `rules` are conditions, each a `text`, `by` and the `size` it chooses."""
+    shown = {
+        name: metric for name, metric in METRICS.items()
+        if metric.better and not any(math.isnan(point[name]) for point in curve.points.values())
+    }  # fmt: skip
+    return {
+        "prompts": curve.prompts,
+        "num_examples": curve.num_examples,
+        "sizes": list(curve.points),
+        "metrics": [
+            {
+                "name": name,
+                "label": metric.label,
+                "description": metric.description,
+                "better": metric.better,
+                "values": [_rounded(point[name]) for point in curve.points.values()],
+            }
+            for name, metric in shown.items()
+        ],
+        "rules": rules,
+    }
+
+
+@torch.no_grad()
+def measured_data(
+    model: CircuitModel,
+    scores: EdgeScores,
+    circuit: Circuit,
+    pairs: Sequence[Pair],
+    *,
+    ablation: Ablation,
+    curve: Curve | None = None,
+    batch_size: int = 64,
+    max_edges: int = MAX_EDGES,
+    num_prompts: int = NUM_PROMPTS,
+    num_cuts: int | None = None,
+    listener: Listener = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure what the page shows of prompts and of cuts.
+
+    Args:
+        circuit: the chosen one, whose prompts, nodes and edges are looked at.
+        pairs: prompts, which should not be those the scores were learned on.
+        curve: answers are measured at its sizes.
+        num_cuts: maximum number of nodes and edges that are cut one at a time, nodes first;
+            None: as many as `CUT_BUDGET` allows.
+
+    Raises ValueError as `evaluate` does.
+    """
+    Circuit.check(circuit, model.graph)
+    if ablation.means is not None and ablation.per_position:  # which cover so many positions
+        known = ablation.means.residuals[0].shape[-2]
+        pairs = [pair for pair in pairs if len(pair.clean_ids) <= known]
+    model.check_prompts(pairs)
+    ranking = scores.ranking().to(model.device)
+    chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
+    cut_pairs = pairs[:NUM_CUT_PROMPTS]
+    cuts = _cuts(model, circuit, ranking, _max_cuts(model, cut_pairs, num_cuts))
+    sizes = _sizes(model.graph, curve, len(circuit), max_edges)
+    batches = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
+    total, done = len(batches) + len(sizes) + len(cuts) + 2, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        listener(done, total)
+
+    selected = _select(model, chosen, batches, ablation, num_prompts, step)
+    prompts = [_prompt(model, pair, kind) for pair, kind in selected]
+    shown = [pair for pair, _ in selected]
+    answers = _answers(model, ranking, sizes, shown, ablation, batch_size, step)
+    for prompt, found in zip(prompts, answers, strict=True):
+        prompt["answers"] = found
+    heads, patterns = _attention(model, ranking, shown)
+    step()
+    for prompt, pattern in zip(prompts, patterns, strict=False):
+        prompt["attention"] = pattern
+    return {
+        "distance": "KL" if model.output is Output.logits else "error",
+        "output": model.output.name,
+        "sizes": sizes,
+        "prompts": prompts,
+        "attention_heads": heads,
+        "cuts": _measure_cuts(model, chosen, cuts, cut_pairs, ablation, step),
+    }
+
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+def _select(
+    model: CircuitModel, gates: Tensor, batches: Sequence[Batch], ablation: Ablation,
+    num_prompts: int, step: Callable[[], None],
+) -> list[tuple[Pair, str]]:  # fmt: skip
+    """Prompts near the median distance of the circuit, and those with the largest."""
+    pairs, distances = [pair for batch in batches for pair in batch.pairs], []
+    for batch in batches:
+        reference, values, batch = _reference(model, batch, ablation)
+        outputs = model.run_circuit(batch, gates, values)
+        distances += distance_by_example(batch, reference, outputs, model.output).tolist()
+        step()
+    order = sorted(range(len(pairs)), key=distances.__getitem__)
+    num_worst = min(num_prompts, len(pairs)) // 2
+    worst, others = order[len(order) - num_worst :][::-1], order[: len(order) - num_worst]
+    num_typical = min(num_prompts - num_worst, len(others))
+    start = min(max(len(order) // 2 - num_typical // 2, 0), len(others) - num_typical)
+    typical = others[start : start + num_typical]
+    return [(pairs[i], "typical") for i in typical] + [(pairs[i], "worst") for i in worst]
+
+
+def _reference(model: CircuitModel, batch: Batch, ablation: Ablation) -> tuple[Tensor, Any, Batch]:
+    """The full model's outputs, the ablation values, and the batch on the model's device."""
+    batch = batch.to(model.device)
+    reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
+    return reference, ablation.values(batch, corrupted), batch
+
+
+def _prompt(model: CircuitModel, pair: Pair, kind: str) -> dict[str, Any]:
+    """Tokens of a pair; `predicted` are the positions from which tokens are predicted."""
+    clean, corrupted = (_token_texts(model, ids) for ids in (pair.clean_ids, pair.corrupted_ids))
+    first = len(clean) - len(pair.target_ids)
+    predicted = list(range(first, len(clean)))[:MAX_PREDICTED]
+    return {"kind": kind, "clean": clean, "corrupted": corrupted, "predicted": predicted}
+
+
+def _token_texts(model: CircuitModel, ids: Sequence[int]) -> list[str]:
+    """The text of each input token, for display."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return [str(token) for token in ids]
+    decode = getattr(tokenizer, "decode_inputs", tokenizer.decode)
+    return [decode([token])[:MAX_TEXT] for token in ids]
+
+
+def _sizes(graph: CircuitGraph, curve: Curve | None, chosen: int, max_edges: int) -> list[int]:
+    """The sizes at which answers are measured: the curve's, or some of them, and the chosen one."""
+    largest = min(max_edges, graph.num_edges)
+    if curve is None:
+        sizes = log_sizes(max(1, round(SMALLEST_SHARE * graph.num_edges)), largest, 8)
+    else:
+        sizes = [size for size in sorted(curve.points) if 0 < size <= largest]
+    if len(sizes) > MAX_SIZES:
+        last = len(sizes) - 1
+        sizes = [sizes[round(i * last / (MAX_SIZES - 1))] for i in range(MAX_SIZES)]
+    return sorted({*sizes, *([chosen] if 0 < chosen <= largest else [])})
+
+
+def _answers(
+    model: CircuitModel, ranking: Tensor, sizes: Sequence[int], pairs: Sequence[Pair],
+    ablation: Ablation, batch_size: int, step: Callable[[], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Per pair, the answers of the full model, the empty circuit and the circuit of each size."""
+    found: dict[Pair, dict[str, Any]] = {}
+    batches = [collate(pairs[i : i + batch_size]) for i in range(0, len(pairs), batch_size)]
+    if not model.architecture.may_pad:
+        batches = [collate([pair]) for pair in pairs]
+    references = [_reference(model, batch, ablation) for batch in batches]
+    for reference, _, batch in references:
+        for pair, top in zip(batch.pairs, _top(model, batch, reference), strict=True):
+            found[pair] = {"full": top, "circuits": []}
+    for size in (0, *sizes):
+        gates = _gates(model, ranking[:size])
+        for reference, values, batch in references:
+            outputs = model.run_circuit(batch, gates, values)
+            distances = distance_by_example(batch, reference, outputs, model.output).tolist()
+            tops = _top(model, batch, outputs)
+            for pair, distance, top in zip(batch.pairs, distances, tops, strict=True):
+                answer = {"distance": _rounded(max(distance, 0.0)), "top": top}
+                if size:
+                    found[pair]["circuits"].append(answer)
+                else:
+                    found[pair]["empty"] = answer
+        step()
+    return [found[pair] for pair in pairs]
+
+
+def _top(model: CircuitModel, batch: Batch, outputs: Tensor) -> list[list[list[list[Any]]]]:
+    """Per pair and predicted token, the best answers: [text, probability (or value)] each."""
+    if model.output is Output.number:
+        rows = [[[f"{number:.4g}", _rounded(number)]] for number in outputs[:, 0].tolist()]
+    else:
+        is_logits = model.output is Output.logits
+        shares = outputs.float().softmax(-1) if is_logits else outputs.float()
+        values, ids = shares.topk(min(TOP, outputs.shape[-1]))
+        decode = str if model.tokenizer is None else lambda i: model.tokenizer.decode([i])
+        rows = [
+            [[decode(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in zip(*row, strict=True)]
+            for row in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+    remaining = iter(rows)
+    return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    model: CircuitModel, ranking: Tensor, pairs: Sequence[Pair]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """The full model's attention on the clean and the corrupted prompt of each pair.
+
+    Returns the heads, those with the strongest edges if not all fit; and per pair base64 of bytes,
+    255 times the weight: head by head the rows of the lower triangle, which causal attention fills.
+    No heads for a model that cannot return its attention.
+    """
+    body = model.architecture.body
+    if not hasattr(body, "set_attn_implementation"):
+        return [], []
+    size = sum(len(pair.clean_ids) * (len(pair.clean_ids) + 1) for pair in pairs)
+    heads = _heads_by_strength(model.graph, ranking)[: MAX_ATTENTION // size]
+    layers = torch.tensor([int(head[1:].split(".h")[0]) for head in heads], dtype=torch.long)
+    columns = torch.tensor([int(head.split(".h")[1]) for head in heads], dtype=torch.long)
+    found = []
+    with _eager_attention(body):
+        for pair in pairs if heads else ():
+            ids = torch.tensor([pair.clean_ids, pair.corrupted_ids], device=model.device)
+            weights = body(ids, output_attentions=True, use_cache=False).attentions
+            length = ids.shape[1]
+            row, column = torch.tril_indices(length, length)
+            stacked = torch.stack([layer[..., row, column].float().cpu() for layer in weights])
+            chosen = stacked[layers, :, columns]  # [head, clean or corrupted, place]
+            data = (255 * chosen).round().to(torch.uint8).transpose(0, 1).contiguous()
+            clean, corrupted = (base64.b64encode(x.numpy().tobytes()).decode() for x in data)
+            found.append({"clean": clean, "corrupted": corrupted})
+    return heads, found
+
+
+@contextmanager
+def _eager_attention(body: Any) -> Iterator[None]:
+    """Let a Hugging Face model compute attention in the one way that returns the weights."""
+    before = body.config._attn_implementation
+    body.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        body.set_attn_implementation(before)
+
+
+def _heads_by_strength(graph: CircuitGraph, ranking: Tensor) -> list[str]:
+    """All heads, those first that the strongest edges connect."""
+    order: dict[str, None] = {}
+    writers, readers = _pairs(graph, ranking[: 10 * MAX_EDGES].tolist())
+    names = graph.writers, graph.readers
+    for writer, reader in zip(writers, readers, strict=True):
+        for node in (names[0][writer], *graph.nodes_fed_by(names[1][reader])):
+            if ".h" in node:
+                order.setdefault(node)
+    return [*order, *(w for w in graph.writers if ".h" in w and w not in order)]
+
+
+# ------------------------------------------------------------------------------------------ cuts
+
+
+def _max_cuts(model: CircuitModel, pairs: Sequence[Pair], asked: int | None) -> int:
+    """How many circuits may be measured on these prompts to see what cuts do."""
+    if asked is not None:
+        return asked
+    num_tokens = sum(len(pair.clean_ids) for pair in pairs)
+    num_weights = sum(parameter.numel() for parameter in model.architecture.body.parameters())
+    operations = 2 * num_tokens * (num_weights + model.graph.num_edges * model.d_model)
+    return int(CUT_BUDGET["cuda" if model.device.type == "cuda" else "cpu"] / operations)
+
+
+def _cuts(
+    model: CircuitModel, circuit: Circuit, ranking: Tensor, count: int
+) -> list[tuple[str, str, list[int]]]:
+    """What is cut: (kind, name, edges by number), nodes and then edges, the strongest first.
+
+    A node is cut by closing its edges to others. Edges that dangle are left out.
+    """
+    graph = model.graph
+    connected = {graph.edge_index(edge): edge for edge in circuit.without_dangling().edge_set}
+    if not connected or not count:
+        return []
+    ranked = [index for index in ranking.tolist() if index in connected]
+    from_node: dict[str, list[int]] = {}
+    for index in ranked:
+        from_node.setdefault(connected[index][0], []).append(index)
+    nodes = [("nodes", writer, edges) for writer, edges in from_node.items()]
+    edges = [("edges", " ".join(connected[index]), [index]) for index in ranked]
+    return [*nodes, *edges][:count]
+
+
+def _measure_cuts(
+    model: CircuitModel, chosen: Tensor, cuts: Sequence[tuple[str, str, list[int]]],
+    pairs: Sequence[Pair], ablation: Ablation, step: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Per cut, [mean distance from the full model, prompts whose predictions change]."""
+    batches = [collate(pairs)] if model.architecture.may_pad else [collate([p]) for p in pairs]
+    references = [_reference(model, batch, ablation) for batch in batches]
+
+    def examples(gates: Tensor) -> ExampleMetrics:
+        return ExampleMetrics.concatenate([
+            measure(batch, reference, model.run_circuit(batch, gates, values), model.output)
+            for reference, values, batch in references
+        ])  # fmt: skip
+
+    def distance(found: ExampleMetrics) -> float:
+        values = found.kl if model.output is Output.logits else found.error
+        return _rounded(max(values.mean().item(), 0.0))
+
+    before = examples(chosen)
+    step()
+    found: dict[str, Any] = {"prompts": len(pairs), "distance": distance(before)}
+    found |= {"nodes": {}, "edges": {}}
+    for kind, name, edges in cuts:
+        gates = chosen.clone()
+        gates[edges] = 0
+        after = examples(gates)
+        both = zip(before.predicted, after.predicted, strict=True)
+        found[kind][name] = [distance(after), sum(not torch.equal(a, b) for a, b in both)]
+        step()
+    return found
+
+
+# --------------------------------------------------------------------------------------- helpers
+
+
+def _gates(model: CircuitModel, edges: Tensor | Sequence[int]) -> Tensor:
+    """Gates of 1 for edges given by number."""
+    gates = torch.zeros(model.graph.num_edges, device=model.device)
+    if len(edges):
+        gates[edges] = 1
+    return gates
+
+
+def _rounded(value: float, digits: int = 4) -> float | None:
+    """A number with so many significant digits; None for NaN and infinity."""
+    number = float(f"{value:.{digits}g}")
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 1e6 else number
