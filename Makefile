@@ -15,12 +15,12 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	$(BIN)/edgeprune prune experiment=ioi run_dir=runs/demo overwrite=true
 	$(BIN)/edgeprune evaluate runs/demo head_permuted=1
 	$(BIN)/edgeprune draw runs/demo
-	@echo "the circuit's picture is runs/demo/circuit.pdf (and .png, .svg)"
+	@echo "look into the circuit: runs/demo/page.html; its picture: runs/demo/circuit.pdf (.png, .svg)"
 
-test: $(READY) dot browser ## run the tests (a few minutes)
+test: $(READY) dot ## run the tests (a few minutes)
 	$(BIN)/python -m pytest -n auto
 
-test-slow: $(READY) dot browser ## run the slow tests too
+test-slow: $(READY) dot ## run the slow tests too
 	$(BIN)/python -m pytest -n auto -m "not slurm"
 
 test-slurm: $(READY) ## run the tests on a SLURM cluster (SLURM_CONF, or the machine's own)
@@ -49,12 +49,13 @@ $(READY): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test]'
 	@touch $(READY)
 
-.PHONY: dot browser debian-package
-browser:
+.PHONY: browser
+browser: ## install Chromium, for the tests of the page
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory debian-package \
 	  PACKAGE=chromium WHY="a browser for the tests of the page is missing" || \
-	  echo "going on without: the tests of the page in a browser are skipped"
+	  echo "going on without: the tests of the page are skipped"
 
+.PHONY: dot debian-package
 dot:
 	@command -v dot >/dev/null || $(MAKE) --no-print-directory debian-package \
 	  PACKAGE=graphviz WHY="the program dot, which renders drawings, is missing" || \
