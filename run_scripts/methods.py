@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     default = ["eap", "eap_ig", "eap_ig_activations", "gates"]
     add("--methods", nargs="*", default=default, help="attribution methods")
     add("--attributed", type=int, default=200, help="training prompts of attribution methods")
+    add("--train", type=int, help="training prompts; by default, none is used twice")
     add("--test", type=int, default=300, help="test prompts")
     add("--output", type=Path, default=Path("methods.json"), help="file of all numbers")
     return parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     args = parse()
     graph = {"embedding_writers": "tokens", "split_kv_readers": True}
     model = edgeprune.load_model(args.model, dtype=args.dtype, **graph)
-    sizes = {"train": args.steps * args.batch_size, "test": args.test}
+    sizes = {"train": args.train or args.steps * args.batch_size, "test": args.test}
     records = generate_records(args.task, model.tokenizer, sizes, seed=0)
     train, test = (
         encode_records([r for r in records if r["split"] == split], model.tokenizer)
