@@ -566,6 +566,36 @@ class DrawConfig(Settings):
 
 
 @dataclass
+class HeadsConfig(Settings):
+    """Find out what each attention head attends to, and name the kinds of heads."""
+
+    run: str = ""
+    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    task: TaskConfig | None = None
+    """null: the run's, or without a run only random tokens."""
+    split: str = setting("test", choices=SPLITS)
+    """Which of the task's prompts."""
+    prompts: int = setting(100, at_least=1)
+    """Number of the task's prompts to average over."""
+    random_prompts: int = setting(50, at_least=1)
+    """Number of prompts of repeated random tokens."""
+    length: int = setting(50, at_least=2)
+    """Number of random tokens of a prompt, before they are repeated."""
+    batch_size: int = setting(16, at_least=1)
+    """Prompts per forward pass."""
+    output: str | None = None
+    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if the model is
+    its own, else `heads`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run and self.model is None:
+            raise ConfigError("give a run directory, or model= and, for its prompts, task=")
+
+
+@dataclass
 class CompareConfig(Settings):
     """Compare circuits: what they share, what only one has, and how similar they are."""
 
@@ -618,6 +648,7 @@ COMMANDS = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "draw": DrawConfig,
+    "heads": HeadsConfig,
     "compare": CompareConfig,
     "report": ReportConfig,
     "prepare": PrepareConfig,

@@ -91,6 +91,43 @@ def composed(monkeypatch, command):
     return run
 
 
+# ------------------------------------------------------------------------------------------ heads
+
+
+def test_heads_of_a_run_are_named_in_it_and_shown_by_other_commands(copied, command, tmp_path):
+    done = run_cli("heads", copied, "prompts=8", "random_prompts=4", "length=10")
+    assert done.returncode == 0, done.stderr
+    assert "S-inhibition" in done.stdout
+    found = json.loads((copied / "heads.json").read_text())
+    assert found["model_sha256"] == json.loads((copied / "run.json").read_text())["model"]["sha256"]
+    names = {(score["name"], score["prompts"]) for score in found["scores"]}
+    assert {("induction", "random tokens"), ("induction", "ioi"), ("name mover", "ioi")} <= names
+    lines = (copied / "heads.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 16 * len(found["scores"])
+    assert (copied / "heads.png").read_bytes().startswith(b"\x89PNG")
+    found["labels"] = {f"a{layer}.h{head}": ["induction"] for layer in range(4)
+                       for head in range(16)}  # fmt: skip
+    (copied / "heads.json").write_text(json.dumps(found))
+    command("draw", copied, "formats=[dot]", "dangling=true")
+    assert "induction" in (copied / "circuit.dot").read_text()
+    other = shutil.copytree(copied, tmp_path / "other")
+    command("compare", copied, other, f"output={tmp_path / 'comparison'}", "formats=[dot]")
+    compared = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    kinds = compared["kinds_of_heads"]["induction"]
+    assert kinds["model"] == 64 > kinds["all"] == kinds["other"] > 0
+    (copied / "heads.json").write_text("{")
+    assert "heads.json" in command("draw", copied, "formats=[dot]")[1]
+
+
+def test_heads_need_no_run(command, refused, tmp_path):
+    few = ("random_prompts=2", "length=5", "prompts=4", "task.test=4", "task.train=0")
+    output = tmp_path / "heads"
+    command("heads", "model=embedded", "task=greater_than", *few, f"output={output}")
+    found = json.loads((output / "heads.json").read_text())
+    assert {score["prompts"] for score in found["scores"]} == {"random tokens", "greater_than"}
+    assert "model=" in refused("heads", "task=ioi")
+
+
 # ---------------------------------------------------------------------------------------- results
 
 

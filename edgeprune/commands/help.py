@@ -16,12 +16,15 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
-POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-              "report": "folder"}  # fmt: skip
+POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "heads": "run",
+              "compare": "circuits", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare",)
 """Commands that take any number of paths."""
+
+OPTIONAL = ("heads",)
+"""Commands whose path may be left out."""
 
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
@@ -35,6 +38,7 @@ EXAMPLES = {
     "evaluate": ("RUN", "RUN split=validation head_permuted=5",
                  "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
+    "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
     "report": ("runs", "runs/ioi-embedded output=report"),
@@ -64,7 +68,8 @@ def overview() -> str:
 
 def usage(command: str) -> str:
     """How a command is called, in one line."""
-    paths = " PATH PATH ..." if command in SEVERAL else " PATH" if command in POSITIONAL else ""
+    path = " [PATH]" if command in OPTIONAL else " PATH" if command in POSITIONAL else ""
+    paths = " PATH PATH ..." if command in SEVERAL else path
     return f"edgeprune {command}{paths} [name=value ...]"
 
 

@@ -42,6 +42,9 @@ ANSWERS = {
 }
 """Maps a task to an answer; tokenizers that split it get the task's short form."""
 
+MARKS: dict[str, Callable[[dict], dict[str, int]]] = {"ioi": ioi.marks, "ioi_t1": ioi.marks}
+"""Maps a task to the function that finds where words of a clean prompt end, by their names."""
+
 FROM_MODEL = "tracr"
 """Name of the task whose prompts come with a compiled model, see `tracr.py`."""
 
