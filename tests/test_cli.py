@@ -128,6 +128,36 @@ def test_heads_need_no_run(command, refused, tmp_path):
     assert "model=" in refused("heads", "task=ioi")
 
 
+def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
+    output = tmp_path / "ablation.json"
+    few = ("prompts=8", "random_sets=3", f"output={output}")
+    done = run_cli("ablate", copied, "heads=name_mover:3", "generate=2", *few)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert len(found["ablated"]["nodes"]) == len(found["low_scoring"]["nodes"]) == 3
+    assert len(found["random"]) == 3
+    assert {"kl", "accuracy", "answers"} < found["ablated"].keys()
+    by_layer = [sorted(node.split(".")[0] for node in found[key]["nodes"])
+                for key in ("ablated", "low_scoring")]  # fmt: skip
+    assert by_layer[0] == by_layer[1]
+    circuit, rest = [], []
+    for nodes, complement in ((circuit, "false"), (rest, "true")):
+        for kind in ("interchange", "mean"):
+            command("ablate", copied, f"circuit={copied}", f"complement={complement}",
+                    f"ablation={kind}", *few)  # fmt: skip
+            found = json.loads(output.read_text())
+            nodes[:] = found["ablated"]["nodes"]
+        assert found["low_scoring"] is None
+    assert len(circuit) + len(rest) == 4 * 17
+    command("ablate", copied, "nodes=[a0.h1,m2]", *few)
+    assert json.loads(output.read_text())["ablated"]["nodes"] == ["a0.h1", "m2"]
+    assert "KIND:N" in refused("ablate", copied, "heads=induction")
+    assert "previous_token" in refused("ablate", copied, "heads=inductoin:3", *few)
+    assert "a0.h16" in refused("ablate", copied, "nodes=[a0.h16]", *few)
+    assert "nodes=" in refused("ablate", copied)
+    assert "run directory" in refused("ablate", copied, "nodes=[m0]", f"output={copied / 'x.json'}")
+
+
 # ---------------------------------------------------------------------------------------- results
 
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
     is_own = source is not None and model.fingerprint() == source.digest("model")
     pairs, marks = [], {}
     if task is not None:
-        pairs, marks = _load_prompts(source, task, model, config)
+        with prompts_file(source, config.task, model) as path:
+            pairs = load_pairs(path, task, model, config.split)[: config.prompts]
+            marks = marks_of(path, task, model, pairs)
     scores = score_heads(
         model, pairs, task=task.title if task else "", marks=marks, length=config.length,
         num_random=config.random_prompts, batch_size=config.batch_size,
@@ -56,24 +59,30 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
     return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))
 
 
-def _load_prompts(
-    source: Source | None, task: TaskConfig, model: CircuitModel, config: HeadsConfig
-) -> tuple[list[Pair], dict[Pair, dict[str, int]]]:
-    """The first prompts of the split, and where their marked words are."""
-    with ExitStack() as stack:
-        if source is not None and source.run is not None and config.task is None:
-            path = own_data(source.run.data_path, source.digest("data"))
-        else:
-            path = stack.enter_context(data_of(task, model.tokenizer))
-        pairs = load_pairs(path, task, model, config.split)[: config.prompts]
-        if task.name not in MARKS:
-            return pairs, {}
-        records = {record.get("clean"): record for record in read_records(path)}
-    marks = {}
-    for pair in pairs:
-        record = records[pair.text]
-        marks[pair] = marked_tokens(model.tokenizer, record, pair, MARKS[task.name](record))
-    return pairs, marks
+@contextmanager
+def prompts_file(
+    source: Source | None, given: TaskConfig | None, model: CircuitModel
+) -> Iterator[Path]:
+    """The file of the given task's prompts, or else of the run's, which must not have changed."""
+    if given is not None or source is None or source.run is None:
+        task = given if source is None else source.task(given)
+        with data_of(task, model.tokenizer) as path:
+            yield path
+    else:
+        yield own_data(source.run.data_path, source.digest("data"))
+
+
+def marks_of(
+    path: Path, task: TaskConfig, model: CircuitModel, pairs: Sequence[Pair]
+) -> dict[Pair, dict[str, int]]:
+    """Where the marked words are in each prompt of a file, if the task marks any."""
+    if task.name not in MARKS:
+        return {}
+    records = {record.get("clean"): record for record in read_records(path)}
+    return {
+        pair: marked_tokens(model.tokenizer, record, pair, MARKS[task.name](record))
+        for pair in pairs for record in [records[pair.text]]
+    }  # fmt: skip
 
 
 def _write(scores: HeadScores, record: dict[str, Any], folder: Path, title: str) -> list[Path]:

@@ -17,13 +17,13 @@ from edgeprune.paths import CONF
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
 POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "heads": "run",
-              "compare": "circuits", "report": "folder"}  # fmt: skip
+              "ablate": "run", "compare": "circuits", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare",)
 """Commands that take any number of paths."""
 
-OPTIONAL = ("heads",)
+OPTIONAL = ("heads", "ablate")
 """Commands whose path may be left out."""
 
 EXAMPLES = {
@@ -39,6 +39,8 @@ EXAMPLES = {
                  "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),
+    "ablate": ("RUN heads=induction:8", "RUN circuit=RUN complement=true ablation=interchange",
+               "model=smollm2 task=whereabouts heads=induction:16 generate=5"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
     "report": ("runs", "runs/ioi-embedded output=report"),

@@ -82,6 +82,10 @@ class Score:
         found = {f"a{i}.h{j}": self.value[i, j].item() for i, j in above}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
+    def by_head(self) -> dict[str, float]:
+        """The score of each head, the highest first."""
+        return {head: _get(self.value, head) for head in self.ranked()}
+
     def ranked(self) -> list[str]:
         """All heads, the highest score first."""
         num_heads = self.value.shape[1]
@@ -113,6 +117,18 @@ class HeadScores:
             for head, kinds in excess.items() if kinds
         }  # fmt: skip
         return dict(sorted(kinds_of.items(), key=lambda item: _place(item[0])))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> HeadScores:
+        """The inverse of `to_dict`."""
+
+        def tensor(values: Any) -> Tensor | None:
+            return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+        return cls(tuple(
+            Score(s["name"], s["prompts"], tensor(s["value"]), s["chance"], tensor(s["threshold"]))
+            for s in fields["scores"]
+        ))  # fmt: skip
 
     def score(self, name: str) -> Score:
         """The first score of a name; raises ConfigError for an unknown one."""

@@ -30,7 +30,10 @@ TEMPLATES = (
 
 
 def marks(record: dict) -> dict[str, int]:
-    """Where the names end in a clean prompt: IO, the indirect object; S1 and S2, the subject."""
+    """Where the names end in a clean prompt: IO, the indirect object; S1 and S2, the subject.
+
+    Raises KeyError or ValueError if the record is not one of `sample`.
+    """
     prompt, answer = split_prompt(record, "clean")
 
     def end_of(name: str, start: int = 0) -> int:
