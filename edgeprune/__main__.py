@@ -137,6 +137,7 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
     is_given = name in keys.values()
+    needs_path = needs_path and command not in help.OPTIONAL
     is_right = len(paths) == 1 or (paths and command in help.SEVERAL) or not (paths or needs_path)
     if name is None and paths:
         raise ConfigError(f"unexpected argument {paths[0]!r}; settings are name=value")

@@ -677,6 +677,86 @@ class DrawConfig(Settings):
 
 
 @dataclass
+class HeadsConfig(Settings):
+    """Find out what each attention head attends to, and name the kinds of heads."""
+
+    run: str = ""
+    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    task: TaskConfig | None = None
+    """null: the run's, or without a run only random tokens."""
+    split: str = setting("test", choices=SPLITS)
+    """Which of the task's prompts."""
+    prompts: int = setting(100, at_least=1)
+    """Number of the task's prompts to average over."""
+    random_prompts: int = setting(50, at_least=1)
+    """Number of prompts of repeated random tokens."""
+    length: int = setting(50, at_least=2)
+    """Number of random tokens of a prompt, before they are repeated."""
+    batch_size: int = setting(16, at_least=1)
+    """Prompts per forward pass."""
+    output: str | None = None
+    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if the model is
+    its own, else `heads`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run and self.model is None:
+            raise ConfigError("give a run directory, or model= and, for its prompts, task=")
+
+
+@dataclass
+class AblateConfig(Settings):
+    """Ablate heads or other nodes of a model, and measure whether they matter more than others."""
+
+    run: str = ""
+    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
+    heads: str | None = None
+    """KIND:N, the N heads with the highest score of a kind: induction:16, previous_token:8,
+    duplicate_token:4, name_mover:9, ...; see `edgeprune heads`."""
+    nodes: list[str] = setting(list)
+    """Or nodes by name, such as [a5.h1,m3]."""
+    circuit: str | None = None
+    """Or the heads and MLPs of a circuit: a run directory or a circuit file."""
+    complement: bool = False
+    """Ablate all other heads and MLPs instead."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    task: TaskConfig | None = None
+    """null: the run's."""
+    ablation: AblationConfig = setting(AblationConfig)
+    """What takes the place of the nodes' outputs. Means are over the training prompts; tokens that
+    are generated get the mean over all positions."""
+    split: str = setting("test", choices=SPLITS)
+    """Which of the task's prompts."""
+    prompts: int = setting(200, at_least=2)
+    """Number of prompts."""
+    generate: int = setting(0, at_least=0)
+    """Number of tokens to generate after each prompt; right are texts that contain an answer."""
+    random_sets: int = setting(20, at_least=0)
+    """Number of random sets with as many heads in each layer."""
+    batch_size: int = setting(32, at_least=1)
+    """Prompts of equal length per forward pass."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the random sets."""
+    output: str | None = "ablation.json"
+    """JSON file to write; null: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run and (self.model is None or self.task is None):
+            raise ConfigError("give a run directory, or model= and task=")
+        given = [name for name in ("heads", "nodes", "circuit") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"got {' and '.join(given) or 'no nodes'}; give one of heads=, nodes= and circuit="
+            )
+        if self.heads is not None and not re.fullmatch(r"[\w-]+:[1-9]\d*", self.heads):
+            raise ConfigError(f"heads={self.heads} must be KIND:N, such as induction:16")
+
+
+@dataclass
 class CompareConfig(Settings):
     """Compare circuits: what they share, what only one has, and how similar they are."""
 
@@ -750,6 +830,8 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "mib": MibConfig,
     "draw": DrawConfig,
+    "heads": HeadsConfig,
+    "ablate": AblateConfig,
     "compare": CompareConfig,
     "page": PageConfig,
     "report": ReportConfig,

@@ -31,4 +31,4 @@ done
 "$edgeprune" export runs/smollm2/ioi-0 sparsity=0.98
 "$edgeprune" evaluate runs/smollm2/ioi-0 head_permuted=5
 "$edgeprune" draw runs/smollm2/ioi-0 num_edges=150 output=runs/smollm2/strongest
-.venv/bin/python run_scripts/ioi_heads.py runs/smollm2/ioi-0
+"$edgeprune" heads runs/smollm2/ioi-0

@@ -91,6 +91,73 @@ def composed(monkeypatch, command):
     return run
 
 
+# ------------------------------------------------------------------------------------------ heads
+
+
+def test_heads_of_a_run_are_named_in_it_and_shown_by_other_commands(copied, command, tmp_path):
+    done = run_cli("heads", copied, "prompts=8", "random_prompts=4", "length=10")
+    assert done.returncode == 0, done.stderr
+    assert "S-inhibition" in done.stdout
+    found = json.loads((copied / "heads.json").read_text())
+    assert found["model_sha256"] == json.loads((copied / "run.json").read_text())["model"]["sha256"]
+    names = {(score["name"], score["prompts"]) for score in found["scores"]}
+    assert {("induction", "random tokens"), ("induction", "ioi"), ("name mover", "ioi")} <= names
+    lines = (copied / "heads.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 16 * len(found["scores"])
+    assert (copied / "heads.png").read_bytes().startswith(b"\x89PNG")
+    found["labels"] = {f"a{layer}.h{head}": ["induction"] for layer in range(4)
+                       for head in range(16)}  # fmt: skip
+    (copied / "heads.json").write_text(json.dumps(found))
+    command("draw", copied, "formats=[dot]", "dangling=true")
+    assert "induction" in (copied / "circuit.dot").read_text()
+    other = shutil.copytree(copied, tmp_path / "other")
+    command("compare", copied, other, f"output={tmp_path / 'comparison'}", "formats=[dot]")
+    compared = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    kinds = compared["kinds_of_heads"]["induction"]
+    assert kinds["model"] == 64 > kinds["all"] == kinds["other"] > 0
+    (copied / "heads.json").write_text("{")
+    assert "heads.json" in command("draw", copied, "formats=[dot]")[1]
+
+
+def test_heads_need_no_run(command, refused, tmp_path):
+    few = ("random_prompts=2", "length=5", "prompts=4", "task.test=4", "task.train=0")
+    output = tmp_path / "heads"
+    command("heads", "model=embedded", "task=greater_than", *few, f"output={output}")
+    found = json.loads((output / "heads.json").read_text())
+    assert {score["prompts"] for score in found["scores"]} == {"random tokens", "greater_than"}
+    assert "model=" in refused("heads", "task=ioi")
+
+
+def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
+    output = tmp_path / "ablation.json"
+    few = ("prompts=8", "random_sets=3", f"output={output}")
+    done = run_cli("ablate", copied, "heads=name_mover:3", "generate=2", *few)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert len(found["ablated"]["nodes"]) == len(found["low_scoring"]["nodes"]) == 3
+    assert len(found["random"]) == 3
+    assert {"kl", "accuracy", "answers"} < found["ablated"].keys()
+    by_layer = [sorted(node.split(".")[0] for node in found[key]["nodes"])
+                for key in ("ablated", "low_scoring")]  # fmt: skip
+    assert by_layer[0] == by_layer[1]
+    circuit, rest = [], []
+    for nodes, complement in ((circuit, "false"), (rest, "true")):
+        for kind in ("interchange", "mean"):
+            command("ablate", copied, f"circuit={copied}", f"complement={complement}",
+                    f"ablation={kind}", *few)  # fmt: skip
+            found = json.loads(output.read_text())
+            nodes[:] = found["ablated"]["nodes"]
+        assert found["low_scoring"] is None
+    assert len(circuit) + len(rest) == 4 * 17
+    command("ablate", copied, "nodes=[a0.h1,m2]", *few)
+    assert json.loads(output.read_text())["ablated"]["nodes"] == ["a0.h1", "m2"]
+    assert "KIND:N" in refused("ablate", copied, "heads=induction")
+    assert "previous_token" in refused("ablate", copied, "heads=inductoin:3", *few)
+    assert "a0.h16" in refused("ablate", copied, "nodes=[a0.h16]", *few)
+    assert "nodes=" in refused("ablate", copied)
+    assert "run directory" in refused("ablate", copied, "nodes=[m0]", f"output={copied / 'x.json'}")
+
+
 # ---------------------------------------------------------------------------------------- results
 
 

@@ -35,7 +35,7 @@ from edgeprune.prompts.tasks import generate_records
 from edgeprune.runs import layout
 from edgeprune.runs.data import write_records
 from edgeprune.runs.run import Run, is_run
-from edgeprune.runs.source import Source, find
+from edgeprune.runs.source import Source, find, head_labels
 
 log = logging.getLogger("edgeprune")
 
@@ -60,8 +60,10 @@ def draw(config: DrawConfig) -> Drawn:
         stem, title = folder / layout.DRAWING, run.config.title
     elif from_scores:
         raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
+        labels = head_labels(folder)
     else:
         source = find(config.circuit)
+        labels = head_labels(source.path.parent)
         circuit = read(source, graph_of(source, config.model)).circuit
         is_chosen = source.path.name in (layout.CIRCUIT, layout.EDGES)
         stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
@@ -75,7 +77,9 @@ def draw(config: DrawConfig) -> Drawn:
     shown = circuit if config.dangling else circuit.without_dangling()
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
     for path in paths:
-        draw_circuit(shown, path, title=title if config.title is None else config.title)
+        draw_circuit(
+            shown, path, title=title if config.title is None else config.title, kinds=labels
+        )
     return Drawn(shown, len(circuit) - len(shown), paths)
 
 
@@ -107,6 +111,9 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     result = comparison.compare(circuits, None if reference is None else labels[reference])
     for label, source in zip(labels, sources, strict=True):
         result["circuits"][label] = {"path": str(source.path), **result["circuits"][label]}
+    labels = next(filter(None, (head_labels(source.path.parent) for source in sources)), {})
+    if labels:
+        result["kinds_of_heads"] = comparison.kinds_of_heads(labels, circuits)
     parts = comparison.parts(circuits)
     origin = _shared_origin(sources)
     title = ", ".join(dict.fromkeys(filter(None, (source.title for source in sources))))

@@ -23,12 +23,16 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
-POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-              "mib": "scores", "page": "runs", "report": "folder"}  # fmt: skip
+POSITIONAL = {"export": "run", "evaluate": "circuit", "mib": "scores", "draw": "circuit",
+              "heads": "run", "ablate": "run", "compare": "circuits", "page": "runs",
+              "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare", "page")
 """Commands that take any number of paths."""
+
+OPTIONAL = ("heads", "ablate")
+"""Commands whose path may be left out."""
 
 EXAMPLES = {
     "prune": ("experiment=ioi", "experiment=ioi sparsity=0.98 seed=1",
@@ -48,6 +52,9 @@ EXAMPLES = {
                  "edges.json model=embedded task=ioi"),
     "mib": ("RUN", "RUN output=submission/ioi_gpt2", "graph.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
+    "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),
+    "ablate": ("RUN heads=induction:8", "RUN circuit=RUN complement=true ablation=interchange",
+               "model=smollm2 task=whereabouts heads=induction:16 generate=5"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
     "page": ("RUN", "RUN RUN output=seeds.html", "RUN edges=20000 prompts=20"),
@@ -78,7 +85,8 @@ def overview() -> str:
 
 def usage(command: str) -> str:
     """How a command is called, in one line."""
-    paths = " PATH PATH ..." if command in SEVERAL else " PATH" if command in POSITIONAL else ""
+    path = " [PATH]" if command in OPTIONAL else " PATH" if command in POSITIONAL else ""
+    paths = " PATH PATH ..." if command in SEVERAL else path
     return f"edgeprune {command}{paths} [name=value ...]"
 
 

@@ -37,6 +37,8 @@ NAMES = {
     "resid_post": "Output",
 }  # fmt: skip
 """Names shown for nodes other than heads and MLPs."""
+COMMON_KINDS = ("first token", "copying")
+"""Kinds of heads that are not shown, because most heads would have them."""
 MAX_LAID_OUT = 119
 """Circuits with more edges than this are drawn on a grid, with straight and thinner lines."""
 DPI = 110
@@ -79,7 +81,7 @@ def comparison_groups(circuits: Mapping[str, Set[Edge]]) -> list[EdgeGroup]:
 
 def draw_circuit(
     circuit: Circuit, path: Path | str, *, title: str | None = None,
-    groups: Sequence[EdgeGroup] = (),
+    groups: Sequence[EdgeGroup] = (), kinds: Mapping[str, Sequence[str]] | None = None,
 ) -> None:  # fmt: skip
     """Draw a circuit into a file, in the format of its suffix.
 
@@ -87,6 +89,7 @@ def draw_circuit(
         circuit: all of its edges are drawn; see `Circuit.without_dangling`.
         path: ends in .pdf, .svg, .png or .dot; only .dot does not need Graphviz.
         groups: colours of the edges; without groups, edges have the colour of their kind of reader.
+        kinds: kinds of heads, shown below their names, such as {"a5.h1": ["induction"]}.
 
     Raises ValueError for another suffix; GraphvizMissing if `dot` is not installed, leaving the DOT
     source next to `path`.
@@ -95,7 +98,7 @@ def draw_circuit(
     suffix = path.suffix.removeprefix(".")
     if suffix not in DRAWINGS:
         raise ValueError(f"cannot draw {path.name}; its suffix must be in {', '.join(DRAWINGS)}")
-    source = circuit_dot(circuit, title=title, groups=groups)
+    source = circuit_dot(circuit, title=title, groups=groups, kinds=kinds)
     if suffix == "dot":
         write_text(path, source)
         return
@@ -114,8 +117,9 @@ def draw_circuit(
 
 
 def circuit_dot(
-    circuit: Circuit, *, title: str | None = None, groups: Sequence[EdgeGroup] = ()
-) -> str:
+    circuit: Circuit, *, title: str | None = None, groups: Sequence[EdgeGroup] = (),
+    kinds: Mapping[str, Sequence[str]] | None = None,
+) -> str:  # fmt: skip
     """The DOT source of a circuit's drawing, always the same for the same circuit.
 
     An edge into a key or value that heads share is drawn as one arrow into each of its heads.
@@ -124,7 +128,7 @@ def circuit_dot(
     edges = sorted(circuit.edge_set, key=lambda edge: (_order(edge[1]), _order(edge[0])))
     arrows = [(edge, n) for edge in edges for n in circuit.nodes_fed_by(edge[1]) or [edge[1]]]
     colors = {edge: group.color for group in groups for edge in group.edges}
-    labels = _labels(arrows, colors)
+    labels = _labels(arrows, colors, kinds or {})
     on_grid = len(edges) > MAX_LAID_OUT
     dot = graphviz.Digraph(
         graph_attr={
@@ -180,7 +184,9 @@ def _add_grid(dot: graphviz.Digraph, rows: list[list[str]], labels: dict[str, st
             dot.node(_id(node), label=labels[node], pos=inches)
 
 
-def _labels(arrows: list[tuple[Edge, str]], colors: dict[Edge, str]) -> dict[str, str]:
+def _labels(
+    arrows: list[tuple[Edge, str]], colors: dict[Edge, str], kinds: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
     """The box of each node, in order. A box whose edges all have one colour is outlined in it."""
     inputs, outlines = defaultdict(set), defaultdict(set, resid_post=set())
     for edge, node in arrows:
@@ -188,13 +194,15 @@ def _labels(arrows: list[tuple[Edge, str]], colors: dict[Edge, str]) -> dict[str
         for end in (edge[0], node):
             outlines[end].add(colors.get(edge, OUTLINE))
     return {
-        node: _label(node, inputs[node], min(found) if len(found) == 1 else OUTLINE)
+        node: _label(
+            node, inputs[node], min(found) if len(found) == 1 else OUTLINE, kinds.get(node, ())
+        )
         for node, found in sorted(outlines.items(), key=lambda item: _order(item[0]))
     }
 
 
-def _label(node: str, inputs: set[str], outline: str) -> str:
-    """A box; a head's has a cell for each of its inputs below its name."""
+def _label(node: str, inputs: set[str], outline: str, kinds: Sequence[str]) -> str:
+    """A box; a head's has a cell for each of its inputs below its name and kinds."""
     kind, layer, head = _parse(node)
     name = NAMES.get(node) or (f"Head {layer}.{head}" if kind == "head" else f"MLP {layer}")
     font = ' COLOR="white"' if kind == "output" else ""
@@ -204,10 +212,14 @@ def _label(node: str, inputs: set[str], outline: str) -> str:
         f'<TD PORT="{k}" BGCOLOR="{FILL[k]}" TITLE="{name}.{k.upper()}">{k.upper()}</TD>'
         for k in columns
     )
+    below = "".join(
+        f'<BR/><FONT POINT-SIZE="9">{html.escape(kind)}</FONT>'
+        for kind in kinds if kind not in COMMON_KINDS
+    )  # fmt: skip
     return (
         f'<<TABLE BORDER="0" CELLBORDER="{1 if outline == OUTLINE else 2}" CELLSPACING="0" '
         f'CELLPADDING="5" COLOR="{outline}"><TR><TD PORT="out"{span} BGCOLOR="{FILL[kind]}">'
-        f"<FONT{font}>{name}</FONT></TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
+        f"<FONT{font}>{name}</FONT>{below}</TD></TR>{f'<TR>{ports}</TR>' if ports else ''}</TABLE>>"
     )
 
 

@@ -53,16 +53,16 @@ class Panel(NamedTuple):
 
 @contextmanager
 def _figure(
-    path: Path | str, title: str, num_panels: int, width: float, height: float
+    path: Path | str, title: str, num_panels: int, width: float, height: float, rows: int = 1
 ) -> Iterator[Figure]:
-    """Yield a figure with axes side by side, then write it in the format of the path's suffix."""
+    """Yield a figure with axes in rows, then write it in the format of the path's suffix."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.suptitle(title)
-        figure.subplots(1, num_panels)
+        figure.subplots(rows, -(-num_panels // rows))
         yield figure
         format = Path(path).suffix.removeprefix(".")
         no_date = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
@@ -185,6 +185,39 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         ax.set_ylim(top=1.6 * max([1e-3, *drawn, *(level for _, level in panel.levels)]))
     else:
         ax.set_ylim(-0.03, 1.06)
+
+
+def draw_heads(
+    panels: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[str]]],
+    path: Path | str, *, title: str,
+) -> Figure:  # fmt: skip
+    """Plot heat maps of layers × heads in a .png, .pdf or .svg file.
+
+    Each panel is (name, values [layer][head], heads marked with a dot, such as "a5.h1"). Values are
+    fractions, or for the panels of entropy nats.
+    """
+    num_layers, num_heads = len(panels[0][1]), len(panels[0][1][0])
+    rows = -(-len(panels) // 6)
+    size = (2.1 * min(len(panels), 6) + 0.6, rows * (1.0 + min(max(0.11 * num_layers, 1.2), 6)))
+    with _figure(path, title, len(panels), *size, rows=rows) as figure:
+        for ax in figure.axes[len(panels) :]:
+            ax.remove()
+        for ax, (name, values, marked) in zip(figure.axes, panels, strict=False):
+            top = 1.0 if max(map(max, values)) <= 1 else None
+            image = ax.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top)
+            places = [head.removeprefix("a").split(".h") for head in marked]
+            ax.scatter(
+                [int(head) for _, head in places], [int(layer) for layer, _ in places],
+                s=5, color="white", edgecolors="black", linewidths=0.5,
+            )  # fmt: skip
+            ax.set_title(name.replace(", ", "\n"), fontsize=9)
+            ax.grid(visible=False)
+            ax.locator_params(nbins=6, integer=True)
+            ax.set(xlim=(-0.5, num_heads - 0.5), ylim=(-0.5, num_layers - 0.5))
+            figure.colorbar(image, ax=ax)
+        figure.supxlabel("head; a dot is one above its threshold", fontsize=9)
+        figure.supylabel("layer", fontsize=9)
+    return figure
 
 
 def _size_axis(ax: Axes, sizes: Sequence[float]) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,15 @@ CHUNK_SIZE = 2**22
 """Number of elements of a weight that `fingerprint` converts to int64 at a time."""
 
 
+PROBED = "edgeprune"
+"""The name by which the library knows `heads.attend`."""
+
+
 class Block:
     """One transformer block, run with a separate input per reader."""
 
     layer: nn.Module  # the loaded module of the whole block
+    attention: nn.Module  # the loaded module that computes the heads' values
     d_head: int
     attention_norm: nn.Module  # the norm of the queries', keys' and values' inputs
     attention_output: nn.Module  # the output projection of the heads
@@ -85,6 +92,7 @@ class Architecture:
     """A loaded model with its parts named."""
 
     embeddings: tuple[str, ...]  # their names in order, the tokens' first
+    embedding_modules: Sequence[nn.Module]  # whose outputs they are, in the full model
     output = Output.logits  # what `logits` returns
     may_pad = True  # whether padding on the right leaves the positions before it unchanged
     blocks: Sequence[Block]
@@ -126,6 +134,24 @@ class Architecture:
 
     def attention_inputs(self, embeddings: Tensor) -> Any:
         """Masks and rotary embeddings for `Block.attend`, given [batch, pos, d_model]."""
+
+    @contextmanager
+    def probe_attention(self, probe: Callable[[int, str, Tensor], Tensor]) -> Iterator[None]:
+        """Let `probe(layer, part, x)` read and replace the parts of attention in the full model.
+
+        See `heads.attend` for the parts. The attention implementation is `attend` meanwhile.
+        """
+        config = self.body.config
+        before = config._attn_implementation
+        for layer, block in enumerate(self.blocks):
+            block.attention.probe = partial(probe, layer)
+        config._attn_implementation = PROBED
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+            for block in self.blocks:
+                block.attention.probe = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed final hidden states [..., d_model] -> [..., vocabulary]."""

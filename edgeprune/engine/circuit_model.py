@@ -22,8 +22,8 @@ A training step, from the prompts to the gradient of the gates:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgeprune.engine.architecture import Architecture, Block, fingerprint
 from edgeprune.engine.heads import centre
+from edgeprune.engine.intervene import Change, Intervention
 from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.errors import DataError
 from edgeprune.graph import CircuitGraph
@@ -161,6 +162,21 @@ class CircuitModel:
     def centre(self, x: Tensor) -> Tensor:
         """Subtract the mean over the last axis if all norms are LayerNorms."""
         return centre(x) if self.is_centred else x
+
+    def intervene(
+        self, changes: Mapping[str, Change] | None = None
+    ) -> AbstractContextManager[Intervention]:
+        """Change activations of the full model by name, and read them; names: `intervene.py`.
+
+            with model.intervene({"a5.h1": 0, "m3": "Another prompt", "a7.h2.pattern": f}) as run:
+                logits, activations = run("A prompt", ["a1.h0", "a5.resid"])
+
+        The changes also apply to whatever else runs the loaded model within the block.
+
+        Raises ConfigError for an unknown name.
+        """
+        changes = changes or {}
+        return Intervention(self.architecture, self.graph, self.tokenizer, changes).hooked()
 
     @torch.no_grad()
     def run_full(self, ids: Tensor, keep: slice) -> tuple[Tensor, Activations]:

@@ -21,6 +21,42 @@ def attention_mask(
     return make(config, embeddings, attention_mask=None, past_key_values=None)
 
 
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as the library calls it, whose parts can be read and changed on the way.
+
+    If the module has a `probe`, `probe(part, x)` takes the place of every part: "q", "k" and "v",
+    as they are multiplied (so after any rotation), and "pattern", [batch, head, query, key].
+
+    Args:
+        q: [batch, head, pos, d_head]; `k` and `v` may have fewer heads, which then are shared.
+        mask: added to the scores; None for none.
+        softcap: the scores' magnitude is kept below this.
+
+    Returns:
+        The values, [batch, pos, head, d_head], and the pattern.
+    """
+    probe = getattr(module, "probe", None) or (lambda part, x: x)
+    q, k, v = (probe(part, x) for part, x in zip("qkv", (q, k, v), strict=True))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    pattern = probe("pattern", scores.softmax(-1, dtype=torch.float32).to(q.dtype))
+    return (pattern @ v).transpose(1, 2).contiguous(), pattern
+
+
 def is_foldable(norm: nn.Module) -> bool:
     """Whether a norm is a LayerNorm or plain RMSNorm, whose scale can be folded into weights."""
     return isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon")

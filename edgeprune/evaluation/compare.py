@@ -111,6 +111,25 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     return result
 
 
+def kinds_of_heads(
+    labels: Mapping[str, Sequence[str]], circuits: Mapping[str, Circuit]
+) -> dict[str, dict[str, int]]:
+    """Per kind of head, how many the model, each circuit, and all circuits together have.
+
+    `labels` are the kinds of each head, such as {"a5.h1": ["induction"]}.
+    """
+    nodes = {name: set(circuit.nodes) for name, circuit in circuits.items()}
+    shared = reduce(and_, nodes.values())
+    return {
+        kind: {
+            "model": len(heads), "all": len(heads & shared),
+            **{name: len(heads & of) for name, of in nodes.items()},
+        }
+        for kind in dict.fromkeys(kind for kinds in labels.values() for kind in kinds)
+        for heads in [{head for head, kinds in labels.items() if kind in kinds}]
+    }  # fmt: skip
+
+
 def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
     """Tables of what `compare` returned."""
     connected, rows = result["connected"], []
@@ -137,6 +156,13 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
         found = result["agreement"].items()
         rows = [[name, *of["edges"].values(), *of["nodes"].values()] for name, of in found]
         tables.append(_table(columns, rows, f"agreement with {result['reference']}"))
+    if "kinds_of_heads" in result:
+        found = result["kinds_of_heads"]
+        names = list(result["circuits"])
+        columns = "|".join(["", "in the\nmodel", *names, "in all"])
+        rows = [[kind, n["model"], *(n[name] for name in names), n["all"]]
+                for kind, n in found.items()]  # fmt: skip
+        tables.append(_table(columns, rows, "kinds of heads (edgeprune heads)"))
     return tables
 
 

@@ -55,6 +55,7 @@ class GPT2(Architecture):
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.body = model.transformer
+        self.embedding_modules = [self.body.wte, self.body.wpe]
         self.blocks = [GPT2Block(layer) for layer in self.body.h]
         self.final_norm = self.body.ln_f
         self.unembed = model.lm_head

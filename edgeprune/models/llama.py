@@ -117,6 +117,7 @@ class Llama(Architecture):
 
     def __init__(self, model: nn.Module) -> None:
         self.body = model.model
+        self.embedding_modules = [self.body.embed_tokens]
         config = self.body.config
         # Mistral has one window for all layers, or none; the other models list the layers' types.
         has_window = getattr(config, "sliding_window", None) is not None

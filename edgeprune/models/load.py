@@ -13,15 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.masking_utils import eager_mask
 from transformers.utils import find_adapter_config_file, logging
 
+from edgeprune.engine.architecture import PROBED
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.engine.heads import is_foldable
+from edgeprune.engine.heads import attend, is_foldable
 from edgeprune.errors import ModelError
 from edgeprune.models import gguf, tracr
 from edgeprune.models.gpt2 import GPT2
@@ -46,6 +50,10 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS has not fetched yet."""
 
 SOURCES = "give a folder with config.json and *.safetensors, a .gguf file, or a hub name"
+
+
+AttentionInterface.register(PROBED, attend)
+AttentionMaskInterface.register(PROBED, eager_mask)
 
 
 def load_model(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgeprune.engine.architecture import Architecture, Block
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.engine.heads import project_to_heads
+from edgeprune.engine.heads import attend, project_to_heads
 from edgeprune.errors import DataError, ModelError
 from edgeprune.metrics import Output
 from edgeprune.paths import TRACR_MODELS
@@ -99,6 +99,7 @@ class TracrLayer(nn.Module, Block):
     """One layer, run as a whole or head by head."""
 
     layer = property(lambda self: self)
+    attention = property(lambda self: self)
     mlp_output = property(lambda self: self.mlp)
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -124,13 +125,10 @@ class TracrLayer(nn.Module, Block):
         """[3 * head, batch, pos, d_model] -> [batch, pos, head * d_head]."""
         pos = x.shape[2]
         qkv = project_to_heads(x, nn.Identity(), [self.qkv_weight], self.qkv_bias)
-        q, k, v = qkv.unflatten(0, (3, -1))  # [head, batch, pos, d_head] each
-        scores = q @ k.transpose(-1, -2) * self.scaling  # [head, batch, pos, pos]
-        if self.causal:
-            future = torch.ones(pos, pos, dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        values = scores.softmax(-1) @ v  # [head, batch, pos, d_head]
-        return values.permute(1, 2, 0, 3).flatten(2)
+        q, k, v = qkv.unflatten(0, (3, -1)).transpose(1, 2)  # [batch, head, pos, d_head] each
+        mask = x.new_full((pos, pos), -torch.inf).triu(1) if self.causal else None
+        values, _ = attend(self, q, k, v, mask, scaling=self.scaling)
+        return values.flatten(2)
 
     def output_weight(self, dtype: torch.dtype) -> Tensor:
         return self.attention_output.weight.T.unflatten(0, (-1, self.d_head))
@@ -147,12 +145,15 @@ class Tracr(nn.Module, Architecture):
         super().__init__()
         length, d_model, vocabulary = config["n_ctx"], config["d_model"], config["d_vocab"]
         self.config = SimpleNamespace(
-            max_position_embeddings=length, hidden_size=d_model, vocab_size=vocabulary
-        )
+            max_position_embeddings=length, hidden_size=d_model, vocab_size=vocabulary,
+            _attn_implementation="eager",
+        )  # fmt: skip
         self.output = OUTPUTS[config["output_type"]]
         self.may_pad = config["causal"]  # padding is not masked
         self.tok_embed = nn.Embedding(vocabulary, d_model)
         self.pos_embed = nn.Parameter(torch.empty(length, d_model))
+        self.positions = nn.Identity()  # gives hooks the position embeddings
+        self.embedding_modules = [self.tok_embed, self.positions]
         self.layers = nn.ModuleList(TracrLayer(config) for _ in range(config["n_layers"]))
         self.final_norm = nn.Identity()
         self.unembed = nn.Linear(d_model, config["d_out"], bias=False)
@@ -161,7 +162,7 @@ class Tracr(nn.Module, Architecture):
         return self.tok_embed
 
     def forward(self, inputs_embeds: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        x = inputs_embeds + self.pos_embed[: inputs_embeds.shape[1]]
+        x = inputs_embeds + self.positions(self.pos_embed[None, : inputs_embeds.shape[1]])
         for layer in self.layers:
             x = layer(x)
         return SimpleNamespace(last_hidden_state=self.final_norm(x))

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,24 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     return (_encode_ids if "clean_ids" in record else _encode_text)(tokenizer, record)
 
 
+def marked_tokens(
+    tokenizer: Any, record: dict, pair: Pair, ends: Mapping[str, int]
+) -> dict[str, int]:
+    """The positions of the tokens in which words of the clean prompt end.
+
+    `ends` are the characters at which they end, by name. Empty where the tokens of the pair, which
+    was made of the record, cannot be found in the text.
+    """
+    prompt, _ = split_prompt(record, "clean")
+    tokens = _tokenizer_for(tokenizer, prompt)(prompt)
+    last = [stop for _, stop in tokens["offset_mapping"]]
+    found = {
+        name: next(i for i, stop in enumerate(last) if stop >= end) for name, end in ends.items()
+    }
+    length = max(found.values(), default=0) + 1
+    return found if tuple(tokens["input_ids"][:length]) == pair.clean_ids[:length] else {}
+
+
 def _encode_text(tokenizer: Any, record: dict) -> Pair:
     clean, prediction = split_prompt(record, "clean")
     corrupted, other_prediction = split_prompt(record, "corrupted")
@@ -193,8 +211,7 @@ def _tokenize(
     Args:
         joins: whether to cut before the space in any case, as in the other prompt of the pair.
     """
-    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    tokenize = partial(tokenizer, add_special_tokens=not has_bos, return_offsets_mapping=True)
+    tokenize = _tokenizer_for(tokenizer, prompt)
     whole = tokenize([prompt + p for p in predictions])
     tokenized = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
     bare = prompt.removesuffix(" ")
@@ -218,6 +235,12 @@ def _tokenize(
                 "after a space or a whole word"
             )
     return ids, separate, True
+
+
+def _tokenizer_for(tokenizer: Any, prompt: str) -> Callable[..., Any]:
+    """Tokenise with offsets, without a second BOS if the prompt begins with one."""
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return partial(tokenizer, add_special_tokens=not has_bos, return_offsets_mapping=True)
 
 
 def _after_line_break(tokenizer: Any, prediction: str) -> Ids:

@@ -1,5 +1,7 @@
 """Which run, model, data and ablation a circuit that the user names belongs to."""
 
+import json
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from edgeprune.formats import CircuitFile, read_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run, is_run
+
+log = logging.getLogger("edgeprune")
 
 EXAMPLES = {
     "model": "model=embedded, or model.path=... with a folder or a hub name",
@@ -97,6 +101,16 @@ def find(given: str | Path) -> Source:
             file = read_circuit(path)
             origin, graph = file.origin, file.circuit.graph
     return Source(path, run, graph, origin)
+
+
+def head_labels(folder: Path) -> dict[str, list[str]]:
+    """The kinds of heads, by head, that `edgeprune heads` found; empty if it wrote nothing."""
+    path = folder / layout.HEADS
+    try:
+        return dict(json.loads(path.read_bytes())["labels"]) if path.exists() else {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning(f"{path} is damaged and left out ({error}); run edgeprune heads again")
+        return {}
 
 
 def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit:

@@ -20,6 +20,7 @@ from edgeprune.prompts.tasks import (
     induction,
     ioi,
     tracr,
+    whereabouts,
 )
 
 TASKS: dict[str, Callable[[random.Random], dict]] = {
@@ -30,6 +31,7 @@ TASKS: dict[str, Callable[[random.Random], dict]] = {
     "induction": induction.sample,
     # Language models continue a list with commas with more confidence.
     "induction_list": partial(induction.sample, lengths=(10, 12), comma=","),
+    "whereabouts": whereabouts.sample,
     "boolean_expressions_instruction": partial(boolean_expressions.sample, form="instruction"),
     "boolean_expressions_few_shot": partial(boolean_expressions.sample, form="few_shot"),
 }
@@ -41,6 +43,9 @@ ANSWERS = {
     "boolean_expressions_few_shot": "True",
 }
 """Maps a task to an answer; tokenizers that split it get the task's short form."""
+
+MARKS: dict[str, Callable[[dict], dict[str, int]]] = {"ioi": ioi.marks, "ioi_t1": ioi.marks}
+"""Maps a task to the function that finds where words of a clean prompt end, by their names."""
 
 FROM_MODEL = "tracr"
 """Name of the task whose prompts come with a compiled model, see `tracr.py`."""

@@ -6,6 +6,7 @@ After Wang et al. 2023 (arXiv:2211.00593), with many templates in both orders. A
 
 import random
 
+from edgeprune.prompts.schema import split_prompt
 from edgeprune.prompts.tasks.vocabulary import FEMALE_NAMES, MALE_NAMES, OBJECTS, PLACES
 
 TEMPLATES = (
@@ -26,6 +27,20 @@ TEMPLATES = (
     "Last week {first} and {second} cleaned the {place}. Then {giver} returned a {object} to",
     "At the {place}, {first} and {second} had an argument. {giver} still gave a {object} to",
 )
+
+
+def marks(record: dict) -> dict[str, int]:
+    """Where the names end in a clean prompt: IO, the indirect object; S1 and S2, the subject.
+
+    Raises KeyError or ValueError if the record is not one of `sample`.
+    """
+    prompt, answer = split_prompt(record, "clean")
+
+    def end_of(name: str, start: int = 0) -> int:
+        return prompt.index(name.strip(), start) + len(name.strip())
+
+    first = end_of(record["distractor"])
+    return {"IO": end_of(answer), "S1": first, "S2": end_of(record["distractor"], first)}
 
 
 def sample(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -> dict:

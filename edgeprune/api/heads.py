@@ -1,0 +1,101 @@
+"""What the heads of a model attend to, on random tokens and on a task's prompts."""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgeprune.api.shared import check_output, load_model_of, own_data, read
+from edgeprune.circuit import Circuit
+from edgeprune.config import HeadsConfig, TaskConfig
+from edgeprune.drawing import draw_heads
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.heads import HeadScores, score_heads
+from edgeprune.files import write_json, write_text
+from edgeprune.prompts import Pair, marked_tokens, read_records
+from edgeprune.prompts.tasks import MARKS
+from edgeprune.runs import layout
+from edgeprune.runs.data import data_of, load_pairs
+from edgeprune.runs.source import Source, find
+
+log = logging.getLogger("edgeprune")
+
+
+class FoundHeads(NamedTuple):
+    """Scores of heads, a circuit to compare them with if one was named, and the files written."""
+
+    scores: HeadScores
+    circuit: Circuit | None
+    title: str
+    paths: list[Path]
+
+
+def find_heads(config: HeadsConfig) -> FoundHeads:
+    """Score the heads of a model that settings or a run name, and write what was found."""
+    source = find(config.run) if config.run else None
+    model_config = config.model if source is None else source.model(config.model)
+    task = config.task if source is None else source.task(config.task)
+    if config.output:
+        check_output(Path(config.output), is_file=False)
+    model = load_model_of(model_config)
+    is_own = source is not None and model.fingerprint() == source.digest("model")
+    pairs, marks = [], {}
+    if task is not None:
+        with prompts_file(source, config.task, model) as path:
+            pairs = load_pairs(path, task, model, config.split)[: config.prompts]
+            marks = marks_of(path, task, model, pairs)
+    scores = score_heads(
+        model, pairs, task=task.title if task else "", marks=marks, length=config.length,
+        num_random=config.random_prompts, batch_size=config.batch_size,
+    )  # fmt: skip
+    circuit = read(source, model.graph).circuit if is_own else None
+    own_folder = source.path.parent if is_own and source.run is not None else Path("heads")
+    folder = Path(config.output) if config.output else own_folder
+    title = model_config.title if task is None else f"{model_config.title}, {task.title}"
+    record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}
+    return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))
+
+
+@contextmanager
+def prompts_file(
+    source: Source | None, given: TaskConfig | None, model: CircuitModel
+) -> Iterator[Path]:
+    """The file of the given task's prompts, or else of the run's, which must not have changed."""
+    if given is not None or source is None or source.run is None:
+        task = given if source is None else source.task(given)
+        with data_of(task, model.tokenizer) as path:
+            yield path
+    else:
+        yield own_data(source.run.data_path, source.digest("data"))
+
+
+def marks_of(
+    path: Path, task: TaskConfig, model: CircuitModel, pairs: Sequence[Pair]
+) -> dict[Pair, dict[str, int]]:
+    """Where the marked words are in each prompt of a file, if the task marks any."""
+    if task.name not in MARKS:
+        return {}
+    records = {record.get("clean"): record for record in read_records(path)}
+    return {
+        pair: marked_tokens(model.tokenizer, record, pair, MARKS[task.name](record))
+        for pair in pairs for record in [records[pair.text]]
+    }  # fmt: skip
+
+
+def _write(scores: HeadScores, record: dict[str, Any], folder: Path, title: str) -> list[Path]:
+    """Write JSON, a table and a plot; the JSON last, because other commands look for it."""
+    names = (layout.HEADS_TABLE, layout.HEADS_PLOT, layout.HEADS)
+    table, plot, file = paths = [folder / name for name in names]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(scores.rows())
+    write_text(table, text.getvalue())
+    panels = [
+        (f"{score.name}, {score.prompts}", score.value.tolist(), [*score.heads()])
+        for score in scores.scores
+    ]
+    draw_heads(panels, plot, title=title)
+    write_json(file, record)
+    return paths
