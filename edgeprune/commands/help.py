@@ -16,11 +16,11 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
-POSITIONAL = {"export": "run", "evaluate": "circuit", "draw": "circuit", "compare": "circuits",
-              "report": "folder"}  # fmt: skip
+POSITIONAL = {"export": "run", "evaluate": "circuit", "test": "circuits", "draw": "circuit",
+              "compare": "circuits", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
-SEVERAL = ("compare",)
+SEVERAL = ("compare", "test")
 """Commands that take any number of paths."""
 
 EXAMPLES = {
@@ -34,6 +34,8 @@ EXAMPLES = {
                "graph.pt output=edges.json model=embedded"),
     "evaluate": ("RUN", "RUN split=validation head_permuted=5",
                  "edges.json model=embedded task=ioi"),
+    "test": ("RUN", "RUN prompts=300 random_circuits=200", "RUN repeat=bootstrap:10",
+             "RUN RUN RUN output=specificity", "edges.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
