@@ -4,7 +4,9 @@ All circuits share the full model's passes on the clean and corrupted prompts, w
 and kept where they fit into memory (`KeptPasses`).
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from edgeprune.evaluation.statistics import bootstrap_interval
 from edgeprune.metrics import ExampleMetrics, Metrics, Output
 from edgeprune.prompts import Pair, iterate_batches
 
+AT_A_TIME = 16
+"""Number of circuits that are measured on a batch before the next batch."""
 SAME = 1e-4
 """Distances and scores that differ by at most this are equal but for rounding."""
 
@@ -53,6 +57,7 @@ class Bench:
             model, self.pairs, batch_size, corrupted=self.ablation.needs_corrupted
         )
         self.whole = Circuit(self.graph, frozenset(self.graph.edges))
+        self._known: dict[bytes, ExampleMetrics] = {}
         self.full, self.empty = self._measure([Circuit(self.graph, frozenset())])
         of_both = torch.cat([self.full.logit_difference, self.empty.logit_difference])
         self.has_differences = not bool(of_both.isnan().any())
@@ -71,8 +76,24 @@ class Bench:
         return "logit difference" if self.has_differences else "log probability of the answer"
 
     def measure(self, circuits: Iterable[Circuit]) -> list[ExampleMetrics]:
-        """Measure circuits, on the examples in the order of `pairs`."""
-        return self._measure(list(circuits))[1:]
+        """Measure circuits, on the examples in the order of `pairs`.
+
+        A circuit is not run twice. Under interchange ablation dangling edges change no output, so
+        circuits that differ in these alone are the same.
+        """
+        rest, found = iter(circuits), []
+        while some := [self._connected(circuit) for circuit in islice(rest, AT_A_TIME)]:
+            keys = [hashlib.sha256(bytes(circuit.mask())).digest() for circuit in some]
+            new = {k: c for k, c in zip(keys, some, strict=True) if k not in self._known}
+            if self.listener is not None:
+                self.listener(len(some) - len(new))
+            measured = self._measure(list(new.values()))[1:] if new else []
+            self._known.update(zip(new, measured, strict=True))
+            found += [self._known[key] for key in keys]
+        return found
+
+    def _connected(self, circuit: Circuit) -> Circuit:
+        return circuit.without_dangling() if self.ablation.kind == "interchange" else circuit
 
     def _measure(self, circuits: Sequence[Circuit]) -> list[ExampleMetrics]:
         done = 0
