@@ -260,7 +260,7 @@ def test_table_and_words_name_every_test_and_what_fails(bench, true):
     found = all_findings(bench, with_superfluous(true), num_random=NUM_RANDOM)
     assert [row[0] for row in findings_table(found, "").rows] == [each.name for each in found]
     words = in_words(found)
-    assert "fails minimality" in words
+    assert "Failed: minimality." in words
     for each in found:
         assert each.words in words
         json.dumps(each.to_dict(), allow_nan=False)

@@ -101,7 +101,7 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
         write_json(paths[0], record)
         if "curve" in by_name:
             paths.append(folder / layout.TESTS_PLOT)
-            panels = _panels(bench, by_name)
+            panels = _panels(bench, len(circuit), by_name)
             draw_frontier(panels, paths[-1], title=title, all_edges=bench.graph.num_edges)
         return paths
 
@@ -167,7 +167,7 @@ def _record(
     }
 
 
-def _panels(bench: Bench, findings: dict[str, Finding]) -> list[Panel]:
+def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[Panel]:
     """Curves: distance with quantiles, exact match, and the recovered score, with intervals."""
     details = findings["curve"].details
     points = [point for point in details["points"] if point["num_edges"] < bench.graph.num_edges]
@@ -179,12 +179,16 @@ def _panels(bench: Bench, findings: dict[str, Finding]) -> list[Panel]:
         clipped = [[min(max(x, 0.0), highest) for x in triple] for triple in triples]
         return Line(name, sizes, *map(list, zip(*clipped, strict=True)))
 
-    random_circuits = findings["sufficiency"].details["random"]
-    levels = [("empty circuit", details["empty"]),
-              ("random circuits", sum(random_circuits) / len(random_circuits))]  # fmt: skip
-    distances = [line("mean and interval", "mean"), line("median", "median"),
-                 line("90 % of prompts", "quantile_90"),
-                 line("worst prompt", "worst")]  # fmt: skip
+    mine = findings["faithfulness"].details
+    others = findings["sufficiency"].details["random"]
+    at, mean = [num_edges], sum(others) / len(others)
+    distances = [
+        line("mean and interval", "mean"), line("median", "median"),
+        line("90 % of prompts", "quantile_90"), line("worst prompt", "worst"),
+        Line("the circuit", at, [mine["mean"]], [mine["mean"]], [mine["mean"]]),
+        Line("random circuits, mean and range", at, [mean], [min(others)], [max(others)]),
+    ]  # fmt: skip
+    levels = [("empty circuit", details["empty"])]
     return [
         Panel(bench.distance_name, distances, levels, log=True),
         Panel("exact match", [line("", "exact_match", highest=1.0)], [], log=False),
@@ -260,13 +264,14 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
             benches[label].listener = listen
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
+    words = in_words(found.findings, "The circuits pass")
     record = {
         "circuits": {
             label: _record(source, cases[label], benches[label].pairs, config)
             for label, source in zip(labels, sources, strict=True)
         },
         "cells": found.cells,
-        "words": in_words(found.findings),
+        "words": words,
         "findings": [each.to_dict() for each in found.findings],
     }
     with replace_folder(output, ".edgeprune-test") as new:
@@ -276,4 +281,4 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
         draw_matrices(matrices, found.names, new / layout.TESTS_PLOT, title=f"circuits in {model}")
     tables = [*matrix_tables(found), findings_table(found.findings, "specificity")]
     paths = [output / layout.TESTS, output / layout.TESTS_PLOT]
-    return Tested(found.findings, tables, in_words(found.findings), paths)
+    return Tested(found.findings, tables, words, paths)

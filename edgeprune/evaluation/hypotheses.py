@@ -159,7 +159,7 @@ def faithfulness(bench: Bench, circuit: Circuit, own: ExampleMetrics) -> Finding
         f"({_number(low)} to {_number(high)}; {_number(found['quantile_90'])} on one prompt in "
         f"ten, {_number(found['worst'])} on the worst), where the empty circuit's is "
         f"{_number(empty)}; it gives the full model's answer on {match:.0%} of the prompts and "
-        f"recovers {recovered:.0%} of the {bench.score_name}.",
+        f"recovers {percent(recovered)} of the {bench.score_name}.",
         (low, high),
         details={**found, "empty": empty, "exact_match": match, "recovered": recovered,
                  "exact_match_interval": mean_interval(own.exact_match),
@@ -547,15 +547,20 @@ def findings_table(findings: Sequence[Finding], title: str) -> Table:
     return Table(["", "", "95 %", "", "p", "verdict"], rows, title)
 
 
-def in_words(findings: Sequence[Finding]) -> str:
+def in_words(findings: Sequence[Finding], who: str = "The circuit passes") -> str:
     """One paragraph on all tests, with the verdicts first."""
     tested = [each for each in findings if each.holds is not None]
     failed = [each.name for each in tested if not each.holds]
     passed = [each.name for each in tested if each.holds]
-    verdict = f"The circuit passes {len(passed)} of {len(tested)} tests"
-    verdict += f" ({', '.join(passed)})" if passed else ""
-    verdict += f" and fails {', '.join(failed)}." if failed else "."
+    verdict = f"{who} {len(passed)} of {len(tested)} tests"
+    verdict += f": {', '.join(passed)}" if passed else ""
+    verdict += f". Failed: {', '.join(failed)}." if failed else "."
     return " ".join([verdict, *(each.words for each in findings)])
+
+
+def percent(share: float) -> str:
+    """A fraction in per cent, without a negative zero."""
+    return f"{round(100 * share) + 0}%"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.hypotheses import Finding
+from edgeprune.evaluation.hypotheses import Finding, percent
 from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.metrics import ExampleMetrics
@@ -86,10 +86,10 @@ def _judge(
         f"specificity on {task}", f"recovers {on[task]:.2f}, without it {cut[task]:.2f}",
         f"{best} recovers {on[best]:.2f}, without {lowest} {cut[lowest]:.2f}",
         not as_good and not as_bad,
-        f"On the prompts of {task} its own circuit recovers {on[task]:.0%} of the "
-        f"{bench.score_name} and the model without it {cut[task]:.0%}; of the other circuits "
-        f"{best} recovers most ({on[best]:.0%}), and the model loses most without {lowest} "
-        f"({cut[lowest]:.0%} left). "
+        f"On the prompts of {task} its own circuit recovers {percent(on[task])} of the "
+        f"{bench.score_name} and the model without it {percent(cut[task])}; of the other circuits "
+        f"{best} recovers most ({percent(on[best])}), and the model loses most without {lowest} "
+        f"({percent(cut[lowest])} left). "
         + (f"Not told apart: {'; '.join(rivals)}." if rivals else
            "The differences are larger than chance."),
         details={"better_by": better, "taken_more": worse, "recovered": on, "without": cut},
