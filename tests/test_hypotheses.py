@@ -17,21 +17,17 @@ from edgeprune.errors import ConfigError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.evaluate import evaluate
+from edgeprune.evaluation.finding import findings_table, in_words
 from edgeprune.evaluation.hypotheses import (
-    all_findings,
     completeness,
-    curve,
     equivalence,
-    findings_table,
-    in_words,
     independence,
     minimality,
     necessity,
-    node_circuit,
-    num_circuits,
     sufficiency,
 )
 from edgeprune.evaluation.random_circuits import RandomPaths
+from edgeprune.evaluation.sceptic import all_findings, curve, node_circuit, num_circuits
 from edgeprune.evaluation.specificity import matrix_tables, specificity
 from edgeprune.evaluation.stability import stability
 from edgeprune.graph import CircuitGraph
@@ -95,6 +91,17 @@ def test_superfluous_edges_are_noticed(bench, true):
     needed = {(writer, reader) for writer, reader, *_, is_needed in found.details["effects"]
               if is_needed}  # fmt: skip
     assert needed == CIRCUIT
+
+
+def test_random_circuits_are_rarely_sufficient(bench):
+    """False alarms: they are no better than others of their kind."""
+    paths = RandomPaths(bench.graph)
+    circuits = [paths.circuit(8, seed=1000 + number) for number in range(100)]
+    found = [
+        sufficiency(bench, circuit, own, 100).holds
+        for circuit, own in zip(circuits, bench.measure(circuits), strict=True)
+    ]
+    assert sum(found) <= 7
 
 
 def test_what_is_left_out_is_noticed(bench, true):

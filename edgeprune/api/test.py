@@ -18,16 +18,10 @@ from edgeprune.config import PruneConfig, TestConfig, to_dict
 from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.hypotheses import (
-    Finding,
-    ablation_table,
-    all_findings,
-    findings_table,
-    in_words,
-    num_circuits,
-)
+from edgeprune.evaluation.finding import Finding, findings_table, in_words
+from edgeprune.evaluation.sceptic import ablation_table, all_findings, num_circuits
 from edgeprune.evaluation.specificity import matrix_tables, specificity
-from edgeprune.evaluation.stability import stability
+from edgeprune.evaluation.stability import stability, stability_table
 from edgeprune.evaluation.table import Table
 from edgeprune.files import replace_folder, write_json
 from edgeprune.prompts import Pair
@@ -58,6 +52,8 @@ def test(config: TestConfig) -> Tested:
     sources = [find(name) for name in config.circuits]
     if not sources:
         raise ConfigError("got no circuit; expected edgeprune test RUN, or RUN RUN ...")
+    if len(sources) > 1 and config.task is not None:
+        raise ConfigError("task= takes one circuit; several are measured on their own tasks")
     if len(sources) > 1:
         return _test_several(sources, config)
     return _test_one(sources[0], config)
@@ -93,6 +89,8 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
     by_name = {each.name: each for each in findings}
     tables = [findings_table(findings, title)]
     tables.append(ablation_table(by_name["ablation choice"], bench.distance_name))
+    if repeated:
+        tables.append(stability_table(by_name["stability"]))
     words, record = in_words(findings), _record(source, case, pairs, config)
     record |= {"words": words, "findings": [each.to_dict() for each in findings]}
 
@@ -189,12 +187,21 @@ def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[
         Line("random circuits, mean and range", at, [mean], [min(others)], [max(others)]),
     ]  # fmt: skip
     levels = [("empty circuit", details["empty"])]
-    return [
+    panels = [
         Panel(bench.distance_name, distances, levels, log=True),
         Panel("exact match", [line("", "exact_match", highest=1.0)], [], log=False),
         Panel(f"{bench.score_name} recovered", [line("", "recovered", highest=1.0)],
               [("full model", 1.0)], log=False),
     ]  # fmt: skip
+    if "stability" in findings:
+        rows = findings["stability"].details["sizes"]
+        found, low, high, chance = (
+            [row[key] for row in rows] for key in ("jaccard", "lowest", "highest", "by_chance")
+        )
+        sizes = [row["num_edges"] for row in rows]
+        lines = [Line("", sizes, found, low, high), Line("", sizes, chance, chance, chance)]
+        panels.append(Panel("Jaccard index of pairs; below: by chance", lines, [], log=False))
+    return panels
 
 
 # ------------------------------------------------------------------------------- learning again
@@ -232,8 +239,11 @@ def _learn(settings: PruneConfig, case: Case, pairs: Sequence[Pair], seed: int) 
 
     The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
     """
+    num_edges = settings.num_edges
+    if (settings.sparsity, num_edges) == (None, None):
+        num_edges = len(case.file.circuit)
     pruned = prune(
-        case.model, pairs, pairs[:2], num_edges=len(case.file.circuit), seed=seed,
+        case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges, seed=seed,
         ablation=ablation_of(case.model, settings.ablation, pairs, settings.evaluation_batch_size),
         trainer=TRAINERS[settings.trainer.method], **to_dict(settings.trainer),
     )  # fmt: skip

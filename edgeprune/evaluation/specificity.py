@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.hypotheses import Finding, percent
+from edgeprune.evaluation.finding import Finding, percent
 from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.metrics import ExampleMetrics

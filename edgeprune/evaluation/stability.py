@@ -10,8 +10,10 @@ from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import log_sizes
-from edgeprune.evaluation.hypotheses import NUM_SIZES, SMALLEST_SHARE, Finding
+from edgeprune.evaluation.finding import Finding
+from edgeprune.evaluation.sceptic import NUM_SIZES, SMALLEST_SHARE
 from edgeprune.evaluation.statistics import mean_interval
+from edgeprune.evaluation.table import Table
 from edgeprune.scores import EdgeScores
 
 STANDARD = 0.8
@@ -69,3 +71,14 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
         f"{found['consensus'].mean():.2g}.",
         (here["lowest"], here["highest"]), None, details,
     )  # fmt: skip
+
+
+def stability_table(finding: Finding) -> Table:
+    """The Jaccard index of pairs of circuits by their size."""
+    rows = [
+        [f"{row['num_edges']:,}", f"{row['jaccard']:.3f}",
+         f"{row['lowest']:.3f} – {row['highest']:.3f}", f"{row['by_chance']:.3f}"]
+        for row in finding.details["sizes"]
+    ]  # fmt: skip
+    columns = ["edges", "Jaccard\nindex", "range", "by\nchance"]
+    return Table(columns, rows, f"circuits learned {finding.details['repeats']} times")
