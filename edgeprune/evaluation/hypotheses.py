@@ -238,7 +238,7 @@ def minimality(
 
 def _rounded(effects: Tensor) -> Tensor:
     """Effects without rounding errors, so that those of edges that do nothing are equal."""
-    return torch.where(effects.abs() <= SAME / 10, 0.0, effects)
+    return torch.where(effects.abs() <= SAME / 100, 0.0, effects)
 
 
 # ------------------------------------------------------------------------------- sets of nodes
