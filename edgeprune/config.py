@@ -632,6 +632,55 @@ class EvaluateConfig(Settings):
 
 
 @dataclass
+class TestConfig(Settings):
+    """Test a circuit as a sceptic would; several circuits: each on the others' prompts."""
+
+    circuits: list[str] = setting(list)
+    """Run directory or circuit file; with several of one model, each circuit is measured on, and
+    cut out of the model on, the prompts of every other."""
+    model: ModelConfig | None = None
+    """null: the model in which the circuit was found."""
+    task: TaskConfig | None = None
+    """null: the task on which it was found."""
+    ablation: AblationConfig | None = None
+    """null: the ablation with which it was found, or interchange."""
+    split: str = setting("test", choices=SPLITS)
+    """Which prompts."""
+    prompts: int = setting(100, at_least=2)
+    """Number of prompts, drawn at random; more make intervals narrower and tests more powerful."""
+    random_circuits: int = setting(100, at_least=1)
+    """Number of random circuits, and of random edges, to compare with. With fewer than 29, no
+    circuit can pass the comparison."""
+    repeat: str | None = None
+    """bootstrap:N learns N times again from bootstrap samples of the training prompts, seeds:N with
+    other seeds, to see how stable the circuit is. What has been learned is kept in the run."""
+    batch_size: int | None = setting(None, at_least=1)
+    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
+    seed: int = 0
+    """Of the prompts, the random circuits and the random sets of nodes."""
+    output: str | None = None
+    """Folder to write; an earlier result there is replaced. null: test.json and test.png next to
+    the circuit if model, prompts and ablation are those of its run, otherwise none; with several
+    circuits: specificity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repeat is not None:
+            if not re.fullmatch(r"(bootstrap|seeds):[0-9]+", self.repeat) or self.repeats[1] < 2:
+                raise ConfigError(
+                    f"repeat={self.repeat} must be bootstrap:N or seeds:N, with N at least 2"
+                )
+            if len(self.circuits) > 1:
+                raise ConfigError("repeat= takes one run; test the runs one after another")
+
+    @property
+    def repeats(self) -> tuple[str, int]:
+        """What differs between repetitions, "bootstrap" or "seeds", and their number."""
+        kind, _, number = (self.repeat or "none:0").partition(":")
+        return kind, int(number)
+
+
+@dataclass
 class MibConfig(Settings):
     """Measure scores as the MIB benchmark does: CPR, CMD and ten faithfulness values."""
 
@@ -828,6 +877,7 @@ COMMANDS = {
     "attribute": AttributeConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "test": TestConfig,
     "mib": MibConfig,
     "draw": DrawConfig,
     "heads": HeadsConfig,

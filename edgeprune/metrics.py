@@ -150,6 +150,7 @@ class ExampleMetrics:
     correct: Tensor  # 1 if every most likely token is that of a right answer, else 0
     logit_difference: Tensor
     probability_difference: Tensor
+    log_probability: Tensor  # of the tokens to predict, mean over tokens; NaN for values
     predicted: tuple[Tensor, ...]  # [predicted] each, most likely tokens, or the numbers output
 
     @classmethod
@@ -180,17 +181,20 @@ def measure(
     if output is Output.logits:
         correct |= _belongs_to_another_answer(predicted, batch)
         kl, error = distance, unknown
-        of_logits = (logit_differences(batch, outputs), _probability_differences(batch, outputs))
-        differences = [x.cpu().double() for x in of_logits]
+        of_logits = (
+            logit_differences(batch, outputs), _probability_differences(batch, outputs),
+            _log_probabilities(batch, outputs),
+        )  # fmt: skip
+        found = [x.cpu().double() for x in of_logits]
     else:
-        kl, error, differences = unknown, distance, (unknown, unknown)
+        kl, error, found = unknown, distance, [unknown] * 3
     exact_match, correct = (
         _reduce_by_example(flags.float(), batch, "amin").cpu().double() for flags in (same, correct)
     )
     predicted = predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs])
     return ExampleMetrics(
         kl=kl, error=error, exact_match=exact_match, correct=correct, predicted=predicted,
-        logit_difference=differences[0], probability_difference=differences[1],
+        logit_difference=found[0], probability_difference=found[1], log_probability=found[2],
     )  # fmt: skip
 
 
@@ -202,6 +206,13 @@ def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
         right = {*pair.also_right, *((pair.contrast, token) for token in pair.answer_ids)}
         flags += [(index, next(tokens)) in right for index in range(len(pair.target_ids))]
     return torch.tensor(flags, device=predicted.device)
+
+
+def _log_probabilities(batch: Batch, logits: Tensor) -> Tensor:
+    """[batch], log probability of the tokens to predict in nats, mean over each example's."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    log_p = log_p.gather(-1, batch.target_ids.clamp(min=0)[:, None])[:, 0] * batch.shares
+    return log_p.new_zeros(len(batch.pairs)).index_add(0, batch.rows, log_p)
 
 
 def _probability_differences(batch: Batch, logits: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from edgeprune.config import (
     AblationConfig,
     EvaluateConfig,
     TaskConfig,
+    TestConfig,
     to_dict,
 )
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
+from edgeprune.formats import CircuitFile
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import (
@@ -40,16 +42,36 @@ class Measured(NamedTuple):
     output: Path | None
 
 
-def evaluate_circuit(config: EvaluateConfig) -> Measured:
-    """Measure a circuit that is named by its run directory or file."""
-    source = find(config.circuit)
-    model_config, task = source.model(config.model), source.task(config.task)
-    ablation = source.ablation(config.ablation)
-    output = Path(config.output) if config.output else None
-    if output:
-        check_output(output, [source.path, model_config.path, task.path])
-    model = load_model_of(model_config)
-    circuit = read(source, model.graph, ablation).circuit
+class Case(NamedTuple):
+    """A circuit and everything with which it is measured.
+
+    Attributes:
+        reference: the prompts over which mean ablation averages.
+        data_digest: SHA-256 of the prompts' file.
+        is_own_data: whether the circuit was found on this file.
+        is_own: whether model, prompts and ablation are those with which it was found.
+    """
+
+    model: CircuitModel
+    file: CircuitFile
+    pairs: PairDataset
+    reference: PairDataset
+    ablation: AblationConfig
+    batch_size: int
+    data_digest: str
+    is_own_data: bool
+    is_own: bool
+    title: str
+
+
+def load_case(
+    source: Source, config: EvaluateConfig | TestConfig, model: CircuitModel | None = None
+) -> Case:
+    """Load the model (unless given), the circuit and the prompts; warn of what differs."""
+    model_config, ablation = source.model(config.model), source.ablation(config.ablation)
+    source.task(config.task)  # raises before the model is loaded
+    model = model or load_model_of(model_config)
+    file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
     if config.model is None and not is_own_model:
         log.warning(
@@ -57,24 +79,38 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
             "configuration or tokenizer"
         )
     pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
-    is_own_data = digest == source.digest("data")
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
-    batch_size = batch_size or MAX_EVALUATION_BATCH
-    evaluation = evaluate(
-        model, circuit, pairs, batch_size=batch_size, head_permuted=config.head_permuted,
-        ablation=ablation_of(model, ablation, reference, batch_size),
-    )  # fmt: skip
+    is_own_data = digest == source.digest("data")
     is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
-    if output is None and is_own and source.path.name in (layout.CIRCUIT, layout.EDGES):
+    return Case(
+        model, file, pairs, reference, ablation, batch_size or MAX_EVALUATION_BATCH, digest,
+        is_own_data, is_own and source.path.name in (layout.CIRCUIT, layout.EDGES),
+        f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
+    )  # fmt: skip
+
+
+def evaluate_circuit(config: EvaluateConfig) -> Measured:
+    """Measure a circuit that is named by its run directory or file."""
+    source = find(config.circuit)
+    output = Path(config.output) if config.output else None
+    if output:
+        task = source.task(config.task)
+        check_output(output, [source.path, source.model(config.model).path, task.path])
+    case = load_case(source, config)
+    model, circuit, pairs = case.model, case.file.circuit, case.pairs
+    evaluation = evaluate(
+        model, circuit, pairs, batch_size=case.batch_size, head_permuted=config.head_permuted,
+        ablation=ablation_of(model, case.ablation, case.reference, case.batch_size),
+    )  # fmt: skip
+    if output is None and case.is_own:
         output = source.path.with_name(layout.evaluation(config.split))
     if output is not None:
         record = evaluation_record(
-            model, circuit, pairs, config.split, ablation, evaluation, data_digest=digest,
-            is_own=is_own_data,
+            model, circuit, pairs, config.split, case.ablation, evaluation,
+            data_digest=case.data_digest, is_own=case.is_own_data,
         )  # fmt: skip
         write_json(output, {"circuit_file": str(source.path), **record})
-    title = f"{model_config.title}, {pairs.name}, {ablation.kind} ablation"
-    return Measured(evaluation, circuit, title, output)
+    return Measured(evaluation, circuit, case.title, output)
 
 
 def load_prompts(

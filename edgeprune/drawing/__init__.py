@@ -1,10 +1,17 @@
 """Drawings of circuits, plots and the HTML page of a report. Imports no torch."""
 
 from edgeprune.drawing.graphviz import circuit_dot, comparison_groups, draw_circuit
-from edgeprune.drawing.plots import Line, Panel, draw_frontier, draw_heads, draw_training
+from edgeprune.drawing.plots import (
+    Line,
+    Panel,
+    draw_frontier,
+    draw_heads,
+    draw_matrices,
+    draw_training,
+)
 from edgeprune.drawing.report import render_report
 
 __all__ = [
-    "Line", "Panel", "circuit_dot", "comparison_groups", "draw_circuit",
-    "draw_frontier", "draw_heads", "draw_training", "render_report",
+    "Line", "Panel", "circuit_dot", "comparison_groups", "draw_circuit", "draw_frontier",
+    "draw_heads", "draw_matrices", "draw_training", "render_report",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -154,6 +154,30 @@ def draw_frontier(
             ax.set_xlabel(f"edges kept, of {all_edges:,}")
         if names:
             figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")
+    return figure
+
+
+def draw_matrices(
+    matrices: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], path: Path | str,
+    *, title: str,
+) -> Figure:  # fmt: skip
+    """Draw matrices of fractions side by side, with their numbers, in a .png, .pdf or .svg file.
+
+    `matrices` maps each title to [row, column] in [0, 1]; rows and columns have the same names.
+    """
+    size = 2.2 + 0.9 * len(names)
+    with _figure(path, title, len(matrices), size * len(matrices), size) as figure:
+        for ax, (heading, values) in zip(figure.axes, matrices.items(), strict=True):
+            ax.imshow(values, cmap="Blues", vmin=0, vmax=1)
+            ax.set_title(heading, fontsize=10)
+            ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+            ax.set_yticks(range(len(names)), names)
+            ax.grid(visible=False)
+            ax.set(xlabel="prompts of", ylabel="circuit of")
+            for row, numbers in enumerate(values):
+                for column, number in enumerate(numbers):
+                    color = "white" if number > 0.6 else "black"
+                    ax.text(column, row, f"{number:.2f}", ha="center", va="center", color=color)
     return figure
 
 

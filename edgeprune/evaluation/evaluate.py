@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
-from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
 from edgeprune.metrics import METRICS, ExampleMetrics, Metrics, Output, measure
@@ -91,16 +92,19 @@ def measure_circuits(
     batches: Sequence[Batch],
     ablation: Ablation,
     listener: Callable[[int], object] | None = None,
+    run_pair: Callable[[Batch], tuple[Tensor, Activations | None]] | None = None,
 ) -> list[ExampleMetrics]:
     """Measure the full model and then each circuit, on the same passes of the full model.
 
-    `listener` is called after each batch with the number of prompts done.
+    `listener` is called after each batch with the number of prompts done; `run_pair` gives passes
+    that were kept (None: the model's own).
     """
+    run_pair = run_pair or partial(model.run_pair, corrupted=ablation.needs_corrupted)
     gates = [torch.tensor(c.mask(), dtype=torch.float32, device=model.device) for c in circuits]
     parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
     for batch in batches:
         batch = batch.to(model.device)
-        reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
+        reference, corrupted = run_pair(batch)
         values = ablation.values(batch, corrupted)
         parts[0].append(measure(batch, reference, reference, model.output))
         for part, circuit_gates in zip(parts[1:], gates, strict=True):

@@ -1,0 +1,296 @@
+"""Testing circuits as a sceptic would: one circuit thoroughly, or several on each other's tasks."""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgeprune.api.circuits import labels_of
+from edgeprune.api.evaluate import Case, load_case
+from edgeprune.api.prune import prune
+from edgeprune.api.shared import ablation_of, check_output, own_data
+from edgeprune.circuit import Circuit
+from edgeprune.config import PruneConfig, TestConfig, to_dict
+from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.finding import Finding, findings_table, in_words
+from edgeprune.evaluation.sceptic import ablation_table, all_findings, num_circuits
+from edgeprune.evaluation.specificity import matrix_tables, specificity
+from edgeprune.evaluation.stability import stability, stability_table
+from edgeprune.evaluation.table import Table
+from edgeprune.files import replace_folder, write_json
+from edgeprune.prompts import Pair
+from edgeprune.runs import layout
+from edgeprune.runs.data import load_pairs
+from edgeprune.runs.run import Run
+from edgeprune.runs.source import Source, find
+from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import progress
+
+log = logging.getLogger("edgeprune")
+
+TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
+"""Of each method, the settings that its runs start from."""
+
+
+class Tested(NamedTuple):
+    """Tables and words for people, and the files that were written."""
+
+    findings: list[Finding]
+    tables: list[Table]
+    words: str
+    paths: list[Path]
+
+
+def test(config: TestConfig) -> Tested:
+    """Test a circuit, or several of one model on each other's prompts."""
+    sources = [find(name) for name in config.circuits]
+    if not sources:
+        raise ConfigError("got no circuit; expected edgeprune test RUN, or RUN RUN ...")
+    if len(sources) > 1 and config.task is not None:
+        raise ConfigError("task= takes one circuit; several are measured on their own tasks")
+    if len(sources) > 1:
+        return _test_several(sources, config)
+    return _test_one(sources[0], config)
+
+
+def _test_one(source: Source, config: TestConfig) -> Tested:
+    if config.output:
+        check_output(Path(config.output), is_file=False)
+    if config.repeat and source.run is None:
+        raise ConfigError(f"repeat= learns again as a run did, but {source.path} is in no run")
+    case = load_case(source, config)
+    circuit, scores = case.file.circuit, _scores(source, case)
+    pairs = _drawn(case.pairs, config)
+    repeated, kind = _repeat(source.run, case, config) if config.repeat else ([], "")
+    count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
+    with _counting(count, "testing: circuit") as listen:
+        bench = _bench(case, pairs)
+        start = time.perf_counter()
+        bench.measure([circuit])
+        seconds = time.perf_counter() - start
+        log.info(
+            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
+            f"{max(1, round(count * seconds)):,} s"
+        )
+        bench.listener = listen
+        findings = all_findings(
+            bench, circuit, scores, num_random=config.random_circuits, reference=case.reference,
+            seed=config.seed,
+        )  # fmt: skip
+        if repeated:
+            findings.append(stability(bench, circuit, repeated, kind))
+    title = f"{case.title}: {len(circuit):,} edges, {len(pairs):,} {config.split} prompts"
+    by_name = {each.name: each for each in findings}
+    tables = [findings_table(findings, title)]
+    tables.append(ablation_table(by_name["ablation choice"], bench.distance_name))
+    if repeated:
+        tables.append(stability_table(by_name["stability"]))
+    words, record = in_words(findings), _record(source, case, pairs, config)
+    record |= {"words": words, "findings": [each.to_dict() for each in findings]}
+
+    def write(folder: Path) -> list[Path]:
+        paths = [folder / layout.TESTS]
+        write_json(paths[0], record)
+        if "curve" in by_name:
+            paths.append(folder / layout.TESTS_PLOT)
+            panels = _panels(bench, len(circuit), by_name)
+            draw_frontier(panels, paths[-1], title=title, all_edges=bench.graph.num_edges)
+        return paths
+
+    paths = []
+    if config.output:
+        with replace_folder(Path(config.output), ".edgeprune-test") as new:
+            paths = [Path(config.output, path.name) for path in write(new)]
+    elif case.is_own:
+        paths = write(source.path.parent)
+    return Tested(findings, tables, words, paths)
+
+
+def _scores(source: Source, case: Case) -> EdgeScores | None:
+    """The scores from which the circuit was cut: those of its run or its file, if any."""
+    if case.file.scores is not None or source.run is None:
+        return case.file.scores
+    scores = source.run.scores()
+    return scores if scores.graph == case.model.graph else None
+
+
+def _drawn(pairs: Sequence[Pair], config: TestConfig) -> list[Pair]:
+    """As many of the prompts as asked for, or all if there are fewer."""
+    if len(pairs) <= config.prompts:
+        return list(pairs)
+    return random.Random(config.seed).sample(list(pairs), config.prompts)
+
+
+def _bench(case: Case, pairs: Sequence[Pair]) -> Bench:
+    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
+    return Bench(case.model, pairs, ablation, case.batch_size)
+
+
+@contextmanager
+def _counting(total: int, unit: str) -> Iterator[Any]:
+    """Show the progress of about `total` circuits; yields a function that adds to their number."""
+    done = 0.0
+    with progress(total, unit) as show:
+
+        def add(number: float) -> None:
+            nonlocal done
+            done = min(done + number, total)
+            show(int(done), "")
+
+        yield add
+
+
+def _record(
+    source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig
+) -> dict[str, Any]:
+    """What was tested, as JSON values."""
+    return {
+        "circuit_file": str(source.path),
+        "edges_sha256": case.file.circuit.digest(),
+        "model": case.model.name,
+        "model_sha256": case.model.fingerprint(),
+        "data": case.pairs.name,
+        "data_sha256": case.data_digest,
+        "split": config.split,
+        "num_prompts": len(pairs),
+        "num_random": config.random_circuits,
+        "seed": config.seed,
+        "ablation": to_dict(case.ablation),
+    }
+
+
+def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[Panel]:
+    """Curves: distance with quantiles, exact match, and the recovered score, with intervals."""
+    details = findings["curve"].details
+    points = [point for point in details["points"] if point["num_edges"] < bench.graph.num_edges]
+    sizes = [point["num_edges"] for point in points]
+
+    def line(name: str, key: str, *, highest: float = math.inf) -> Line:
+        """Values and their intervals, if there are any, from 0 to `highest`."""
+        triples = [(p[key], *p.get(f"{key}_interval", (p[key], p[key]))) for p in points]
+        clipped = [[min(max(x, 0.0), highest) for x in triple] for triple in triples]
+        return Line(name, sizes, *map(list, zip(*clipped, strict=True)))
+
+    mine = findings["faithfulness"].details
+    others = findings["sufficiency"].details["random"]
+    at, mean = [num_edges], sum(others) / len(others)
+    distances = [
+        line("mean and interval", "mean"), line("median", "median"),
+        line("90 % of prompts", "quantile_90"), line("worst prompt", "worst"),
+        Line("the circuit", at, [mine["mean"]], [mine["mean"]], [mine["mean"]]),
+        Line("random circuits, mean and range", at, [mean], [min(others)], [max(others)]),
+    ]  # fmt: skip
+    levels = [("empty circuit", details["empty"])]
+    panels = [
+        Panel(bench.distance_name, distances, levels, log=True),
+        Panel("exact match", [line("", "exact_match", highest=1.0)], [], log=False),
+        Panel(f"{bench.score_name} recovered", [line("", "recovered", highest=1.0)],
+              [("full model", 1.0)], log=False),
+    ]  # fmt: skip
+    if "stability" in findings:
+        rows = findings["stability"].details["sizes"]
+        found, low, high, chance = (
+            [row[key] for row in rows] for key in ("jaccard", "lowest", "highest", "by_chance")
+        )
+        sizes = [row["num_edges"] for row in rows]
+        lines = [Line("", sizes, found, low, high), Line("", sizes, chance, chance, chance)]
+        panels.append(Panel("Jaccard index of pairs; below: by chance", lines, [], log=False))
+    return panels
+
+
+# ------------------------------------------------------------------------------- learning again
+
+
+def _repeat(run: Run, case: Case, config: TestConfig) -> tuple[list[EdgeScores], str]:
+    """Learn again as the run did; what was learned earlier is read from the run."""
+    kind, number = config.repeats
+    if not isinstance(run.config, PruneConfig):
+        raise ConfigError(f"repeat= learns again, so it needs a run of prune, not {run.path}")
+    settings, train = run.config, _training_pairs(run, case)
+    found = []
+    for index in range(number):
+        path = run.path / layout.REPEATS / f"{kind}-{index}.safetensors"
+        if not path.exists():
+            start = time.perf_counter()
+            pairs, seed = train, settings.seed
+            if kind == "bootstrap":
+                pairs = random.Random(f"bootstrap/{index}").choices(train, k=len(train))
+            else:
+                seed += index + 1
+            _learn(settings, case, pairs, seed).save(path)
+            seconds = (time.perf_counter() - start) * (number - index - 1)
+            log.info(f"{kind} {index + 1}/{number}: {path}; about {seconds:.0f} s left")
+        found.append(EdgeScores.load(path))
+    return found, {"bootstrap": "bootstrap samples", "seeds": "seeds"}[kind]
+
+
+def _training_pairs(run: Run, case: Case) -> list[Pair]:
+    """The prompts from which the run learned."""
+    path = own_data(run.data_path, run.digests["data"])
+    return list(load_pairs(path, run.config.task, case.model, "train"))
+
+
+def _learn(settings: PruneConfig, case: Case, pairs: Sequence[Pair], seed: int) -> EdgeScores:
+    """Scores learned with a run's settings from other prompts or with another seed.
+
+    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
+    """
+    num_edges = settings.num_edges
+    if (settings.sparsity, num_edges) == (None, None):
+        num_edges = len(case.file.circuit)
+    pruned = prune(
+        case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges, seed=seed,
+        ablation=ablation_of(case.model, settings.ablation, pairs, settings.evaluation_batch_size),
+        trainer=TRAINERS[settings.trainer.method], **to_dict(settings.trainer),
+    )  # fmt: skip
+    return pruned.scores
+
+
+# ------------------------------------------------------------------------------- several circuits
+
+
+def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
+    output = Path(config.output or "specificity")
+    check_output(output, is_file=False)
+    labels = labels_of([source.path for source in sources])
+    cases: dict[str, Case] = {}
+    for label, source in zip(labels, sources, strict=True):
+        known = next((case.model for case in cases.values()), None)
+        if known is not None and source.digest("model") not in (None, known.fingerprint()):
+            raise ConfigError(
+                f"{source.path} belongs to another model than {sources[0].path}; specificity "
+                "compares circuits of one model"
+            )
+        cases[label] = load_case(source, config, known)
+    circuits: dict[str, Circuit] = {label: case.file.circuit for label, case in cases.items()}
+    with _counting(2 * len(cases) ** 2, "testing: circuit") as listen:
+        benches = {}
+        for label, case in cases.items():
+            benches[label] = _bench(case, _drawn(case.pairs, config))
+            benches[label].listener = listen
+        found = specificity(circuits, benches)
+    model = next(iter(cases.values())).model.name
+    words = in_words(found.findings, "The circuits pass")
+    record = {
+        "circuits": {
+            label: _record(source, cases[label], benches[label].pairs, config)
+            for label, source in zip(labels, sources, strict=True)
+        },
+        "cells": found.cells,
+        "words": words,
+        "findings": [each.to_dict() for each in found.findings],
+    }
+    with replace_folder(output, ".edgeprune-test") as new:
+        write_json(new / layout.TESTS, record)
+        matrices = {"exact match of the circuit": found.on,
+                    "exact match of the model without it": found.without}  # fmt: skip
+        draw_matrices(matrices, found.names, new / layout.TESTS_PLOT, title=f"circuits in {model}")
+    tables = [*matrix_tables(found), findings_table(found.findings, "specificity")]
+    paths = [output / layout.TESTS, output / layout.TESTS_PLOT]
+    return Tested(found.findings, tables, words, paths)

@@ -1,0 +1,308 @@
+"""Tests of hypotheses about a circuit, each with what would count against it.
+
+Sufficiency, partial necessity, equivalence, independence and minimality are those of Shi et al.
+2024 (arXiv:2410.13032), completeness is that of Wang et al. 2022 (arXiv:2211.00593). Each function
+returns a `Finding`; its docstring says how it differs from the paper. Tests are at level .05.
+Intervals are 95 % bootstrap intervals over prompts, for the given circuits.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edgeprune.circuit import Circuit
+from edgeprune.evaluation.bench import SAME, Bench
+from edgeprune.evaluation.finding import Finding, brief
+from edgeprune.evaluation.random_circuits import RandomPaths
+from edgeprune.evaluation.statistics import (
+    benjamini_hochberg,
+    binomial_tail,
+    bootstrap_interval,
+    gaussian_kernel,
+    hsic_test,
+    mean_interval,
+    rank_p_values,
+    sign_test,
+)
+from edgeprune.metrics import ExampleMetrics
+
+LEVEL = 0.05
+"""Level of all tests."""
+MAX_AS_GOOD = 0.1
+"""Largest probability with which a random circuit may do as well (1 - q* of Shi et al.)."""
+MARGIN = 0.1
+"""How far from one half the share of prompts may be for equivalence (epsilon of Shi et al.)."""
+MAX_EDGES = 200
+"""Number of edges whose removal is measured; of a larger circuit, edges drawn at random."""
+NUM_NODE_SETS = 20
+"""Number of random sets of nodes."""
+GREEDY_STEPS, GREEDY_TRIES = 5, 10
+"""Number of nodes of the greedy set, and of nodes tried for each (10 in Wang et al.)."""
+MAX_INCOMPLETE = 0.2
+"""How much of the full model's score a circuit may differ by when both lose the same nodes. A
+convention of ours."""
+MAX_HSIC = 500
+"""Number of prompts of the independence test, which needs memory quadratic in it."""
+
+
+# ------------------------------------------------------------------------------- random circuits
+
+
+def sufficiency(
+    bench: Bench, circuit: Circuit, own: ExampleMetrics, num_random: int = 100, seed: int = 0
+) -> Finding:
+    """Compare the circuit with random circuits made of paths, of equally many edges.
+
+    The hypothesis is that a random circuit is at least as faithful with probability .1 or more
+    (q* = .9 of Shi et al.), tested with the exact binomial distribution.
+    """
+    paths = RandomPaths(bench.graph)
+    circuits = [paths.circuit(len(circuit), seed + index) for index in range(num_random)]
+    distances = [bench.distance(each).mean().item() for each in bench.measure(circuits)]
+    mine, name = bench.distance(own).mean().item(), bench.distance_name
+    as_good = sum(distance <= mine + SAME for distance in distances)
+    p = 1 - binomial_tail(as_good + 1, num_random, MAX_AS_GOOD)
+    best, mean = min(distances), sum(distances) / num_random
+    return Finding(
+        "sufficiency", f"{name} {brief(mine)}",
+        f"random circuits {brief(mean)}, the best {brief(best)}", p <= LEVEL,
+        f"Of {num_random} random circuits of as many connected edges, {_count(as_good)} at least "
+        f"as faithful (their mean {name} is {brief(mean)}, the lowest {brief(best)}); "
+        f"{_most_as_good(num_random) + 1} would count against it.",
+        mean_interval(bench.distance(own)), p,
+        {"random": distances, "sizes": [len(each) for each in circuits], "as_good": as_good},
+    )  # fmt: skip
+
+
+def necessity(
+    bench: Bench, circuit: Circuit, num_random: int = 100, seed: int = 0
+) -> Finding:  # fmt: skip
+    """Compare what the full model loses without the circuit and without random connected edges.
+
+    Partial necessity of Shi et al.: the random edges are drawn from outside the circuit, equally
+    many as far as there are, and the hypothesis is that losing them does at least as much damage
+    with probability .1 or more.
+    """
+    paths = RandomPaths(bench.graph, excluded=circuit.edge_set)
+    circuits = [paths.circuit(len(circuit), seed + index) for index in range(num_random)]
+    without, *others = bench.measure(bench.whole - each for each in (circuit, *circuits))
+    damage, name = bench.distance(without), bench.distance_name
+    distances = [bench.distance(each).mean().item() for each in others]
+    mine, mean, worst = damage.mean().item(), sum(distances) / num_random, max(distances)
+    as_bad = sum(distance >= mine - SAME for distance in distances)
+    p = 1 - binomial_tail(as_bad + 1, num_random, MAX_AS_GOOD)
+    sizes = [len(each) for each in circuits]
+    few = "" if min(sizes) == len(circuit) else f" (only {min(sizes):,} or more could be drawn)"
+    return Finding(
+        "partial necessity", f"{name} {brief(mine)} without it",
+        f"without random edges {brief(mean)}, at most {brief(worst)}", p <= LEVEL,
+        f"Without the circuit's edges the full model's {name} is {brief(mine)}; without as many "
+        f"random connected edges{few} it is {brief(mean)}, and at least as large in {as_bad} of "
+        f"{num_random} cases ({_most_as_good(num_random) + 1} would count against it).",
+        mean_interval(damage), p,
+        {"random": distances, "sizes": sizes, "as_bad": as_bad,
+         "exact_match": without.exact_match.mean().item(),
+         "recovered": bench.recovered(without)},
+    )  # fmt: skip
+
+
+def _count(number: int) -> str:
+    return {0: "none is", 1: "one is"}.get(number, f"{number} are")
+
+
+def _most_as_good(trials: int) -> int:
+    """The largest number of random circuits as good with which the hypothesis is rejected."""
+    passing = (k for k in range(trials) if 1 - binomial_tail(k + 1, trials, MAX_AS_GOOD) <= LEVEL)
+    return max(passing, default=-1)
+
+
+# ------------------------------------------------------------------------------- single hypotheses
+
+
+def equivalence(bench: Bench, own: ExampleMetrics) -> Finding:
+    """The share of prompts on which the circuit does the task better than the full model.
+
+    The hypothesis, which is in the circuit's favour, is that the share is within .1 of one half
+    (epsilon = .1 of Shi et al.). Both sides are compared on each prompt, by their scores; ties are
+    left out.
+    """
+    difference = bench.score(own) - bench.score(bench.full)
+    better, worse = (int((sign * difference > SAME).sum()) for sign in (1, -1))
+    trials = better + worse
+    share = (better + (len(bench) - trials) / 2) / len(bench)
+    p = sign_test(better, trials, MARGIN)
+    halves = torch.where(difference.abs() <= SAME, 0.5, (difference > 0).double())
+    most = bisect_left(
+        range(trials + 1), True, lo=(trials + 1) // 2,
+        key=lambda wins: sign_test(wins, trials, MARGIN) <= LEVEL,
+    ) - 1  # fmt: skip
+    against = (
+        f"fewer than {trials - most} or more than {most} of the {trials} would count against it"
+        if most < trials else "too few differ to count against it"
+    )  # fmt: skip
+    return Finding(
+        "equivalence", f"better than the full model on {share:.0%}", "half of the prompts",
+        p > LEVEL,
+        f"By its {bench.score_name} the circuit does better than the full model on {better} "
+        f"prompts and worse on {worse}; {against}.",
+        mean_interval(halves), p,
+        {"better": better, "worse": worse, "share": share,
+         "mean_difference": difference.mean().item()},
+    )  # fmt: skip
+
+
+def independence(bench: Bench, circuit: Circuit) -> Finding:
+    """Whether what the circuit leaves out carries information about the answer.
+
+    The full model without the circuit's edges is compared with the empty circuit: the difference of
+    their outputs must be independent of the answer, by HSIC with permutations. Shi et al. compare
+    the scores of this model and of the full one. These may depend on each other through what clean
+    and corrupted prompts share, so we subtract the empty circuit's outputs and test against the
+    answer itself.
+    """
+    without, empty = bench.outputs([bench.whole - circuit, bench.whole - bench.whole])
+    added = (without - empty)[:MAX_HSIC]  # [example, feature]
+    added = torch.where(added.abs() <= SAME, 0.0, added)
+    answers = bench.answers()[:MAX_HSIC]
+    same = (answers[:, None] - answers).abs() <= 1e-3  # [example, example, token]
+    same = same.double().mean(-1)
+    apart = same[~torch.eye(len(same), dtype=torch.bool)]
+    if apart.min() == apart.max():  # permutations would change nothing
+        reason = "all prompts have the same answer, or no two have"
+        return Finding.inapplicable("independence", reason)
+    criterion, p = hsic_test(gaussian_kernel(added), same)
+    changed = added.abs().amax(-1).mean().item()
+    return Finding(
+        "independence", f"dependence {criterion:.3f}", "no dependence (0)", p > LEVEL,
+        f"What the circuit leaves out changes outputs by up to {brief(changed)} on an average "
+        f"prompt; the normalised dependence of this change on the answer is {criterion:.3f}, which "
+        f"{'could be chance' if p > LEVEL else 'is more than chance'} (p = {p:.3f}; at most .05 "
+        "would count against it).",
+        None, p, {"hsic": criterion, "mean_change": changed, "num_prompts": len(added)},
+    )  # fmt: skip
+
+
+def minimality(
+    bench: Bench, circuit: Circuit, own: ExampleMetrics, num_random: int = 100, seed: int = 0
+) -> Finding:
+    """Whether each edge does more than an edge added at random.
+
+    An edge's effect is what its removal adds to the mean distance. It is compared with the effects
+    of random edges in the same circuit: a random path is added, and one of its new edges removed
+    again (Shi et al., figure 4). An edge is needed if its effect is larger, at a false discovery
+    rate of .05 (Benjamini and Hochberg). The circuit passes if all edges that were tested are
+    needed; Shi et al. put the burden of proof on the other side. With 100 random edges, none can be
+    shown to be needed unless a fifth of the circuit's are.
+    """
+    rng, paths = random.Random(seed), RandomPaths(bench.graph)
+    edges = circuit.edges
+    if len(edges) > MAX_EDGES:
+        edges = rng.sample(edges, MAX_EDGES)
+    single = {edge: Circuit(bench.graph, frozenset([edge])) for edge in edges}
+    inflated: list[Circuit] = []
+    for _ in range(50 * num_random):
+        new = {*(paths.path(rng) or ())} - circuit.edge_set
+        if new and len(inflated) < 2 * num_random:
+            larger = circuit | Circuit(bench.graph, frozenset(new))
+            removed = Circuit(bench.graph, frozenset([rng.choice(sorted(new))]))
+            inflated += [larger, larger - removed]
+    if not edges or not inflated:
+        return Finding.inapplicable("minimality", "the circuit has no edges, or all of the graph's")
+    found = bench.measure([*(circuit - edge for edge in single.values()), *inflated])
+    means = torch.stack([bench.distance(each).mean() for each in found])
+    effects = _rounded(means[: len(edges)] - bench.distance(own).mean())
+    larger, removed = means[len(edges) :].view(-1, 2).T
+    reference = _rounded(removed - larger)
+    p_values = rank_p_values(effects, reference)
+    needed = benjamini_hochberg(p_values, LEVEL)
+    share, name = sum(needed) / len(edges), bench.distance_name
+    limit = reference.quantile(0.95).item()
+    drawn = "" if len(edges) == len(circuit) else f", drawn from {len(circuit):,}"
+    unneeded = len(edges) - sum(needed)
+    return Finding(
+        "minimality", f"{sum(needed):,} of {len(edges):,} edges needed",
+        f"95 % of random edges add at most {brief(limit)}", unneeded == 0,
+        f"The removal of {sum(needed):,} of {len(edges):,} edges{drawn} raises the {name} by more "
+        f"than that of random edges (95 % of {len(reference)} raise it by at most "
+        f"{brief(limit)}); "
+        f"every edge of which this is not true counts against it.",
+        None, None,
+        {"share_needed": share, "effects": [[*edge, effect, p, is_needed] for edge, effect, p,
+         is_needed in zip(edges, effects.tolist(), p_values.tolist(), needed, strict=True)],
+         "random_effects": reference.tolist()},
+    )  # fmt: skip
+
+
+def _rounded(effects: Tensor) -> Tensor:
+    """Effects without rounding errors, so that those of edges that do nothing are equal."""
+    return torch.where(effects.abs() <= SAME / 100, 0.0, effects)
+
+
+# ------------------------------------------------------------------------------- sets of nodes
+
+
+def completeness(bench: Bench, circuit: Circuit, own: ExampleMetrics, seed: int = 0) -> Finding:
+    """Whether circuit and full model lose the same if both lose the same nodes.
+
+    The incompleteness |F(C without K) - F(M without K)| of Wang et al., with F the mean score, as
+    a share of the difference between the full model and the empty circuit. K is the empty set, 20
+    random sets of up to half of the circuit's heads and MLPs, and a greedy set, which is built from
+    nodes that raise it most on one half of the prompts, and measured on the other half.
+    """
+    nodes = [n for n in circuit.nodes if n not in bench.graph.embedding_writers]
+    gap = (bench.score(bench.full).mean() - bench.score(bench.empty).mean()).item()
+    if not nodes:
+        return Finding.inapplicable("completeness", "the circuit has neither heads nor MLPs")
+    if gap <= SAME:
+        reason = f"the full model's {bench.score_name} is no better than the empty circuit's"
+        return Finding.inapplicable("completeness", reason)
+    rng = random.Random(seed)
+    most = max(1, len(nodes) // 2)
+    sets = [rng.sample(nodes, rng.randint(1, most)) for _ in range(NUM_NODE_SETS)]
+
+    def differences(sets: Sequence[Sequence[str]]) -> list[Tensor]:
+        """[example] for each set of nodes, F(C without K) - F(M without K) as a share."""
+        both = [_without(c, nodes) for nodes in sets for c in (circuit, bench.whole)]
+        scores = list(map(bench.score, bench.measure(both)))
+        return [(c - m) / gap for c, m in zip(scores[::2], scores[1::2], strict=True)]
+
+    of_none = (bench.score(own) - bench.score(bench.full)) / gap
+    of_random = differences(sets)
+    chosen: list[str] = []
+    half, other = (torch.arange(start, len(bench), 2) for start in (0, 1))
+    other = other if len(other) else half
+    for _ in range(min(GREEDY_STEPS, most)):
+        left = [node for node in nodes if node not in chosen]
+        tries = rng.sample(left, min(GREEDY_TRIES, len(left)))
+        tried = differences([[*chosen, node] for node in tries])
+        best = max(range(len(tries)), key=lambda i: tried[i][half].mean().abs())
+        chosen.append(tries[best])
+        of_greedy = tried[best]
+    none, greedy = of_none.mean().abs().item(), of_greedy[other].mean().abs().item()
+    shares = [each.mean().abs().item() for each in of_random]
+    mean = sum(shares) / len(shares)
+    largest = max(none, mean, greedy)
+    low, high = bootstrap_interval(
+        lambda rows: of_greedy[other][rows].mean(-1).abs(), len(other)
+    )  # fmt: skip
+    holds = largest <= MAX_INCOMPLETE
+    return Finding(
+        "completeness", f"greedy set {greedy:.2f} of the score",
+        f"no nodes {none:.2f}, random sets {mean:.2f} (at most {max(shares):.2f})", holds,
+        f"If circuit and full model lose the same nodes, their {bench.score_name} differs by "
+        f"{mean:.0%} of the full model's (mean of {NUM_NODE_SETS} random sets) and by {greedy:.0%} "
+        f"for nodes chosen to tell them apart ({', '.join(chosen)}); without losing any by "
+        f"{none:.0%}. More than {MAX_INCOMPLETE:.0%} counts against it.",
+        (low, high), None,
+        {"none": none, "random": shares, "random_sets": sets, "greedy": greedy,
+         "greedy_set": chosen},
+    )  # fmt: skip
+
+
+def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
+    """The circuit without what these nodes write."""
+    kept = (edge for edge in circuit.edge_set if edge[0] not in nodes)
+    return Circuit(circuit.graph, frozenset(kept))

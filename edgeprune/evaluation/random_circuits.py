@@ -1,0 +1,67 @@
+"""Random circuits whose edges all lie on paths from the input to the output."""
+
+import random
+from collections import defaultdict
+from collections.abc import Set
+
+from edgeprune.circuit import Circuit
+from edgeprune.graph import CircuitGraph, Edge
+
+MAX_TRIES = 300
+"""Number of paths that may in turn fail to fit before the last ones are cut."""
+
+
+class RandomPaths:
+    """Draws paths from the input to the output, and circuits made of them.
+
+    A path starts at the output and goes backwards: to a writer drawn uniformly among those that a
+    reader sees, on to one of the readers that feed this writer, and so on to an embedding. Where
+    embeddings are no writers, they flow into every node, and a path may also end at any node.
+
+    Args:
+        excluded: edges that no path uses.
+    """
+
+    def __init__(self, graph: CircuitGraph, excluded: Set[Edge] = frozenset()) -> None:
+        self.graph, self.excluded = graph, excluded
+        self.readers_of: dict[str, list[str]] = defaultdict(list)  # of each writer, its own inputs
+        self.num_writers: dict[str, int] = {}
+        for site in graph.sites:
+            for reader in site.readers:
+                self.num_writers[reader] = site.num_writers
+                for node in graph.nodes_fed_by(reader):
+                    self.readers_of[node].append(reader)
+        self.may_end_anywhere = not graph.embedding_writers
+
+    def path(self, rng: random.Random) -> list[Edge] | None:
+        """The edges of a path, from the output backwards; None if it met only excluded edges."""
+        edges, reader = [], "resid_post"
+        while True:
+            choices = self.num_writers[reader]
+            number = rng.randrange(choices + self.may_end_anywhere)
+            if number == choices:  # the embeddings
+                return edges or None
+            edge = (self.graph.writers[number], reader)
+            if edge in self.excluded:
+                return None
+            edges.append(edge)
+            if edge[0] in self.graph.embedding_writers:
+                return edges
+            reader = rng.choice(self.readers_of[edge[0]])
+
+    def circuit(self, num_edges: int, seed: int) -> Circuit:
+        """A circuit of paths, added until it has `num_edges` edges.
+
+        A path that would make it too large is drawn again. It may end up smaller if the graph has
+        too few paths that fit.
+        """
+        rng, edges = random.Random(seed), set()
+        failed = 0
+        while len(edges) < num_edges and failed < MAX_TRIES:
+            path = self.path(rng)
+            if path is None or not 0 < len({*path} - edges) <= num_edges - len(edges):
+                failed += 1
+                continue
+            edges.update(path)
+            failed = 0
+        return Circuit(self.graph, frozenset(edges))

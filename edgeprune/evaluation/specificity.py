@@ -1,0 +1,110 @@
+"""Specificity: each task's circuit on, and cut out of the model on, every other task's prompts."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from edgeprune.circuit import Circuit
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.finding import Finding, percent
+from edgeprune.evaluation.statistics import mean_interval
+from edgeprune.evaluation.table import Table
+from edgeprune.metrics import ExampleMetrics
+
+
+class Specificity(NamedTuple):
+    """Circuits of several tasks on the prompts of all.
+
+    Attributes:
+        on, without: [circuit][prompts], exact match of the circuit, and of the model without it.
+        findings: one for each task's prompts.
+        cells: more metrics for each pair, as JSON values.
+    """
+
+    names: list[str]
+    on: list[list[float]]
+    without: list[list[float]]
+    findings: list[Finding]
+    cells: list[dict[str, Any]]
+
+
+def specificity(circuits: Mapping[str, Circuit], benches: Mapping[str, Bench]) -> Specificity:
+    """Measure each circuit on, and cut out of the model on, the prompts of every task.
+
+    A circuit that does a task should do it better than the circuits of other tasks, and the model
+    should lose more without it than without theirs. Both are compared prompt by prompt through the
+    scores; a 95 % bootstrap interval of the mean difference that includes 0 counts against it.
+    Circuits differ in size, which is part of the comparison: a larger one does more.
+
+    Args:
+        circuits, benches: by the name of their task; all of one model.
+    """
+    names = list(circuits)
+    on: list[list[float]] = [[] for _ in names]
+    without: list[list[float]] = [[] for _ in names]
+    findings, cells = [], []
+    for task, bench in benches.items():
+        kept = bench.measure(circuits.values())
+        cut = bench.measure(bench.whole - circuit for circuit in circuits.values())
+        for row, name in enumerate(names):
+            on[row].append(kept[row].exact_match.mean().item())
+            without[row].append(cut[row].exact_match.mean().item())
+            cells.append({"circuit": name, "prompts": task, "num_edges": len(circuits[name]),
+                          "on": _summary(bench, kept[row]),
+                          "without": _summary(bench, cut[row])})  # fmt: skip
+        findings.append(_judge(task, bench, dict(zip(names, zip(kept, cut, strict=True),
+                                                     strict=True))))  # fmt: skip
+    return Specificity(names, on, without, findings, cells)
+
+
+def _summary(bench: Bench, examples: ExampleMetrics) -> dict[str, Any]:
+    distance = bench.distance(examples)
+    return {"exact_match": examples.exact_match.mean().item(),
+            "exact_match_interval": mean_interval(examples.exact_match),
+            "distance": distance.mean().item(), "distance_interval": mean_interval(distance),
+            "recovered": bench.recovered(examples)}  # fmt: skip
+
+
+def _judge(
+    task: str, bench: Bench, measured: Mapping[str, tuple[ExampleMetrics, ExampleMetrics]]
+) -> Finding:
+    """Compare the task's own circuit with the others on the task's prompts."""
+    own_on, own_cut = map(bench.score, measured[task])
+    better, worse = {}, {}  # intervals by how much the own circuit keeps and takes away more
+    for name, examples in measured.items():
+        if name != task:
+            on, cut = map(bench.score, examples)
+            better[name], worse[name] = mean_interval(own_on - on), mean_interval(cut - own_cut)
+    as_good = [name for name, (low, _) in better.items() if low <= 0]
+    as_bad = [name for name, (low, _) in worse.items() if low <= 0]
+    on = {name: bench.recovered(examples[0]) for name, examples in measured.items()}
+    cut = {name: bench.recovered(examples[1]) for name, examples in measured.items()}
+    best = max((name for name in on if name != task), key=on.get)
+    lowest = min((name for name in cut if name != task), key=cut.get)
+    rivals = [f"{', '.join(names)} {what}" for names, what in (
+        (as_good, "as good"), (as_bad, "needed as much")) if names]  # fmt: skip
+    return Finding(
+        f"specificity on {task}", f"recovers {on[task]:.2f}, without it {cut[task]:.2f}",
+        f"{best} recovers {on[best]:.2f}, without {lowest} {cut[lowest]:.2f}",
+        not as_good and not as_bad,
+        f"On the prompts of {task} its own circuit recovers {percent(on[task])} of the "
+        f"{bench.score_name} and the model without it {percent(cut[task])}; of the other circuits "
+        f"{best} recovers most ({percent(on[best])}), and the model loses most without {lowest} "
+        f"({percent(cut[lowest])} left). "
+        + (f"Not told apart: {'; '.join(rivals)}." if rivals else
+           "The differences are larger than chance."),
+        details={"better_by": better, "taken_more": worse, "recovered": on, "without": cut},
+    )  # fmt: skip
+
+
+def matrix_tables(found: Specificity) -> list[Table]:
+    """Exact match of each circuit on each task's prompts, and of the model without it."""
+    titles = {"circuit": found.on, "full model without the circuit": found.without}
+    return [
+        Table(
+            ["", *(f"on {name}" for name in found.names)],
+            [[name, *map("{:.3f}".format, row)]
+             for name, row in zip(found.names, values, strict=True)],
+            f"exact match of the {title}", values,
+        )
+        for title, values in titles.items()
+    ]  # fmt: skip

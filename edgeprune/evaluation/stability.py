@@ -1,0 +1,84 @@
+"""Stability: how alike are the circuits when they are learned again?"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from edgeprune.circuit import Circuit
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.compare import consensus, overlap, times_kept
+from edgeprune.evaluation.curve import log_sizes
+from edgeprune.evaluation.finding import Finding
+from edgeprune.evaluation.sceptic import NUM_SIZES, SMALLEST_SHARE
+from edgeprune.evaluation.statistics import mean_interval
+from edgeprune.evaluation.table import Table
+from edgeprune.scores import EdgeScores
+
+STANDARD = 0.8
+"""Mean Jaccard index of pairs of circuits that counts as stable."""
+
+
+def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], what: str) -> Finding:
+    """Compare circuits cut from scores that were learned several times.
+
+    The Jaccard index (intersection over union) of each pair's edges, at many sizes, next to what is
+    expected of equally many edges drawn at random; in how many of the circuits each edge is; and
+    how good the consensus is, the edges that more than half of the circuits have.
+
+    Args:
+        repeated: scores, at least two.
+        what: what differed between them, such as "bootstrap samples".
+    """
+    total = bench.graph.num_edges
+    smallest = max(1, round(SMALLEST_SHARE * total))
+    sizes = sorted({*log_sizes(smallest, total, NUM_SIZES)[:-1], len(circuit)})
+    rows = []
+    for size in sizes:
+        pairs = combinations([scores.circuit(num_edges=size) for scores in repeated], 2)
+        overlaps = [overlap(a, b) for a, b in pairs]
+        ious = [each["edge_iou"] for each in overlaps]
+        rows.append({"num_edges": size, "jaccard": fmean(ious), "lowest": min(ious),
+                     "highest": max(ious),
+                     "by_chance": overlaps[0]["edge_iou_by_chance"]})  # fmt: skip
+    circuits = [scores.circuit(num_edges=len(circuit)) for scores in repeated]
+    agreed, kept = consensus(circuits), times_kept(circuits)
+    of_consensus, own, *others = bench.measure([agreed, circuit, *circuits])
+    distances = [bench.distance(each).mean().item() for each in others]
+    found = {name: bench.distance(each) for name, each in
+             (("consensus", of_consensus), ("circuit", own))}  # fmt: skip
+    here = next(row for row in rows if row["num_edges"] == len(circuit))
+    counts = Counter(kept.values())
+    frequencies = {number: counts[number] for number in range(len(circuits), 0, -1)}
+    details: dict[str, Any] = {
+        "repeats": len(repeated), "sizes": rows, "frequencies": frequencies,
+        "edges": [[*edge, number] for edge, number in kept.items()],
+        "consensus": {"edges": agreed.edges, "distance": found["consensus"].mean().item(),
+                      "distance_interval": mean_interval(found["consensus"]),
+                      "exact_match": of_consensus.exact_match.mean().item()},
+        "distances": distances, "distance": found["circuit"].mean().item(),
+    }  # fmt: skip
+    name = bench.distance_name
+    return Finding(
+        "stability", f"Jaccard index {here['jaccard']:.2f}", f"chance {here['by_chance']:.3f}",
+        here["jaccard"] >= STANDARD,
+        f"Of {len(repeated)} circuits of {len(circuit):,} edges learned from other {what}, two "
+        f"share {here['jaccard']:.0%} of the edges that either has (by chance "
+        f"{here['by_chance']:.1%}; less than {STANDARD:.0%} counts against them); "
+        f"{counts[len(circuits)]:,} of {len(kept):,} edges are in all of them. Their {name} is "
+        f"{fmean(distances):.2g} on average, that of their consensus ({len(agreed):,} edges) "
+        f"{found['consensus'].mean():.2g}.",
+        (here["lowest"], here["highest"]), None, details,
+    )  # fmt: skip
+
+
+def stability_table(finding: Finding) -> Table:
+    """The Jaccard index of pairs of circuits by their size."""
+    rows = [
+        [f"{row['num_edges']:,}", f"{row['jaccard']:.3f}",
+         f"{row['lowest']:.3f} – {row['highest']:.3f}", f"{row['by_chance']:.3f}"]
+        for row in finding.details["sizes"]
+    ]  # fmt: skip
+    columns = ["edges", "Jaccard\nindex", "range", "by\nchance"]
+    return Table(columns, rows, f"circuits learned {finding.details['repeats']} times")

@@ -1,0 +1,122 @@
+"""Intervals and tests of hypotheses: exact formulas and resampling, deterministic given a seed."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+"""Number of bootstrap samples of an interval."""
+PERMUTATIONS = 499
+"""Number of permutations of a test: the smallest p value is 1 / 500."""
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor], Tensor], count: int, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a statistic over resampled examples (Efron 1979).
+
+    Args:
+        statistic: maps indices of examples, [resample, count], to values, [resample].
+        count: number of examples.
+        level: probability that the interval covers the true value, for many examples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(count, (RESAMPLES, count), generator=generator)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = statistic(rows).double().quantile(tails).tolist()
+    return low, high
+
+
+def mean_interval(values: Tensor, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean of [example]."""
+    return bootstrap_interval(
+        lambda rows: values[rows].mean(-1), len(values), level=level, seed=seed
+    )
+
+
+def binomial_tail(successes: int, trials: int, chance: float) -> float:
+    """P(X >= successes) for X ~ Binomial(trials, chance), 0 < chance < 1; exact."""
+    return min(1.0, sum(_binomial(k, trials, chance) for k in range(successes, trials + 1)))
+
+
+def _binomial(k: int, n: int, p: float) -> float:
+    """P(X = k), through logarithms, since the coefficients overflow."""
+    choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(choose + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+def sign_test(wins: int, trials: int, margin: float = 0.0) -> float:
+    """P value of the hypothesis that a win's probability is within `margin` of one half.
+
+    The binomial tail of the observed share at the nearest probability of the hypothesis; twice the
+    tail, and at most 1, if the margin is 0, where both sides count. Ties should be left out of
+    `trials`. 1 without any trial.
+    """
+    best = max(wins, trials - wins)  # by symmetry
+    tail = binomial_tail(best, trials, 0.5 + margin)
+    return min(1.0, tail if margin else 2 * tail)
+
+
+def hsic_test(kernel_a: Tensor, kernel_b: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Test whether two quantities are independent, by permutations.
+
+    The Hilbert-Schmidt independence criterion, tr(K H L H) / n^2 with H = I - 1/n (Gretton et al.
+    2005), is 0 if nothing in the one can be predicted from the other.
+
+    Args:
+        kernel_a, kernel_b: [example, example], symmetric positive semi-definite kernels.
+
+    Returns:
+        The criterion, normalised to [0, 1] by that of each kernel with itself (0 if one of the
+        quantities is constant), and the p value.
+    """
+    count = len(kernel_a)
+    a, b = (_centred(kernel.double()) for kernel in (kernel_a, kernel_b))
+    scale = (a.norm() * b.norm()).item()
+    if scale <= 1e-12 * count**2:
+        return 0.0, 1.0
+    generator = torch.Generator().manual_seed(seed)
+    observed, as_large = (a * b).sum().item() / scale, 0
+    for _ in range(PERMUTATIONS):
+        order = torch.randperm(count, generator=generator)
+        as_large += (a * b[order][:, order]).sum().item() / scale >= observed - 1e-12
+    return observed, (1 + as_large) / (1 + PERMUTATIONS)
+
+
+def _centred(kernel: Tensor) -> Tensor:
+    """H K H."""
+    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+
+
+def gaussian_kernel(values: Tensor) -> Tensor:
+    """exp(-d^2 / (2 m^2)) of vectors [example, feature], with m their median distance > 0."""
+    distances = torch.cdist(values.double(), values.double())
+    positive = distances[distances > 0]
+    if not len(positive):
+        return torch.ones_like(distances)
+    return torch.exp(-distances.square() / (2 * positive.median().square()))
+
+
+def rank_p_values(values: Tensor, reference: Tensor) -> Tensor:
+    """For each of [value], the p value of being no larger than numbers drawn as `reference` was.
+
+    (1 + number of reference values at least as large) / (1 + number of reference values).
+    """
+    at_least = (reference >= values[:, None]).sum(-1)
+    return (1 + at_least).double() / (1 + len(reference))
+
+
+def benjamini_hochberg(p_values: Sequence[float] | Tensor, level: float = 0.05) -> list[bool]:
+    """Which hypotheses to reject, so that at most `level` of the rejections are expected to be
+    false (Benjamini and Hochberg 1995).
+    """
+    p_values = torch.as_tensor(p_values, dtype=torch.float64)
+    order, number = p_values.argsort(), len(p_values)
+    limits = level * torch.arange(1, number + 1, dtype=torch.float64) / number
+    within = (p_values[order] <= limits + 1e-12).nonzero()
+    rejected = torch.zeros(number, dtype=torch.bool)
+    if len(within):
+        rejected[order[: int(within[-1]) + 1]] = True
+    return rejected.tolist()
