@@ -500,6 +500,11 @@ class PruneConfig(RunConfig):
         return f"{self.title}, seed {self.seed}"
 
     @property
+    def variant(self) -> str:
+        """How the run differs from others of its task and model."""
+        return f"{self.trainer.method}, seed {self.seed}"
+
+    @property
     def evaluation_batch_size(self) -> int:
         """Pairs per pass without gradients, which needs half the memory of one with them."""
         trainer = self.trainer
@@ -558,6 +563,11 @@ class AttributeConfig(RunConfig):
     def label(self) -> str:
         """What the run is called in pictures."""
         return f"{self.title}, {self.method}"
+
+    @property
+    def variant(self) -> str:
+        """How the run differs from others of its task and model."""
+        return f"{self.method} by {self.metric}"
 
     @property
     def evaluation_batch_size(self) -> int:

@@ -26,6 +26,7 @@ from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import kind_of_prompts, load_pairs
 from edgeprune.runs.run import Run
+from edgeprune.runs.source import head_labels
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
 
@@ -227,11 +228,11 @@ def _of_run(
     """
     scores, chosen = run.scores(), run.circuit()
     circuit, curve = chosen.circuit, run.curve()
-    seed = run.config.seed
     data = {
         "name": run.path.resolve().name,
         "title": run.config.title,
-        "about": f"{run.config.trainer.method}, seed {seed}, {run.config.ablation.kind} ablation",
+        "about": f"{run.config.variant}, {run.config.ablation.kind} ablation",
+        "labels": {head: ", ".join(kinds) for head, kinds in head_labels(run.path).items()},
         "curve": None if curve is None else page_data.curve_data(curve, _rules(curve)),
     }
     data |= page_data.scores_data(
