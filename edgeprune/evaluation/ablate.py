@@ -332,16 +332,16 @@ def conclude(result: NodeAblation) -> str:
         else:
             as_bad = round(c.p_random * (1 + len(result.random))) - 1
             found += (
-                f" Of {len(result.random)} random sets in the same layers, {as_bad} do as much harm "
-                f"(p {_equals(c.p_random)})."
+                f" Of {len(result.random)} random sets in the same layers, {as_bad} do as much "
+                f"harm (p {_equals(c.p_random)})."
             )
     if not controls:
         return f"{found} Without controls, nothing follows about these nodes in particular."
     if all(map(_is_worse, controls)):
         follows = (
-            "It follows that these prompts need the nodes more than others of their layers. It does "
-            "not follow that they need them for what they are named after: a head may do several "
-            "things."
+            "It follows that these prompts need the nodes more than others of their layers. It "
+            "does not follow that they need them for what they are named after: a head may do "
+            "several things."
         )
     else:
         follows = (
