@@ -774,6 +774,8 @@ class AblateConfig(Settings):
     heads: str | None = None
     """KIND:N, the N heads with the highest score of a kind: induction:16, previous_token:8,
     duplicate_token:4, name_mover:9, ...; see `edgeprune heads`."""
+    scores: str | None = None
+    """heads.json of `edgeprune heads`, for heads=; null: the run's, or scores made anew."""
     nodes: list[str] = setting(list)
     """Or nodes by name, such as [a5.h1,m3]."""
     circuit: str | None = None

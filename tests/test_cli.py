@@ -152,6 +152,12 @@ def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
     command("ablate", copied, "nodes=[a0.h1,m2]", *few)
     assert json.loads(output.read_text())["ablated"]["nodes"] == ["a0.h1", "m2"]
     assert "KIND:N" in refused("ablate", copied, "heads=induction")
+    known = tmp_path / "heads"
+    command("heads", copied, "prompts=4", "random_prompts=2", "length=5", f"output={known}")
+    scores = f"scores={known / 'heads.json'}"
+    command("ablate", copied, "heads=first_token:2", scores, *few)
+    (known / "heads.json").write_text("{}")
+    assert "heads.json" in refused("ablate", copied, "heads=first_token:2", scores, *few)
     assert "previous_token" in refused("ablate", copied, "heads=inductoin:3", *few)
     assert "a0.h16" in refused("ablate", copied, "nodes=[a0.h16]", *few)
     assert "nodes=" in refused("ablate", copied)

@@ -77,6 +77,12 @@ def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tupl
     return [(p.returncode, *t) for p, t in zip(processes, texts, strict=True)]
 
 
+def test_heads_of_a_sharded_model():
+    """Read, changed, scored and ablated as those of the whole model."""
+    worker = Path(__file__).with_name("heads_worker.py")
+    assert [(code, error) for code, _, error in finish(start(2, worker))] == [(0, ""), (0, "")]
+
+
 def work(count: int, jobs: list[dict]) -> None:
     """Run jobs in processes of distributed_worker.py."""
     worker = Path(__file__).with_name("distributed_worker.py")

@@ -6,6 +6,8 @@ from test_llama import SMALL, random_llama
 from transformers import LlamaConfig
 
 from edgeprune.errors import ModelError
+from edgeprune.evaluation.ablate import ablate
+from edgeprune.evaluation.heads import score_heads
 from edgeprune.models.load import load_model
 from edgeprune.prompts import collate, encode_pair
 
@@ -100,6 +102,12 @@ def test_weights_in_few_bits_give_the_library_s_logits(tmp_path, bits, split, to
                                    "corrupted": "Then John<predict> and</predict>"})  # fmt: skip
     batch = collate([pair])
     reference, corrupted = model.run_pair(batch)
+    with torch.no_grad(), model.intervene({"a1.h1": 0}) as run:  # an outbox, also in few bits
+        head = run.states(batch.clean_ids, ["a1.h1", "a1.h0.pattern"])[1]["a1.h0.pattern"]
+    torch.testing.assert_close(head.sum(-1), torch.ones(head.shape[:2]))
+    assert score_heads(model, num_random=2, length=5).scores
+    ablated = ablate(model, ["a1.h1"], [pair, pair], generate=2, num_random=1)
+    assert ablated.ablated.mean("kl") > 0 == ablated.full.mean("kl")
     (model.run_circuit(batch, gates, corrupted) - reference).square().mean().backward()
     assert gates.grad.abs().max() > 0
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.evaluation.ablate import NodeAblation, ablate
 from edgeprune.evaluation.heads import HeadScores, Score, score_heads
 from edgeprune.files import write_json
-from edgeprune.prompts import Pair, read_records
+from edgeprune.prompts import read_records
 from edgeprune.prompts.schema import read_options, split_prompt
 from edgeprune.runs import layout
 from edgeprune.runs.data import first_split, load_pairs
@@ -42,15 +41,18 @@ def ablate_nodes(config: AblateConfig) -> AblatedNodes:
     if config.output:
         check_output(Path(config.output), [model_config.path, task.path])
     model = load_model_of(model_config)
-    score = None
     with prompts_file(source, config.task, model) as path:
         pairs = load_pairs(path, task, model, config.split)[: config.prompts]
         train = load_pairs(path, task, model, first_split(path, "train"))
         answers = _answers(path)
+        score = None
         if config.heads is not None:
-            kind = config.heads.partition(":")[0]
-            marks = marks_of(path, task, model, train[:SCORING_PROMPTS])
-            score = _score(model, source, kind, train[:SCORING_PROMPTS], marks)
+            scores = _known_scores(model, source, config.scores)
+            if scores is None:
+                few = train[:SCORING_PROMPTS]
+                marks = marks_of(path, task, model, few)
+                scores = score_heads(model, few, marks=marks, num_random=SCORING_PROMPTS)
+            score = scores.score(config.heads.partition(":")[0])
     nodes = _nodes(model, config, score)
     ablation = config.ablation
     with progress(len(pairs), "ablating: prompt") as show:
@@ -72,18 +74,29 @@ def ablate_nodes(config: AblateConfig) -> AblatedNodes:
     return AblatedNodes(result, title)
 
 
-def _score(
-    model: CircuitModel, source: Source | None, kind: str, pairs: Sequence[Pair],
-    marks: dict[Pair, dict[str, int]],
-) -> Score:  # fmt: skip
-    """Scores of a kind of head: those that `edgeprune heads` wrote into the run, or new ones."""
-    file = source.path.with_name(layout.HEADS) if source is not None else None
-    if file is not None and file.exists():
+def _known_scores(
+    model: CircuitModel, source: Source | None, given: str | None
+) -> HeadScores | None:
+    """The scores in the given file or the run's; None if there are none of this model.
+
+    Raises ConfigError if the given file is damaged, or is of another model.
+    """
+    own = source.path.with_name(layout.HEADS) if source is not None else None
+    file = Path(given) if given else own
+    if file is None or not (given or file.exists()):
+        return None
+    try:
         known = json.loads(file.read_bytes())
-        if known["model_sha256"] == model.fingerprint():
-            return HeadScores.from_dict(known).score(kind)
-    scores = score_heads(model, pairs, marks=marks, num_random=SCORING_PROMPTS)
-    return scores.score(kind)
+        is_of_model = known["model_sha256"] == model.fingerprint()
+        scores = HeadScores.from_dict(known)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as a heads.json ({type(error).__name__}: {error}); write it "
+            "again with edgeprune heads"
+        ) from None
+    if given and not is_of_model:
+        raise ConfigError(f"{file} has the heads of another model than {model.name}")
+    return scores if is_of_model else None
 
 
 def _nodes(model: CircuitModel, config: AblateConfig, score: Score | None) -> list[str]:

@@ -1,8 +1,9 @@
 """Does a set of nodes matter? The full model without them, next to controls.
 
 The set's nodes are ablated together: every later part of the model sees it. Controls are sets with
-as many heads in each layer (`layer_matched`), drawn from the heads outside the set: those with the
-lowest scores, and random ones. MLPs of the set are ablated in every control, too.
+as many heads in each layer (`layer_matched`): those outside of the set with the lowest scores, and
+random ones. These are drawn from all heads of the layer, so that the share of them that do as much
+harm is the p-value of a permutation test. MLPs of the set are ablated in every control, too.
 """
 
 from __future__ import annotations
@@ -159,6 +160,8 @@ def ablate(
     sets = [(), tuple(nodes)]
     if scores is not None:
         ranked = sorted(scores, key=scores.__getitem__)
+        # Outside of the set first; where a layer has too few others, heads of the set fill up.
+        ranked.sort(key=lambda head: head in nodes)
         sets.append(layer_matched(model.graph, nodes, ranked))
     rng = random.Random(seed)
     heads = [node for node in model.graph.writers if node.startswith("a")]
@@ -181,16 +184,12 @@ def ablate(
 def layer_matched(
     graph: CircuitGraph, nodes: Sequence[str], order: Sequence[str]
 ) -> tuple[str, ...]:
-    """The first heads of an order, outside of a set, that are as many per layer as in the set.
-
-    Where a layer has too few others, heads of the set fill up. The set's MLPs are included.
-    """
+    """The first heads of an order, as many in each layer as a set has, and the set's MLPs."""
     needed: dict[str, int] = defaultdict(int)
     for node in nodes:
         needed[node.partition(".")[0]] += node.startswith("a")
-    taken = set(nodes)
     chosen = {node for node in nodes if node.startswith("m")}
-    for head in sorted(order, key=lambda head: head in taken):  # others first
+    for head in order:
         layer = head.partition(".")[0]
         if needed[layer] > 0:
             needed[layer] -= 1
@@ -311,59 +310,55 @@ def ablation_tables(result: NodeAblation, title: str) -> list[Table]:
 
 
 def conclude(result: NodeAblation) -> str:
-    """What follows from a result and what does not, in a few sentences."""
+    """What was found, what follows from it and what does not, in a few sentences."""
     by = {(c.measure, c.other): c for c in result.comparisons()}
-    distance = next(iter(result.ablated.measures))
-    right = [name for name in result.ablated.measures if name != distance]
-    effects = [
-        f"{LABELS[name]} from {result.full.mean(name):.3f} to {result.ablated.mean(name):.3f} "
-        f"({_interval(by[name, 'full model'].difference)}, McNemar's p "
-        f"{_equals(by[name, 'full model'].test.p)})"
-        for name in right
-    ]
+    distance, *rights = result.ablated.measures
     count = len(result.ablated.nodes)
-    text = (
-        f"Without the {count} node{'s' * (count != 1)}, {' and '.join(effects)} change, at a "
-        f"{LABELS[distance]} of {result.ablated.mean(distance):.3f} from the full model."
-    )
-    # The free-text answers decide, or else the predictions, or else the distance.
-    decisive = next((n for n in (*right[::-1],) if by[n, "full model"].difference.is_clear),
-                    distance)  # fmt: skip
-    controls = [by[decisive, other] for other in ("low-scoring", "random")
-                if (decisive, other) in by]  # fmt: skip
+    effects = [f"moves the model {result.ablated.mean(distance):.3f} ({LABELS[distance]}) away"]
+    for name in rights:
+        values = [f"{of.mean(name):.3f}" for of in (result.full, result.ablated)]
+        p = _equals(by[name, "full model"].test.p)
+        effects.append(f"changes {LABELS[name]} from {' to '.join(values)} (McNemar's p {p})")
+    found = f"Ablating the {count} node{'s' * (count != 1)} {', '.join(effects)}."
+    changed = [name for name in rights if by[name, "full model"].difference.is_clear]
+    decisive = changed[-1] if changed else distance
+    controls = [c for (name, other), c in by.items() if name == decisive and other != "full model"]
+    for c in controls:
+        if c.p_random is None:
+            found += (
+                f" In {LABELS[decisive]} it differs from ablating low-scoring heads of the same "
+                f"layers by {_interval(c.difference)}."
+            )
+        else:
+            as_bad = round(c.p_random * (1 + len(result.random))) - 1
+            found += (
+                f" Of {len(result.random)} random sets in the same layers, {as_bad} do as much "
+                f"harm (p {_equals(c.p_random)})."
+            )
     if not controls:
-        return f"{text} Without controls, nothing follows about these nodes in particular."
-    worse = [_is_worse(c) for c in controls]
-    names = {"low-scoring": "the low-scoring heads of the same layers",
-             "random": f"{len(result.random)} random sets in the same layers"}  # fmt: skip
-    compared = ", ".join(
-        f"{names[c.other]} ({_interval(c.difference)}"
-        f"{'' if c.p_random is None else f', p {_equals(c.p_random)}'})"
-        for c in controls
-    )
-    label = LABELS[decisive]
-    if decisive == distance and not _is_worse(by[distance, "full model"]):
-        follows = "So the model does not need them here"
-        but = "which does not mean that it never uses them: other parts may stand in for them"
-    elif all(worse):
-        follows = "So the task needs them more than other heads of their layers"
-        but = (
-            "which does not mean that it needs them for what they are named after: a head may do "
-            "several things"
+        return f"{found} Without controls, nothing follows about these nodes in particular."
+    if all(map(_is_worse, controls)):
+        follows = (
+            "It follows that these prompts need the nodes more than others of their layers. It "
+            "does not follow that they need them for what they are named after: a head may do "
+            "several things."
         )
     else:
-        follows = "So it does not follow that the task needs these nodes in particular"
-        but = "since ablating others of their layers does about as much harm"
-    return f"{text} In {label}, the difference from {compared}. {follows}, {but}.{_caveat(result)}"
-
-
-def _caveat(result: NodeAblation) -> str:
-    if result.kind != "zero":
-        return ""
-    return (
-        " Zero ablation also takes away what a head writes on every prompt; ablation=mean or "
-        "interchange does not."
-    )
+        follows = (
+            "It does not follow that these prompts need these nodes in particular: others of their "
+            "layers do about as much harm, as far as so many prompts and sets can tell."
+        )
+    if not changed and rights:
+        follows += (
+            " Nor does it follow, where no answer changes, that the model never uses them: others "
+            "may stand in for them."
+        )
+    if result.kind == "zero":
+        follows += (
+            " Zero ablation also takes away what a node writes on every prompt; ablation=mean or "
+            "interchange does not."
+        )
+    return f"{found} {follows}"
 
 
 def _is_worse(comparison: Comparison) -> bool:

@@ -1,0 +1,44 @@
+"""One process of a sharded model whose heads are read, scored and ablated, for test_distributed.py.
+
+Every process compares the results with those of the whole model.
+"""
+
+import test_llama
+import torch
+from conftest import random_gpt2, random_pairs
+
+from edgeprune.evaluation.ablate import ablate
+from edgeprune.evaluation.heads import score_heads
+from edgeprune.models.load import wrap_model
+from edgeprune.scale.sharding import is_sharded
+from edgeprune.scale.world import World
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
+CHANGES = {"a1.h1": 0, "m0": IDS.flip(1), "a2.h0.pattern": lambda x: x / 2}
+NAMES = ["a1.h0", "a2.h1.pattern", "m1.resid", "a2.h0.v"]
+MODELS = {
+    "gpt2": lambda: wrap_model(random_gpt2()),
+    "gemma3": lambda: wrap_model(test_llama.random_llama(test_llama.FAMILIES["gemma3"])),
+}
+
+
+def results(model) -> list[torch.Tensor]:
+    """Logits and activations of an intervention, scores of heads, and what ablating some does."""
+    with torch.no_grad(), model.intervene(CHANGES) as run:
+        logits, activations = run(IDS, NAMES)
+    scores = score_heads(model, num_random=4, length=6).scores
+    ablated = ablate(model, ["a0.h1", "m1"], random_pairs(4), kind="interchange", num_random=1)
+    measures = [*ablated.ablated.measures.values(), *ablated.random[0].measures.values()]
+    return [logits, *activations.values(), *(score.value for score in scores), *measures]
+
+
+torch.set_num_threads(1)
+with World.join("cpu", timeout=1) as world:
+    for make in MODELS.values():
+        with torch.device("meta"):
+            meta_model = make()
+        sharded = world.shard(make, meta_model, offload=False)
+        assert is_sharded(sharded.architecture.blocks[0].layer)
+        for got, wanted in zip(results(sharded), results(make()), strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    world.any(False)
