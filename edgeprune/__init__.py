@@ -10,6 +10,7 @@ _HOME = {
     "EdgeScores": "scores",
     "Evaluation": "evaluation.evaluate",
     "Run": "runs.run",
+    "ablate": "evaluation.ablate",
     "clean_up": "evaluation.cleanup",
     "compare": "evaluation.compare",
     "consensus": "evaluation.compare",
@@ -20,6 +21,7 @@ _HOME = {
     "load_dataset": "prompts",
     "load_model": "models.load",
     "prune": "api.prune",
+    "score_heads": "evaluation.heads",
     "write_circuit": "formats",
 }
 """Public name -> module, imported on first use, so that `import edgeprune` is instant."""
