@@ -10,6 +10,7 @@ _HOME = {
     "EdgeScores": "scores",
     "Evaluation": "evaluation.evaluate",
     "Run": "runs.run",
+    "ablate": "evaluation.ablate",
     "attribute": "api.attribute",
     "clean_up": "evaluation.cleanup",
     "compare": "evaluation.compare",
@@ -23,6 +24,7 @@ _HOME = {
     "load_model": "models.load",
     "page": "api.page",
     "prune": "api.prune",
+    "score_heads": "evaluation.heads",
     "write_circuit": "formats",
 }
 """Public name -> module, imported on first use, so that `import edgeprune` is instant."""

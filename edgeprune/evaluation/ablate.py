@@ -314,12 +314,13 @@ def conclude(result: NodeAblation) -> str:
     by = {(c.measure, c.other): c for c in result.comparisons()}
     distance, *rights = result.ablated.measures
     count = len(result.ablated.nodes)
-    effects = [f"moves the model {result.ablated.mean(distance):.3f} ({LABELS[distance]}) away"]
+    effects = [f"gives a {LABELS[distance]} of {result.ablated.mean(distance):.3f}"]
     for name in rights:
         values = [f"{of.mean(name):.3f}" for of in (result.full, result.ablated)]
         p = _equals(by[name, "full model"].test.p)
         effects.append(f"changes {LABELS[name]} from {' to '.join(values)} (McNemar's p {p})")
-    found = f"Ablating the {count} node{'s' * (count != 1)} {', '.join(effects)}."
+    whole = " and ".join(filter(None, (", ".join(effects[:-1]), effects[-1])))
+    found = f"Ablating the {count} node{'s' * (count != 1)} {whole}."
     changed = [name for name in rights if by[name, "full model"].difference.is_clear]
     decisive = changed[-1] if changed else distance
     controls = [c for (name, other), c in by.items() if name == decisive and other != "full model"]
