@@ -299,13 +299,10 @@ def _top(
         ids = torch.cat([ids, reference.argmax(-1, keepdim=True)], -1)
         values = shares.gather(-1, ids)
         decode = str if model.tokenizer is None else lambda i: model.tokenizer.decode([i])
-        rows = [
-            [[decode(i)[:MAX_TEXT], _rounded(value, 3)] for i, value in values_by_id.items()]
-            for values_by_id in (
-                dict(zip(*row, strict=True))
-                for row in zip(ids.tolist(), values.tolist(), strict=True)
-            )
-        ]
+        rows = []
+        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
+            best = dict(zip(row_ids, row_values, strict=True))  # each token once
+            rows.append([[decode(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
     remaining = iter(rows)
     return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 
