@@ -73,7 +73,9 @@ function approximation(r) {
   const { sizes } = r.curve;
   const above = sizes.findIndex((s) => s > sizeOf(r));
   const between =
-    above > 0 ? `between the measured sizes ${whole(sizes[above - 1])} and ${whole(sizes[above])}` : "from the nearest measured size";
+    above > 0
+      ? `between the measured sizes ${whole(sizes[above - 1])} and ${whole(sizes[above])}`
+      : "from the nearest measured size";
   const cleaned = state.size === "chosen" && r.chosen.edges ? ", without the clean-up" : "";
   return `≈: interpolated ${between}${cleaned}.`;
 }
@@ -192,7 +194,7 @@ function drawCurve(r, size) {
       ? Math.log(Math.max(v, floor) / floor) / Math.log(top / floor)
       : (v - floor) / (top - floor);
   const bottom = CURVE_HEIGHT - BELOW;
-  const y = (v) => bottom - (bottom - 14) * clamp(scale(v), 0, 1);
+  const y = (v) => bottom - (bottom - 22) * clamp(scale(v), 0, 1);
   const parts = [];
   const text = (t, tx, ty, anchor, extra = {}) =>
     svg("text", { x: tx, y: ty, "text-anchor": anchor, class: "tick", ...extra }, t);

@@ -94,7 +94,14 @@ function promptsPanel(r) {
   const isIn = r.measured.split ? `${r.measured.split} prompts` : "prompts";
   return [
     h("h2", { text: "Prompts" }),
-    h("p", {}, h("b", { text: `Answers at ${plural(at.size, "edge")}` }), at.size === size ? "" : h("span", { class: "label", text: `the measured size nearest to ${whole(size)}` })),
+    h(
+      "p",
+      {},
+      h("b", { text: `Answers at ${plural(at.size, "edge")}` }),
+      at.size === size
+        ? null
+        : [", ", h("span", { class: "label", text: `the measured size nearest to ${whole(size)}` })],
+    ),
     note(`From the ${isIn}. ✗: the circuit answers differently from the full model.`),
     ...list,
     h("h3", { text: `Prompt ${prompts.indexOf(current) + 1}` }),
