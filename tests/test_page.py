@@ -96,6 +96,17 @@ def test_answers_go_from_the_empty_circuit_to_the_full_model(small):
         assert [row[0][0] for row in whole["top"]] == [row[0][0] for row in answers["full"]]
         assert len(answers["full"]) == len(prompt["predicted"]) == 2
         assert all(sum(share for _, share in row) <= 1.002 for row in answers["full"])
+    for prompt in found["prompts"]:  # the full model's answer is in every row
+        rows = [
+            prompt["answers"]["empty"]["top"],
+            *(c["top"] for c in prompt["answers"]["circuits"]),
+        ]
+        for row in rows:
+            for answers, full in zip(row, prompt["answers"]["full"], strict=True):
+                assert full[0][0] in [text for text, _ in answers]
+                assert 5 <= len(answers) <= 6
+                shares = [share for _, share in answers[:5]]
+                assert shares == sorted(shares, reverse=True)
     at_chosen = found["sizes"].index(60)
     distances = [p["answers"]["circuits"][at_chosen]["distance"] for p in found["prompts"]]
     assert min(distances[5:]) >= max(distances[:5])
@@ -397,6 +408,83 @@ def test_search_selects_a_node(show, measured, text, node):
     assert page.locator("#panel code").first.inner_text() == node
 
 
+@pytest.mark.parametrize("form", ["{} -> {}", "{} {}", "{}>{}"])
+def test_search_finds_an_edge(show, measured, small, form):
+    edge = next(e for e in small.circuit.edges if e[1].endswith(".v"))
+    page = show(render(measured))
+    page.locator("#search").fill(form.format(*edge))
+    page.keyboard.press("Enter")
+    assert address(page)["select"] == ">".join(edge)
+
+
+def test_search_finds_a_prompt_by_its_words(show, measured):
+    words = measured["runs"][0]["measured"]["prompts"][2]["clean"]
+    page = show(render(measured))
+    page.locator("#search").fill(" ".join(words))
+    page.keyboard.press("Enter")
+    assert {**address(page)} == {"tab": "prompts", "prompt": "2"}
+
+
+def paths(page) -> list[str]:
+    return [" ".join(text.split()) for text in page.locator(".paths li").all_inner_texts()]
+
+
+def test_an_edges_paths_begin_with_it(show, measured, small):
+    graph, scores = small.model.graph, small.scores
+    out = next(e for e in small.circuit.edges if e[1] == "resid_post" and ".h" in e[0])
+    value = f"{scores.values[graph.edge_index(out)]:.2f}".lstrip("0")
+    page = show(render(measured), f"select={'>'.join(out)}")
+    layer, head = out[0][1:].split(".h")
+    (path,) = paths(page)
+    assert path.startswith(f"Head {layer}.{head} → Output")
+    assert value in path
+    assert "Infinity" not in page.locator("#panel").inner_text()
+    kept = small.circuit.without_dangling().edge_set
+    into = next(e for e in kept if e[1].endswith(".q") and ".h" in e[0])
+    page = show(render(measured), f"select={'>'.join(into)}")
+    (first, second) = (part.split(".h") for part in (into[0], into[1].removesuffix(".q")))
+    start = f"Head {first[0][1:]}.{first[1]} → Head {second[0][1:]}.{second[1]} → "
+    assert paths(page)
+    assert all(path.startswith(start) for path in paths(page))
+    title = f"Head {first[0][1:]}.{first[1]} → Head {second[0][1:]}.{second[1]}, query"
+    assert page.locator("#panel h2").inner_text() == title
+
+
+def test_the_size_box_holds_what_is_shown(show, measured):
+    page = show(render(measured))
+    for text, shown in (("9999", GRAPH.num_edges), ("-4", 0), ("", 0), ("12.4", 12)):
+        page.locator("#number").fill(text)
+        page.locator("#number").press("Enter")
+        settle(page)
+        assert page.locator("#number").input_value() == str(shown)
+        assert page.locator("#panel .fact b").first.inner_text() == str(shown)
+
+
+def focused(page) -> str:
+    settle(page)
+    return page.evaluate("document.activeElement.textContent || document.activeElement.tagName")
+
+
+def test_controls_keep_the_focus(show, measured, small):
+    html = make_page(small, random_scores(GRAPH, seed=1), edges=GRAPH.num_edges).html
+    page = show(html)
+    chip = page.locator("#rules button:enabled").last
+    controls = [
+        chip, page.get_by_role("button", name="compare"), page.get_by_role("tab", name="Edges"),
+        page.get_by_role("button", name="scores", exact=True),
+        page.get_by_role("button", name="key", exact=True),
+    ]  # fmt: skip
+    for control in controls:
+        text = control.inner_text()
+        control.focus()
+        page.keyboard.press("Enter")
+        assert focused(page) == text
+    page.locator("#panel .link").first.focus()
+    page.keyboard.press("Enter")
+    settle(page)
+    assert page.evaluate("document.activeElement.closest('#panel') !== null")
+
+
 def test_panels_tell_what_was_measured(show, measured, small):
     node = next(name for name in measured["runs"][0]["measured"]["cuts"]["nodes"] if ".h" in name)
     page = show(render(measured), f"select={node}")
@@ -484,6 +572,10 @@ def test_runs_are_compared(show, small):
     page.get_by_role("button", name="compare").click()
     settle(page)
     a, b = (scores.circuit(num_edges=50) for scores in (small.scores, other))
+    text = page.locator("#panel").inner_text()
+    assert "Head 2." in text
+    assert "Token embedding → " in text
+    assert ".h" not in text  # one name for a thing
     facts = page.locator("#panel .fact").all_inner_texts()
     assert facts[0].startswith(str(len(a & b)))
     assert facts[1].startswith(str(len(a | b)))

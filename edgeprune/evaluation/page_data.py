@@ -22,7 +22,7 @@ from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_examp
 from edgeprune.prompts import Batch, Pair, collate, iterate_batches
 from edgeprune.scores import EdgeScores
 
-FORMAT = 1
+FORMAT = 2
 """Number of the data's form; measurements in pages of another form are not used again."""
 MAX_EDGES = 5_000
 """Default number of edges that a page carries, the strongest of all."""
@@ -265,14 +265,14 @@ def _answers(
         batches = [collate([pair]) for pair in pairs]
     references = [_reference(model, batch, ablation) for batch in batches]
     for reference, _, batch in references:
-        for pair, top in zip(batch.pairs, _top(model, batch, reference), strict=True):
+        for pair, top in zip(batch.pairs, _top(model, batch, reference, reference), strict=True):
             found[pair] = {"full": top, "circuits": []}
     for size in (0, *sizes):
         gates = _gates(model, ranking[:size])
         for reference, values, batch in references:
             outputs = model.run_circuit(batch, gates, values)
             distances = distance_by_example(batch, reference, outputs, model.output).tolist()
-            tops = _top(model, batch, outputs)
+            tops = _top(model, batch, outputs, reference)
             for pair, distance, top in zip(batch.pairs, distances, tops, strict=True):
                 answer = {"distance": _rounded(max(distance, 0.0)), "top": top}
                 if size:
@@ -283,19 +283,26 @@ def _answers(
     return [found[pair] for pair in pairs]
 
 
-def _top(model: CircuitModel, batch: Batch, outputs: Tensor) -> list[list[list[list[Any]]]]:
-    """Per pair and predicted token, the best answers: [text, probability (or value)] each."""
+def _top(
+    model: CircuitModel, batch: Batch, outputs: Tensor, reference: Tensor
+) -> list[list[list[list[Any]]]]:
+    """Per pair and predicted token, the best answers: [text, probability (or value)] each.
+
+    The full model's answer, the best of `reference`, follows them if it is not among them.
+    """
     if model.output is Output.number:
         rows = [[[f"{number:.4g}", _rounded(number)]] for number in outputs[:, 0].tolist()]
     else:
         is_logits = model.output is Output.logits
         shares = outputs.float().softmax(-1) if is_logits else outputs.float()
-        values, ids = shares.topk(min(TOP, outputs.shape[-1]))
+        ids = shares.topk(min(TOP, outputs.shape[-1])).indices
+        ids = torch.cat([ids, reference.argmax(-1, keepdim=True)], -1)
+        values = shares.gather(-1, ids)
         decode = str if model.tokenizer is None else lambda i: model.tokenizer.decode([i])
-        rows = [
-            [[decode(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in zip(*row, strict=True)]
-            for row in zip(ids.tolist(), values.tolist(), strict=True)
-        ]
+        rows = []
+        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
+            best = dict(zip(row_ids, row_values, strict=True))  # each token once
+            rows.append([[decode(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
     remaining = iter(rows)
     return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 

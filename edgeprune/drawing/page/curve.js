@@ -1,14 +1,24 @@
 // The size: slider, number and the curve below the graph, which share one logarithmic axis.
 
 const THUMB = 16; // width of the slider's thumb, so that the marker stands above it
-const CURVE_HEIGHT = 108;
+const CURVE_HEIGHT = 116;
+const BELOW = 27; // room for the marks of rules and the sizes
 const LEFT = 46;
+const LINEAR = 0.05; // share of the axis for sizes below the smallest of the logarithmic part
 
 const largest = () => Math.max(...RUNS.map((r) => r.limit), 1);
 const smallest = () => Math.min(5, largest());
 const toShare = (size) =>
-  Math.log(Math.max(size, smallest()) / smallest()) / Math.log(largest() / smallest() || 2);
-const toSize = (share) => Math.round(smallest() * (largest() / smallest()) ** share);
+  size < smallest()
+    ? (LINEAR * size) / smallest()
+    : LINEAR +
+      ((1 - LINEAR) * Math.log(size / smallest())) / (Math.log(largest() / smallest()) || 1);
+const toSize = (share) =>
+  Math.round(
+    share < LINEAR
+      ? (smallest() * share) / LINEAR
+      : smallest() * (largest() / smallest()) ** ((share - LINEAR) / (1 - LINEAR)),
+  );
 
 const slider = $("slider");
 const number = $("number");
@@ -32,7 +42,7 @@ number.addEventListener("change", () => {
   const size = Number(number.value);
   if (number.value !== "" && Number.isFinite(size))
     change({ size: clamp(Math.round(size), 0, largest()) });
-  requestRender();
+  number.value = sizeOf();
 });
 $("metric").addEventListener("change", (event) => change({ metric: event.target.value }));
 
@@ -48,6 +58,26 @@ function valueAt(r, metric, size) {
   const [a, b] = [Math.max(sizes[above - 1], 1), sizes[above]];
   const share = Math.log(size / a) / Math.log(b / a);
   return metric.values[above - 1] + share * (metric.values[above] - metric.values[above - 1]);
+}
+
+// Whether a run's curve has been measured at the size shown; a clean-up's circuit is not on it.
+const isMeasured = (r) =>
+  r.curve.sizes.includes(sizeOf(r)) && !(state.size === "chosen" && r.chosen.edges);
+
+const valueText = (r, metric) =>
+  `${isMeasured(r) ? "" : "≈ "}${short(valueAt(r, metric, sizeOf(r)))}`;
+
+// What "≈" means here, or "".
+function approximation(r) {
+  if (!r.curve || isMeasured(r)) return "";
+  const { sizes } = r.curve;
+  const above = sizes.findIndex((s) => s > sizeOf(r));
+  const between =
+    above > 0
+      ? `between the measured sizes ${whole(sizes[above - 1])} and ${whole(sizes[above])}`
+      : "from the nearest measured size";
+  const cleaned = state.size === "chosen" && r.chosen.edges ? ", without the clean-up" : "";
+  return `≈: interpolated ${between}${cleaned}.`;
 }
 
 function drawSize() {
@@ -67,7 +97,7 @@ function drawSize() {
     (state.size === "chosen" ? ", cleaned up" : "") +
     (state.size > r.limit ? `; this page carries the strongest ${whole(r.limit)}` : "");
   $("curve").toggleAttribute("hidden", !r.curve);
-  $("metric").parentElement.hidden = !r.curve;
+  $("metric").parentElement.hidden = $("key").hidden = !r.curve;
   drawRules(r, size);
   if (r.curve) drawCurve(r, size);
 }
@@ -80,7 +110,7 @@ function drawRules(r, size) {
     if (chosen.by) {
       const over = chosen.size > r.limit ? ", more than this page carries" : "";
       entries.push({
-        text: `chosen by the run (${by}${over})`,
+        text: `chosen by ${RUNS.length > 1 ? tokenText(r.name) : "the run"} (${by}${over})`,
         size: chosen.size,
         value: chosen.edges ? "chosen" : chosen.size,
         strong: true,
@@ -95,8 +125,9 @@ function drawRules(r, size) {
   const signature = JSON.stringify([entries, state.size, r.index]);
   if (drawRules.last === signature) return;
   drawRules.last = signature;
-  $("rules").replaceChildren(
-    ...(entries.length ? [h("span", { class: "note", text: "Sizes that rules choose:" })] : []),
+  const heading = h("span", { class: "note", text: "▲ Sizes that rules choose:" });
+  refill($("rules"), [
+    ...(entries.length ? [heading] : []),
     ...entries.map((e) =>
       button(`${e.text}: ${whole(e.size)}`, () => change({ size: e.value }), {
         class: `chip${e.strong ? " strong" : ""}`,
@@ -112,6 +143,18 @@ function drawRules(r, size) {
             text: `The page carries the strongest ${whole(r.limit)} of ${whole(DATA.graph.num_edges)} edges.`,
           }),
         ]
+      : []),
+  ]);
+}
+
+// Which line is which run's.
+function drawKey(lines) {
+  const text = (one) => (state.compare || one !== run() ? one.name : `${one.name} (shown)`);
+  $("key").replaceChildren(
+    ...(RUNS.length > 1
+      ? lines.map(({ one }) =>
+          h("span", { class: "key" }, compareMark(one.index), tokenText(text(one), 30)),
+        )
       : []),
   );
 }
@@ -129,36 +172,48 @@ function drawCurve(r, size) {
   const lines = RUNS.filter((one) => one.curve)
     .map((one) => ({ one, metric: metricsOf(one).find((m) => m.name === metric.name) }))
     .filter((l) => l.metric);
+  drawKey(lines);
   const values = lines
     .flatMap((l) =>
       l.one.curve.sizes
-        .flatMap((s, i) => (s && s < largest() ? [l.metric.values[i]] : []))
-        .concat(valueAt(l.one, l.metric, largest()), valueAt(l.one, l.metric, smallest())),
+        .flatMap((s, i) => (s < largest() ? [l.metric.values[i]] : []))
+        .concat(valueAt(l.one, l.metric, largest())),
     )
     .filter((v) => v != null);
   const isLog = metric.better === "lower";
   const positive = values.filter((v) => v > 0);
   const floor = isLog
-    ? Math.max(Math.min(...positive, 1) * 0.8, Math.max(...positive, 1e-9) / 3e4)
+    ? Math.max(Math.min(...positive, 1) * 0.8, Math.max(...positive, 1e-9) / 1e7)
     : Math.min(0, ...values);
-  const top = Math.max(...values, isLog ? floor * 10 : 1e-9) * (isLog ? 1.3 : 1.02);
+  const isCut = isLog && Math.min(...values) < floor; // as for the distance 0 of the full model
+  const isShare = !isLog && floor === 0 && Math.max(...values) <= 1;
+  const most = isShare ? 1 : Math.max(...values, isLog ? floor * 10 : 1e-9);
+  const top = most * (isLog ? 1.3 : 1.02);
   const scale = (v) =>
     isLog
       ? Math.log(Math.max(v, floor) / floor) / Math.log(top / floor)
       : (v - floor) / (top - floor);
-  const bottom = CURVE_HEIGHT - 18;
-  const y = (v) => bottom - (bottom - 14) * clamp(scale(v), 0, 1);
+  const bottom = CURVE_HEIGHT - BELOW;
+  const y = (v) => bottom - (bottom - 22) * clamp(scale(v), 0, 1);
   const parts = [];
   const text = (t, tx, ty, anchor, extra = {}) =>
     svg("text", { x: tx, y: ty, "text-anchor": anchor, class: "tick", ...extra }, t);
   for (const tick of isLog
-    ? logTicks(floor, top)
-    : [floor, (floor + top) / 2, Math.min(top, Math.max(...values))]) {
+    ? logTicks(floor, top, isCut)
+    : isShare
+      ? [0, 0.5, 1]
+      : [floor, (floor + most) / 2, most]) {
     parts.push(svg("line", { x1: LEFT, x2: width - 4, y1: y(tick), y2: y(tick), class: "grid" }));
-    parts.push(text(short(tick).replace(/\.?0+$/, "") || "0", LEFT - 6, y(tick) + 4, "end"));
+    const lowest = isCut && tick === floor ? "≤ " : "";
+    parts.push(text(lowest + tickText(tick), LEFT - 6, y(tick) + 4, "end"));
   }
-  for (const tick of sizeTicks())
+  let taken = -Infinity; // by the ticks further left
+  for (const tick of sizeTicks()) {
+    const half = 3.4 * whole(tick).length;
+    if (x(tick) - half < taken + 6) continue;
     parts.push(text(whole(tick), x(tick), CURVE_HEIGHT - 4, "middle"));
+    taken = x(tick) + half;
+  }
   const marks = r.curve.rules.filter((rule) => rule.size <= r.limit);
   for (const rule of marks) {
     const mark = svg("path", { d: `M${x(rule.size)} ${bottom}l-4 7h8z`, class: "rule" });
@@ -168,9 +223,9 @@ function drawCurve(r, size) {
   for (const { one, metric: m } of lines) {
     const points = one.curve.sizes
       .map((s, i) => [s, m.values[i]])
-      .filter(([s, v]) => s >= smallest() && s <= largest() * 1.001 && v != null);
+      .filter(([s, v]) => s <= largest() && v != null);
     if (one.curve.sizes.at(-1) > largest()) points.push([largest(), valueAt(one, m, largest())]);
-    const isCurrent = one === r;
+    const isCurrent = one === r || state.compare;
     const color = RUNS.length > 1 ? colors.only[one.index % colors.only.length] : colors.line.q;
     const attributes = {
       class: `line${isCurrent ? " current" : ""}`,
@@ -186,17 +241,12 @@ function drawCurve(r, size) {
   const at = x(size);
   parts.push(svg("line", { x1: at, x2: at, y1: 4, y2: bottom, class: "marker" }));
   parts.push(svg("circle", { cx: at, cy: y(here), r: 4.5, class: "marker" }));
-  const isMeasured = r.curve.sizes.includes(size);
   const side = at > width * 0.7 ? "end" : "start";
-  parts.push(
-    text(
-      `${metric.label} ${isMeasured ? "" : "≈ "}${short(here)}`,
-      at + (side === "end" ? -8 : 8),
-      13,
-      side,
-      { class: "tick value" },
-    ),
-  );
+  const whose = RUNS.length > 1 ? `${tokenText(r.name)}: ` : "";
+  const label = `${whose}${metric.label} ${valueText(r, metric)}`;
+  const value = text(label, at + (side === "end" ? -8 : 8), 13, side, { class: "tick value" });
+  value.append(svg("title", {}, approximation(r) || "measured at this size"));
+  parts.push(value);
   root.setAttribute("viewBox", `0 0 ${width} ${CURVE_HEIGHT}`);
   root.setAttribute(
     "aria-label",
@@ -220,14 +270,23 @@ function fillMetrics(r, metric) {
     `${metric.description}; measured on ${plural(r.curve.num_examples, `${r.curve.prompts} prompt`)}`;
 }
 
-function logTicks(low, high) {
+// Powers of ten, at most four, and the lower end if lower values are drawn there.
+function logTicks(low, high, isCut) {
   const powers = [];
-  for (let p = Math.ceil(Math.log10(low)); p <= Math.log10(high); p += 1) powers.push(10 ** p);
-  return powers.length > 4 ? powers.filter((_, i) => i % 2 === (powers.length - 1) % 2) : powers;
+  for (let p = Math.floor(Math.log10(high)); p >= Math.log10(low); p -= 1) powers.push(10 ** p);
+  const every = Math.ceil(powers.length / 4);
+  const ticks = powers.filter((power, i) => i % every === 0 && !(isCut && power < 9 * low));
+  return isCut ? [...ticks, low] : ticks;
+}
+
+// A number without zeros at its end.
+function tickText(value) {
+  const text = short(value);
+  return text.includes("e") ? text : String(Number(text));
 }
 
 function sizeTicks() {
-  const ticks = [];
+  const ticks = [0];
   for (let power = 1; power <= largest(); power *= 10) {
     for (const m of [1, 2, 5])
       if (m * power >= smallest() && m * power <= largest()) ticks.push(m * power);

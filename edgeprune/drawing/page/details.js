@@ -17,29 +17,31 @@ function overviewPanel(r) {
   return [
     h("h2", { text: r.title || r.name }),
     r.about ? note(r.about) : null,
+    RUNS.length > 1 ? whoseNote(r) : null,
     h("div", { class: "facts" }, sizeFacts(r)),
     r.curve
-      ? note(`Measured on ${plural(r.curve.num_examples, `${r.curve.prompts} prompt`)}.`)
+      ? note(
+          `Measured on ${plural(r.curve.num_examples, `${r.curve.prompts} prompt`)}. ${approximation(r)}`,
+        )
       : null,
     promptsOf(r).length ? failuresNote(r) : null,
-    table(
+    longTable(
       "What feeds the output",
       ["from", "score", "rank", ...cutColumn],
-      toOutput
-        .slice(0, 12)
-        .map((edge) => [
-          nodeLink(edge.from.name),
-          edgeLink(edge, scoreText(r, edge)),
-          rankText(r, edge),
-          ...cut(edge.from.name),
-        ]),
-      { numeric: [1, 2, 3] },
+      toOutput,
+      (edge) => [
+        nodeLink(edge.from.name),
+        edgeLink(edge, scoreText(r, edge)),
+        rankText(r, edge),
+        ...cut(edge.from.name),
+      ],
+      { numeric: [1, 2, 3], rows: 12, about: aboutCuts(r) },
     ),
     table(
       "Nodes with the most edges",
       ["node", "edges", ...cutColumn],
       busiestNodes(shown).map(([name, count]) => [nodeLink(name), String(count), ...cut(name)]),
-      { numeric: [1, 2] },
+      { numeric: [1, 2], about: aboutCuts(r) },
     ),
     note(
       "Click a node or an edge, or find one by name. Drag the slider to change the size. " +
@@ -57,18 +59,25 @@ function sizeFacts(r) {
   ];
   for (const metric of metricsOf(r)) {
     if (!["kl", "error", "exact_match"].includes(metric.name)) continue;
-    const about = r.curve.sizes.includes(size) ? "" : "≈ ";
-    facts.push(fact(metric.label, about + short(valueAt(r, metric, size))));
+    facts.push(fact(metric.label, valueText(r, metric), approximation(r) || metric.description));
   }
   return facts;
 }
+
+// Of which run the details are, where there are several.
+const whoseNote = (r) =>
+  note(
+    state.compare
+      ? `Scores, ranks and measurements are those of ${r.name}; edges are those in any run.`
+      : `Run shown: ${r.name}.`,
+  );
 
 // On which prompts the circuit does not give the full model's answer.
 function failuresNote(r) {
   const { failed, all } = failedPrompts(r, sizeOf());
   if (!failed.length) {
     return h("p", {
-      text: `On all ${all} prompts shown here, the circuit gives the full model's answer.`,
+      text: `On all ${all} prompts shown here, the circuit gives the full model's answer${sizeNote(r)}.`,
     });
   }
   const link = (i) =>
@@ -78,7 +87,7 @@ function failuresNote(r) {
     {},
     `Of ${plural(all, "prompt")} shown here, half of them the hardest, the circuit answers `,
     h("b", { text: `${failed.length} differently` }),
-    ": ",
+    `${sizeNote(r)}: `,
     failed.slice(0, 10).flatMap((i, n) => [n ? ", " : "", link(i)]),
   );
 }
@@ -99,9 +108,7 @@ function busiestNodes(shown) {
 // By how much cutting a node from the chosen circuit moves it from the full model.
 function cutCell(r, name) {
   const effect = effectText(r, "nodes", name);
-  if (!effect) return "–";
-  const change = effect.after - effect.before;
-  return `${change < 0 ? "−" : "+"}${short(Math.abs(change))}`;
+  return effect ? changeText(effect) : "–";
 }
 
 function nodePanel(r, node) {
@@ -119,7 +126,7 @@ function nodePanel(r, node) {
   return [
     h(
       "div",
-      { class: "bar" },
+      { class: "bar close" },
       h("h2", { text: node.title }),
       h("code", { text: node.name }),
       h("span", { class: "spring" }),
@@ -132,55 +139,56 @@ function nodePanel(r, node) {
       ? h("p", {}, h("span", { class: "label", text: r.labels[node.name] }))
       : null,
     groupNote ? note(groupNote) : null,
-    RUNS.length > 1 ? runsOfNode(node) : null,
+    RUNS.length > 1 ? [whoseNote(r), runsOfNode(node)] : null,
     node.type === "output" ? null : effectPanel(r, "nodes", node.name, inChosen),
+    attentionPanel(r, node),
     node.type === "embed"
       ? null
       : edgeTable(r, "Reads", reads, (edge) => nodeLink(edge.from.name), "from"),
     node.type === "output"
       ? null
       : edgeTable(r, "Writes to", writes, (edge) => readerLink(edge.reader), "to"),
-    attentionPanel(r, node),
     node.type === "output" ? null : pathsPanel(r, edges, node),
-  ];
+  ].flat();
 }
 
 const expanded = new Set(); // captions of tables that are shown whole
 
 function edgeTable(r, caption, edges, end, heading) {
-  const count = expanded.has(caption) ? MAX_ROWS : 7;
-  const rows = edges
-    .slice(0, count)
-    .map((edge) => [
-      end(edge),
-      kindMark(edge.reader.kind),
-      edgeLink(edge, scoreText(r, edge)),
-      rankText(r, edge),
-    ]);
+  const row = (edge) => [
+    end(edge),
+    kindMark(edge.reader.kind),
+    edgeLink(edge, scoreText(r, edge)),
+    rankText(r, edge),
+  ];
+  return longTable(caption, [heading, "as", "score", "rank"], edges, row, { numeric: [2, 3] });
+}
+
+// A table with a row per item, of which some are shown at first.
+function longTable(caption, columns, items, rowOf, { rows = 7, ...options }) {
+  const isWhole = expanded.has(caption);
+  const shown = items.slice(0, isWhole ? MAX_ROWS : rows);
   const toggle = () => {
     if (!expanded.delete(caption)) expanded.add(caption);
     drawPanel();
   };
-  const more =
-    edges.length > 7
-      ? button(
-          expanded.has(caption)
-            ? "show fewer"
-            : `show ${Math.min(edges.length, MAX_ROWS) - 7} more`,
-          toggle,
-          { class: "quiet" },
-        )
-      : null;
+  const all =
+    items.length > MAX_ROWS
+      ? `the first ${MAX_ROWS} of ${whole(items.length)}`
+      : `all ${items.length}`;
+  const more = button(isWhole ? "show fewer" : `show ${all}`, toggle, {
+    class: "quiet",
+    id: `more ${caption}`,
+  });
   return h(
     "section",
     {},
-    table(`${caption} (${edges.length})`, [heading, "as", "score", "rank"], rows, {
-      numeric: [2, 3],
-    }),
-    more,
+    table(`${caption} (${whole(items.length)})`, columns, shown.map(rowOf), options),
+    items.length > rows ? more : null,
   );
 }
 
+// Paths over these edges from a node; those through one edge, if it alone leaves the node.
 function pathsPanel(r, edges, node) {
   const paths = strongestPaths(r, edges, node.name);
   return h(
@@ -230,8 +238,8 @@ function edgePanel(r, edge) {
   return [
     h(
       "div",
-      { class: "bar" },
-      h("h2", { text: `${edge.from.title} → ${edge.reader.title}` }),
+      { class: "bar close" },
+      h("h2", { text: edge.title }),
       h("span", { class: "spring" }),
       button("✕", () => select(""), { "aria-label": "Close" }),
     ),
@@ -292,6 +300,12 @@ function edgePanel(r, edge) {
           change({ size: rank + 1 }),
         )
       : null,
-    isIn ? pathsPanel(r, edges, NODES.get(edge.reader.feeds[0])) : null,
+    isIn
+      ? pathsPanel(
+          r,
+          edges.filter((other) => other === edge || other.from !== edge.from),
+          edge.from,
+        )
+      : null,
   ];
 }

@@ -28,8 +28,20 @@ function button(text, action, attributes = {}) {
   return h("button", { type: "button", text, onclick: action, ...attributes });
 }
 
+// Give an element new children; a control that has the focus keeps it (found by its id, or else by
+// its place), and if it is gone the element itself gets it.
+function refill(element, children) {
+  const controls = () => [...element.querySelectorAll("button, select, input")];
+  const focused = element.contains(document.activeElement) ? document.activeElement : null;
+  const place = controls().indexOf(focused);
+  element.replaceChildren(...children);
+  if (!focused || focused === element) return;
+  const next = (focused.id && $(focused.id)) || controls()[place] || element;
+  next.focus({ preventScroll: true });
+}
+
 // A table with a heading row and a button that copies it; cells are strings or elements.
-function table(caption, columns, rows, { numeric = [] } = {}) {
+function table(caption, columns, rows, { numeric = [], about = "" } = {}) {
   const cell = (tag) => (content, i) =>
     h(
       tag,
@@ -55,6 +67,7 @@ function table(caption, columns, rows, { numeric = [] } = {}) {
     "div",
     { class: "table" },
     h("div", { class: "bar" }, h("h3", { text: caption }), copy),
+    about ? h("p", { class: "note", text: about }) : null,
     rows.length ? h("div", { class: "wide" }, element) : h("p", { class: "note", text: "none" }),
   );
 }
@@ -76,6 +89,13 @@ async function copyText(text, message) {
     area.remove();
   }
   announce(message);
+}
+
+// Told to screen readers only.
+function tell(message) {
+  clearTimeout(announce.timer);
+  $("status").classList.add("hidden");
+  $("status").textContent = message;
 }
 
 // Told to screen readers, and shown for a moment.

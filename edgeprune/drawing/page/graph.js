@@ -87,7 +87,8 @@ function thingAt(x, y) {
 function tipText(name) {
   if (name.startsWith("group ")) {
     const group = state.groups[Number(name.slice(6))];
-    return `${tokenText(group.name, 60)}: ${group.members.join(", ")}`;
+    const titles = group.members.map((member) => NODES.get(member).title);
+    return `${tokenText(group.name, 60)}: ${titles.join(", ")}`;
   }
   if (NODES.has(name)) {
     const node = NODES.get(name);
@@ -102,7 +103,7 @@ function tipText(name) {
   const rank = run().rank.get(edge.key);
   const score =
     run().importance && rank !== undefined ? `, score ${short(run().scores[rank])}` : "";
-  return `${edge.from.title} → ${edge.reader.title}${rank === undefined ? "" : `: rank ${whole(rank + 1)}${score}`}`;
+  return `${edge.title}${rank === undefined ? "" : `: rank ${whole(rank + 1)}${score}`}`;
 }
 
 function showTip(name, x, y) {
@@ -126,6 +127,7 @@ const placeOf = (event) => {
 
 // Zoom so that what is at (x, y) stays there.
 function zoomAt(x, y, factor) {
+  tip.hidden = true;
   const [dx, dy, zoom] = state.view;
   const next = clamp(zoom * factor, 1, 24);
   const { clientWidth: width, clientHeight: height } = canvas;
@@ -254,6 +256,9 @@ function neighbour(name, [dx, dy]) {
   return best?.name ?? name;
 }
 
+// What the tip says may be wrong after a key.
+document.addEventListener("keydown", () => (tip.hidden = true), { capture: true });
+
 canvas.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const { key } = event;
@@ -273,8 +278,7 @@ canvas.addEventListener("keydown", (event) => {
     select(cursor);
     const box = scene.places.boxes.get(cursor);
     showTip(cursor, box.x, box.y);
-    announce.timer ??= 0;
-    $("status").textContent = tipText(cursor);
+    tell(tipText(cursor));
   }
   requestRender();
 });

@@ -26,7 +26,8 @@ function edgesPanel(r) {
     ),
   );
   return [
-    h("h2", { text: `${plural(shown.length, "edge")} shown` }),
+    h("h2", { text: `${plural(shown.length, "edge")} ${state.compare ? "in any run" : "shown"}` }),
+    state.compare ? note(`Scores are those of ${r.name}.`) : null,
     copyAll,
     table(
       "Edges, the strongest first",
@@ -127,16 +128,19 @@ function runsPanel(r) {
     const both = [...sets[a]].filter((key) => sets[b].has(key)).length;
     return both / (sets[a].size + sets[b].size - both || 1);
   };
-  const rows = RUNS.map((one, i) => {
-    const metric = metricsOf(one)[0];
-    const size = state.size === "chosen" ? one.chosen.size : Math.min(state.size, one.limit);
-    return [
-      h("span", {}, compareMark(i), one.name),
-      whole(sets[i].size),
-      whole(own[i].length),
-      metric ? short(valueAt(one, metric, size)) : "–",
-    ];
-  });
+  const metrics = metricsOf(r).filter(({ name }) => ["kl", "error", "exact_match"].includes(name));
+  const rows = RUNS.map((one, i) => [
+    h("span", {}, compareMark(i), one.name),
+    whole(sets[i].size),
+    whole(own[i].length),
+    ...metrics.map(({ name }) => {
+      const metric = metricsOf(one).find((m) => m.name === name);
+      return metric ? valueText(one, metric) : "–";
+    }),
+  ]);
+  const nodes = RUNS.map((one) => nodesOf(circuitAt(one, state.size)));
+  const ownNodes = (i) =>
+    [...nodes[i]].filter((name) => nodes.every((set, other) => other === i || !set.has(name)));
   const strongest = (keys, one) =>
     keys
       .map((key) => EDGES.get(key))
@@ -158,9 +162,19 @@ function runsPanel(r) {
       fact("edges in any", whole(all.length)),
       RUNS.length === 2 ? fact("intersection over union", iou(0, 1).toFixed(2)) : null,
     ),
-    table("Runs", ["run", "edges", "only here", metricsOf(r)[0]?.label ?? "KL"], rows, {
-      numeric: [1, 2, 3],
+    table("Runs", ["run", "edges", "only here", ...metrics.map((m) => m.label)], rows, {
+      numeric: [1, 2, 3, 4],
+      about: [...new Set(RUNS.map(approximation))].filter(Boolean).join(" "),
     }),
+    table(
+      "Nodes in one run only",
+      ["run", "nodes"],
+      RUNS.map((one, i) => [
+        h("span", {}, compareMark(i), one.name),
+        ownNodes(i).flatMap((name, n) => [n ? ", " : "", nodeLink(name)]),
+      ]),
+      { about: "Without nodes at which only dangling edges meet." },
+    ),
     RUNS.length > 2
       ? table(
           "Intersection over union",
@@ -173,7 +187,7 @@ function runsPanel(r) {
         `Only in ${one.name} (${own[i].length})`,
         ["edge", "score here", ...RUNS.filter((o) => o !== one).map((o) => `rank in ${o.name}`)],
         strongest(own[i], one).map((edge) => [
-          edgeLink(edge, edge.name.replace(">", " → ")),
+          edgeLink(edge, edge.title),
           scoreText(one, edge),
           ...RUNS.filter((o) => o !== one).map((o) => rankText(o, edge)),
         ]),
@@ -181,6 +195,13 @@ function runsPanel(r) {
       ),
     ),
   ];
+}
+
+// Names of the nodes of a circuit, but for those that only dangling edges have.
+function nodesOf({ edges, kept }) {
+  const used = edges.filter((edge) => kept.has(edge.key));
+  const names = new Set(used.map((edge) => edge.from.name));
+  return new Set([...NODES.keys()].filter((name) => names.has(name)));
 }
 
 function compareMark(index) {

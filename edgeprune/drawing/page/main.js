@@ -1,8 +1,9 @@
 // Putting the page together: header, legend, search, keys, and drawing once per frame.
 
 function drawHeader() {
-  $("runs").replaceChildren(
-    ...(RUNS.length > 1
+  refill(
+    $("runs"),
+    RUNS.length > 1
       ? [
           ...RUNS.map((r) =>
             button(r.name, () => change({ run: r.index, compare: false }), {
@@ -16,7 +17,7 @@ function drawHeader() {
             { class: "compare", "aria-pressed": String(state.compare) },
           ),
         ]
-      : []),
+      : [],
   );
   $("undo").disabled = !steps.past.length;
   $("redo").disabled = !steps.future.length;
@@ -24,7 +25,6 @@ function drawHeader() {
   dataset.theme = isDark() ? "dark" : "light";
   for (const [kind, color] of Object.entries(palette(isDark()).line))
     style.setProperty(`--${kind}`, color);
-  $("theme").textContent = { auto: "◐", light: "☀", dark: "☾" }[state.theme];
 }
 
 function drawLegend() {
@@ -107,11 +107,7 @@ function drawLegend() {
   ]);
   if (drawLegend.last === signature) return;
   drawLegend.last = signature;
-  const focused = [...$("legend").querySelectorAll("button, input")].indexOf(
-    document.activeElement,
-  );
-  $("legend").replaceChildren(...parts);
-  if (focused >= 0) $("legend").querySelectorAll("button, input")[focused]?.focus();
+  refill($("legend"), parts);
 }
 
 // ------------------------------------------------------------------------------- drawing
@@ -163,17 +159,20 @@ function render() {
 
 const searchBox = $("search");
 const foundList = $("found");
+let found = []; // see `search`
 let marked = 0;
 
 function showFound() {
-  const found = search(searchBox.value, run());
+  found = search(searchBox.value, run());
   marked = 0;
   foundList.hidden = !searchBox.value.trim();
   searchBox.setAttribute("aria-expanded", String(!foundList.hidden));
   foundList.replaceChildren(
     ...(found.length
-      ? found.map(({ node }, i) => {
-          const inCircuit = scene?.used.has(node.name) || node.type === "output";
+      ? found.map((item, i) => {
+          const { node } = item;
+          const inCircuit = !node || scene?.used.has(node.name) || node.type === "output";
+          const label = node && run().labels[node.name];
           return h(
             "li",
             {
@@ -182,26 +181,26 @@ function showFound() {
               "aria-selected": String(i === 0),
               onpointerdown: (event) => {
                 event.preventDefault();
-                pick(node.name);
+                pick(item);
               },
             },
-            h("span", { text: node.title }),
-            h("code", { text: node.name }),
+            h("span", { text: item.title }),
+            h("code", { dir: "auto", text: item.name }),
             h("span", {
               class: "note",
-              text: run().labels[node.name] ?? (inCircuit ? "" : "not in the circuit"),
+              text: label ?? item.note ?? (inCircuit ? "" : "not in the circuit"),
             }),
           );
         })
-      : [h("li", { class: "note", text: "no such node" })]),
+      : [h("li", { class: "note", text: "nothing found" })]),
   );
 }
 
-function pick(name) {
+function pick({ title, go }) {
   searchBox.value = "";
   showFound();
-  select(name);
-  announce(NODES.get(name).title);
+  change(go);
+  tell(title);
 }
 
 searchBox.addEventListener("input", showFound);
@@ -220,8 +219,7 @@ searchBox.addEventListener("keydown", (event) => {
     );
     options.forEach((option, i) => option.setAttribute("aria-selected", String(i === marked)));
     searchBox.setAttribute("aria-activedescendant", `found-${marked}`);
-  } else if (event.key === "Enter" && options[marked])
-    pick(options[marked].querySelector("code").textContent);
+  } else if (event.key === "Enter" && found[marked]) pick(found[marked]);
   else if (event.key === "Escape") {
     searchBox.value = "";
     showFound();
@@ -254,15 +252,14 @@ function buildHeader() {
     "focusout",
     (event) => save.contains(event.relatedTarget) || !event.relatedTarget || (save.open = false),
   );
-  const themes = ["auto", "light", "dark"];
   $("menu").replaceChildren(
     save,
     button("↶", () => undo(), { id: "undo", title: "Undo (Ctrl Z)", "aria-label": "Undo" }),
     button("↷", () => undo("future", "past"), { id: "redo", title: "Redo", "aria-label": "Redo" }),
-    button("◐", () => change({ theme: themes[(themes.indexOf(state.theme) + 1) % 3] }), {
+    button("◐", () => change({ theme: isDark() ? "light" : "dark" }), {
       id: "theme",
-      title: "Colours: as the system, light, dark",
-      "aria-label": "Change colours",
+      title: "Light or dark colours",
+      "aria-label": "Light or dark colours",
     }),
     button("?", () => $("help").showModal(), {
       id: "help-button",

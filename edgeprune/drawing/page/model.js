@@ -40,10 +40,10 @@ function makeReader(name, index) {
   const size = kind === "q" ? 1 : HEADS / KV_HEADS;
   const feeds = Array.from({ length: size }, (_, i) => `a${layer}.h${head * size + i}`);
   const whose =
-    kind !== "q" && GROUPED
-      ? `${KINDS[kind]} ${layer}.${head} of heads ${head * size}–${head * size + size - 1}`
-      : `${KINDS[kind]} of head ${layer}.${head}`;
-  return { name, index, kind, layer, head, feeds, title: whose };
+    size > 1
+      ? `Heads ${layer}.${head * size}–${layer}.${head * size + size - 1}`
+      : `Head ${layer}.${head}`;
+  return { name, index, kind, layer, head, feeds, title: `${whose}, ${KINDS[kind]}` };
 }
 
 // The edge from a writer to a reader, by their indices; the same object in all runs.
@@ -52,7 +52,8 @@ function edgeOf(w, r) {
   if (!EDGES.has(key)) {
     const from = NODES.get(DATA.graph.writers[w]);
     const reader = READERS[r];
-    EDGES.set(key, { key, from, reader, name: `${from.name}>${reader.name}` });
+    const title = `${from.title} → ${reader.title}`;
+    EDGES.set(key, { key, from, reader, name: `${from.name}>${reader.name}`, title });
   }
   return EDGES.get(key);
 }
@@ -148,25 +149,69 @@ function nearest(sizes, size) {
   return sizes.reduce((best, s, i) => (distance(s) < distance(sizes[best]) ? i : best), 0);
 }
 
-// Nodes and labels that a text finds, the best first.
+// What a text finds, the best first: nodes, by name or label; edges, by both ends ("0.13 2.10",
+// "a0.h13 -> a2.h10.v"); prompts, by their words. Each is {title, name, note, go}, where `go` are
+// the changes of the state that show it.
 function search(text, run) {
   const query = text.trim().toLowerCase().replace(/\s+/g, " ");
   if (!query) return [];
-  const found = [];
+  const nodes = [];
   for (const node of NODES.values()) {
     const label = (run.labels[node.name] ?? "").toLowerCase();
-    const short = node.type === "head" ? `${node.layer}.${node.head}` : node.name;
-    const names = [node.name, node.title.toLowerCase(), short];
-    const place = names.includes(query)
-      ? 0
-      : names.some((n) => n.startsWith(query))
-        ? 1
-        : label.includes(query)
-          ? 2
-          : names.some((n) => n.includes(query))
-            ? 3
-            : null;
-    if (place !== null) found.push({ node, label, place });
+    const names = namesOf(node);
+    const places = [
+      names.includes(query),
+      names.some((n) => n.startsWith(query)),
+      label.includes(query),
+      names.some((n) => n.includes(query)),
+    ];
+    const place = places.indexOf(true);
+    if (place >= 0) nodes.push({ node, place });
   }
-  return found.sort((a, b) => a.place - b.place).slice(0, 12);
+  nodes.sort((a, b) => a.place - b.place);
+  return [
+    ...nodes.slice(0, 12).map(({ node }) => ({
+      title: node.title,
+      name: node.name,
+      node,
+      go: { select: node.name, tab: "details" },
+    })),
+    ...edgesFound(query, run).map((edge) => ({
+      title: edge.title,
+      name: edge.name.replace(">", " → "),
+      note: run.importance ? `rank ${run.rank.get(edge.key) + 1}` : "",
+      go: { select: edge.name, tab: "details" },
+    })),
+    ...promptsFound(query, run).map((prompt) => ({
+      title: `Prompt ${prompt + 1}`,
+      name: brief(promptsOf(run)[prompt], 40),
+      go: { prompt, token: -1, tab: "prompts" },
+    })),
+  ];
+}
+
+const namesOf = (node) => [
+  node.name,
+  node.title.toLowerCase(),
+  node.type === "head" ? `${node.layer}.${node.head}` : node.name,
+];
+
+function edgesFound(query, run) {
+  const [from, to, ...rest] = query.split(/ ?(?:->|→|>) ?/.test(query) ? / ?(?:->|→|>) ?/ : " ");
+  if (!from || !to || rest.length) return [];
+  const isReader = ({ name, title, feeds }) =>
+    name === to ||
+    title.toLowerCase() === to ||
+    feeds.some((node) => namesOf(NODES.get(node)).includes(to));
+  return run.edges
+    .filter((edge) => namesOf(edge.from).includes(from) && isReader(edge.reader))
+    .slice(0, 12);
+}
+
+function promptsFound(query, run) {
+  if (query.length < 3) return [];
+  const matches = (prompt) => wholeText(prompt).toLowerCase().includes(query);
+  return promptsOf(run)
+    .flatMap((prompt, i) => (matches(prompt) ? [i] : []))
+    .slice(0, 6);
 }

@@ -10,8 +10,9 @@ const TABS = {
 const MAX_ROWS = 200;
 
 function drawPanel() {
-  $("tabs").replaceChildren(
-    ...Object.entries(TABS).map(([id, text]) =>
+  refill(
+    $("tabs"),
+    Object.entries(TABS).map(([id, text]) =>
       h("button", {
         type: "button",
         role: "tab",
@@ -27,24 +28,13 @@ function drawPanel() {
   const panel = $("panel");
   panel.setAttribute("aria-labelledby", `tab-${state.tab}`);
   const subject = `${state.tab} ${state.select}`;
-  const focused = document.activeElement?.closest?.("#panel")
-    ? focusPath(document.activeElement)
-    : null;
   const top = panel.dataset.subject === subject ? panel.scrollTop : 0;
   panel.dataset.subject = subject;
   const draw =
     { prompts: promptsPanel, edges: edgesPanel, groups: groupsPanel, runs: runsPanel }[state.tab] ??
     detailsPanel;
-  panel.replaceChildren(...[draw(run())].flat().filter(Boolean));
+  refill(panel, [draw(run())].flat().filter(Boolean));
   panel.scrollTop = top;
-  if (focused !== null)
-    panel.querySelectorAll("button, select, input")[focused]?.focus({ preventScroll: true });
-}
-
-// Which control of the panel has the focus, so that it keeps it when the panel is drawn again.
-function focusPath(element) {
-  const index = [...$("panel").querySelectorAll("button, select, input")].indexOf(element);
-  return index < 0 ? null : index;
 }
 
 $("tabs").addEventListener("keydown", (event) => {
@@ -60,7 +50,7 @@ $("tabs").addEventListener("keydown", (event) => {
 const nodeLink = (name, text = NODES.get(name).title) =>
   button(text, () => select(name), { class: "link", title: name });
 const edgeLink = (edge, text) =>
-  button(text, () => select(edge.name), { class: "link", title: edge.name.replace(">", " → ") });
+  button(text, () => select(edge.name), { class: "link", title: `${edge.title} (${edge.name.replace(">", " → ")})` });
 const kindMark = (kind) => h("span", { class: `kind ${kind}`, text: KINDS[kind] });
 const scoreText = (r, edge) => {
   const rank = r.rank.get(edge.key);
@@ -80,11 +70,25 @@ function effectText(r, kind, name) {
   return { before: cuts.distance, after, flips, prompts: cuts.prompts, label: r.measured.distance };
 }
 
+const chosenText = (r) => `the chosen circuit (${plural(r.chosen.size, "edge")})`;
+const cutPrompts = (r) =>
+  `${plural(r.measured.cuts.prompts, `${r.measured.split ?? ""} prompt`.trim())} used for cuts`;
+
+function changeText({ before, after }) {
+  return `${after < before ? "−" : "+"}${short(Math.abs(after - before))}`;
+}
+
+// What a column of cuts holds, below a table's heading.
+const aboutCuts = (r) =>
+  r.measured
+    ? `${r.measured.distance} if cut: by how much it changes, measured in ${chosenText(r)} on the ${cutPrompts(r)}, whatever the slider says.`
+    : "";
+
 function effectPanel(r, kind, name, inChosen) {
   if (!r.measured) return null;
   const heading = h("h3", { text: "Effect of cutting it" });
   const effect = effectText(r, kind, name);
-  const where = `from the chosen circuit (${plural(r.chosen.size, "edge")})`;
+  const where = `from ${chosenText(r)}`;
   if (!effect) {
     return h(
       "section",
@@ -104,16 +108,15 @@ function effectPanel(r, kind, name, inChosen) {
     h(
       "div",
       { class: "facts" },
-      fact(
-        `${effect.label} from the full model`,
-        `${short(effect.before)} → ${short(effect.after)}`,
-      ),
+      fact(`change of ${effect.label}`, changeText(effect)),
       fact("predictions flipped", `${effect.flips} of ${effect.prompts}`),
     ),
-    note(`Cut ${where}, on ${plural(effect.prompts, "prompt")}.`),
+    note(
+      `Cut ${where}. On the ${cutPrompts(r)}: ${effect.label} ${short(effect.before)} → ${short(effect.after)}.`,
+    ),
   );
 }
 
 const note = (text) => h("p", { class: "note", text });
-const fact = (label, value) =>
-  h("div", { class: "fact" }, h("b", { text: value }), h("span", { text: label }));
+const fact = (label, value, title = null) =>
+  h("div", { class: "fact", title }, h("b", { text: value }), h("span", { text: label }));

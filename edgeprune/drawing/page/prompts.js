@@ -18,6 +18,14 @@ function failedPrompts(r, size) {
   return { failed, all: promptsOf(r).length };
 }
 
+// Where the answers are not measured at the size shown, at which they are: for a sentence's end.
+function sizeNote(r) {
+  const at = answersAt(r, promptsOf(r)[0], sizeOf()).size;
+  return at === sizeOf()
+    ? ""
+    : ` (answers at ${plural(at, "edge")}, the measured size nearest to ${whole(sizeOf())})`;
+}
+
 function promptsPanel(r) {
   const prompts = promptsOf(r);
   if (!prompts.length) {
@@ -83,16 +91,18 @@ function promptsPanel(r) {
         }),
       ),
     );
-  const measuredAt =
-    at.size === size
-      ? `The circuit has ${plural(size, "edge")}.`
-      : `Measured at ${plural(at.size, "edge")}, the size next to ${whole(size)}.`;
   const isIn = r.measured.split ? `${r.measured.split} prompts` : "prompts";
   return [
     h("h2", { text: "Prompts" }),
-    note(
-      `From the ${isIn}. ✗: at the size shown, the circuit answers differently from the full model.`,
+    h(
+      "p",
+      {},
+      h("b", { text: `Answers at ${plural(at.size, "edge")}` }),
+      at.size === size
+        ? null
+        : [", ", h("span", { class: "label", text: `the measured size nearest to ${whole(size)}` })],
     ),
+    note(`From the ${isIn}. ✗: the circuit answers differently from the full model.`),
     ...list,
     h("h3", { text: `Prompt ${prompts.indexOf(current) + 1}` }),
     h("h4", { text: "clean" }),
@@ -101,7 +111,7 @@ function promptsPanel(r) {
     line("corrupted"),
     note("Marked tokens differ between the two; after an underlined one an answer is predicted."),
     ...current.predicted.map((place, row) => answersTable(r, current, at, row, place)),
-    note(measuredAt),
+    note("Below the most likely answers, that of the full model where it is not among them."),
   ];
 }
 
@@ -115,9 +125,9 @@ function wholeText({ clean }) {
 }
 
 // The end of a prompt, from which the answer is predicted.
-function brief(prompt) {
+function brief(prompt, limit = 88) {
   const text = wholeText(prompt);
-  return text.length > 38 ? `…${text.slice(-37).replace(/^\S* /, "")}` : text;
+  return text.length > limit ? `…${text.slice(1 - limit).replace(/^\S* /, "")}` : text;
 }
 
 function answersTable(r, prompt, at, row, place) {

@@ -221,8 +221,9 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
   const isUsed = ({ node }) =>
     used.has(node.name) || node.name === "resid_post" || focus.has(node.name);
   const boxes = [...places.boxes.values()].filter(({ node }) => !groupOf.has(node.name));
-  for (const box of boxes.filter((one) => !isUsed(one))) drawGhost(pen, box, font, colors);
+  for (const box of boxes.filter((one) => !isUsed(one))) drawGhost(pen, box, colors);
   pen.curves(scene.edges);
+  for (const box of boxes.filter((one) => !isUsed(one))) drawGhostName(pen, box, font, colors);
   for (const box of boxes.filter(isUsed)) {
     const name = box.node.name;
     const inUse = used.has(name) || name === "resid_post";
@@ -278,11 +279,17 @@ function drawScene(pen, scene, colors, { labels = true } = {}) {
   }
 }
 
-// A node outside the circuit: it keeps its place below the edges.
-function drawGhost(pen, box, font, colors) {
+// A node outside the circuit: its box lies below the edges, its name above them.
+function drawGhost(pen, box, colors) {
   pen.box(box.x - box.w / 2, box.y - box.h / 2, box.w, box.h, colors.paper, colors.ghost, 0.8);
+}
+
+function drawGhostName(pen, box, font, colors) {
   const [text, size] = nodeText(box, font);
-  if (text) pen.text(text, box.x, box.y, size, colors.ghostText);
+  if (!text) return;
+  const [w, h] = [Math.min(0.62 * size * text.length + 3, box.w - 1.6), Math.min(size, box.h - 1.6)];
+  pen.box(box.x - w / 2, box.y - h / 2, w, h, colors.paper, null, 0, 2);
+  pen.text(text, box.x, box.y, size, colors.ghostText);
 }
 
 // The longest name of a node that fits into its box, and its size; "" if none does.
@@ -295,7 +302,8 @@ function nodeText({ node, w }, font) {
   }[node.type];
   for (const name of names) {
     const room = name.includes(".") ? `${LAYERS - 1}.${HEADS - 1}` : name; // all heads alike
-    const size = Math.min(font, (w - 3) / (0.61 * room.length));
+    const width = node.type === "head" ? 0.61 : 0.66; // of a letter; names stand out in bold
+    const size = Math.min(font, (w - 3) / (width * room.length));
     if (size >= Math.min(8, font) && size >= 6.5) return [name, size];
   }
   return ["", 0];
