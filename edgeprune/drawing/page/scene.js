@@ -302,7 +302,7 @@ function nodeText({ node, w }, font) {
   }[node.type];
   for (const name of names) {
     const room = name.includes(".") ? `${LAYERS - 1}.${HEADS - 1}` : name; // all heads alike
-    const width = node.type === "head" ? 0.61 : 0.66; // of a letter; names stand out in bold
+    const width = node.type === "head" ? 0.61 : 0.7; // of a letter; names stand out in bold
     const size = Math.min(font, (w - 3) / (width * room.length));
     if (size >= Math.min(8, font) && size >= 6.5) return [name, size];
   }
