@@ -659,8 +659,8 @@ class TestConfig(Settings):
     prompts: int = setting(100, at_least=2)
     """Number of prompts, drawn at random; more make intervals narrower and tests more powerful."""
     random_circuits: int = setting(100, at_least=1)
-    """Number of random circuits, and of random edges, to compare with. With fewer than 29, no
-    circuit can pass the comparison."""
+    """Number of random circuits, and of random edges, to compare with. Fewer than 29 are too
+    few for a verdict."""
     repeat: str | None = None
     """bootstrap:N learns N times again from bootstrap samples of the training prompts, seeds:N with
     other seeds, to see how stable the circuit is. What has been learned is kept in the run."""

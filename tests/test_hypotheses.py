@@ -35,7 +35,7 @@ from edgeprune.paths import TRACR_MODELS
 from edgeprune.scores import EdgeScores
 
 NUM_RANDOM = 40
-"""With fewer than 29 random circuits none can pass."""
+"""With fewer than 29 random circuits there is no verdict."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,14 @@ def test_random_circuits_are_rarely_sufficient(bench):
         for circuit, own in zip(circuits, bench.measure(circuits), strict=True)
     ]
     assert sum(found) <= 7
+
+
+def test_too_few_random_circuits_give_no_verdict(bench, true):
+    (own,) = bench.measure([true])
+    few = (sufficiency(bench, true, own, 28), necessity(bench, true, 28),
+           minimality(bench, true, own, 18))  # fmt: skip
+    assert [each.holds for each in few] == [None] * 3
+    assert sufficiency(bench, true, own, 29).holds
 
 
 def test_what_is_left_out_is_noticed(bench, true):

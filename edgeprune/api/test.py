@@ -200,7 +200,7 @@ def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[
         )
         sizes = [row["num_edges"] for row in rows]
         lines = [Line("", sizes, found, low, high), Line("", sizes, chance, chance, chance)]
-        panels.append(Panel("Jaccard index of pairs; below: by chance", lines, [], log=False))
+        panels.append(Panel("Jaccard index; orange: by chance", lines, [], log=False))
     return panels
 
 

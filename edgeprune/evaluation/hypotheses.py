@@ -68,10 +68,11 @@ def sufficiency(
     best, mean = min(distances), sum(distances) / num_random
     return Finding(
         "sufficiency", f"{name} {brief(mine)}",
-        f"random circuits {brief(mean)}, the best {brief(best)}", p <= LEVEL,
+        f"random circuits {brief(mean)}, the best {brief(best)}",
+        _rejected(p, num_random),
         f"Of {num_random} random circuits of as many connected edges, {_count(as_good)} at least "
         f"as faithful (their mean {name} is {brief(mean)}, the lowest {brief(best)}); "
-        f"{_most_as_good(num_random) + 1} would count against it.",
+        f"{_against(num_random)}.",
         mean_interval(bench.distance(own)), p,
         {"random": distances, "sizes": [len(each) for each in circuits], "as_good": as_good},
     )  # fmt: skip
@@ -98,10 +99,11 @@ def necessity(
     few = "" if min(sizes) == len(circuit) else f" (only {min(sizes):,} or more could be drawn)"
     return Finding(
         "partial necessity", f"{name} {brief(mine)} without it",
-        f"without random edges {brief(mean)}, at most {brief(worst)}", p <= LEVEL,
+        f"without random edges {brief(mean)}, at most {brief(worst)}",
+        _rejected(p, num_random),
         f"Without the circuit's edges the full model's {name} is {brief(mine)}; without as many "
         f"random connected edges{few} it is {brief(mean)}, and at least as large in {as_bad} of "
-        f"{num_random} cases ({_most_as_good(num_random) + 1} would count against it).",
+        f"{num_random} cases ({_against(num_random)}).",
         mean_interval(damage), p,
         {"random": distances, "sizes": sizes, "as_bad": as_bad,
          "exact_match": without.exact_match.mean().item(),
@@ -111,6 +113,17 @@ def necessity(
 
 def _count(number: int) -> str:
     return {0: "none is", 1: "one is"}.get(number, f"{number} are")
+
+
+def _rejected(p: float, trials: int) -> bool | None:
+    """Whether the hypothesis is rejected; None if it cannot be with so few random circuits."""
+    return p <= LEVEL if _most_as_good(trials) >= 0 else None
+
+
+def _against(trials: int) -> str:
+    """How many random circuits as good count against the circuit, in words."""
+    most = _most_as_good(trials)
+    return f"{most + 1} would count against it" if most >= 0 else "too few for a verdict"
 
 
 def _most_as_good(trials: int) -> int:
@@ -224,7 +237,8 @@ def minimality(
     unneeded = len(edges) - sum(needed)
     return Finding(
         "minimality", f"{sum(needed):,} of {len(edges):,} edges needed",
-        f"95 % of random edges add at most {brief(limit)}", unneeded == 0,
+        f"95 % of random edges add at most {brief(limit)}",
+        unneeded == 0 if len(reference) >= 1 / LEVEL - 1 else None,
         f"The removal of {sum(needed):,} of {len(edges):,} edges{drawn} raises the {name} by more "
         f"than that of random edges (95 % of {len(reference)} raise it by at most "
         f"{brief(limit)}); "
