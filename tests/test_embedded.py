@@ -12,7 +12,8 @@ from edgeprune.paths import EMBEDDED_MODEL
 from edgeprune.prompts import encode_records
 from edgeprune.prompts.tasks import TASKS, generate_records
 
-NOT_LEARNED = ("induction_list", "boolean_expressions_instruction", "boolean_expressions_few_shot")
+NOT_LEARNED = ("induction_list", "boolean_expressions_instruction", "boolean_expressions_few_shot",
+               "whereabouts")  # fmt: skip
 LEARNED = [task for task in TASKS if task not in NOT_LEARNED]
 
 

@@ -1,5 +1,7 @@
 """The Llama family: each member, with its special features, against Hugging Face."""
 
+import copy
+
 import pytest
 import torch
 from naive import run_llama
@@ -90,7 +92,8 @@ FAMILIES = {
 def random_llama(config, attention: str = "sdpa"):
     """Random weights, biases and norms."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    own = copy.deepcopy(config)  # tests may change it
+    model = AutoModelForCausalLM.from_config(own, attn_implementation=attention)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
