@@ -326,7 +326,7 @@ def test_a_run_is_used_like_one_of_prune(tmp_path, capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("method", ["eap_ig", "acdc"])
+@pytest.mark.parametrize("method", ["eap_ig", pytest.param("acdc", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_and_gives_the_same_scores(tmp_path, capsys, monkeypatch, method):
     few = ("model.path=tracr/reverse", "task=tracr", "ablation=zero") if method == "acdc" else SMALL
 
@@ -356,6 +356,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(tmp_path, capsys, monke
     assert code == 2 and "threshold" in err
 
 
+@pytest.mark.slow
 def test_processes_share_the_batches(tmp_path):
     small = (*SMALL, "batch_size=7", "model.device=cpu", "launcher.timeout=1")
     alone = run_cli("attribute", *small, f"run_dir={tmp_path / 'one'}")
