@@ -16,7 +16,7 @@ from edgeprune.evaluation.ablate import (
     equal_lengths,
     layer_matched,
 )
-from edgeprune.evaluation.paired import mcnemar, paired_bootstrap, rank_p
+from edgeprune.evaluation.statistics import mcnemar, paired_bootstrap, rank_p_values
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import kl_per_token
 from edgeprune.models.load import load_model, wrap_model
@@ -60,9 +60,11 @@ def test_bootstrap_by_hand():
 
 
 def test_rank_among_random_sets():
-    assert rank_p(3.0, [1.0, 2.0, 2.5, 0.0], higher=True) == 1 / 5
-    assert rank_p(3.0, [1.0, 3.0, 4.0, 0.0], higher=True) == 3 / 5
-    assert rank_p(3.0, [1.0, 3.0, 4.0, 0.0], higher=False) == 4 / 5
+    value, lower = torch.tensor([3.0]), torch.tensor([1.0, 2.0, 2.5, 0.0])
+    others = torch.tensor([1.0, 3.0, 4.0, 0.0])
+    assert rank_p_values(value, lower) == 1 / 5
+    assert rank_p_values(value, others) == 3 / 5
+    assert rank_p_values(-value, -others) == 4 / 5
 
 
 # ------------------------------------------------------------------------------------- the controls

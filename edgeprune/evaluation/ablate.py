@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +20,12 @@ from torch import Tensor
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.node_ablation import AblatedModel, NodeMeans
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.paired import (
+from edgeprune.evaluation.statistics import (
     Difference,
     McNemar,
-    as_dict,
     mcnemar,
     paired_bootstrap,
-    rank_p,
+    rank_p_values,
 )
 from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
@@ -88,8 +86,9 @@ class NodeAblation:
                     found.append(Comparison(name, other, difference, test, None))
             if self.random:
                 every = torch.stack([outcome.measures[name] for outcome in self.random])
-                values = every.mean(1).tolist()
-                p = rank_p(self.ablated.mean(name), values, higher=not is_right)
+                sign = -1 if is_right else 1  # harm
+                harm, others = sign * own.mean(), sign * every.mean(1)
+                p = rank_p_values(harm[None], others).item()
                 difference = paired_bootstrap(own, every.mean(0))
                 found.append(Comparison(name, "random", difference, None, p))
         return found
@@ -116,8 +115,8 @@ class NodeAblation:
             "low_scoring": outcome(self.low_scoring),
             "random": [outcome(of) for of in self.random],
             "comparisons": [
-                {"measure": c.measure, "other": c.other, "difference": as_dict(c.difference),
-                 "mcnemar": as_dict(c.test), "p_random": c.p_random}
+                {"measure": c.measure, "other": c.other, "difference": c.difference._asdict(),
+                 "mcnemar": c.test and c.test._asdict(), "p_random": c.p_random}
                 for c in self.comparisons()
             ],
             "examples": examples,
@@ -226,8 +225,7 @@ def _measure(
         batch = batch.to(model.device)
         reference: Tensor | None = None
         for index, ablated in enumerate(models):
-            with ExitStack() as stack:
-                stack.enter_context(ablated.ready())
+            with ablated.ready():
                 logits, generated = _run(ablated, batch, generate)
             reference = logits if reference is None else reference
             examples[index].append(measure(batch, reference, logits, model.output))

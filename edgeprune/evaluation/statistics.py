@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ PERMUTATIONS = 499
 
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], Tensor], count: int, *, level: float = 0.95, seed: int = 0
+    statistic: Callable[[Tensor], Tensor],
+    count: int,
+    *,
+    level: float = 0.95,
+    num_samples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over resampled examples (Efron 1979).
 
@@ -21,19 +27,42 @@ def bootstrap_interval(
         statistic: maps indices of examples, [resample, count], to values, [resample].
         count: number of examples.
         level: probability that the interval covers the true value, for many examples.
+        num_samples: number of times as many examples are drawn with replacement.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(count, (RESAMPLES, count), generator=generator)
+    rows = torch.randint(count, (num_samples, count), generator=generator)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = statistic(rows).double().quantile(tails).tolist()
     return low, high
 
 
-def mean_interval(values: Tensor, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def mean_interval(
+    values: Tensor, *, level: float = 0.95, num_samples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
     """`bootstrap_interval` of the mean of [example]."""
     return bootstrap_interval(
-        lambda rows: values[rows].mean(-1), len(values), level=level, seed=seed
-    )
+        lambda rows: values[rows].mean(-1), len(values), level=level, num_samples=num_samples,
+        seed=seed,
+    )  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """A mean difference between two models over prompts, and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(a: Tensor, b: Tensor, *, num_samples: int = RESAMPLES) -> Difference:
+    """The mean of a - b over prompts and its interval, of two models' [prompt] each."""
+    difference = a.double() - b.double()
+    return Difference(difference.mean().item(), *mean_interval(difference, num_samples=num_samples))
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:
@@ -55,8 +84,29 @@ def sign_test(wins: int, trials: int, margin: float = 0.0) -> float:
     `trials`. 1 without any trial.
     """
     best = max(wins, trials - wins)  # by symmetry
-    tail = binomial_tail(best, trials, 0.5 + margin)
-    return min(1.0, tail if margin else 2 * tail)
+    if margin:
+        return binomial_tail(best, trials, 0.5 + margin)
+    at_least = sum(math.comb(trials, k) for k in range(best, trials + 1))
+    return min(1.0, 2 * at_least / 2**trials)
+
+
+class McNemar(NamedTuple):
+    """McNemar's exact test of whether two models are right equally often."""
+
+    only_a: int  # prompts that only the first gets right
+    only_b: int
+    p: float  # two-sided
+
+
+def mcnemar(a: Tensor, b: Tensor) -> McNemar:
+    """Compare what two models get right on the same prompts; 1 is right and 0 wrong, [prompt] each.
+
+    If both are right equally often, each prompt that only one gets right is as likely to be either
+    one's: the sign test of these prompts.
+    """
+    a, b = a > 0.5, b > 0.5
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return McNemar(only_a, only_b, sign_test(only_a, only_a + only_b))
 
 
 def hsic_test(kernel_a: Tensor, kernel_b: Tensor, *, seed: int = 0) -> tuple[float, float]:
