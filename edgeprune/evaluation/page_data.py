@@ -6,8 +6,7 @@ Numbers are rounded and long lists are cut, because the page is one file that ca
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -324,32 +323,17 @@ def _attention(
         return [], []
     size = sum(len(pair.clean_ids) * (len(pair.clean_ids) + 1) for pair in pairs)
     heads = _heads_by_strength(model.graph, ranking)[: MAX_ATTENTION // size]
-    layers = torch.tensor([int(head[1:].split(".h")[0]) for head in heads], dtype=torch.long)
-    columns = torch.tensor([int(head.split(".h")[1]) for head in heads], dtype=torch.long)
-    found = []
-    with _eager_attention(body):
+    names, found = [f"{head}.pattern" for head in heads], []
+    with model.intervene() as run:
         for pair in pairs if heads else ():
             ids = torch.tensor([pair.clean_ids, pair.corrupted_ids], device=model.device)
-            weights = body(ids, output_attentions=True, use_cache=False).attentions
-            length = ids.shape[1]
-            row, column = torch.tril_indices(length, length)
-            stacked = torch.stack([layer[..., row, column].float().cpu() for layer in weights])
-            chosen = stacked[layers, :, columns]  # [head, clean or corrupted, place]
-            data = (255 * chosen).round().to(torch.uint8).transpose(0, 1).contiguous()
+            _, read = run.states(ids, names)  # [clean or corrupted, query, key] each
+            row, column = torch.tril_indices(ids.shape[1], ids.shape[1])
+            chosen = torch.stack([read[name][:, row, column].float().cpu() for name in names], 1)
+            data = (255 * chosen).round().to(torch.uint8).contiguous()
             clean, corrupted = (base64.b64encode(x.numpy().tobytes()).decode() for x in data)
             found.append({"clean": clean, "corrupted": corrupted})
     return heads, found
-
-
-@contextmanager
-def _eager_attention(body: Any) -> Iterator[None]:
-    """Let a Hugging Face model compute attention in the one way that returns the weights."""
-    before = body.config._attn_implementation
-    body.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        body.set_attn_implementation(before)
 
 
 def _heads_by_strength(graph: CircuitGraph, ranking: Tensor) -> list[str]:
