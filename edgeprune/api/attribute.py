@@ -8,8 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from edgeprune.api.choose import check_choice
-from edgeprune.api.make_run import Finished, Pruned, Scored, choose_circuit, make_run
+from edgeprune.api.make_run import Finished, Pruned, Scored, find_circuit, make_run
 from edgeprune.api.shared import read
 from edgeprune.circuit import Circuit
 from edgeprune.config import AttributeConfig, from_dict
@@ -72,22 +71,14 @@ def attribute(
         ValueError: there are no prompts, or one is too long for the model.
         TrainingError: a gradient is not finite.
     """
-    held_out = pairs if validation is None else validation
-    model.check_prompts(pairs)
-    model.check_prompts(held_out)
     config = from_dict(AttributeConfig, {
         "method": method, "metric": metric, "steps": steps, "batch_size": batch_size,
         "threshold": threshold, "sparsity": sparsity, "num_edges": num_edges, "max_kl": max_kl,
         "min_exact_match": min_exact_match, "cleanup": cleanup,
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
-    check_choice(config.choice, has_kl=model.output is Output.logits)
-    ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
-    scored = _score(model, pairs, config, ablation, circuit=circuit, progress=progress)
-    prompts = "training" if validation is None else "validation"
-    return choose_circuit(
-        model, pairs, held_out, config, ablation, scored, prompts=prompts, progress=progress
-    )
+    score = partial(_score, circuit=circuit)
+    return find_circuit(model, pairs, validation, config, ablation, score, progress=progress)
 
 
 def attribute_run(config: AttributeConfig) -> Finished | None:

@@ -93,6 +93,34 @@ Planner = Callable[[CircuitModel, Sequence[Pair], World], MemoryPlan]
 processes cannot share the work."""
 
 
+def find_circuit(
+    model: CircuitModel,
+    pairs: Sequence[Pair],
+    validation: Sequence[Pair] | None,
+    config: RunConfig,
+    ablation: Ablation | str,
+    score: Callable[..., Scored],
+    *,
+    progress: bool,
+) -> Pruned:
+    """Score the edges and choose a circuit, without a run directory.
+
+    Args:
+        validation: prompts on which circuits are measured; None: the training prompts.
+        score: a `Scorer`.
+    """
+    held_out = pairs if validation is None else validation
+    model.check_prompts(pairs)
+    model.check_prompts(held_out)
+    check_choice(config.choice, has_kl=model.output is Output.logits)
+    ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
+    scored = score(model, pairs, config, ablation, progress=progress)
+    prompts = "training" if validation is None else "validation"
+    return choose_circuit(
+        model, pairs, held_out, config, ablation, scored, prompts=prompts, progress=progress
+    )
+
+
 def choose_circuit(
     model: CircuitModel,
     pairs: Sequence[Pair],

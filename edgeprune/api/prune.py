@@ -9,15 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from edgeprune.api.choose import check_choice
-from edgeprune.api.make_run import Finished, Pruned, Scored, choose_circuit, make_run
+from edgeprune.api.make_run import Finished, Pruned, Scored, find_circuit, make_run
 from edgeprune.config import PruneConfig, TrainerConfig, from_dict, to_dict
 from edgeprune.drawing import draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.methods import METHODS
-from edgeprune.metrics import Output
 from edgeprune.paths import CONF
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
@@ -77,22 +75,14 @@ def prune(
         ValueError: there are no prompts, or one is too long for the model.
         TrainingError: the loss is not finite.
     """
-    held_out = pairs if validation is None else validation
-    model.check_prompts(pairs)
-    model.check_prompts(held_out)
     config = from_dict(PruneConfig, {
         "sparsity": sparsity, "num_edges": num_edges, "max_kl": max_kl,
         "min_exact_match": min_exact_match, "cleanup": cleanup, "seed": seed,
         "trainer": to_dict(trainer_config(trainer, settings)),
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
-    check_choice(config.choice, has_kl=model.output is Output.logits)
-    ablation = Ablation.of(model, ablation, pairs, config.evaluation_batch_size)
-    learned = _learn(model, pairs, config, ablation, start=start, progress=progress)
-    prompts = "training" if validation is None else "validation"
-    return choose_circuit(
-        model, pairs, held_out, config, ablation, learned, prompts=prompts, progress=progress
-    )
+    score = partial(_learn, start=start)
+    return find_circuit(model, pairs, validation, config, ablation, score, progress=progress)
 
 
 def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
