@@ -77,7 +77,7 @@ def ablate_nodes(config: AblateConfig) -> AblatedNodes:
 def _known_scores(
     model: CircuitModel, source: Source | None, given: str | None
 ) -> HeadScores | None:
-    """The scores in the given file or the run's; None if there are none of this model.
+    """The scores in the given file, or those of the run; None if the run has none of this model.
 
     Raises ConfigError if the given file is damaged, or is of another model.
     """
