@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Compare methods that score edges, on one model and task: the tables in RESULTS.md.
+"""Compare methods that score edges, on one model and task: tables and pictures in RESULTS.md.
 
     python run_scripts/methods.py ioi
     python run_scripts/methods.py ioi --model FOLDER --steps 400 --learning-rate 0.3 --batch-size 8
 
 Learns scores (`trainer=every_size`, several seeds) and computes attribution scores, on the graph of
-EAP-IG and MIB. Measures circuits of 1 to 20 % of the edges on test prompts that no method has seen,
-and MIB's areas. The control is the circuit of the first seed between other heads. Prints a table
-and writes all numbers as JSON.
+EAP-IG and MIB. Measures circuits of MIB's sizes, .1 % of the edges to all, on test prompts that no
+method has seen, and MIB's areas. The control is the circuit of the first seed between other heads.
+Prints a table, draws the curves and writes all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from pathlib import Path
 
 import edgeprune
 from edgeprune.api.attribute import score_edges
+from edgeprune.circuit import Circuit
+from edgeprune.drawing import draw_frontier
 from edgeprune.engine.ablation import Ablation
+from edgeprune.evaluation.curve import Curve, curve_panels
 from edgeprune.evaluation.evaluate import measure_circuits
-from edgeprune.evaluation.mib import mib_areas
+from edgeprune.evaluation.mib import SHARES, Areas
 from edgeprune.files import write_json
 from edgeprune.metrics import Metrics
 from edgeprune.prompts import encode_records, iterate_batches
 from edgeprune.prompts.tasks import generate_records
 from edgeprune.scores import EdgeScores
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
-"""The measured sizes, as shares of all edges."""
+SHOWN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""The sizes in the table, as shares of all edges."""
 METRICS = {"eap": "logit_difference"}
 """What edges are scored by, where it is not KL; that of `eap` with KL is always 0."""
 
@@ -50,7 +53,7 @@ def parse() -> argparse.Namespace:
     add("--attributed", type=int, default=200, help="training prompts of attribution methods")
     add("--train", type=int, help="training prompts; by default, none is used twice")
     add("--test", type=int, default=300, help="test prompts")
-    add("--output", type=Path, default=Path("methods.json"), help="file of all numbers")
+    add("--output", type=Path, default=Path("methods"), help="numbers and picture, without suffix")
     return parser.parse_args()
 
 
@@ -65,53 +68,68 @@ def main() -> None:
         for split in ("train", "test")
     )
     batches = list(iterate_batches(test, 32))
-    total, rows = model.graph.num_edges, []
+    total = model.graph.num_edges
+    sizes = [int(share * total) for share in SHARES]
+    rows: list[dict] = []
+    lines: dict[str, list[Curve]] = {}
 
-    def measure(name: str, seconds: float, scores: EdgeScores, permuted: bool = False) -> None:
-        circuits = [scores.circuit(num_edges=0)]
-        circuits += [scores.circuit(num_edges=round(share * total)) for share in SHARES]
-        if permuted:
+    def curve_of(circuits: list[Circuit]) -> Curve:
+        """The circuits are of `sizes`; the last has all edges."""
+        ablation = Ablation(model, "interchange", test)
+        circuits = [Circuit(model.graph, frozenset()), *circuits[:-1]]
+        full, *others = measure_circuits(model, circuits, batches, ablation)
+        measured = zip((0, *sizes), (*others, full), strict=True)
+        return Curve({n: Metrics.of(each, full, others[0]) for n, each in measured}, len(test))
+
+    def areas(curve: Curve) -> Areas:
+        found = [curve.points[size]["logit_difference_recovered"] for size in sizes]
+        return Areas(tuple(sizes), tuple(found))
+
+    def measure(legend: str, name: str, seconds: float, scores: EdgeScores) -> None:
+        """CPR is of the ranking by score, CMD of that by magnitude."""
+        circuits = [scores.circuit(num_edges=size) for size in sizes]
+        if seconds == 0:
             circuits = [circuit.head_permuted(0) for circuit in circuits]
-        full, *examples = measure_circuits(
-            model, circuits, batches, Ablation(model, "interchange", test)
-        )
-        found = [Metrics.of(each, full, examples[0]) for each in examples]
-        row = {"name": name, "seconds": seconds, "empty_kl": found[0].kl}
-        row |= {key: [metrics[key] for metrics in found[1:]] for key in ("kl", "exact_match")}
-        if not permuted:
-            ranked = {
-                key: EdgeScores(scores.graph, scores.magnitudes(), key == "cmd")
-                for key in ("cpr", "cmd")  # CPR is of the ranking by score, CMD of that by |score|
-            }
-            row |= {key: getattr(mib_areas(model, own, test), key) for key, own in ranked.items()}
+        curve = curve_of(circuits)
+        by_score = curve
+        if scores.by_magnitude:
+            signed = EdgeScores(scores.graph, scores.values, by_magnitude=False)
+            by_score = curve_of([signed.circuit(num_edges=size) for size in sizes])
+        row = {"name": name, "seconds": seconds, "cpr": areas(by_score).cpr}
+        row |= {"cmd": areas(curve).cmd, "curve": curve.to_dict()}
         rows.append(row)
-        cells = [
-            f"{kl:.3f} ({exact:.2f})"
-            for kl, exact in zip(row["kl"], row["exact_match"], strict=True)
-        ]
-        areas = [f"{row[key]:.3f}" if key in row else "" for key in ("cpr", "cmd")]
-        print(f"| {name} | {' | '.join([*cells, *areas, f'{seconds:.0f}'])} |", flush=True)
+        lines.setdefault(legend, []).append(curve)
+        shown = [curve.points[int(share * total)] for share in SHOWN]
+        cells = [f"{point.kl:.3f} ({point.exact_match:.2f})" for point in shown]
+        cells += [f"{row['cpr']:.3f}", f"{row['cmd']:.3f}", f"{seconds:.0f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
         about = {key: str(value) for key, value in vars(args).items()}
-        write_json(args.output, {**about, "edges": total, "shares": list(SHARES), "rows": rows})
+        write_json(args.output.with_suffix(".json"), {**about, "edges": total, "rows": rows})
+        title = f"{args.task} in {Path(args.model).stem}, {len(test)} test prompts"
+        draw_frontier(
+            curve_panels(lines)[:2], args.output.with_suffix(".png"), title=title, all_edges=total
+        )
 
     print(
         f"{args.task} in {args.model}: {total:,} edges, {len(test)} test prompts; KL (exact match)"
     )
-    print(f"| | {' | '.join(f'{share:.0%}' for share in SHARES)} | CPR | CMD | CPU seconds |")
+    print(f"| | {' | '.join(f'{share:.1%}' for share in SHOWN)} | CPR | CMD | CPU seconds |")
     for seed in range(args.seeds):
         start = time.process_time()
         pruned = edgeprune.prune(
             model, train, train[:16], seed=seed, steps=args.steps, batch_size=args.batch_size,
             learning_rate=args.learning_rate, num_edges=0, progress=False,
         )  # fmt: skip
-        measure(f"every_size, seed {seed}", time.process_time() - start, pruned.scores)
+        seconds = time.process_time() - start
+        measure("learned, by seed", f"every_size, seed {seed}", seconds, pruned.scores)
         if seed == 0:
-            measure("the same, head-permuted", 0, pruned.scores, permuted=True)
+            measure("between other heads", "the same, head-permuted", 0, pruned.scores)
     for method in args.methods:
         start = time.process_time()
         metric = METRICS.get(method, "kl")
         scores = score_edges(model, train[: args.attributed], method, metric=metric)
-        measure(f"{method}, {metric}", time.process_time() - start, scores)
+        name = f"{method}, {metric}"
+        measure(name, name, time.process_time() - start, scores)
 
 
 if __name__ == "__main__":
