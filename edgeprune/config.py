@@ -866,22 +866,22 @@ class ReportConfig(Settings):
 
 @dataclass
 class PrepareConfig(Settings):
-    """Write a task's prompts as JSONL."""
+    """Write a task's prompts, or those of MIB's datasets, as JSONL."""
 
     task: TaskConfig = setting(TaskConfig)
     model: ModelConfig = setting(ModelConfig)
     """Its tokenizer decides which prompts fit."""
-    output: str = ""
-    """File to write."""
+    counterfactual: str | None = None
+    """With task.path: make prompts of rows of a dataset of the MIB benchmark, a JSONL file, or a
+    folder with train.jsonl, validation.jsonl and test.jsonl, of which the first (task.train etc.)
+    are kept. This is the column with the corrupted prompts; null: s2_io_flip_counterfactual,
+    symbol_counterfactual or random_counterfactual, as in the benchmark."""
+    output: str | None = None
+    """File to write; null: TASK.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task.name == CUSTOM or self.task.path is not None:
-            raise ConfigError(
-                "prepare writes the prompts of one of the project's tasks, such as task=ioi; your "
-                f"own file needs no preparation: edgeprune prune task={CUSTOM} "
-                f"task.path={self.task.path or 'FILE'}"
-            )
+        self.output = self.output or f"{Path(self.task.path or self.task.name).stem}.jsonl"
 
 
 COMMANDS = {

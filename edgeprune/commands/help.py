@@ -62,7 +62,8 @@ EXAMPLES = {
     "page": ("RUN", "RUN RUN output=seeds.html", "RUN edges=20000 prompts=20"),
     "report": ("runs", "runs/ioi-embedded output=report"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
-                "task=greater_than output=gt.jsonl model.path=gpt2"),
+                "task=greater_than output=gt.jsonl model.path=gpt2",
+                "task.path=arc_easy model.path=google/gemma-2-2b output=arc_easy.jsonl"),
 }  # fmt: skip
 
 
