@@ -705,8 +705,12 @@ class MibConfig(Settings):
     batch_size: int = setting(MAX_EVALUATION_BATCH, at_least=1)
     """Pairs per forward pass."""
     output: str | None = None
-    """Folder for a submission: importances.json with the scores, and circuits/ with nine circuits
-    from .1 to 50 % of the edges; an earlier one there is replaced."""
+    """Folder for submissions, of several runs: importances/TASK_MODEL/ with the scores, and
+    circuits/TASK_MODEL/ with nine circuits from .1 to 50 % of the edges; earlier ones of this task
+    and model are replaced. Upload importances or circuits."""
+    truth: str | None = None
+    """File of the true circuit, with which the ranking is compared; null: that of a compiled
+    model's folder, if it has one."""
 
 
 @dataclass
