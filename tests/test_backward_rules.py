@@ -13,7 +13,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.models.load import load_model, wrap_model
 from edgeprune.prompts import collate
 
-NAMES = ("gpt2", "llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3")
+NAMES = ("gpt2", "llama", "qwen3", "gemma2", "gemma3")
 GRAPH = {"embedding_writers": "tokens", "split_kv_readers": True}
 
 

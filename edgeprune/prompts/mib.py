@@ -81,7 +81,7 @@ def _make_record(row: dict, tokenizer: Any, counterfactual: str | None) -> dict:
     if changed.get("prompt") is None:
         raise MisfitError(f"no counterfactual {column or DEFAULTS}; the row has {columns}")
     answer, other = _answer(row), _answer(changed)
-    names = row.get("metadata", {})
+    names = row["metadata"] if isinstance(row.get("metadata"), dict) else {}
     wrong, third = other, answer
     if "subject" in names:  # ioi
         wrong, third = f" {names['subject']}", f" {names.get('random_c', names['subject'])}"
