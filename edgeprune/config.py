@@ -22,7 +22,12 @@ MAX_EVALUATION_BATCH = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 OBJECTIVES = ("kl", "logit_difference", "max_logit_difference", "cross_entropy")
-ATTRIBUTIONS = ("eap", "eap_ig", "eap_ig_activations", "clean_corrupted", "gates", "exact", "acdc")
+ATTRIBUTIONS = (
+    "eap", "eap_ig", "eap_ig_activations", "clean_corrupted", "relp", "gim", "gates", "exact",
+    "acdc",
+)  # fmt: skip
+AT_CLEAN = ("eap", "relp", "gim")
+"""The methods of `attribute` whose gradient is taken at the clean prompts alone."""
 CUTTING = ("exact", "acdc")
 """The methods of `attribute` that cut edges."""
 WARMUPS = ("linear", "logarithmic")
@@ -520,8 +525,10 @@ class AttributeConfig(RunConfig):
     """By the gradient of the metric: eap, at the clean prompts (attribution patching); eap_ig,
     integrated from corrupted to clean token embeddings; eap_ig_activations, from corrupted to clean
     outputs of one layer after another; clean_corrupted, at the clean and the corrupted prompts;
-    gates, with all gates half open. By cutting edges, which runs the model once per edge: exact,
-    one edge at a time; acdc, from the output backwards, so that what does not matter stays cut."""
+    gates, with all gates half open. At the clean prompts, by other rules than the gradient's: relp,
+    relevance patching; gim, corrected for attention that moves elsewhere. By cutting edges, which
+    runs the model once per edge: exact, one edge at a time; acdc, from the output backwards, so
+    that what does not matter stays cut."""
     metric: str = setting("kl", choices=("kl", "logit_difference"))
     """What edges are scored by: kl, the KL divergence from the full model (or where outputs are
     values, the unexplained variance); logit_difference, between answers and distractors."""
@@ -539,10 +546,10 @@ class AttributeConfig(RunConfig):
     def __post_init__(self) -> None:
         self.trainer = None
         super().__post_init__()
-        if self.method == "eap" and self.metric == "kl":
+        if self.method in AT_CLEAN and self.metric == "kl":
             raise ConfigError(
-                "method=eap with metric=kl scores all edges 0, since the KL has no gradient at the "
-                "clean prompts; give metric=logit_difference or method=eap_ig"
+                f"method={self.method} with metric=kl scores all edges 0, since the KL has no "
+                "gradient at the clean prompts; give metric=logit_difference or method=eap_ig"
             )
         if self.circuit is not None and self.method not in CUTTING:
             raise ConfigError(f"circuit= is for method={' and '.join(CUTTING)}, got {self.method}")
@@ -705,8 +712,12 @@ class MibConfig(Settings):
     batch_size: int = setting(MAX_EVALUATION_BATCH, at_least=1)
     """Pairs per forward pass."""
     output: str | None = None
-    """Folder for a submission: importances.json with the scores, and circuits/ with nine circuits
-    from .1 to 50 % of the edges; an earlier one there is replaced."""
+    """Folder for submissions, of several runs: importances/TASK_MODEL/ with the scores, and
+    circuits/TASK_MODEL/ with nine circuits from .1 to 50 % of the edges; earlier ones of this task
+    and model are replaced. Upload importances or circuits."""
+    truth: str | None = None
+    """File of the true circuit, with which the ranking is compared; null: that of a compiled
+    model's folder, if it has one."""
 
 
 @dataclass
@@ -866,22 +877,22 @@ class ReportConfig(Settings):
 
 @dataclass
 class PrepareConfig(Settings):
-    """Write a task's prompts as JSONL."""
+    """Write a task's prompts, or those of MIB's datasets, as JSONL."""
 
     task: TaskConfig = setting(TaskConfig)
     model: ModelConfig = setting(ModelConfig)
     """Its tokenizer decides which prompts fit."""
-    output: str = ""
-    """File to write."""
+    counterfactual: str | None = None
+    """With task.path: make prompts of rows of a dataset of the MIB benchmark, a JSONL file, or a
+    folder with train.jsonl, validation.jsonl and test.jsonl, of which the first (task.train etc.)
+    are kept. This is the column with the corrupted prompts; null: s2_io_flip_counterfactual,
+    symbol_counterfactual or random_counterfactual, as in the benchmark."""
+    output: str | None = None
+    """File to write; null: TASK.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task.name == CUSTOM or self.task.path is not None:
-            raise ConfigError(
-                "prepare writes the prompts of one of the project's tasks, such as task=ioi; your "
-                f"own file needs no preparation: edgeprune prune task={CUSTOM} "
-                f"task.path={self.task.path or 'FILE'}"
-            )
+        self.output = self.output or f"{Path(self.task.path or self.task.name).stem}.jsonl"
 
 
 COMMANDS = {

@@ -32,8 +32,8 @@ from edgeprune.scores import EdgeScores
 
 SHOWN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """The sizes in the table, as shares of all edges."""
-METRICS = {"eap": "logit_difference"}
-"""What edges are scored by, where it is not KL; that of `eap` with KL is always 0."""
+METRICS = dict.fromkeys(("eap", "relp", "gim"), "logit_difference")
+"""What edges are scored by, where it is not KL; that of these with KL is always 0."""
 
 
 def parse() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=100, help="training steps")
     add("--learning-rate", type=float, default=0.8, help="of training")
     add("--batch-size", type=int, default=16, help="pairs per training step")
-    default = ["eap", "eap_ig", "eap_ig_activations", "gates"]
+    default = ["eap", "relp", "gim", "eap_ig", "eap_ig_activations", "gates"]
     add("--methods", nargs="*", default=default, help="attribution methods")
     add("--attributed", type=int, default=200, help="training prompts of attribution methods")
     add("--train", type=int, help="training prompts; by default, none is used twice")

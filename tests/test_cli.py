@@ -626,7 +626,6 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["prune", "task=custom", "sparsity=0.9"], ["task.path"]),
         (["prune", "model=tracr", "task=tracr", "sparsity=0.5"], ["model.name=reverse"]),
         (["prepare", "task.validation=-2"], ["task.validation=-2"]),
-        (["prepare", "task=ioi", "task.path=my.jsonl"], ["task.path=my.jsonl"]),
         (["prune", "--verbose"], ["--verbose"]),
         (["report", "runs", "--trainer.steps=3"], ["--trainer.steps=3"]),
         (["prune", "--cfg", "jobs"], ["'jobs'"]),

@@ -10,10 +10,18 @@ from test_eap_ig import GPT2, models, pairs  # noqa: F401  (fixtures)
 from edgeprune.circuit import Circuit
 from edgeprune.errors import DataError
 from edgeprune.evaluation.evaluate import evaluate
-from edgeprune.evaluation.mib import SHARES, Areas, mib_areas, mib_circuits
+from edgeprune.evaluation.mib import (
+    SHARES,
+    Areas,
+    Recovery,
+    mib_areas,
+    mib_circuits,
+    recovery,
+)
 from edgeprune.formats import read_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.models.load import wrap_model
+from edgeprune.paths import TRACR_MODELS
 from edgeprune.scores import EdgeScores
 
 RECORDED = GPT2 / "mib_auc.json"
@@ -75,8 +83,49 @@ def test_faithfulness_is_the_share_of_the_mean_logit_difference():
         mib_areas(model, scores, bare)
 
 
+def test_the_area_under_the_roc_curve_by_hand():
+    graph = CircuitGraph(1, 1, 1, ("embeds",))  # 8 edges: 3 into the head, 2 into m0, 3 out
+    values = {("embeds", "resid_post"): 8, ("m0", "resid_post"): 7, ("embeds", "m0"): 6,
+              ("a0.h0", "m0"): -5}  # fmt: skip
+    scores = EdgeScores(graph, [values.get(edge, 0) for edge in graph.edges], by_magnitude=True)
+    inner = Circuit.from_edges(graph, [("embeds", "m0"), ("a0.h0", "m0")])
+    found = recovery(scores, inner)
+    assert found.auroc == pytest.approx(4 / 6)  # each is above 4 of the 6 others
+    # Greedy circuits of 1, 2, 4 and 8 edges have 0, 0, 1 and 2 of the 2 edges, and 1, 1, 2 and 6 of
+    # the 6 others: of two, m0's output is a dead end, and of four, the head's.
+    assert found.interpbench == pytest.approx(1 / 6 * 0.25 + 4 / 6 * 0.75)
+    signed = EdgeScores(graph, scores.values)
+    assert recovery(signed, inner).auroc == pytest.approx((4 + 0) / 12)
+    tied = EdgeScores(graph, [1.0] * 8)
+    assert recovery(tied, inner).auroc == 0.5
+    top = Circuit.from_edges(graph, list(values)[:3])
+    assert recovery(scores, top) == Recovery(1.0, 1.0)
+    for impossible in (Circuit(graph, frozenset()), Circuit(graph, frozenset(graph.edges))):
+        with pytest.raises(DataError, match="true circuit"):
+            recovery(scores, impossible)
+
+
+def test_rankings_are_compared_with_the_true_edges_of_compiled_programs(
+    tmp_path, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    settings = ("model=tracr", "model.name=neighbours", "model.path=tracr/neighbours", "task=tracr")
+    attribute = ("attribute", *settings, "method=exact", f"run_dir={run}", "sparsity=0.7")
+    assert call(capsys, monkeypatch, *attribute)[0] == 0
+    code, out, err = call(capsys, monkeypatch, "mib", run)
+    assert code == 0, err
+    record = json.loads((run / "mib-test.json").read_text())["by |score|"]
+    assert f"{record['auroc']:.3f}" in out and "CPR" not in out
+    truth = json.loads((TRACR_MODELS / "neighbours/ground_truth_edges.json").read_text())
+    edges = tmp_path / "edges.json"
+    edges.write_text(json.dumps(truth["edges_patching"]))
+    (run / "mib-test.json").unlink()
+    assert call(capsys, monkeypatch, "mib", run, f"truth={edges}")[0] == 0
+    assert json.loads((run / "mib-test.json").read_text())["by |score|"] == record
+
+
 def test_the_command_measures_a_graph_file_and_writes_a_submission(tmp_path, capsys, monkeypatch):
-    submission = tmp_path / "ioi"
+    submission = tmp_path / "submission"
     run = tmp_path / "run"
     small = ("task.train=16", "task.validation=8", "task.test=8", f"run_dir={run}")
     settings = ("experiment=ioi", "method=eap", "metric=logit_difference", *small)
@@ -86,11 +135,20 @@ def test_the_command_measures_a_graph_file_and_writes_a_submission(tmp_path, cap
     record = json.loads((run / "mib-test.json").read_text())
     assert record["by score"]["faithfulness"][-1] == pytest.approx(1, abs=1e-4)
     assert f"{record['by |score|']['cpr']:.3f}" in out
-    assert len(list((submission / "circuits").iterdir())) == 9
-    file = read_circuit(submission / "importances.json")
-    assert file.scores is not None
+    # each folder is a whole submission: one file of scores, or nine circuits
+    (importances,) = (submission / "importances/ioi_embedded").iterdir()
+    circuits = sorted((submission / "circuits/ioi_embedded").iterdir(), key=lambda p: float(p.stem))
+    total = read_circuit(importances).circuit.graph.num_edges
+    sizes = [len(read_circuit(path).circuit) for path in circuits]
+    limits = [float(path.stem) * total for path in circuits]
+    assert len(sizes) == 9 and all(map(float.__le__, map(float, sizes), limits))
+    assert read_circuit(importances).scores is not None
     # from the submission alone, the same areas
-    args = ("mib", submission / "importances.json", "model=embedded", f"task.path={run}/data.jsonl")
+    args = ("mib", importances, "model=embedded", f"task.path={run}/data.jsonl", "task=custom",
+            f"output={submission}")  # fmt: skip
     code, again, err = call(capsys, monkeypatch, *args)
     assert code == 0, err
     assert f"{record['by |score|']['cpr']:.3f}" in again
+    assert {path.name for path in (submission / "importances").iterdir()} == {
+        "ioi_embedded", "data_embedded",
+    }  # fmt: skip

@@ -56,8 +56,8 @@ def attribute(
     """Score the edges of a model without learning, and choose a circuit.
 
     Args:
-        method: `eap`, `eap_ig`, `eap_ig_activations`, `clean_corrupted`, `gates`, `exact` or
-            `acdc`, see `methods/`.
+        method: `eap`, `eap_ig`, `eap_ig_activations`, `clean_corrupted`, `relp`, `gim`, `gates`,
+            `exact` or `acdc`, see `methods/`.
         metric: what edges are scored by: `kl` from the full model, or `logit_difference`.
         steps: number of points over which a method integrates.
         batch_size: pairs run at a time.

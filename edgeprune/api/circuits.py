@@ -31,6 +31,7 @@ from edgeprune.evaluation.report import (
 )
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
+from edgeprune.prompts import mib
 from edgeprune.prompts.tasks import generate_records
 from edgeprune.runs import layout
 from edgeprune.runs.data import write_records
@@ -214,8 +215,12 @@ def prepare(config: PrepareConfig) -> int:
     from edgeprune.models.load import load_tokenizer
 
     output, task = Path(config.output), config.task
-    check_output(output, [config.model.path])
+    check_output(output, [config.model.path, task.path])
+    rows = None if task.path is None else mib.read_rows(task.path)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    records = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    if rows is None:
+        records = generate_records(task.name, tokenizer, task.sizes, task.seed)
+    else:
+        records = mib.make_records(rows, tokenizer, task.sizes, config.counterfactual)
     write_records(records, output)
     return len(records)

@@ -8,12 +8,22 @@ from typing import NamedTuple
 
 from edgeprune.api.evaluate import load_prompts
 from edgeprune.api.shared import check_output, load_model_of, read
+from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, MibConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.mib import SHARES, Areas, mib_areas, mib_circuits
+from edgeprune.evaluation.mib import (
+    SHARES,
+    Areas,
+    Recovery,
+    mib_areas,
+    mib_circuits,
+    recovery,
+)
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import eap, write_circuit
+from edgeprune.metrics import Output
+from edgeprune.models import tracr
 from edgeprune.runs import layout
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
@@ -21,61 +31,79 @@ from edgeprune.training.progress import progress
 
 log = logging.getLogger("edgeprune")
 
-IMPORTANCES = "importances.json"
-"""The file of a submission with the scores of all edges."""
+IMPORTANCES = "importances"
+"""The scores of all edges, as the stem of a file, and the folder of one submission."""
 CIRCUITS = "circuits"
-"""The folder of a submission with a circuit per share below 1."""
+"""The folder of another submission, with a circuit per share below 1."""
+NAMES = {
+    "Qwen2.5-0.5B": "qwen2.5", "gemma-2-2b": "gemma2", "Llama-3.1-8B": "llama3",
+    "copycolors_mcqa": "mcqa",
+}  # fmt: skip
+"""What the leaderboard calls models and datasets, where it is not their own name."""
 
 
 class Benchmarked(NamedTuple):
-    """The areas per ranking, a title, and the files that were written."""
+    """The areas per ranking, how well it recovers the true circuit, a title, and the files that
+    were written. Areas are empty for models without logits, recoveries where the truth is unknown.
+    """
 
     areas: Mapping[str, Areas]
+    recovered: Mapping[str, Recovery]
     title: str
     outputs: list[Path]
 
 
 def benchmark(config: MibConfig) -> Benchmarked:
-    """Measure the areas of a run's scores, or those of a graph file; write a submission if asked.
+    """Measure a run's scores, or those of a graph file; write submissions if asked.
 
-    Raises ConfigError for a source without scores, DataError as `mib_areas` does.
+    Raises ConfigError for a source without scores, DataError as `mib_areas` and `recovery` do.
     """
     source = find(config.scores)
     model_config, task = source.model(config.model), source.task(config.task)
     output = Path(config.output) if config.output else None
     if output:
-        paths = [source.path, model_config.path, task.path]
+        paths = [source.path, model_config.path, task.path, config.truth]
         check_output(output, paths, is_file=False)
     model = load_model_of(model_config)
+    truth = _truth(config, source, model)
     scores = _scores(source, model)
     theirs, ours = eap.their_graph(model.graph).num_edges, model.graph.num_edges
-    if theirs != ours:
+    if theirs != ours and model.output is Output.logits:
         log.warning(
             f"the benchmark's graph of {model.name} has {theirs:,} edges, this one {ours:,}; to "
             f"compare with its numbers, score the edges with {eap.EXACT}"
         )
     ablation = AblationConfig(kind="interchange")
     pairs, _, digest = load_prompts(source, ablation, model, config.task, config.split)
-    areas = {}
+    areas, recovered, records = {}, {}, {}
     for name, by_magnitude in (("by |score|", True), ("by score", False)):
-        ranked = EdgeScores(scores.graph, scores.magnitudes(), by_magnitude)
-        with progress(len(pairs), f"{name}: prompt") as show:
-            areas[name] = mib_areas(
-                model, ranked, pairs, batch_size=config.batch_size,
-                listener=lambda done, show=show: show(done, ""),
-            )  # fmt: skip
+        ranked, records[name] = EdgeScores(scores.graph, scores.magnitudes(), by_magnitude), {}
+        if truth is not None:
+            recovered[name] = recovery(ranked, truth)
+            records[name] |= recovered[name].to_dict()
+        if truth is None or model.output is Output.logits:  # else there are no logit differences
+            with progress(len(pairs), f"{name}: prompt") as show:
+                areas[name] = mib_areas(
+                    model, ranked, pairs, batch_size=config.batch_size,
+                    listener=lambda done, show=show: show(done, ""),
+                )  # fmt: skip
+            records[name] |= areas[name].to_dict()
     outputs = []
     if source.run is not None and digest == source.digest("data"):
         path = source.run.path / layout.mib(config.split)
-        write_json(path, {
-            "data": pairs.name, "graph_edges": model.graph.num_edges,
-            **{name: own.to_dict() for name, own in areas.items()},
-        })  # fmt: skip
+        write_json(path, {"data": pairs.name, "graph_edges": model.graph.num_edges, **records})
         outputs.append(path)
     if output is not None:
-        _submit(scores, model, output)
-        outputs.append(output)
-    return Benchmarked(areas, f"{model_config.title}, {pairs.name}", outputs)
+        names = (NAMES.get(name, name) for name in (task.title, Path(model_config.path).name))
+        outputs += _submit(scores, model, output, "_".join(n.replace("_", "-") for n in names))
+    return Benchmarked(areas, recovered, f"{model_config.title}, {pairs.name}", outputs)
+
+
+def _truth(config: MibConfig, source: Source, model: CircuitModel) -> Circuit | None:
+    """The true circuit: the given one, or a compiled model's under the run's kind of ablation."""
+    if config.truth is not None:
+        return read(find(config.truth), model.graph).circuit
+    return tracr.true_circuit(model, source.ablation().kind)
 
 
 def _scores(source: Source, model: CircuitModel) -> EdgeScores:
@@ -87,13 +115,19 @@ def _scores(source: Source, model: CircuitModel) -> EdgeScores:
     return scores
 
 
-def _submit(scores: EdgeScores, model: CircuitModel, folder: Path) -> None:
-    """Write the scores, and a circuit per share below 1, ranked by |score|, as graphs."""
+def _submit(scores: EdgeScores, model: CircuitModel, output: Path, name: str) -> list[Path]:
+    """Write two submissions: the scores, and a circuit per share below 1 ranked by |score|.
+
+    In each, the leaderboard expects a folder per task and model with nothing else in it.
+    """
     ranked = replace(scores, values=scores.magnitudes(), by_magnitude=True)
-    with replace_folder(folder, IMPORTANCES) as new:
-        own = {"scores": ranked, "d_model": model.d_model}
-        circuits = mib_circuits(ranked)
-        (new / CIRCUITS).mkdir()
-        write_circuit(circuits[-1], new / IMPORTANCES, "eap_json", **own)
-        for share, circuit in zip(SHARES[:-1], circuits, strict=False):
-            write_circuit(circuit, new / CIRCUITS / f"{share}.json", "eap_json", **own)
+    circuits = dict(zip(map(str, SHARES[:-1]), mib_circuits(ranked), strict=False))
+    every = Circuit(scores.graph, frozenset(scores.graph.edges))
+    folders = []
+    for part, files in ((IMPORTANCES, {IMPORTANCES: every}), (CIRCUITS, circuits)):
+        folders.append(output / part / name)
+        with replace_folder(folders[-1], f"{next(iter(files))}.json") as new:
+            for stem, circuit in files.items():
+                own = {"scores": ranked, "d_model": model.d_model}
+                write_circuit(circuit, new / f"{stem}.json", "eap_json", **own)
+    return folders

@@ -52,7 +52,7 @@ EXAMPLES = {
                  "edges.json model=embedded task=ioi"),
     "test": ("RUN", "RUN prompts=300 random_circuits=200", "RUN repeat=bootstrap:10",
              "RUN RUN RUN output=specificity", "edges.json model=embedded task=ioi"),
-    "mib": ("RUN", "RUN output=submission/ioi_gpt2", "graph.json model=embedded task=ioi"),
+    "mib": ("RUN", "RUN output=submission", "graph.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),
     "ablate": ("RUN heads=induction:8", "RUN circuit=RUN complement=true ablation=interchange",
@@ -62,7 +62,8 @@ EXAMPLES = {
     "page": ("RUN", "RUN RUN output=seeds.html", "RUN edges=20000 prompts=20"),
     "report": ("runs", "runs/ioi-embedded output=report"),
     "prepare": ("task=ioi output=ioi.jsonl task.train=1000",
-                "task=greater_than output=gt.jsonl model.path=gpt2"),
+                "task=greater_than output=gt.jsonl model.path=gpt2",
+                "task.path=arc_easy model.path=google/gemma-2-2b output=arc_easy.jsonl"),
 }  # fmt: skip
 
 

@@ -10,11 +10,12 @@ def mib(config: MibConfig) -> None:
     from edgeprune.evaluation.mib import mib_table
 
     done = benchmark(config)
-    print_table(mib_table(done.areas, done.title))
-    print_result(
-        "Nearly all of these areas lies above 5 % of the edges, where most rankings do well, and a "
-        "circuit that overshoots the full model raises CPR; the curve of KL says more about small "
-        "circuits."
-    )
+    print_table(mib_table(done.areas, done.recovered, done.title))
+    if done.areas:
+        print_result(
+            "Nearly all of these areas lies above 5 % of the edges, where most rankings do well, "
+            "and a circuit that overshoots the full model raises CPR; the curve of KL says more "
+            "about small circuits."
+        )
     for path in done.outputs:
         print_result(f"-> {path}")

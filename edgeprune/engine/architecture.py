@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Block:
 
     layer: nn.Module  # the loaded module of the whole block
     attention: nn.Module  # the loaded module that computes the heads' values
+    attention_copies: Sequence[nn.Module] = ()  # that `attend` may use in its place
     d_head: int
     attention_norm: nn.Module  # the norm of the queries', keys' and values' inputs
     attention_output: nn.Module  # the output projection of the heads
@@ -137,21 +139,22 @@ class Architecture:
 
     @contextmanager
     def probe_attention(self, probe: Callable[[int, str, Tensor], Tensor]) -> Iterator[None]:
-        """Let `probe(layer, part, x)` read and replace the parts of attention in the full model.
+        """Let `probe(layer, part, x)` read and replace the parts of attention.
 
         See `heads.attend` for the parts. The attention implementation is `attend` meanwhile.
         """
         config = self.body.config
         before = config._attn_implementation
-        for layer, block in enumerate(self.blocks):
-            block.attention.probe = partial(probe, layer)
+        modules = [(block.attention, *block.attention_copies) for block in self.blocks]
+        for layer, module in ((n, module) for n, own in enumerate(modules) for module in own):
+            module.probe = partial(probe, layer)
         config._attn_implementation = PROBED
         try:
             yield
         finally:
             config._attn_implementation = before
-            for block in self.blocks:
-                block.attention.probe = None
+            for module in chain(*modules):
+                module.probe = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed final hidden states [..., d_model] -> [..., vocabulary]."""

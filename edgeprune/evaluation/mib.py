@@ -10,12 +10,17 @@ faithfulness is
 
 CPR is the area under f over p, so a circuit that overshoots the full model raises it; CMD is the
 area under |1 - f|. Both are trapezoids over the nominal shares, on a linear axis.
+
+Where the true circuit is known, the ranking is compared with it, see `Recovery`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
+
+import torch
 
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
@@ -58,9 +63,31 @@ class Areas:
         return {"shares": list(SHARES), **lists, "cpr": self.cpr, "cmd": self.cmd}
 
 
-def _area(values: Sequence[float]) -> float:
-    """The area under a line through values at the shares."""
-    points = pairwise(zip(SHARES, values, strict=True))
+@dataclass(frozen=True)
+class Recovery:
+    """How well a ranking separates the edges of the true circuit from the others.
+
+    Attributes:
+        auroc: area under the ROC curve: the chance that a true edge is ranked above another one;
+            ties count half.
+        interpbench: the benchmark's estimate of it, from circuits with SHARES of the edges that a
+            greedy search from the output finds (`EdgeScores.greedy`), without dead ends: the area
+            under their true positive rates, by trapezoids from the first to the last circuit, over
+            their false positive rates as shares of the last's. Below the area where the smallest
+            circuit has false positives.
+    """
+
+    auroc: float
+    interpbench: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"auroc": self.auroc, "interpbench_auroc": self.interpbench}
+
+
+def _area(values: Sequence[float], at: Sequence[float] = SHARES) -> float:
+    """The area under a line through values."""
+    points = pairwise(zip(at, values, strict=True))
     return sum((right - left) * (a + b) / 2 for (left, a), (right, b) in points)
 
 
@@ -81,6 +108,31 @@ def _without_dead_ends(circuit: Circuit) -> Circuit:
         (writer, reader) for writer, reader in circuit.edge_set
         if writer in entered and not left.isdisjoint(fed[reader])
     ))  # fmt: skip
+
+
+def recovery(scores: EdgeScores, truth: Circuit) -> Recovery:
+    """Compare a ranking with the edges of the true circuit.
+
+    Raises DataError if all edges are true, or none is.
+    """
+    total = scores.graph.num_edges
+    is_true = torch.tensor(truth.mask(), dtype=torch.bool)
+    if len(truth) in (0, total):
+        raise DataError(f"the true circuit has {len(truth):,} of {total:,} edges, so no ranking")
+    importance = scores.values.abs() if scores.by_magnitude else scores.values
+    others, ours = importance[~is_true].sort().values, importance[is_true]
+    below = sum(torch.searchsorted(others, ours, right=right) for right in (False, True)) / 2
+    greedy, rates = scores.greedy(), []
+    for share in SHARES:
+        found = _without_dead_ends(greedy.circuit(num_edges=math.ceil(share * total)))
+        hits = len(found.edge_set & truth.edge_set)
+        rates.append((hits / len(truth), (len(found) - hits) / (total - len(truth))))
+    true_rates, false_rates = zip(*rates, strict=True)
+    last = false_rates[-1]
+    return Recovery(
+        (below / len(others)).mean().item(),
+        _area(true_rates, [rate / last for rate in false_rates]) if last else 0.0,
+    )
 
 
 def mib_areas(
@@ -113,16 +165,24 @@ def mib_areas(
     return Areas(tuple(map(len, circuits)), faithfulness)
 
 
-def mib_table(areas: Mapping[str, Areas], title: str) -> Table:
+def mib_table(areas: Mapping[str, Areas], recovered: Mapping[str, Recovery], title: str) -> Table:
     """A row per share, with the edges kept and the faithfulness of each ranking; then the areas."""
     parts = ("edges", "faith-\nfulness")
-    columns = ["share of edges", *(f"{name}:\n{part}" for name in areas for part in parts)]
+    names = [*areas] or [*recovered]
+    columns = ["share of edges", *(f"{name}:\n{part}" for name in names for part in parts)]
     rows = []
-    for index, share in enumerate(SHARES):
+    for index, share in enumerate(SHARES if areas else ()):
         cells = [
             (f"{a.num_edges[index]:,}", f"{a.faithfulness[index]:.3f}") for a in areas.values()
         ]
         rows.append([f"{share:.1%}", *chain(*cells)])
-    rows.append(["CPR (higher is better)", *chain(*(("", f"{a.cpr:.3f}") for a in areas.values()))])
-    rows.append(["CMD (lower is better)", *chain(*(("", f"{a.cmd:.3f}") for a in areas.values()))])
+    summaries = {
+        "CPR (higher is better)": [a.cpr for a in areas.values()],
+        "CMD (lower is better)": [a.cmd for a in areas.values()],
+        "AUROC of the true edges": [r.auroc for r in recovered.values()],
+        "the same, as in InterpBench": [r.interpbench for r in recovered.values()],
+    }
+    for name, values in summaries.items():
+        if values:
+            rows.append([name, *chain(*(("", f"{value:.3f}") for value in values))])
     return Table(columns, rows, title)

@@ -4,12 +4,14 @@
                     sum over positions and d_model of (ablated_u - clean_u) * dL/d(input of v)
 
 so a positive score means that the edge lowers the objective L: it helps. The points are those of
-Syed et al. 2023 (arXiv:2310.10348; `eap`) and Hanna et al. 2024 (arXiv:2403.17806). To add a method
-of this kind, add its points to `POINTS`; to add another, write a subclass of `Attribution` in a
-file of its own and enter it in `ATTRIBUTIONS`.
+Syed et al. 2023 (arXiv:2310.10348; `eap`) and Hanna et al. 2024 (arXiv:2403.17806). For `relp` and
+`gim`, dL/d(input of v) is not the gradient, see `engine/backward_rules.py`. To add a method of this
+kind, add its points to `POINTS`; to add another, write a subclass of `Attribution` in a file of its
+own and enter it in `ATTRIBUTIONS`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.backward_rules import RULES, backward_rules
 from edgeprune.engine.circuit_model import Activations, CircuitModel
 from edgeprune.engine.gradient import Gradient, StepInputs, differentiate
 from edgeprune.engine.open_pass import OpenPass, Point
@@ -31,6 +34,7 @@ POINTS: dict[str, Callable[[int, int], list[Point]]] = {
         Point(node, k / steps) for node in range(num_nodes) for k in range(1, steps + 1)
     ],
     "clean_corrupted": lambda num_nodes, steps: [Point(), Point(0, 0.0)],
+    **dict.fromkeys(RULES, lambda num_nodes, steps: [Point()]),
 }
 """Per method, the points given the numbers of nodes (see `Point`) and of integration steps."""
 
@@ -128,7 +132,13 @@ class AtPoints(_Gradients):
     def differentiate(self, batch: Batch) -> Gradient:
         points = POINTS[self.method](1 + 2 * self.model.graph.num_layers, self.integration_steps)
         values = self.ablation_values(batch)
-        return OpenPass(self.model, batch, values).differentiate(self.objective, points)
+        open_pass = OpenPass(self.model, batch, values)
+        with self._rules():
+            return open_pass.differentiate(self.objective, points)
+
+    def _rules(self) -> AbstractContextManager[None]:
+        """By which the method differentiates, if not by the gradient."""
+        return backward_rules(self.model, self.method) if self.method in RULES else nullcontext()
 
 
 class AlongGates(_Gradients):

@@ -50,6 +50,7 @@ class LlamaBlock(Block):
         self.num_heads = attention.config.num_attention_heads
         self.ungrouped = copy.copy(attention)  # tells the library's functions not to repeat keys
         self.ungrouped.num_key_value_groups = 1
+        self.attention_copies = (self.ungrouped,)
         self.d_head = attention.head_dim
         source = sys.modules[type(attention).__module__]
         self.rotate = source.apply_rotary_pos_emb

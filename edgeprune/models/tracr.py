@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeprune.circuit import Circuit
 from edgeprune.engine.architecture import Architecture, Block
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.heads import attend, project_to_heads
@@ -24,6 +25,8 @@ from edgeprune.metrics import Output
 from edgeprune.paths import TRACR_MODELS
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+TRUTH = "ground_truth_edges.json"
+"""The true edges, under zero ablation as `edges` and under interchange as `edges_patching`."""
 
 OUTPUTS = {"categorical": Output.one_hot, "numerical": Output.number}
 """`output_type` of config.json -> what the outputs are."""
@@ -61,6 +64,22 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"expected a Tracr model: {' or '.join(OUTPUTS)}, relu, no layer_norm"
         )
     return config
+
+
+def true_circuit(model: CircuitModel, ablation: str) -> Circuit | None:
+    """The true circuit of a Tracr model, if its folder states it for this kind of ablation.
+
+    Raises ModelError if the file is damaged or the model's graph has not all of its edges.
+    """
+    folder = find_folder(model.name)
+    if folder is None or not (folder / TRUTH).is_file():
+        return None
+    key = {"zero": "edges", "interchange": "edges_patching"}.get(ablation)
+    try:
+        edges = json.loads((folder / TRUTH).read_text(encoding="utf-8")).get(key)
+        return None if edges is None else Circuit.from_edges(model.graph, edges)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / TRUTH} cannot be read: {error}") from None
 
 
 class TracrTokenizer:

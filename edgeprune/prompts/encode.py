@@ -74,24 +74,37 @@ def encode_records(
 
     Raises DataError if a record is malformed, NoneUsableError if none fits.
     """
-    pairs, skipped = [], []
+
+    def encode(record: dict) -> Pair:
+        pair = encode_pair(tokenizer, record)
+        if max_length is not None and len(pair.clean_ids) > max_length:
+            raise MisfitError(f"{len(pair.clean_ids)} tokens are more than {max_length}")
+        return pair
+
+    return keep_usable(records, encode)
+
+
+def keep_usable(records: Iterable[dict], make: Callable[[dict], Any]) -> list:
+    """What is made of each record, skipping with one warning those for which MisfitError is raised.
+
+    Raises DataError, with the file and line, if it is raised for a record; NoneUsableError if all
+    are skipped.
+    """
+    made, skipped = [], []
     for number, record in enumerate(records, 1):
         where = record.get("_where", f"example {number}")
         try:
-            pair = encode_pair(tokenizer, record)
-            if max_length is not None and len(pair.clean_ids) > max_length:
-                raise MisfitError(f"{len(pair.clean_ids)} tokens are more than {max_length}")
-            pairs.append(pair)
+            made.append(make(record))
         except MisfitError as error:
             skipped.append(f"{where}: {error}")
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-    if not pairs:
+    if not made:
         raise NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
     if skipped:
-        num_records = len(pairs) + len(skipped)
-        log.warning(f"skipped {len(skipped)} of {num_records} examples, for instance {skipped[0]}")
-    return pairs
+        total = len(made) + len(skipped)
+        log.warning(f"skipped {len(skipped)} of {total} examples, for instance {skipped[0]}")
+    return made
 
 
 def encode_pair(tokenizer: Any, record: dict) -> Pair:

@@ -84,6 +84,12 @@ def _refuse_other_formats(path: Path) -> None:
     write = "[print(json.dumps(record)) for record in {}]"
     if program is not None:
         kind, command = f"compressed by {program}", f"{program} -dc {shlex.quote(str(path))}"
+    elif content.startswith(b"PAR1"):
+        table = f"pandas.read_parquet({source}).to_json(orient='records', lines=True)"
+        kind, command = (
+            "a Parquet table",
+            f"python -c {shlex.quote(f'import pandas; print({table})')}",
+        )
     elif len(fields) > 1 and {f.strip(' "\r') for f in fields} & {"clean", "clean_ids"}:
         table = f'open({source}, encoding="utf-8-sig"), delimiter={json.dumps(fields[1])}'
         rows = f"({{k: v for k, v in row.items() if v}} for row in csv.DictReader({table}))"
@@ -115,7 +121,13 @@ def _parse_document(text: str) -> Any:
 
 
 def check_fields(record: dict) -> None:
-    """Raise DataError for a misspelt field, or one of lines of text in a line of token ids."""
+    """Raise DataError for a row of MIB, for a misspelt field, and for one of lines of text in a
+    line of token ids."""
+    if "clean" not in record and any(name.endswith("_counterfactual") for name in record):
+        raise DataError(
+            "this is a row of the MIB benchmark; make prompts of such rows for a model's tokenizer "
+            "with: edgeprune prepare task.path=FILE output=NEW.jsonl model.path=MODEL"
+        )
     for name in record:
         meant = _misspelt(name)
         if meant is not None and meant not in record:
