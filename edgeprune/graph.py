@@ -187,6 +187,11 @@ class CircuitGraph:
         places = self._reader_place.values()
         return [column for _, num_writers in places for column in range(num_writers)]
 
+    def edge_readers(self) -> list[int]:
+        """The reader's index of every edge, in order of the edge's number."""
+        places = self._reader_place.values()
+        return [row for row, (_, num_writers) in enumerate(places) for _ in range(num_writers)]
+
     def gate_groups(self) -> list[slice]:
         """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""
         counts = [readers * site.num_writers for site in self.sites for readers in site.groups]

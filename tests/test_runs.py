@@ -509,7 +509,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert_refused(done, 1, "'1 + 1", "trainer.learning_rate")
     (step,) = steps(run_dir)
     assert f"step {step + 1}" in done.stderr
-    assert load_file(checkpoint(run_dir, step))["scores"].isfinite().all()
+    assert load_file(checkpoint(run_dir, step))["edge"].isfinite().all()
 
 
 def test_held_out_prompts_that_cannot_be_measured_are_found_before_training(tmp_path, prune):

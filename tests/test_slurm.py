@@ -89,7 +89,7 @@ def test_two_nodes_find_what_one_process_finds(two_nodes, tmp_path):
     saved = "checkpoints/step-{:08d}.safetensors"
     for step, tolerance in ((20, 2e-3), (200, 5e-2)):  # sums in another order drift apart
         folders = (tmp_path / "one", run_dir)
-        one, two = (load_file(d / saved.format(step))["scores"] for d in folders)
+        one, two = (load_file(d / saved.format(step))["edge"] for d in folders)
         torch.testing.assert_close(two, one, atol=tolerance, rtol=1e-3)
         assert (two - one).abs().mean() < 1e-4
     one, two = (set(map(tuple, json.loads((d / "edges.json").read_text()))) for d in folders)

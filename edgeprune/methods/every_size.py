@@ -5,6 +5,10 @@ Each step trains a circuit of another size k, drawn at random. Its gates are a s
 
     g_e = sigmoid((s_e - tau) / T),  with tau such that  sum_e g_e = k
 
+The score of an edge u -> v is a sum, so that edges of one node learn from each other's gradients:
+
+    s_e = edge_e + writer_u + reader_v
+
 Training at random sizes is the idea of Matryoshka attribution (arXiv:2609.25518).
 """
 
@@ -25,6 +29,8 @@ small enough for what is learned to move them."""
 COOLING = 4.0
 """The temperature at the start, as a multiple of that at the end: gates become nearly binary, like
 those of the circuits that are cut in the end."""
+NODE_RATE = 0.3
+"""Learning rate of the terms of writers and readers, as a multiple of that of the edges' own."""
 NUM_BISECTIONS = 40
 """Number of bisection steps in the search for tau, which leave a float32's precision."""
 MAX_LOGIT = 30.0
@@ -56,9 +62,16 @@ class EverySize(Method):
         scores = INITIAL_STD * torch.randn(self.graph.num_edges, generator=generator)
         if self.ranking is not None:
             scores += START_SCALE * log_odds_of_ranks(self.ranking)
-        self._scores = scores.to(self.device).requires_grad_()
-        self.parameters = {"scores": self._scores}
-        self.optimizer = torch.optim.Adam([self._scores], self.learning_rate)
+        self._cells = edge_cells(self.graph).to(self.device)
+        terms = {
+            "edge": scores,
+            "writer": torch.zeros(self.graph.num_writers),
+            "reader": torch.zeros(len(self.graph.readers)),
+        }
+        self.parameters = {kind: x.to(self.device).requires_grad_() for kind, x in terms.items()}
+        edge, *nodes = self.parameters.values()
+        groups = [{"params": [edge]}, {"params": nodes, "lr": NODE_RATE * self.learning_rate}]
+        self.optimizer = torch.optim.Adam(groups, self.learning_rate)
 
     def size(self, step: int) -> float:
         """The size of a step's circuit, in edges: log-uniform from the smallest to all edges."""
@@ -73,22 +86,43 @@ class EverySize(Method):
 
     @torch.no_grad()
     def gates(self, step: int) -> Tensor:
-        temperature = self.temperature_at(step)
-        self._gates = soft_top_k(self._scores.detach(), self.size(step), temperature)
+        scores = sum_scores(self._cells, **self.parameters)
+        self._gates = soft_top_k(scores, self.size(step), self.temperature_at(step))
         return self._gates
 
     def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         read = read_finite(grad_gates, objective=objective)
         gradient = grad_scores(grad_gates, self._gates)
         smallest_mean = MIN_TOTAL_GRADIENT / len(gradient)
-        self._scores.grad = gradient / gradient.abs().mean().clamp(min=smallest_mean)
+        gradient /= gradient.abs().mean().clamp(min=smallest_mean)
+        edge, writer, reader = self.parameters.values()
+        matrix = gradient.new_zeros(len(reader), len(writer))
+        matrix.view(-1)[self._cells] = gradient
+        edge.grad, writer.grad, reader.grad = gradient, matrix.sum(0), matrix.sum(1)
         rate = self.apply_gradients(step)
         return {**read, "num_edges": self.size(step), "learning_rate": rate}
 
     @staticmethod
     def scores(graph: CircuitGraph, state: Mapping[str, Tensor]) -> Tensor:
-        check_shapes(state, {"scores": (graph.num_edges,)})
-        return state["scores"]
+        sizes = {"edge": graph.num_edges, "writer": graph.num_writers, "reader": len(graph.readers)}
+        check_shapes(state, {kind: (size,) for kind, size in sizes.items()})
+        return sum_scores(edge_cells(graph), *(state[kind] for kind in sizes))
+
+
+def edge_cells(graph: CircuitGraph) -> Tensor:
+    """[edge], where an edge lies in a flattened [reader, writer] matrix."""
+    writers, readers = map(torch.tensor, (graph.edge_writers(), graph.edge_readers()))
+    return readers * graph.num_writers + writers
+
+
+def sum_scores(cells: Tensor, edge: Tensor, writer: Tensor, reader: Tensor) -> Tensor:
+    """The scores, [edge]: an edge's own term, its writer's and its reader's.
+
+    Args:
+        cells: from `edge_cells`.
+        edge, writer, reader: [edge], [writer] and [reader], the terms.
+    """
+    return edge + (reader[:, None] + writer).flatten()[cells]
 
 
 def log_odds_of_ranks(ranking: Tensor) -> Tensor:
