@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +66,18 @@ class Case(NamedTuple):
 
 
 def load_case(
-    source: Source, config: EvaluateConfig | TestConfig, model: CircuitModel | None = None
+    source: Source,
+    config: EvaluateConfig | TestConfig,
+    model: CircuitModel | None = None,
+    device: str | None = None,
 ) -> Case:
-    """Load the model (unless given), the circuit and the prompts; warn of what differs."""
+    """Load the model (unless given), the circuit and the prompts; warn of what differs.
+
+    `device` is where to load the model; None: where its settings say.
+    """
     model_config, ablation = source.model(config.model), source.ablation(config.ablation)
     source.task(config.task)  # raises before the model is loaded
-    model = model or load_model_of(model_config)
+    model = model or load_model_of(replace(model_config, device=device or model_config.device))
     file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
     if config.model is None and not is_own_model:

@@ -1,7 +1,8 @@
 """The JSONL format of clean/corrupted prompts: reading lines and checking their fields.
 
 A line is `{"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>",
-"split": "train"}`, optionally with `distractor` and `answers` (strings or lists of strings).
+"split": "train"}`, optionally with `distractor` and `answers` (strings or lists of strings), and
+`template` (a number or a string), which prompts of the same template share.
 
 A line of token ids instead has `clean_ids` and `corrupted_ids`, of equal length, and for the last
 positions either `target_ids` (-1 where the right token is unknown) or, for models that output
@@ -25,7 +26,7 @@ TEXT_OPTIONS, ID_OPTIONS = ("answers", "distractor"), ("answer_ids", "distractor
 """Optional fields of lines of text, and the corresponding ones of lines of token ids."""
 FIELDS = (
     "clean", "corrupted", "split", "clean_ids", "corrupted_ids", "target_ids", "target_values",
-    *TEXT_OPTIONS, *ID_OPTIONS,
+    "template", *TEXT_OPTIONS, *ID_OPTIONS,
 )  # fmt: skip
 """The fields of a line; any other field is ignored."""
 COMPRESSED = {
