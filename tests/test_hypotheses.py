@@ -322,6 +322,8 @@ def test_repeat_is_checked(value):
 
 SMALL = ("experiment=ioi", "trainer.steps=3", "trainer.batch_size=4", "task.train=8",
          "task.validation=4", "task.test=6", "num_edges=30")  # fmt: skip
+PROGRAM = ("experiment=tracr/reverse", "trainer=every_size", "trainer.steps=3", "cleanup=null",
+           "num_edges=9")  # fmt: skip
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -333,7 +335,7 @@ def test_runs_are_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
 
     run, other = tmp_path / "a", tmp_path / "b"
     for seed, place in enumerate((run, other)):
-        command("prune", *SMALL, f"seed={seed}", f"run_dir={place}")
+        command("prune", *PROGRAM, f"seed={seed}", f"run_dir={place}")
     few = ("prompts=4", "random_circuits=3", "repeat=bootstrap:2")
     done = run_cli("test", run, *few)  # in a fresh process
     assert done.returncode == 0, done.stderr
@@ -357,7 +359,7 @@ def test_runs_are_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     command("report", tmp_path)
     assert [*(tmp_path / "report").glob("specificity*.svg")]
     assert "Specificity" in (tmp_path / "report/report.html").read_text()
-    command("export", other, "num_edges=20")
+    command("export", other, "num_edges=8")
     command("report", tmp_path)
     assert not [*(tmp_path / "report").glob("specificity*.svg")]
     code, _, err = call(capsys, monkeypatch, "test", run, "repeat=seeds:x")

@@ -1,12 +1,11 @@
 """Measuring circuits that are named by their run directory or file."""
 
 import logging
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
+from edgeprune.api.shared import ablation_of, check_output, load_model_of, prompts_file, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
@@ -23,7 +22,6 @@ from edgeprune.formats import CircuitFile
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import (
-    data_of,
     first_split,
     kind_of_prompts,
     load_pairs,
@@ -132,13 +130,7 @@ def load_prompts(
     `given` is the task of which they are; None: the source's own.
     """
     task = source.task(given)
-    with ExitStack() as stack:
-        if given is None and source.run is not None:
-            path = source.run.data_path
-        else:
-            path = stack.enter_context(data_of(task, model.tokenizer))
-        if given is None:
-            own_data(path, source.digest("data"))
+    with prompts_file(source, given, model) as path:
         pairs = reference = load_pairs(path, task, model, split)
         if ablation.kind == "mean":
             reference = load_pairs(path, task, model, first_split(path, "train"))

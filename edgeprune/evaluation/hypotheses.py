@@ -314,8 +314,8 @@ def completeness(
         f"{mean:.0%} of the full model's (mean of {NUM_NODE_SETS} random sets) and by {greedy:.0%} "
         f"for nodes chosen to tell them apart ({', '.join(chosen)}); without losing any by "
         f"{none:.0%}"
-        + "".join(f", without {kind} heads ({len(of_kind[kind])}) by {share:.0%}"
-                  for kind, share in by_kind.items())
+        + (f", without the {len(of_kind[worst])} {worst} heads, the kind that tells them apart "
+           f"most, by {by_kind[worst]:.0%}" if worst else "")
         + f". More than {MAX_INCOMPLETE:.0%} counts against it.",
         (low, high), None,
         {"none": none, "random": shares, "random_sets": sets, "greedy": greedy,

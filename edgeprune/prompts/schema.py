@@ -42,9 +42,21 @@ def read_records(path: Path | str) -> list[dict]:
 
     A field that is null, as some libraries write a missing one, is left out.
 
+    The records are shared by all who read the file; a file that has not changed is parsed once.
+
     Raises DataError if the file cannot be read, is empty, of another format, or has a line without
     an object or of an unknown split.
     """
+    try:
+        about = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return _parse(str(path), about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=1)
+def _parse(path: str, mtime: int, size: int) -> list[dict]:
+    """The records of a file of this time and size."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
