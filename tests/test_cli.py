@@ -696,13 +696,14 @@ def test_bad_data(tmp_path, lines, wanted, refused):
          ["-cn=own", "-cd=DIR", "-c=job", "--resolve"]),
     ],
 )  # fmt: skip
-def test_flags_of_hydra_take_their_value_after_a_space(spaced, joined, tmp_path, command):
+def test_flags_of_hydra_take_their_value_after_a_space(spaced, joined, tmp_path):
     own = "defaults: [prune, _self_]\nrun_dir: of-${seed}\nseed: 5\n"
     (tmp_path / "own.yaml").write_text(own)
     shown = []
     for arguments in ([*spaced, "num_edges=77"], ["num_edges=77", *joined]):
-        out, _ = command("prune", *(a.replace("DIR", str(tmp_path)) for a in arguments))
-        shown.append(out)
+        done = run_cli("prune", *(a.replace("DIR", str(tmp_path)) for a in arguments))
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
     assert shown[0] == shown[1]
     contents = {
         "trainer": "# @package trainer", "own": "run_dir: of-5", "defaults": "prune_schema",
