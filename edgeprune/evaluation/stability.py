@@ -109,7 +109,7 @@ def other_templates(
         f"On prompts of templates that they were not learned from, the {name} of these circuits is "
         f"{brief(of_new)} and exact match {match:.0%}; on those of their own templates "
         f"{brief(of_known)} and {match_known:.0%}. The difference of the {name} is between "
-        f"{brief(low)} and {brief(high)}; one above chance would count against them.",
+        f"{brief(low)} and {brief(high)}; above 0 throughout would count against them.",
         (low, high),
         details={"distance": of_new, "distance_known": of_known, "exact_match": match,
                  "exact_match_known": match_known},
