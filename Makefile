@@ -18,10 +18,10 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	@echo "look into the circuit: runs/demo/page.html; its picture: runs/demo/circuit.pdf (.png, .svg)"
 
 test: $(READY) dot ## run the tests (some twelve minutes on two cores)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(READY) dot ## run the slow tests too
-	$(BIN)/python -m pytest -n auto -m "not slurm"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slurm"
 
 test-slurm: $(READY) ## run the tests on a SLURM cluster (SLURM_CONF, or the machine's own)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[test,slurm]'

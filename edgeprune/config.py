@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -670,7 +671,10 @@ class TestConfig(Settings):
     few for a verdict."""
     repeat: str | None = None
     """bootstrap:N learns N times again from bootstrap samples of the training prompts, seeds:N with
-    other seeds, to see how stable the circuit is. What has been learned is kept in the run."""
+    other seeds, templates:N from random halves of the templates, to see how stable the circuit is.
+    What has been learned is kept in the run."""
+    launcher: LauncherConfig = setting(partial(LauncherConfig, timeout=24 * 60))
+    """Several processes share the repetitions."""
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     seed: int = 0
@@ -678,21 +682,27 @@ class TestConfig(Settings):
     output: str | None = None
     """Folder to write; an earlier result there is replaced. null: test.json and test.png next to
     the circuit if model, prompts and ablation are those of its run, otherwise none; with several
-    circuits: specificity."""
+    circuits: specificity, next to the first run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.repeat is not None:
-            if not re.fullmatch(r"(bootstrap|seeds):[0-9]+", self.repeat) or self.repeats[1] < 2:
+            known = re.fullmatch(r"(bootstrap|seeds|templates):[0-9]+", self.repeat)
+            if not known or self.repeats[1] < 2:
                 raise ConfigError(
-                    f"repeat={self.repeat} must be bootstrap:N or seeds:N, with N at least 2"
+                    f"repeat={self.repeat} must be bootstrap:N, seeds:N or templates:N, with N at "
+                    "least 2"
                 )
             if len(self.circuits) > 1:
                 raise ConfigError("repeat= takes one run; test the runs one after another")
+            if self.repeats[0] == "templates" and self.task is not None:
+                raise ConfigError("repeat=templates measures the run's own prompts; omit task=")
+        if self.launcher.shard:
+            raise ConfigError("launcher.shard=true is for `edgeprune prune`; leave it out")
 
     @property
     def repeats(self) -> tuple[str, int]:
-        """What differs between repetitions, "bootstrap" or "seeds", and their number."""
+        """What differs between repetitions, "bootstrap", "seeds" or "templates"; their number."""
         kind, _, number = (self.repeat or "none:0").partition(":")
         return kind, int(number)
 
@@ -865,10 +875,10 @@ class PageConfig(Settings):
 
 @dataclass
 class ReportConfig(Settings):
-    """Summarise all runs below a folder: frontiers, and stability over seeds."""
+    """Summarise all runs below a folder: frontiers, stability over seeds, and specificity."""
 
     folder: str = ""
-    """Run directories are searched here, at any depth."""
+    """Run directories are searched here, at any depth, and what `edgeprune test RUN RUN` wrote."""
     split: str | None = setting(None, choices=SPLITS)
     """Whose evaluations are shown; null: the one that most runs have, test before validation."""
     output: str | None = None

@@ -1,6 +1,6 @@
 """Training steps on a device that only computes shapes, for test_device.py.
 
-Arguments: the model family, `micro_batch_size` and the method. This is a process of its own because
+Arguments: FAMILY:MICRO_BATCH_SIZE:METHOD, any number of times. This is a process of its own because
 the device's name cannot be unregistered. Blocks are not recomputed: PyTorch's engine aborts at that
 on a device without a library of its own.
 """
@@ -40,28 +40,35 @@ def move(module: nn.Module) -> None:
         part._buffers.update(moved(part._buffers))
 
 
-family, micro_batch_size, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def run(family: str, micro_batch_size: int, name: str) -> None:
+    """Two training steps."""
+    hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
+    model = wrap_model(hf_model.to(torch.bfloat16))
+    pairs = random_pairs(6, 7) + random_pairs(6, 8)
+    ablation = Ablation(model, "interchange", pairs)
+    make, settings = METHODS[name]
+    method = make(model.graph, seed=0, device="cpu", steps=9, **settings)
+    if isinstance(method, EverySize):  # sizes are drawn on the CPU, which shapes alone cannot do
+        method.size = [method.size(step) for step in range(2)].__getitem__
+    # The engine's own threads may abort on a device without a library of its own.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
+        for module in (model.architecture.body, model.architecture.unembed):
+            move(module)
+        vars(method).update(moved(vars(method)))
+        settings = TrainerConfig(steps=9, batch_size=8, micro_batch_size=micro_batch_size)
+        trainer = Trainer(model, pairs, method, settings, 0, ablation)
+        assert model.device.type == "gpu"
+        for step in range(2):  # the second uses the buffers of the first
+            objective, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))
+            assert objective.device.type == grad_gates.device.type == "gpu"
+            assert grad_gates.shape == (model.graph.num_edges,)
+            gradient = grad_scores(grad_gates, method.gates(step))
+            assert gradient.device.type == "gpu"
+
+
 _setup_privateuseone_for_python_backend("gpu")
-hf_model = random_gpt2() if family == "gpt2" else random_llama(FAMILIES[family])
-model = wrap_model(hf_model.to(torch.bfloat16))
-pairs = random_pairs(6, 7) + random_pairs(6, 8)
-ablation = Ablation(model, "interchange", pairs)
-make, settings = METHODS[method]
-method = make(model.graph, seed=0, device="cpu", steps=9, **settings)
-if isinstance(method, EverySize):  # sizes are drawn on the CPU, which shapes alone cannot do
-    method.size = [method.size(step) for step in range(2)].__getitem__
-# The engine's own threads may abort on a device without a library of its own.
-one_thread = torch.autograd.set_multithreading_enabled(False)
-with FakeTensorMode(allow_non_fake_inputs=True), one_thread:
-    for module in (model.architecture.body, model.architecture.unembed):
-        move(module)
-    vars(method).update(moved(vars(method)))
-    settings = TrainerConfig(steps=9, batch_size=8, micro_batch_size=micro_batch_size)
-    trainer = Trainer(model, pairs, method, settings, 0, ablation)
-    assert model.device.type == "gpu"
-    for step in range(2):  # the second uses the buffers of the first
-        objective, grad_gates = trainer.differentiate(pairs[:8], method.gates(step))
-        assert objective.device.type == grad_gates.device.type == "gpu"
-        assert grad_gates.shape == (model.graph.num_edges,)
-        gradient = grad_scores(grad_gates, method.gates(step))
-        assert gradient.device.type == "gpu"
+for argument in sys.argv[1:]:
+    family, micro_batch_size, method = argument.split(":")
+    run(family, int(micro_batch_size), method)
+    print(argument)

@@ -50,6 +50,7 @@ MODELS = {
 
 
 def run(world: World, job: dict) -> None:
+    job = dict(job)
     output, resume, until = (job.pop(key, None) for key in ("output", "resume", "until"))
     cache.MAX_KEPT = 2**30 if job.pop("keep", True) else 0
     make = MODELS[job.pop("model", "gpt2")]
@@ -83,7 +84,8 @@ def run(world: World, job: dict) -> None:
     world.any(False)
 
 
-torch.set_num_threads(1)
-with World.join("cpu", timeout=1) as joined:
-    for argument in sys.argv[1:]:
-        run(joined, json.loads(argument))
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with World.join("cpu", timeout=1) as joined:
+        for argument in sys.argv[1:]:
+            run(joined, json.loads(argument))

@@ -32,16 +32,24 @@ SMALL = (
 )  # fmt: skip
 """A run of seconds."""
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 GOOD = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished run that no test changes."""
+def printed(tmp_path_factory):
+    """A finished run, and what was printed meanwhile."""
     run_dir = tmp_path_factory.mktemp("cli") / "run"
     done = run_cli("prune", *SMALL, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
-    return run_dir
+    return run_dir, done
+
+
+@pytest.fixture(scope="session")
+def finished(printed):
+    """A finished run that no test changes."""
+    return printed[0]
 
 
 @pytest.fixture
@@ -193,8 +201,8 @@ def test_a_run_leaves_everything_needed(finished):
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
-def test_prune_prints_little_where_there_is_no_terminal(tmp_path):
-    done = run_cli("prune", *SMALL, f"run_dir={tmp_path / 'run'}")
+def test_prune_prints_little_where_there_is_no_terminal(printed):
+    _, done = printed
     assert len(done.stderr.splitlines()) <= 12
     assert len(done.stdout.splitlines()) <= 30  # a table with a row per size, and a few sentences
 
@@ -212,6 +220,8 @@ def test_export_evaluate_and_draw(copied, tmp_path, command):
     assert json.loads((copied / "circuit.json").read_text())["num_edges"] == 40
     command("export", copied)
     assert (copied / "edges.json").read_text() == as_asked
+    command("draw", copied, "num_edges=20", "formats=[dot]", f"output={tmp_path / 'small'}")
+    assert "digraph" in (tmp_path / "small.dot").read_text()
     command("evaluate", copied, "head_permuted=1", "batch_size=3")
     result = json.loads((copied / "evaluation-test.json").read_text())
     assert result["num_examples"] == 8
@@ -447,7 +457,8 @@ def test_a_threshold_needs_gates(finished, tmp_path, refused):
     assert not output.exists()
 
 
-def test_a_model_that_outputs_values_has_no_kl(tmp_path, command, refused):
+def test_a_model_that_outputs_values_has_no_kl(tmp_path, command, refused, monkeypatch):
+    monkeypatch.undo()  # its curve is drawn
     run_dir = tmp_path / "run"
     prune = ("prune", "experiment=tracr/neighbours", "trainer.steps=10", f"run_dir={run_dir}")
     assert "max_kl=0.1" in refused(*prune, "max_kl=0.1")
@@ -522,7 +533,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(finished, tmp_path):
     assert "\\U0001f600" in done.stdout
 
 
-def test_text_of_prompts_is_never_markup(tmp_path):
+def test_text_of_prompts_is_never_markup(tmp_path, command):
     """Neither rich's nor a terminal's."""
     text = "[bold red]1[/bold red] + \x1b[31m 2 [link=x] \\[ ="
     pair = {"clean": f"{text} <predict>3</predict>",
@@ -530,25 +541,25 @@ def test_text_of_prompts_is_never_markup(tmp_path):
     other = {**pair, "corrupted": f"{text} 5 6 7 8 9 <predict>4</predict>"}  # left out
     data = write_jsonl(tmp_path / "[red]data[-].jsonl", pair, pair, other)
     run_dir = tmp_path / "run"
-    done = run_cli("prune", f"task.path='{data}'", "trainer.steps=4", "num_edges=60",
-                   f"run_dir={run_dir}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "skipped 1 of 3" in done.stderr
-    assert "[red]data[-].jsonl, line 3" in done.stderr
-    shown = run_cli("evaluate", run_dir)
-    assert "[red]data[-].jsonl [without splits]" in shown.stdout
-    assert "[bold red]1[/bold red] + \\x1b[31m 2 [link=x]" in shown.stdout
-    assert "\x1b" not in done.stdout + done.stderr + shown.stdout + shown.stderr
+    out, err = command("prune", f"task.path='{data}'", "trainer.steps=4", "num_edges=60",
+                       f"run_dir={run_dir}")  # fmt: skip
+    assert "skipped 1 of 3" in err
+    assert "[red]data[-].jsonl, line 3" in err
+    shown = command("evaluate", run_dir)
+    assert "[red]data[-].jsonl [without splits]" in shown[0]
+    assert "[bold red]1[/bold red] + \\x1b[31m 2 [link=x]" in shown[0]
+    assert "\x1b" not in "".join((out, err, *shown))
 
 
-def test_without_dot_everything_but_the_picture_works(copied, tmp_path):
+def test_without_dot_everything_but_the_picture_works(
+    copied, tmp_path, command, refused, monkeypatch
+):
+    command("export", copied, "num_edges=9", f"output={tmp_path / 'b.json'}")
     (tmp_path / "bin").mkdir()
-    without = {"PATH": str(tmp_path / "bin")}
-    assert_refused(run_cli("draw", copied, **without), 1, "dot")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert "dot" in refused("draw", copied, code=1)
     assert "digraph" in (copied / "circuit.dot").read_text()
-    run_cli("export", copied, "num_edges=9", f"output={tmp_path / 'b.json'}")
-    done = run_cli("compare", copied, tmp_path / "b.json", f"output={tmp_path / 'both'}", **without)
-    assert done.returncode == 0, done.stderr
+    command("compare", copied, tmp_path / "b.json", f"output={tmp_path / 'both'}")
     assert "digraph" in (tmp_path / "both/comparison.dot").read_text()
 
 
@@ -862,7 +873,7 @@ def test_a_file_system_in_memory_may_hold_runs_and_outputs(command):
 def test_multirun_and_wandb_without_a_key(tmp_path):
     (tmp_path / ".netrc").mkdir()  # cannot be read
     done = run_cli(
-        "prune", *SMALL, "seed=0,1", "--multirun", "trainer.steps=20", "tracker=wandb",
+        "prune", *SMALL, "seed=0,1", "--multirun", "trainer.steps=2", "tracker=wandb",
         f"run_dir={tmp_path}/seed-${{seed}}",
         WANDB_API_KEY="", HOME=str(tmp_path), WANDB_SILENT="true",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import distributed_worker
 import pytest
 import torch
-from conftest import run_cli
+from conftest import call, run_cli, run_here
 from safetensors.torch import load_file
 
+from edgeprune.engine import cache
 from edgeprune.scale.world import World
 
 SMALL = (
@@ -93,6 +96,14 @@ def work(count: int, jobs: list[dict]) -> None:
         assert code == 0, error
 
 
+def work_alone(jobs: list[dict]) -> None:
+    """Run jobs of distributed_worker.py in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "MAX_KEPT", cache.MAX_KEPT)  # is set back
+        for job in jobs:
+            distributed_worker.run(World(), job)
+
+
 def assert_same_run(left: Path, right: Path) -> None:
     """States and the last objective agree up to the order of float32 sums."""
     one, other = load_file(left), load_file(right)
@@ -104,9 +115,9 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The results of a single process."""
+    """The results of a single process, this one."""
     folder = tmp_path_factory.mktemp("alone")
-    work(1, [{**job, "output": str(folder / str(i))} for i, job in enumerate(JOBS)])
+    work_alone([{**job, "output": str(folder / str(i))} for i, job in enumerate(JOBS)])
     return folder
 
 
@@ -128,7 +139,7 @@ def test_several_processes_learn_the_same_as_one(alone, tmp_path, count):
     one, same = (load_file(tmp_path / f"{name}-0.safetensors") for name in ("1", "whole"))
     assert all(torch.equal(one[name], same[name]) for name in one)
     # from several processes to one
-    work(1, [{**JOBS[1], "resume": str(tmp_path / "half"), "output": str(tmp_path / "fewer")}])
+    work_alone([{**JOBS[1], "resume": str(tmp_path / "half"), "output": str(tmp_path / "fewer")}])
     assert_same_run(alone / "1-0.safetensors", tmp_path / "fewer-0.safetensors")
 
 
@@ -142,8 +153,7 @@ def test_parts_add_up_to_the_batch():
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    done = run_cli("prune", *SMALL, f"run_dir={run_dir}", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    run_here("prune", *SMALL, f"run_dir={run_dir}")
     return run_dir
 
 
@@ -189,7 +199,9 @@ def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_dies_or_hangs_ends_the_run(one_process, tmp_path, victim, number):
+def test_a_process_that_dies_or_hangs_ends_the_run(
+    one_process, tmp_path, capsys, monkeypatch, victim, number
+):
     """The same command finishes the run, with another number of processes."""
     run_dir = tmp_path / "run"
     command = ("prune", *SMALL, f"run_dir={run_dir}", "resume=auto")
@@ -202,9 +214,9 @@ def test_a_process_that_dies_or_hangs_ends_the_run(one_process, tmp_path, victim
     assert "Traceback" not in error
     assert "another process of the run died or stopped responding" in error.splitlines()[-1]
     assert not (run_dir / LAST).exists()
-    done = run_cli(*command, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert "resuming from step" in done.stderr
+    code, _, error = call(capsys, monkeypatch, *command)
+    assert code == 0, error
+    assert "resuming from step" in error
     assert_same_run(one_process / LAST, run_dir / LAST)
 
 
@@ -238,3 +250,17 @@ def test_a_process_without_the_others_does_not_hang(tmp_path):
     assert done.returncode == 1
     assert "the processes of the run could not connect: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_share_what_is_learned_again(one_process, tmp_path):
+    """`edgeprune test repeat=`: the same scores, whichever process learned them."""
+    shared = shutil.copytree(one_process, tmp_path / "shared")
+    alone = shutil.copytree(one_process, tmp_path / "alone")
+    few = ("prompts=2", "random_circuits=1", "repeat=bootstrap:3")
+    run_here("test", alone, *few)
+    done = run_cli("test", shared, *few, "launcher=accelerate", "launcher.processes=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Jaccard index") == 1  # rank 0 alone prints
+    for path in (alone / "repeats").iterdir():
+        assert (shared / "repeats" / path.name).read_bytes() == path.read_bytes()

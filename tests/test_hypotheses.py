@@ -10,7 +10,8 @@ from conftest import call, random_pairs, run_cli
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, read_pairs, true_edges
 
-from edgeprune import load_model
+from edgeprune import load_model, prune
+from edgeprune.api import repeat as repeating
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig as SceptConfig
 from edgeprune.errors import ConfigError
@@ -28,8 +29,8 @@ from edgeprune.evaluation.hypotheses import (
 )
 from edgeprune.evaluation.random_circuits import RandomPaths
 from edgeprune.evaluation.sceptic import all_findings, curve, node_circuit, num_circuits
-from edgeprune.evaluation.specificity import matrix_tables, specificity
-from edgeprune.evaluation.stability import stability
+from edgeprune.evaluation.specificity import Specificity, specificity
+from edgeprune.evaluation.stability import other_templates, stability
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import TRACR_MODELS
 from edgeprune.scores import EdgeScores
@@ -139,6 +140,19 @@ def test_circuits_of_compiled_programs(name, ablation):
     assert not minimality(bench, larger, own, NUM_RANDOM).holds
 
 
+def test_completeness_removes_heads_by_kind(bench, true):
+    """Without its induction head an incomplete circuit does what the full model does without it."""
+    idle = [("tok_embeds", "a1.h1.q"), ("a1.h1", "resid_post")]  # writes noise that nothing reads
+    incomplete = without(true, ("a0.h1", "a1.h0.k")) | Circuit.from_edges(bench.graph, idle)
+    (own,) = bench.measure([incomplete])
+    labels = {"a1.h0": ["induction", "any"], "a1.h1": ["idle", "any"], "a0.h0": ["not in it"]}
+    found = completeness(bench, incomplete, own, labels=labels).details
+    assert found["kind_sets"] == {"any": ["a1.h0", "a1.h1"], "idle": ["a1.h1"],
+                                  "induction": ["a1.h0"]}  # fmt: skip
+    assert found["kinds"]["idle"] == pytest.approx(found["none"], abs=1e-3)
+    assert found["kinds"]["induction"] < 0.01 < 0.2 < found["none"]
+
+
 # ------------------------------------------------------------------------------- the bench
 
 
@@ -232,11 +246,16 @@ def test_only_the_circuit_that_does_the_task_is_specific(bench, true):
     )
     found = specificity({"own": true, "other": other}, {"own": bench})
     assert found.findings[0].holds
-    assert found.on[0] == [1]
-    assert found.without[1][0] == 1 > found.without[0][0]
+    on, without = found.matrices().values()
+    assert on[0] == [1]
+    assert without[1][0] == 1 > without[0][0]
     assert not specificity({"own": other, "other": true}, {"own": bench}).findings[0].holds
     assert not specificity({"own": true, "other": true}, {"own": bench}).findings[0].holds
-    assert matrix_tables(found)[0].rows == [["own", "1.000"], ["other", f"{found.on[1][0]:.3f}"]]
+    assert found.tables()[0].rows == [["own", "1.000"], ["other", f"{on[1][0]:.3f}"]]
+    record = json.loads(
+        json.dumps({"cells": found.cells, "findings": [each.to_dict() for each in found.findings]})
+    )
+    assert Specificity.from_dict(record).matrices() == found.matrices()
 
 
 # ------------------------------------------------------------------------------- stability
@@ -268,6 +287,18 @@ def test_stability_compares_pairs_at_the_circuits_size(bench, true):
     assert wanted == 3 / 7
 
 
+def test_circuits_are_compared_on_prompts_of_other_templates(bench, true):
+    broken = without(true, ("a0.h1", "a1.h0.k"))
+    half = {*bench.pairs[::2]}
+    same = other_templates(bench, [true, true], [half, {*bench.pairs} - half])
+    assert same.holds and same.interval == (0, 0)
+    worse = other_templates(bench, [broken, true], [{*bench.pairs}, set()])
+    of_broken, of_true = map(bench.distance, bench.measure([broken, true]))
+    assert not worse.holds
+    assert worse.details["distance"] == pytest.approx(of_broken.mean().item())
+    assert worse.details["distance_known"] == pytest.approx(of_true.mean().item())
+
+
 # ------------------------------------------------------------------------------- words, commands
 
 
@@ -281,16 +312,21 @@ def test_table_and_words_name_every_test_and_what_fails(bench, true):
         json.dumps(each.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("value", ["bootstrap", "seeds:1", "bootstrap:x", "prompts:3"])
+@pytest.mark.parametrize(
+    "value", ["bootstrap", "seeds:1", "bootstrap:x", "prompts:3", "templates:1"]
+)
 def test_repeat_is_checked(value):
     with pytest.raises(ConfigError, match="repeat"):
         SceptConfig(circuits=["runs/a"], repeat=value)
 
 
-SMALL = ("experiment=ioi_t1", "trainer.steps=3", "trainer.batch_size=4", "task.train=8",
+SMALL = ("experiment=ioi", "trainer.steps=3", "trainer.batch_size=4", "task.train=8",
          "task.validation=4", "task.test=6", "num_edges=30")  # fmt: skip
+PROGRAM = ("experiment=tracr/reverse", "trainer=every_size", "trainer.steps=3", "cleanup=null",
+           "num_edges=9")  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_runs_are_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     def command(*arguments: object) -> str:
         code, out, err = call(capsys, monkeypatch, *arguments)
@@ -299,7 +335,7 @@ def test_runs_are_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
 
     run, other = tmp_path / "a", tmp_path / "b"
     for seed, place in enumerate((run, other)):
-        command("prune", *SMALL, f"seed={seed}", f"run_dir={place}")
+        command("prune", *PROGRAM, f"seed={seed}", f"run_dir={place}")
     few = ("prompts=4", "random_circuits=3", "repeat=bootstrap:2")
     done = run_cli("test", run, *few)  # in a fresh process
     assert done.returncode == 0, done.stderr
@@ -315,10 +351,38 @@ def test_runs_are_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert {path: path.read_bytes() for path in (run / "repeats").iterdir()} == kept
     assert result["words"] in out
     assert json.loads((tmp_path / "folder/test.json").read_text()) == result
-    command("test", run, other, "prompts=4", f"output={tmp_path / 'both'}")
-    cells = json.loads((tmp_path / "both/test.json").read_text())["cells"]
+    command("test", run, other, "prompts=4")
+    cells = json.loads((tmp_path / "specificity/test.json").read_text())["cells"]
     names = {(cell["circuit"], cell["prompts"]) for cell in cells}
     assert names == {(a, b) for a in "ab" for b in "ab"}
-    assert (tmp_path / "both/test.png").exists()
+    assert (tmp_path / "specificity/test.png").exists()
+    command("report", tmp_path)
+    assert [*(tmp_path / "report").glob("specificity*.svg")]
+    assert "Specificity" in (tmp_path / "report/report.html").read_text()
+    command("export", other, "num_edges=8")
+    command("report", tmp_path)
+    assert not [*(tmp_path / "report").glob("specificity*.svg")]
     code, _, err = call(capsys, monkeypatch, "test", run, "repeat=seeds:x")
     assert (code, "repeat" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_is_learned_again_from_halves_of_its_templates(tmp_path, capsys, monkeypatch):
+    run, few = tmp_path / "run", ("prompts=6", "random_circuits=2", "repeat=templates:2")
+    assert call(capsys, monkeypatch, "prune", *SMALL, f"run_dir={run}")[0] == 0
+    learned = []
+
+    def listening(model, pairs, *rest, **settings):
+        learned.append(pairs)
+        return prune(model, pairs, *rest, **settings)
+
+    monkeypatch.setattr(repeating, "prune", listening)
+    code, _, err = call(capsys, monkeypatch, "test", run, *few)
+    assert code == 0, err
+    records = [json.loads(line) for line in (run / "data.jsonl").read_text().splitlines()]
+    template = {record["clean"]: record["template"] for record in records}
+    first, second = ({template[pair.text] for pair in pairs} for pairs in learned)
+    assert not first & second
+    assert sum(map(len, learned)) == 8
+    found = json.loads((run / "test.json").read_text())["findings"]
+    assert [each["name"] for each in found][-2:] == ["stability", "other templates"]

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import assert_refused, call, random_gpt2, random_pairs, run_cli
+from conftest import call, random_gpt2, random_pairs, run_here
 
 import edgeprune
 from edgeprune.api.page import page as make_page
@@ -212,12 +212,10 @@ def test_notebooks_show_results_in_a_frame(small):
 def runs(tmp_path_factory):
     """Two short runs of the embedded model."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed in (0, 1):
-        done = run_cli(
-            "prune", "experiment=ioi", f"seed={seed}", "trainer.steps=3", "task.train=32",
-            "task.validation=8", "task.test=8", "num_edges=40", f"run_dir={folder}/r{seed}",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    run_here(
+        "prune", "--multirun", "experiment=ioi", "seed=0,1", "trainer.steps=3", "task.train=32",
+        "task.validation=8", "task.test=8", "num_edges=40", f"run_dir={folder}/r${{seed}}",
+    )  # fmt: skip
     return folder
 
 
@@ -258,9 +256,13 @@ def test_a_report_links_to_a_page_of_its_runs(runs, tmp_path, capsys, monkeypatc
     assert [run["name"] for run in data["runs"]] == ["r0", "r1"]
 
 
-def test_the_command_refuses_what_it_cannot_use(runs, tmp_path):
-    assert_refused(run_cli("page", tmp_path), 2, "not a run directory")
-    assert_refused(run_cli("page", runs / "r0", f"output={runs}/r0/x.html"), 2, "run directory")
+def test_the_command_refuses_what_it_cannot_use(runs, tmp_path, capsys, monkeypatch):
+    for arguments, wanted in (
+        ((tmp_path,), "not a run directory"),
+        ((runs / "r0", f"output={runs}/r0/x.html"), "run directory"),
+    ):
+        code, _, err = call(capsys, monkeypatch, "page", *arguments)
+        assert (code, wanted in err) == (2, True)
 
 
 # ------------------------------------------------------------------------------- in a browser

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, call, run_cli, write_jsonl
+from conftest import assert_refused, call, run_cli, run_here, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune import Run, load_circuit
@@ -25,6 +25,8 @@ SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
     "num_edges=60",
 )  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 PAIR = {"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>"}
 
@@ -62,8 +64,7 @@ def wait_for(condition, process: subprocess.Popen, timeout: float = 600) -> None
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    done = run_cli("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
+    run_here("prune", *SMALL, "trainer.steps=4", f"run_dir={run_dir}")
     return run_dir
 
 
@@ -295,35 +296,47 @@ def test_a_circuit_chosen_otherwise_than_asked_for_is_left_out_of_reports(
 # ------------------------------------------------------------------------------ locks and signals
 
 
-def test_a_second_run_in_the_same_place_is_refused_until_the_first_is_dead(tmp_path):
+def test_a_second_run_in_the_same_place_is_refused_until_the_first_is_dead(tmp_path, prune):
     run_dir = tmp_path / "run"
-    arguments = ("prune", *SMALL, "trainer.steps=2000", f"run_dir={run_dir}")
-    first = start(*arguments, "trainer.checkpoint_every=5")
+    arguments = (*SMALL, "trainer.steps=2000", f"run_dir={run_dir}")
+    first = start("prune", *arguments, "trainer.checkpoint_every=5")
     try:
         wait_for(lambda: steps(run_dir), first)
         os.kill(first.pid, signal.SIGSTOP)  # a run that is stuck still holds its place
         before = {path: path.stat().st_mtime for path in run_dir.rglob("*") if path.is_file()}
         for more in ("resume=auto", "overwrite=true"):
-            assert_refused(run_cli(*arguments, more), 2, str(run_dir))
+            code, err = prune(*arguments, more)
+            assert (code, str(run_dir) in err) == (2, True), err
         after = {path: path.stat().st_mtime for path in run_dir.rglob("*") if path.is_file()}
         del before[run_dir / ".lock"], after[run_dir / ".lock"]
         assert after == before
     finally:
         first.kill()
         first.communicate()
-    second = start(*arguments, "resume=auto", "trainer.checkpoint_every=5")
+    second = start("prune", *arguments, "resume=auto", "trainer.checkpoint_every=5")
     last = steps(run_dir)[-1]
     wait_for(lambda: steps(run_dir)[-1] > last, second)
     second.kill()
     assert f"step {last}" in second.communicate()[1]
 
 
+STOPPED = ("trainer.steps=40", "trainer.checkpoint_every=5")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that was not stopped."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_here("prune", *SMALL, *STOPPED, f"run_dir={run_dir}")
+    return run_dir
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, number):
-    whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    small = (*SMALL, "trainer.steps=40", "trainer.checkpoint_every=5")
-    arguments = ("prune", *small, f"run_dir={run_dir}", "resume=auto")
+def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, prune, number):
+    run_dir = tmp_path / "run"
+    arguments = (*SMALL, *STOPPED, f"run_dir={run_dir}", "resume=auto")
     process = start(
+        "prune",
         *arguments,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
     )
@@ -335,8 +348,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, number):
         assert process.returncode == 128 + number
         assert number.name in message
         assert "Traceback" not in message
-    assert run_cli(*arguments).returncode == 0
-    assert run_cli("prune", *small, f"run_dir={whole}").returncode == 0
+    assert prune(*arguments)[0] == 0
     for name in ("metrics.jsonl", "edges.json", "scores.safetensors", "curve.json",
                  "checkpoints/step-00000040.safetensors"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
@@ -391,21 +403,21 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(tmp_path, size):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_loses_no_checkpoint(a_run, tmp_path):
+def test_a_full_disk_loses_no_checkpoint(tmp_path, prune):
     run_dir = tmp_path / "run"
-    arguments = ["prune", *SMALL, "trainer.steps=8", "trainer.checkpoint_every=4",
+    arguments = [*SMALL, "trainer.steps=8", "trainer.checkpoint_every=4",
                  f"run_dir={run_dir}", "resume=auto"]  # fmt: skip
-    assert run_cli(*arguments).returncode == 0
+    assert prune(*arguments)[0] == 0
     wanted = checkpoint(run_dir, 8).read_bytes()
     checkpoint(run_dir, 8).unlink()
     kept = checkpoint(run_dir, 4).read_bytes()
-    process = start(*arguments, preexec_fn=limited(30_000))  # less than a checkpoint
+    process = start("prune", *arguments, preexec_fn=limited(30_000))  # less than a checkpoint
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "step 8" in error
     assert "resume=auto" in error
     assert checkpoint(run_dir, 4).read_bytes() == kept
-    assert run_cli(*arguments).returncode == 0
+    assert prune(*arguments)[0] == 0
     assert checkpoint(run_dir, 8).read_bytes() == wanted
 
 
@@ -491,7 +503,7 @@ def test_an_unfinished_run_is_left_out_of_reports(a_run, tmp_path, capsys, monke
 # ---------------------------------------------------------------------------- data that goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, prune):
     """A model whose weights are damaged from position 30 on, and one prompt of that length."""
     model, run_dir = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), tmp_path / "run"
     weights = load_file(model / "model.safetensors")
@@ -503,12 +515,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
         *({"clean": f"{sum} <predict>3</predict>", "corrupted": f"2{sum[1:]} <predict>4</predict>"}
           for sum in sums),
     )  # fmt: skip
-    done = run_cli("prune", f"model.path={model}", f"task.path={data}", "trainer.steps=6",
-                   "trainer.batch_size=2", "seed=1", "num_edges=60",
-                   f"run_dir={run_dir}")  # fmt: skip
-    assert_refused(done, 1, "'1 + 1", "trainer.learning_rate")
+    code, err = prune(f"model.path={model}", f"task.path={data}", "trainer.steps=6",
+                      "trainer.batch_size=2", "seed=1", "num_edges=60",
+                      f"run_dir={run_dir}")  # fmt: skip
+    assert (code, "Traceback" in err) == (1, False)
+    last = err.strip().splitlines()[-1]
+    assert "'1 + 1" in last and "trainer.learning_rate" in last
     (step,) = steps(run_dir)
-    assert f"step {step + 1}" in done.stderr
+    assert f"step {step + 1}" in err
     assert load_file(checkpoint(run_dir, step))["edge"].isfinite().all()
 
 

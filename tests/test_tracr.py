@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_cli
+from conftest import call
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -434,11 +434,12 @@ def test_builder_by_hand(tmp_path):
 # ------------------------------------------------------------------------------- the command line
 
 
-def test_from_the_command_line(tmp_path):
+def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    quick = ("trainer.steps=60", "trainer.checkpoint_every=30", f"run_dir={run}")
-    done = run_cli("prune", "experiment=tracr/neighbours", "ablation=interchange", *quick)
-    assert done.returncode == 0, done.stderr
+    prune = ("prune", "experiment=tracr/neighbours", "ablation=interchange", "trainer.steps=60",
+             "trainer.checkpoint_every=30", f"run_dir={run}")  # fmt: skip
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert code == 0, err
     _, (wanted,) = true_edges(TRACR_MODELS / "neighbours", "interchange")
     assert set(load_edges(run / "edges.json")) == wanted
     report = json.loads((run / "circuit.json").read_text())["origin"]["cleanup"]
@@ -448,16 +449,15 @@ def test_from_the_command_line(tmp_path):
     assert result["circuit"]["error"] < 1e-5 < result["empty"]["error"]
     (run / "checkpoints/step-00000060.safetensors").unlink()
     (run / "edges.json").unlink()
-    again = run_cli(
-        "prune", "experiment=tracr/neighbours", "ablation=interchange", *quick, "resume=auto"
-    )
-    assert "resuming from step 30" in again.stderr, again.stderr
+    code, _, err = call(capsys, monkeypatch, *prune, "resume=auto")
+    assert "resuming from step 30" in err, err
     assert set(load_edges(run / "edges.json")) == wanted
-    drawn = run_cli("draw", run, "formats=[dot]")
-    assert drawn.returncode == 0, drawn.stderr
+    code, _, err = call(capsys, monkeypatch, "draw", run, "formats=[dot]")
+    assert code == 0, err
     assert (run / "circuit.dot").read_text().count("->") >= len(wanted)
 
 
-def test_a_negative_tolerance_is_refused(tmp_path):
-    result = run_cli("prune", "experiment=tracr/reverse", "cleanup=-1", f"run_dir={tmp_path}/run")
-    assert_refused(result, 2, "cleanup=-1")
+def test_a_negative_tolerance_is_refused(tmp_path, capsys, monkeypatch):
+    prune = ("prune", "experiment=tracr/reverse", "cleanup=-1", f"run_dir={tmp_path}/run")
+    code, _, err = call(capsys, monkeypatch, *prune)
+    assert (code, "cleanup=-1" in err) == (2, True)

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.heads import marks_of, prompts_file
-from edgeprune.api.shared import check_output, load_model_of
+from edgeprune.api.heads import marks_of
+from edgeprune.api.shared import check_output, load_model_of, prompts_file
 from edgeprune.config import AblateConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError

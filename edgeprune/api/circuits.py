@@ -1,7 +1,8 @@
 """Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from edgeprune.evaluation.report import (
     page_name,
     write_report,
 )
+from edgeprune.evaluation.specificity import Specificity
 from edgeprune.files import replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.prompts import mib
@@ -59,9 +61,9 @@ def draw(config: DrawConfig) -> Drawn:
         measuring = cache(lambda: Measuring.of(run))
         _, circuit, _ = choose_from(run, choice, config.checkpoint, measuring)
         stem, title = folder / layout.DRAWING, run.config.title
+        labels = head_labels(folder)
     elif from_scores:
         raise ConfigError("checkpoint=, sparsity= and num_edges= need a run directory")
-        labels = head_labels(folder)
     else:
         source = find(config.circuit)
         labels = head_labels(source.path.parent)
@@ -182,11 +184,31 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
             "experiment=ioi seed=0,1,2 --multirun`"
         )
     groups = group_runs(records, config.split)
+    specificities = _specificities(folder, {record.circuit.digest() for record in records})
     with replace_folder(output, ".edgeprune-report") as new:
         title = f"edgeprune: {len(records)} runs in {folder.resolve().name}"
         _write_pages(groups, new)
-        write_report(groups, new, title=title)
+        write_report(groups, new, title, specificities)
     return groups, output
+
+
+def _specificities(folder: Path, circuits: Set[str]) -> dict[str, Specificity]:
+    """What `edgeprune test` found of several runs together, if their circuits are still these."""
+    found = {}
+    for path in sorted(folder.rglob(layout.TESTS)):
+        try:
+            record = json.loads(path.read_bytes())
+            if "cells" not in record:  # of a single circuit
+                continue
+            measured = record["circuits"].values()
+            if not {each["edges_sha256"] for each in measured} <= circuits:
+                log.warning(f"{path} is left out: it is not of these runs' circuits; test again")
+                continue
+            model = next(each["model"] for each in measured)
+            found[f"circuits in {model} ({path.parent.name})"] = Specificity.from_dict(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            log.warning(f"{path} is damaged and left out ({error}); run edgeprune test again")
+    return found
 
 
 def _write_pages(groups: Sequence[Group], folder: Path) -> None:

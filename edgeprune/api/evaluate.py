@@ -1,11 +1,11 @@
 """Measuring circuits that are named by their run directory or file."""
 
 import logging
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import ablation_of, check_output, load_model_of, own_data, read
+from edgeprune.api.shared import ablation_of, check_output, load_model_of, prompts_file, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
@@ -22,7 +22,6 @@ from edgeprune.formats import CircuitFile
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import (
-    data_of,
     first_split,
     kind_of_prompts,
     load_pairs,
@@ -65,12 +64,18 @@ class Case(NamedTuple):
 
 
 def load_case(
-    source: Source, config: EvaluateConfig | TestConfig, model: CircuitModel | None = None
+    source: Source,
+    config: EvaluateConfig | TestConfig,
+    model: CircuitModel | None = None,
+    device: str | None = None,
 ) -> Case:
-    """Load the model (unless given), the circuit and the prompts; warn of what differs."""
+    """Load the model (unless given), the circuit and the prompts; warn of what differs.
+
+    `device` is where to load the model; None: where its settings say.
+    """
     model_config, ablation = source.model(config.model), source.ablation(config.ablation)
     source.task(config.task)  # raises before the model is loaded
-    model = model or load_model_of(model_config)
+    model = model or load_model_of(replace(model_config, device=device or model_config.device))
     file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
     if config.model is None and not is_own_model:
@@ -125,13 +130,7 @@ def load_prompts(
     `given` is the task of which they are; None: the source's own.
     """
     task = source.task(given)
-    with ExitStack() as stack:
-        if given is None and source.run is not None:
-            path = source.run.data_path
-        else:
-            path = stack.enter_context(data_of(task, model.tokenizer))
-        if given is None:
-            own_data(path, source.digest("data"))
+    with prompts_file(source, given, model) as path:
         pairs = reference = load_pairs(path, task, model, split)
         if ablation.kind == "mean":
             reference = load_pairs(path, task, model, first_split(path, "train"))

@@ -3,12 +3,11 @@
 import csv
 import io
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import check_output, load_model_of, own_data, read
+from edgeprune.api.shared import check_output, load_model_of, prompts_file, read
 from edgeprune.circuit import Circuit
 from edgeprune.config import HeadsConfig, TaskConfig
 from edgeprune.drawing import draw_heads
@@ -18,8 +17,8 @@ from edgeprune.files import write_json, write_text
 from edgeprune.prompts import Pair, marked_tokens, read_records
 from edgeprune.prompts.tasks import MARKS
 from edgeprune.runs import layout
-from edgeprune.runs.data import data_of, load_pairs
-from edgeprune.runs.source import Source, find
+from edgeprune.runs.data import load_pairs
+from edgeprune.runs.source import find
 
 log = logging.getLogger("edgeprune")
 
@@ -57,19 +56,6 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
     title = model_config.title if task is None else f"{model_config.title}, {task.title}"
     record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}
     return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))
-
-
-@contextmanager
-def prompts_file(
-    source: Source | None, given: TaskConfig | None, model: CircuitModel
-) -> Iterator[Path]:
-    """The file of the given task's prompts, or else of the run's, which must not have changed."""
-    if given is not None or source is None or source.run is None:
-        task = given if source is None else source.task(given)
-        with data_of(task, model.tokenizer) as path:
-            yield path
-    else:
-        yield own_data(source.run.data_path, source.digest("data"))
 
 
 def marks_of(

@@ -2,10 +2,11 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from edgeprune.config import AblationConfig, ModelConfig
+from edgeprune.config import AblationConfig, ModelConfig, TaskConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -15,6 +16,7 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.paths import require_utf8
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
+from edgeprune.runs.data import data_of
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
 
@@ -103,6 +105,25 @@ def own_data(path: Path, digest: str) -> Path:
             f"as other prompts: task=custom task.path={path}"
         )
     return path
+
+
+@contextmanager
+def prompts_file(
+    source: Source | None, given: TaskConfig | None, model: CircuitModel
+) -> Iterator[Path]:
+    """The file of the given task's prompts, or else of the source's, which must not have changed.
+
+    What is generated is deleted at the end.
+    """
+    with ExitStack() as stack:
+        if given is None and source is not None and source.run is not None:
+            path = source.run.data_path
+        else:
+            task = given if source is None else source.task(given)
+            path = stack.enter_context(data_of(task, model.tokenizer))
+        if given is None and source is not None:
+            own_data(path, source.digest("data"))
+        yield path
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

@@ -11,31 +11,27 @@ from typing import Any, NamedTuple
 
 from edgeprune.api.circuits import labels_of
 from edgeprune.api.evaluate import Case, load_case
-from edgeprune.api.prune import prune
-from edgeprune.api.shared import ablation_of, check_output, own_data
+from edgeprune.api.repeat import Repeated, repeat
+from edgeprune.api.shared import ablation_of, check_output
 from edgeprune.circuit import Circuit
-from edgeprune.config import PruneConfig, TestConfig, to_dict
+from edgeprune.config import TestConfig, to_dict
 from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.finding import Finding, findings_table, in_words
 from edgeprune.evaluation.sceptic import ablation_table, all_findings, num_circuits
-from edgeprune.evaluation.specificity import matrix_tables, specificity
-from edgeprune.evaluation.stability import stability, stability_table
+from edgeprune.evaluation.specificity import specificity
+from edgeprune.evaluation.stability import other_templates, stability, stability_table
 from edgeprune.evaluation.table import Table
 from edgeprune.files import replace_folder, write_json
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
-from edgeprune.runs.data import load_pairs
-from edgeprune.runs.run import Run
-from edgeprune.runs.source import Source, find
+from edgeprune.runs.source import Source, find, head_labels
+from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress
 
 log = logging.getLogger("edgeprune")
-
-TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
-"""Of each method, the settings that its runs start from."""
 
 
 class Tested(NamedTuple):
@@ -47,8 +43,12 @@ class Tested(NamedTuple):
     paths: list[Path]
 
 
-def test(config: TestConfig) -> Tested:
-    """Test a circuit, or several of one model on each other's prompts."""
+def test(config: TestConfig) -> Tested | None:
+    """Test a circuit, or several of one model on each other's prompts.
+
+    Several processes share the repetitions of `repeat=`; rank 0 alone measures, and gets the
+    result.
+    """
     sources = [find(name) for name in config.circuits]
     if not sources:
         raise ConfigError("got no circuit; expected edgeprune test RUN, or RUN RUN ...")
@@ -59,15 +59,30 @@ def test(config: TestConfig) -> Tested:
     return _test_one(sources[0], config)
 
 
-def _test_one(source: Source, config: TestConfig) -> Tested:
+def _test_one(source: Source, config: TestConfig) -> Tested | None:
     if config.output:
         check_output(Path(config.output), is_file=False)
     if config.repeat and source.run is None:
         raise ConfigError(f"repeat= learns again as a run did, but {source.path} is in no run")
-    case = load_case(source, config)
+    model = source.model(config.model)
+    with World.join(model.device, config.launcher.timeout) as world:
+        if world.count > 1 and not config.repeat:
+            raise ConfigError("several processes share the repetitions of repeat=; start one")
+        if not world.is_rank_zero:
+            log.setLevel(logging.ERROR)
+        world.check_same("the settings", str(config))
+        case = load_case(source, config, device=world.device)
+        pairs, repeated = _drawn(case.pairs, config), None
+        if config.repeat:
+            repeated = repeat(source.run, case, *config.repeats, pairs, world)
+    return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
+
+
+def _measure(
+    source: Source, case: Case, pairs: Sequence[Pair], repeated: Repeated | None, config: TestConfig
+) -> Tested:
+    """Measure everything and write what was found."""
     circuit, scores = case.file.circuit, _scores(source, case)
-    pairs = _drawn(case.pairs, config)
-    repeated, kind = _repeat(source.run, case, config) if config.repeat else ([], "")
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
     with _counting(count, "testing: circuit") as listen:
         bench = _bench(case, pairs)
@@ -81,10 +96,10 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
         bench.listener = listen
         findings = all_findings(
             bench, circuit, scores, num_random=config.random_circuits, reference=case.reference,
-            seed=config.seed,
+            labels=head_labels(source.path.parent), seed=config.seed,
         )  # fmt: skip
         if repeated:
-            findings.append(stability(bench, circuit, repeated, kind))
+            findings += _stability(bench, circuit, repeated)
     title = f"{case.title}: {len(circuit):,} edges, {len(pairs):,} {config.split} prompts"
     by_name = {each.name: each for each in findings}
     tables = [findings_table(findings, title)]
@@ -110,6 +125,15 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
     elif case.is_own:
         paths = write(source.path.parent)
     return Tested(findings, tables, words, paths)
+
+
+def _stability(bench: Bench, circuit: Circuit, repeated: Repeated) -> list[Finding]:
+    """How alike the circuits are that were learned again, and how they do on new templates."""
+    findings = [stability(bench, circuit, repeated.scores, repeated.what)]
+    if repeated.unseen is not None:
+        circuits = [scores.circuit(num_edges=len(circuit)) for scores in repeated.scores]
+        findings.append(other_templates(bench, circuits, repeated.unseen))
+    return findings
 
 
 def _scores(source: Source, case: Case) -> EdgeScores | None:
@@ -204,59 +228,12 @@ def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[
     return panels
 
 
-# ------------------------------------------------------------------------------- learning again
-
-
-def _repeat(run: Run, case: Case, config: TestConfig) -> tuple[list[EdgeScores], str]:
-    """Learn again as the run did; what was learned earlier is read from the run."""
-    kind, number = config.repeats
-    if not isinstance(run.config, PruneConfig):
-        raise ConfigError(f"repeat= learns again, so it needs a run of prune, not {run.path}")
-    settings, train = run.config, _training_pairs(run, case)
-    found = []
-    for index in range(number):
-        path = run.path / layout.REPEATS / f"{kind}-{index}.safetensors"
-        if not path.exists():
-            start = time.perf_counter()
-            pairs, seed = train, settings.seed
-            if kind == "bootstrap":
-                pairs = random.Random(f"bootstrap/{index}").choices(train, k=len(train))
-            else:
-                seed += index + 1
-            _learn(settings, case, pairs, seed).save(path)
-            seconds = (time.perf_counter() - start) * (number - index - 1)
-            log.info(f"{kind} {index + 1}/{number}: {path}; about {seconds:.0f} s left")
-        found.append(EdgeScores.load(path))
-    return found, {"bootstrap": "bootstrap samples", "seeds": "seeds"}[kind]
-
-
-def _training_pairs(run: Run, case: Case) -> list[Pair]:
-    """The prompts from which the run learned."""
-    path = own_data(run.data_path, run.digests["data"])
-    return list(load_pairs(path, run.config.task, case.model, "train"))
-
-
-def _learn(settings: PruneConfig, case: Case, pairs: Sequence[Pair], seed: int) -> EdgeScores:
-    """Scores learned with a run's settings from other prompts or with another seed.
-
-    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
-    """
-    num_edges = settings.num_edges
-    if (settings.sparsity, num_edges) == (None, None):
-        num_edges = len(case.file.circuit)
-    pruned = prune(
-        case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges, seed=seed,
-        ablation=ablation_of(case.model, settings.ablation, pairs, settings.evaluation_batch_size),
-        trainer=TRAINERS[settings.trainer.method], **to_dict(settings.trainer),
-    )  # fmt: skip
-    return pruned.scores
-
-
 # ------------------------------------------------------------------------------- several circuits
 
 
 def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
-    output = Path(config.output or "specificity")
+    first = sources[0].run.path if sources[0].run else sources[0].path
+    output = Path(config.output or first.parent / layout.SPECIFICITY)
     check_output(output, is_file=False)
     labels = labels_of([source.path for source in sources])
     cases: dict[str, Case] = {}
@@ -288,9 +265,8 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
     }
     with replace_folder(output, ".edgeprune-test") as new:
         write_json(new / layout.TESTS, record)
-        matrices = {"exact match of the circuit": found.on,
-                    "exact match of the model without it": found.without}  # fmt: skip
-        draw_matrices(matrices, found.names, new / layout.TESTS_PLOT, title=f"circuits in {model}")
-    tables = [*matrix_tables(found), findings_table(found.findings, "specificity")]
+        picture, title = new / layout.TESTS_PLOT, f"circuits in {model}"
+        draw_matrices(found.matrices(), found.circuits, picture, title=title)
+    tables = [*found.tables(), findings_table(found.findings, "specificity")]
     paths = [output / layout.TESTS, output / layout.TESTS_PLOT]
     return Tested(found.findings, tables, words, paths)

@@ -5,7 +5,7 @@ from edgeprune.config import ReportConfig
 
 
 def report(config: ReportConfig) -> None:
-    """Summarise all runs below a folder: frontiers, and stability over seeds."""
+    """Summarise all runs below a folder: frontiers, stability over seeds, and specificity."""
     from edgeprune.api.circuits import report
     from edgeprune.evaluation.report import frontier_table
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.console import print_result, print_table
-from edgeprune.config import SIZES, RunConfig, given_size
+from edgeprune.config import SIZES, LauncherConfig, RunConfig, given_size
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
 
@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from edgeprune.api.make_run import Pruned
 
 
-def make_run(command: str, config: RunConfig) -> None:
-    """Start the run's processes, or be one of them; print what was found."""
-    processes, started = config.launcher.processes, os.environ.get("WORLD_SIZE")
+def starts_processes(command: str, launcher: LauncherConfig) -> bool:
+    """Run the command in as many processes as asked for; False if this is to be one of them."""
+    processes, started = launcher.processes, os.environ.get("WORLD_SIZE")
     if processes != 1 and started is None:
         launch_processes(command, processes, _arguments())
-        return
+        return True
     if started is not None and processes not in (None, 1, int(started)):
         raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
+    return False
+
+
+def make_run(command: str, config: RunConfig) -> None:
+    """Start the run's processes, or be one of them; print what was found."""
+    if starts_processes(command, config.launcher):
+        return
     from edgeprune.evaluation.curve import curve_table
     from edgeprune.evaluation.evaluate import describe
 

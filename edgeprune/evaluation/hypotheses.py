@@ -8,7 +8,8 @@ Intervals are 95 % bootstrap intervals over prompts, for the given circuits.
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -258,13 +259,20 @@ def _rounded(effects: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- sets of nodes
 
 
-def completeness(bench: Bench, circuit: Circuit, own: ExampleMetrics, seed: int = 0) -> Finding:
+def completeness(
+    bench: Bench, circuit: Circuit, own: ExampleMetrics, seed: int = 0,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Finding:  # fmt: skip
     """Whether circuit and full model lose the same if both lose the same nodes.
 
     The incompleteness |F(C without K) - F(M without K)| of Wang et al., with F the mean score, as
     a share of the difference between the full model and the empty circuit. K is the empty set, 20
-    random sets of up to half of the circuit's heads and MLPs, and a greedy set, which is built from
-    nodes that raise it most on one half of the prompts, and measured on the other half.
+    random sets of up to half of the circuit's heads and MLPs, the circuit's heads of each kind, and
+    a greedy set, which is built from nodes that raise it most on one half of the prompts, and
+    measured on the other half.
+
+    Args:
+        labels: the kinds of heads (classes in Wang et al.), by head, where they are known.
     """
     nodes = [n for n in circuit.nodes if n not in bench.graph.embedding_writers]
     gap = (bench.score(bench.full).mean() - bench.score(bench.empty).mean()).item()
@@ -283,37 +291,52 @@ def completeness(bench: Bench, circuit: Circuit, own: ExampleMetrics, seed: int 
         scores = list(map(bench.score, bench.measure(both)))
         return [(c - m) / gap for c, m in zip(scores[::2], scores[1::2], strict=True)]
 
+    kinds = sorted({kind for node in nodes for kind in labels.get(node, ())})
+    of_kind = {kind: [n for n in nodes if kind in labels.get(n, ())] for kind in kinds}
     of_none = (bench.score(own) - bench.score(bench.full)) / gap
-    of_random = differences(sets)
-    chosen: list[str] = []
+    none, *shares = (d.mean().abs().item() for d in (of_none, *differences(sets)))
+    of_kinds = (d.mean().abs().item() for d in differences([*of_kind.values()]))
+    by_kind = dict(zip(kinds, of_kinds, strict=True))
     half, other = (torch.arange(start, len(bench), 2) for start in (0, 1))
     other = other if len(other) else half
-    for _ in range(min(GREEDY_STEPS, most)):
-        left = [node for node in nodes if node not in chosen]
-        tries = rng.sample(left, min(GREEDY_TRIES, len(left)))
-        tried = differences([[*chosen, node] for node in tries])
-        best = max(range(len(tries)), key=lambda i: tried[i][half].mean().abs())
-        chosen.append(tries[best])
-        of_greedy = tried[best]
-    none, greedy = of_none.mean().abs().item(), of_greedy[other].mean().abs().item()
-    shares = [each.mean().abs().item() for each in of_random]
-    mean = sum(shares) / len(shares)
-    largest = max(none, mean, greedy)
+    chosen, of_greedy = _greedy_set(nodes, differences, min(GREEDY_STEPS, most), half, rng)
+    greedy, mean = of_greedy[other].mean().abs().item(), sum(shares) / len(shares)
     low, high = bootstrap_interval(
         lambda rows: of_greedy[other][rows].mean(-1).abs(), len(other)
     )  # fmt: skip
-    holds = largest <= MAX_INCOMPLETE
+    worst = max(by_kind, key=by_kind.get, default=None)
     return Finding(
         "completeness", f"greedy set {greedy:.2f} of the score",
-        f"no nodes {none:.2f}, random sets {mean:.2f} (at most {max(shares):.2f})", holds,
+        f"no nodes {none:.2f}, random sets {mean:.2f} (at most {max(shares):.2f})"
+        + (f", {worst} heads {by_kind[worst]:.2f}" if worst else ""),
+        max(none, mean, greedy, *by_kind.values()) <= MAX_INCOMPLETE,
         f"If circuit and full model lose the same nodes, their {bench.score_name} differs by "
         f"{mean:.0%} of the full model's (mean of {NUM_NODE_SETS} random sets) and by {greedy:.0%} "
         f"for nodes chosen to tell them apart ({', '.join(chosen)}); without losing any by "
-        f"{none:.0%}. More than {MAX_INCOMPLETE:.0%} counts against it.",
+        f"{none:.0%}"
+        + (f", without the {len(of_kind[worst])} {worst} heads, the kind that tells them apart "
+           f"most, by {by_kind[worst]:.0%}" if worst else "")
+        + f". More than {MAX_INCOMPLETE:.0%} counts against it.",
         (low, high), None,
         {"none": none, "random": shares, "random_sets": sets, "greedy": greedy,
-         "greedy_set": chosen},
+         "greedy_set": chosen, "kinds": by_kind, "kind_sets": of_kind},
     )  # fmt: skip
+
+
+def _greedy_set(
+    nodes: Sequence[str], differences: Callable[[Sequence[Sequence[str]]], list[Tensor]],
+    size: int, rows: Tensor, rng: random.Random,
+) -> tuple[list[str], Tensor]:  # fmt: skip
+    """A set built from the nodes, among some drawn at random, that raise the mean difference on
+    these rows most; the set and its difference, [example]."""
+    chosen: list[str] = []
+    for _ in range(size):
+        left = [node for node in nodes if node not in chosen]
+        tries = rng.sample(left, min(GREEDY_TRIES, len(left)))
+        tried = differences([[*chosen, node] for node in tries])
+        best = max(range(len(tries)), key=lambda i: tried[i][rows].mean().abs())
+        chosen.append(tries[best])
+    return chosen, tried[best]
 
 
 def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:

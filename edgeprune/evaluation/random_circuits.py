@@ -15,39 +15,40 @@ class RandomPaths:
     """Draws paths from the input to the output, and circuits made of them.
 
     A path starts at the output and goes backwards: to a writer drawn uniformly among those that a
-    reader sees, on to one of the readers that feed this writer, and so on to an embedding. Where
-    embeddings are no writers, they flow into every node, and a path may also end at any node.
+    reader sees through an edge that is not excluded, on to one of the readers that feed this
+    writer, and so on to an embedding. Where embeddings are no writers, they flow into every node,
+    and a path may also end at any node.
 
     Args:
         excluded: edges that no path uses.
     """
 
     def __init__(self, graph: CircuitGraph, excluded: Set[Edge] = frozenset()) -> None:
-        self.graph, self.excluded = graph, excluded
+        self.graph = graph
         self.readers_of: dict[str, list[str]] = defaultdict(list)  # of each writer, its own inputs
-        self.num_writers: dict[str, int] = {}
+        self.writers_of: dict[str, list[str]] = {}
         for site in graph.sites:
+            writers = graph.writers[: site.num_writers]
             for reader in site.readers:
-                self.num_writers[reader] = site.num_writers
+                self.writers_of[reader] = [w for w in writers if (w, reader) not in excluded]
                 for node in graph.nodes_fed_by(reader):
                     self.readers_of[node].append(reader)
         self.may_end_anywhere = not graph.embedding_writers
 
     def path(self, rng: random.Random) -> list[Edge] | None:
-        """The edges of a path, from the output backwards; None if it met only excluded edges."""
+        """The edges of a path, from the output backwards; None if a reader on it sees no writer."""
         edges, reader = [], "resid_post"
         while True:
-            choices = self.num_writers[reader]
-            number = rng.randrange(choices + self.may_end_anywhere)
-            if number == choices:  # the embeddings
-                return edges or None
-            edge = (self.graph.writers[number], reader)
-            if edge in self.excluded:
+            writers = self.writers_of[reader]
+            if not writers and not self.may_end_anywhere:
                 return None
-            edges.append(edge)
-            if edge[0] in self.graph.embedding_writers:
+            number = rng.randrange(len(writers) + self.may_end_anywhere)
+            if number == len(writers):  # the embeddings
+                return edges or None
+            edges.append((writers[number], reader))
+            if writers[number] in self.graph.embedding_writers:
                 return edges
-            reader = rng.choice(self.readers_of[edge[0]])
+            reader = rng.choice(self.readers_of[writers[number]])
 
     def circuit(self, num_edges: int, seed: int) -> Circuit:
         """A circuit of paths, added until it has `num_edges` edges.

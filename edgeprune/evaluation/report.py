@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
-from edgeprune.drawing import draw_circuit, draw_frontier, render_report
+from edgeprune.drawing import draw_circuit, draw_frontier, draw_matrices, render_report
 from edgeprune.drawing.report import Section
 from edgeprune.errors import GraphvizMissing
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import Curve, curve_panels
+from edgeprune.evaluation.finding import in_words
+from edgeprune.evaluation.specificity import Specificity
 from edgeprune.evaluation.table import Table
 from edgeprune.files import write_text
 from edgeprune.formats import write_circuit
@@ -219,10 +222,14 @@ def frontier_table(group: Group, series: str, *, detailed: bool = False) -> Tabl
     return Table(["", "runs", "edges", "sparsity", *labels, "edge\nIoU"], rows, title)
 
 
-def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune report") -> None:
+def write_report(
+    groups: Sequence[Group], folder: Path, title: str = "edgeprune report",
+    specificities: Mapping[str, Specificity] = MappingProxyType({}),
+) -> None:  # fmt: skip
     """Write runs.csv, edges.csv, plots, consensus/ and report.html into a folder.
 
-    The report links to the groups' pages that are in the folder (`page_name`).
+    The report links to the groups' pages that are in the folder (`page_name`). `specificities` are
+    shown under their titles.
     """
     _write_csv_files(groups, folder)
     sections = [Section(notes=[NOTE])]
@@ -237,6 +244,7 @@ def write_report(groups: Sequence[Group], folder: Path, title: str = "edgeprune 
             table = frontier_table(group, series, detailed=True)
             section["sections"] += [Section(heading=series, tables=[table], details=details)]
         sections.append(section)
+    sections += [_specificity(found, name, folder) for name, found in specificities.items()]
     if any(folder.glob("consensus/*/circuit.dot")):
         log.warning("Graphviz is not installed, so the page shows no circuits; they are .dot files")
     write_text(folder / "report.html", render_report(title, sections))
@@ -307,6 +315,14 @@ def _draw_frontier(group: Group, folder: Path, name: str) -> dict[str, Path]:
         path = folder / f"frontier-{name}.{suffix}"
         draw_frontier(curve_panels(lines), path, title=title, all_edges=group.num_edges)
     return {f"circuits of every size, measured on {on}": path}
+
+
+def _specificity(found: Specificity, title: str, folder: Path) -> Section:
+    """Draw how circuits do on the prompts of other tasks."""
+    path = folder / f"{_file_name('specificity', title)}.svg"
+    draw_matrices(found.matrices(), found.circuits, path, title=title)
+    notes = [in_words(found.findings, "The circuits pass")]
+    return Section(heading=f"Specificity: {title}", notes=notes, pictures={title: path})
 
 
 def _stability(point: Point, folder: Path, prefix: str) -> Section:

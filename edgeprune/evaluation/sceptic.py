@@ -1,6 +1,7 @@
 """Everything a sceptic would ask about one circuit, as a list of findings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -177,7 +178,8 @@ def ablation_table(finding: Finding, name: str) -> Table:
 
 def all_findings(
     bench: Bench, circuit: Circuit, scores: EdgeScores | None = None, *,
-    num_random: int = 100, reference: Sequence[Pair] | None = None, seed: int = 0,
+    num_random: int = 100, reference: Sequence[Pair] | None = None,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}), seed: int = 0,
 ) -> list[Finding]:  # fmt: skip
     """Every test that needs only this circuit.
 
@@ -185,6 +187,7 @@ def all_findings(
         scores: rank the edges, for the curve; None: no curve.
         num_random: number of random circuits, and of random edges.
         reference: prompts over which mean ablation averages; None: those of the bench.
+        labels: kinds of heads, by head, for the test of completeness.
     """
     (own,) = bench.measure([circuit])
     findings = [faithfulness(bench, circuit, own)]
@@ -196,7 +199,7 @@ def all_findings(
         equivalence(bench, own),
         independence(bench, circuit),
         minimality(bench, circuit, own, num_random, seed),
-        completeness(bench, circuit, own, seed),
+        completeness(bench, circuit, own, seed, labels),
         ablation_choice(_benches(bench, reference), circuit),
     ]
     return findings

@@ -1,7 +1,7 @@
 """Specificity: each task's circuit on, and cut out of the model on, every other task's prompts."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import Bench
@@ -10,21 +10,54 @@ from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.metrics import ExampleMetrics
 
+TITLES = {"on": "exact match of the circuit", "without": "exact match of the model without it"}
+
 
 class Specificity(NamedTuple):
     """Circuits of several tasks on the prompts of all.
 
     Attributes:
-        on, without: [circuit][prompts], exact match of the circuit, and of the model without it.
+        cells: for each circuit and each task's prompts, metrics of the circuit (`on`) and of the
+            model without it (`without`), as JSON values.
         findings: one for each task's prompts.
-        cells: more metrics for each pair, as JSON values.
     """
 
-    names: list[str]
-    on: list[list[float]]
-    without: list[list[float]]
-    findings: list[Finding]
     cells: list[dict[str, Any]]
+    findings: list[Finding]
+
+    @property
+    def circuits(self) -> list[str]:
+        return [*dict.fromkeys(cell["circuit"] for cell in self.cells)]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [*dict.fromkeys(cell["prompts"] for cell in self.cells)]
+
+    def matrices(self) -> dict[str, list[list[float]]]:
+        """Exact match of the circuits and of the model without them, [circuit][prompts]."""
+        cells = {(cell["circuit"], cell["prompts"]): cell for cell in self.cells}
+        return {
+            title: [[cells[c, p][key]["exact_match"] for p in self.prompts] for c in self.circuits]
+            for key, title in TITLES.items()
+        }
+
+    def tables(self) -> list[Table]:
+        """A table per matrix."""
+        columns = ["", *(f"on {name}" for name in self.prompts)]
+        return [
+            Table(
+                columns,
+                [[name, *map("{:.3f}".format, row)]
+                 for name, row in zip(self.circuits, values, strict=True)],
+                title, values,
+            )
+            for title, values in self.matrices().items()
+        ]  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """From what `edgeprune test` wrote; raises KeyError or TypeError if it is damaged."""
+        return cls(record["cells"], [Finding(**each) for each in record["findings"]])
 
 
 def specificity(circuits: Mapping[str, Circuit], benches: Mapping[str, Bench]) -> Specificity:
@@ -38,22 +71,18 @@ def specificity(circuits: Mapping[str, Circuit], benches: Mapping[str, Bench]) -
     Args:
         circuits, benches: by the name of their task; all of one model.
     """
-    names = list(circuits)
-    on: list[list[float]] = [[] for _ in names]
-    without: list[list[float]] = [[] for _ in names]
     findings, cells = [], []
     for task, bench in benches.items():
         kept = bench.measure(circuits.values())
         cut = bench.measure(bench.whole - circuit for circuit in circuits.values())
-        for row, name in enumerate(names):
-            on[row].append(kept[row].exact_match.mean().item())
-            without[row].append(cut[row].exact_match.mean().item())
-            cells.append({"circuit": name, "prompts": task, "num_edges": len(circuits[name]),
-                          "on": _summary(bench, kept[row]),
-                          "without": _summary(bench, cut[row])})  # fmt: skip
-        findings.append(_judge(task, bench, dict(zip(names, zip(kept, cut, strict=True),
-                                                     strict=True))))  # fmt: skip
-    return Specificity(names, on, without, findings, cells)
+        measured = dict(zip(circuits, zip(kept, cut, strict=True), strict=True))
+        cells += [
+            {"circuit": name, "prompts": task, "num_edges": len(circuits[name]),
+             "on": _summary(bench, on), "without": _summary(bench, without)}
+            for name, (on, without) in measured.items()
+        ]  # fmt: skip
+        findings.append(_judge(task, bench, measured))
+    return Specificity(cells, findings)
 
 
 def _summary(bench: Bench, examples: ExampleMetrics) -> dict[str, Any]:
@@ -94,17 +123,3 @@ def _judge(
            "The differences are larger than chance."),
         details={"better_by": better, "taken_more": worse, "recovered": on, "without": cut},
     )  # fmt: skip
-
-
-def matrix_tables(found: Specificity) -> list[Table]:
-    """Exact match of each circuit on each task's prompts, and of the model without it."""
-    titles = {"circuit": found.on, "full model without the circuit": found.without}
-    return [
-        Table(
-            ["", *(f"on {name}" for name in found.names)],
-            [[name, *map("{:.3f}".format, row)]
-             for name, row in zip(found.names, values, strict=True)],
-            f"exact match of the {title}", values,
-        )
-        for title, values in titles.items()
-    ]  # fmt: skip

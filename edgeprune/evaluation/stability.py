@@ -1,19 +1,23 @@
 """Stability: how alike are the circuits when they are learned again?"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import combinations
 from statistics import fmean
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import log_sizes
-from edgeprune.evaluation.finding import Finding
+from edgeprune.evaluation.finding import Finding, brief
 from edgeprune.evaluation.sceptic import NUM_SIZES, SMALLEST_SHARE
 from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
+from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
 
 STANDARD = 0.8
@@ -70,6 +74,45 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
         f"{fmean(distances):.2g} on average, that of their consensus ({len(agreed):,} edges) "
         f"{found['consensus'].mean():.2g}.",
         (here["lowest"], here["highest"]), None, details,
+    )  # fmt: skip
+
+
+def other_templates(
+    bench: Bench, circuits: Sequence[Circuit], unseen: Sequence[Set[Pair]]
+) -> Finding:
+    """Compare how circuits do on prompts of templates that they were not and were learned from.
+
+    Each prompt's mean distance over the circuits that have not seen its template is compared with
+    the mean over those that have; if a 95 % bootstrap interval of the difference lies above 0, it
+    counts against the circuits.
+
+    Args:
+        unseen: of each circuit, the prompts whose templates it was not learned from; each prompt
+            must be unseen by some circuit and seen by another.
+    """
+    measured = bench.measure(circuits)
+    distances = torch.stack([bench.distance(each) for each in measured])  # [circuit, example]
+    matches = torch.stack([each.exact_match for each in measured])
+    new = torch.tensor([[pair in pairs for pair in bench.pairs] for pairs in unseen]).double()
+
+    def means(values: Tensor) -> list[Tensor]:
+        """[example], over the circuits to which it is new, and over the others."""
+        return [(weights * values).sum(0) / weights.sum(0) for weights in (new, 1 - new)]
+
+    on_new, on_known = means(distances)
+    low, high = mean_interval(on_new - on_known)
+    name, of_new, of_known = bench.distance_name, on_new.mean().item(), on_known.mean().item()
+    match, match_known = (each.mean().item() for each in means(matches))
+    return Finding(
+        "other templates", f"{name} {brief(of_new)}", f"on their own templates {brief(of_known)}",
+        low <= 0,
+        f"On prompts of templates that they were not learned from, the {name} of these circuits is "
+        f"{brief(of_new)} and exact match {match:.0%}; on those of their own templates "
+        f"{brief(of_known)} and {match_known:.0%}. The difference of the {name} is between "
+        f"{brief(low)} and {brief(high)}; above 0 throughout would count against them.",
+        (low, high),
+        details={"distance": of_new, "distance_known": of_known, "exact_match": match,
+                 "exact_match_known": match_known},
     )  # fmt: skip
 
 

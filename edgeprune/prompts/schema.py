@@ -1,7 +1,8 @@
 """The JSONL format of clean/corrupted prompts: reading lines and checking their fields.
 
 A line is `{"clean": "1 + 2 = <predict>3</predict>", "corrupted": "1 + 4 = <predict>5</predict>",
-"split": "train"}`, optionally with `distractor` and `answers` (strings or lists of strings).
+"split": "train"}`, optionally with `distractor` and `answers` (strings or lists of strings), and
+`template` (a number or a string), which prompts of the same template share.
 
 A line of token ids instead has `clean_ids` and `corrupted_ids`, of equal length, and for the last
 positions either `target_ids` (-1 where the right token is unknown) or, for models that output
@@ -25,7 +26,7 @@ TEXT_OPTIONS, ID_OPTIONS = ("answers", "distractor"), ("answer_ids", "distractor
 """Optional fields of lines of text, and the corresponding ones of lines of token ids."""
 FIELDS = (
     "clean", "corrupted", "split", "clean_ids", "corrupted_ids", "target_ids", "target_values",
-    *TEXT_OPTIONS, *ID_OPTIONS,
+    "template", *TEXT_OPTIONS, *ID_OPTIONS,
 )  # fmt: skip
 """The fields of a line; any other field is ignored."""
 COMPRESSED = {
@@ -41,9 +42,21 @@ def read_records(path: Path | str) -> list[dict]:
 
     A field that is null, as some libraries write a missing one, is left out.
 
+    The records are shared by all who read the file; a file that has not changed is parsed once.
+
     Raises DataError if the file cannot be read, is empty, of another format, or has a line without
     an object or of an unknown split.
     """
+    try:
+        about = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return _parse(str(path), about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=1)
+def _parse(path: str, mtime: int, size: int) -> list[dict]:
+    """The records of a file of this time and size."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -28,4 +28,5 @@ def sample(rng: random.Random) -> dict:
         "clean": f"{clean}<predict>{pronoun}</predict>",
         "corrupted": f"{corrupted}<predict>{other_pronoun}</predict>",
         "distractor": other_pronoun,
+        "template": TEMPLATES.index(template),
     }

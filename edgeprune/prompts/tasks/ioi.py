@@ -57,4 +57,5 @@ def sample(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -> dict:
         "clean": f"{prompt(first, second, giver)}<predict> {receiver}</predict>",
         "corrupted": f"{prompt(*others)}<predict> {others[receiver != first]}</predict>",
         "distractor": f" {giver}",
+        "template": templates.index(template),
     }
