@@ -1,4 +1,4 @@
-"""What the commands that make runs share."""
+"""What the commands share that make runs or start several processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from edgeprune.commands.console import print_result, print_table
-from edgeprune.config import SIZES, RunConfig, given_size
+from edgeprune.config import SIZES, LauncherConfig, RunConfig, given_size
 from edgeprune.errors import ConfigError
 from edgeprune.scale.launch import launch_processes
 
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 def make_run(command: str, config: RunConfig) -> None:
     """Start the run's processes, or be one of them; print what was found."""
-    processes, started = config.launcher.processes, os.environ.get("WORLD_SIZE")
-    if processes != 1 and started is None:
-        launch_processes(command, processes, _arguments())
+    if start_processes(command, config.launcher):
         return
-    if started is not None and processes not in (None, 1, int(started)):
-        raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
     from edgeprune.evaluation.curve import curve_table
     from edgeprune.evaluation.evaluate import describe
 
@@ -36,6 +32,17 @@ def make_run(command: str, config: RunConfig) -> None:
     print_table(curve_table(pruned.curve, title, _size(pruned)))
     print_result(f"{_reason(pruned, config)} {describe(finished.evaluation, pruned.circuit)}")
     print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")
+
+
+def start_processes(command: str, launcher: LauncherConfig) -> bool:
+    """Start the processes that settings ask for and wait for them; False if this is one of them."""
+    processes, started = launcher.processes, os.environ.get("WORLD_SIZE")
+    if processes != 1 and started is None:
+        launch_processes(command, processes, _arguments())
+        return True
+    if started is not None and processes not in (None, 1, int(started)):
+        raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
+    return False
 
 
 def _arguments() -> list[str]:

@@ -321,7 +321,10 @@ class _Mix(torch.autograd.Function):
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
         for target, part in zip(targets, grad_gates.split(list(map(len, targets))), strict=True):
             target.copy_(part)
-        return (None,) * 7
+        grad_base = None
+        if ctx.needs_input_grad[5]:
+            grad_base = grad_inputs[:, : len(targets[0])].sum(1)  # [token, d_model]
+        return None, None, None, None, None, grad_base, None
 
 
 class _Read(torch.autograd.Function):
