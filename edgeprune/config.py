@@ -858,6 +858,11 @@ class TokensConfig(Settings):
         super().__post_init__()
         if not self.run and (self.model is None or self.task is None):
             raise ConfigError("give a run directory, or model= and task=")
+        if self.launcher.processes != 1 and not self.launcher.shard:
+            raise ConfigError(
+                f"launcher.processes={self.launcher.processes} needs launcher.shard=true: several "
+                "processes can only share one model; add it, or use one process"
+            )
 
 
 @dataclass

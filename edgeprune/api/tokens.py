@@ -13,7 +13,6 @@ from edgeprune.api.shared import (
 )
 from edgeprune.config import AblationConfig, TokensConfig
 from edgeprune.drawing.tokens import render_tokens
-from edgeprune.errors import ConfigError
 from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens, conclude
 from edgeprune.files import write_json, write_text
 from edgeprune.formats.inseq import inseq_json
@@ -48,11 +47,6 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
     with World.join(model_config.device, config.launcher.timeout) as world:
         if config.launcher.shard:
             model = load_sharded_model_of(model_config, config.launcher, world)
-        elif world.count > 1:
-            raise ConfigError(
-                f"{world.count} processes were started, but tokens only uses several to share one "
-                "model; give launcher.shard=true, or start one process"
-            )
         else:
             model = load_model_of(model_config)
         circuit = None if source is None else read(source, model.graph, ablation).circuit

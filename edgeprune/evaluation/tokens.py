@@ -46,6 +46,8 @@ TOLERANCE = 0.01
 """Error of the sum, as a fraction of the effect, down to which steps are made smaller."""
 STEPS = (8, 16, 32, 64)
 """Numbers of steps that are tried one after another."""
+SMALLEST_SHOWN = 0.02
+"""Conductances below this fraction of the effect are left out of the page."""
 MAX_ROWS = 10
 """Number of kinds of tokens, and of nodes, in tables."""
 
@@ -105,6 +107,10 @@ class Answer:
     labels: Mapping[int, str]
     through: Mapping[str, Attribution]
 
+    def differs(self, position: int) -> bool:
+        """Whether the token differs from the corrupted prompt's."""
+        return self.pair.clean_ids[position] != self.pair.corrupted_ids[position]
+
 
 @dataclass(frozen=True)
 class TokenAttributions:
@@ -133,21 +139,23 @@ class TokenAttributions:
         return differences / max(sum(abs(one.effect) for one in found), 1e-12)
 
     def by_label(self, model: str) -> dict[str, list[float]]:
-        """Per label of tokens, their attribution in each answer that has it."""
+        """Per label of tokens that differ from the corrupted prompt, their attributions."""
         found: dict[str, list[float]] = {}
         for answer in self.answers:
             for position, label in answer.labels.items():
-                value = answer.through[model].tokens[position].item()
-                found.setdefault(label, []).append(value)
+                if answer.differs(position):
+                    value = answer.through[model].tokens[position].item()
+                    found.setdefault(label, []).append(value)
         return found
 
     def leaders(self, model: str) -> dict[str, float]:
         """Per label, in which fraction of the answers its attribution is the largest."""
         leads = dict.fromkeys(self.by_label(model), 0.0)
         for answer in self.answers:
-            if answer.labels:
-                tokens = answer.through[model].tokens
-                leads[answer.labels[max(answer.labels, key=lambda i: tokens[i].item())]] += 1
+            changed = [position for position in answer.labels if answer.differs(position)]
+            if changed:
+                tokens = answer.through[model].tokens.tolist()
+                leads[answer.labels[max(changed, key=tokens.__getitem__)]] += 1
         return {label: count / len(self.answers) for label, count in leads.items()}
 
     def by_node(self, model: str) -> dict[tuple[str, str], float]:
@@ -174,7 +182,8 @@ class TokenAttributions:
             return {
                 "effect": of.effect, "error": of.error, "steps": of.steps,
                 "clean": dict(of.clean), "corrupted": dict(of.corrupted),
-                "tokens": of.tokens.tolist(), "nodes": of.nodes.tolist(),
+                "tokens": of.tokens.tolist(),
+                "nodes": [[float(f"{x:.4g}") for x in row] for row in of.nodes.tolist()],
             }  # fmt: skip
 
         return json_values({
@@ -240,6 +249,11 @@ def attribute_tokens(
             "target=contrast needs a distractor for every prompt; give the prompts one, or use "
             "target=logit or probability"
         )
+    if all(pair.clean_ids == pair.corrupted_ids for pair in pairs):
+        raise DataError(
+            "all corrupted prompts equal their clean prompts, so no token makes a difference; give "
+            "other corrupted prompts"
+        )
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     chosen = [
         (pair, step, one) for pair in pairs
@@ -272,7 +286,7 @@ def attribute_tokens(
         if result.error(name) > TOLERANCE:
             log.warning(
                 f"{name}: the tokens' attributions miss the effect by {result.error(name):.1%} of "
-                f"it; give more steps than {STEPS[-1]}, or run the model in float32"
+                f"it; give more than {steps or STEPS[-1]} steps, or run the model in float32"
             )
     return result
 
@@ -397,6 +411,37 @@ class _Line:
 
 
 # ------------------------------------------------------------------------------------------ words
+
+
+def tokens_data(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a tokens.json: conductances by node, [position, value] where large."""
+
+    def rows(through: Mapping[str, Any]) -> dict[str, list]:
+        least = SMALLEST_SHOWN * abs(through["effect"])
+        found = {
+            node: [[i, value] for i, value in enumerate(row) if abs(value) > least]
+            for node, row in zip(record["nodes"], through["nodes"], strict=True)
+            if not node.endswith("embeds")
+        }
+        return {node: row for node, row in found.items() if row}
+
+    target = record["target"]
+    return {
+        "about": TOKEN_TARGETS[target], "split": record["split"], "error": record["error"],
+        "answers": [
+            {
+                **{key: answer[key] for key in ("tokens", "corrupted", "answer", "distractor")},
+                "through": {
+                    model: {
+                        "ends": [through["corrupted"][target], through["clean"][target]],
+                        "tokens": through["tokens"], "nodes": rows(through),
+                    }
+                    for model, through in answer["through"].items()
+                },
+            }
+            for answer in record["answers"]
+        ],
+    }  # fmt: skip
 
 
 def token_tables(result: TokenAttributions, title: str) -> list[Table]:
