@@ -21,6 +21,8 @@ from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.curve import measure_curve
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.evaluation.page_data import measured_data
+from edgeprune.evaluation.token_tables import tokens_data
+from edgeprune.evaluation.tokens import attribute_tokens
 from edgeprune.graph import CircuitGraph
 from edgeprune.models.load import load_model, wrap_model
 from edgeprune.prompts.encode import encode_pair, encode_records
@@ -621,6 +623,23 @@ def test_text_never_becomes_markup(show, measured):
         settle(page)
         assert HOSTILE[0] in page.locator("#panel .label").inner_text()
     assert b"<script>alert" not in save(page, "Picture (SVG)")
+
+
+def test_tokens_are_shown_as_shaded_text(show, small):
+    found = attribute_tokens(small.model, small.pairs[:2], small.circuit, steps=2)
+    data = data_of_page(make_page(small).html)
+    data["runs"][0]["tokens"] = tokens_data({"split": "test", **found.to_dict()})
+    page = show(render(data), "tab=tokens")
+    lines = page.locator("#panel .shaded")
+    assert lines.count() == 4  # through two models
+    answer = found.answers[1].through["circuit"]
+    texts = lines.nth(3).locator("small").all_inner_texts()
+    values = [float(text.replace("−", "-")) for text in texts]
+    assert values == pytest.approx([x for x in answer.tokens.tolist() if x], rel=0.01, abs=1e-3)
+    node = max(range(2, len(found.nodes)), key=lambda i: answer.nodes[i].abs().max())
+    page = show(render(data), f"select={found.nodes[node]}")
+    assert "pass through it" in page.locator("#panel").inner_text()
+    assert page.locator("#panel .shaded").count() >= 1
 
 
 def test_everything_works_by_keyboard(show, measured):

@@ -41,8 +41,10 @@ def scores_by_hand(pair: Pair, logits: torch.Tensor) -> dict[str, float]:
     return {"logit": logits[answer].item(), "probability": probability, "contrast": contrast}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("target", ["logit", "probability", "contrast"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("gpt2", "logit"), ("gpt2", "probability"), ("llama", "contrast"), ("gemma3", "contrast")],
+)
 def test_they_are_the_integrated_gradients_of_the_library_s_model(name, target):
     """With its own scaling of embeddings (Gemma); and they add up to its own change."""
     hf_model, steps = MODELS[name](), 16
@@ -76,7 +78,7 @@ def test_they_are_the_integrated_gradients_of_the_library_s_model(name, target):
 )  # fmt: skip
 def test_they_add_up_to_the_effect_within_one_percent(name, ablation):
     """Through the full model, and through a circuit with any ablation, by the default steps."""
-    model, pairs = wrap_model(MODELS[name]()), random_pairs(3)
+    model, pairs = wrap_model(MODELS[name]()), random_pairs(2)
     circuit, ablation = random_circuit(model), Ablation(model, ablation, pairs)
     result = attribute_tokens(model, pairs, circuit, ablation=ablation, batch_size=2)
     assert result.target == "contrast"
@@ -134,7 +136,7 @@ def pair_rest(pair: Pair) -> tuple:
     return pair.target_ids, pair.answer_ids, pair.distractor_ids, pair.contrast, pair.text
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
 def test_conductances_of_nodes_on_every_path_add_up(name):
     """Embeddings -> the heads of layer 0 -> MLP 1 -> output: each of these three is a cut."""
     model, pairs = wrap_model(MODELS[name]()), random_pairs(2)

@@ -20,7 +20,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError, ConfigError, DataError
 from edgeprune.evaluation import page_data
 from edgeprune.evaluation.curve import Curve
-from edgeprune.evaluation.tokens import tokens_data
+from edgeprune.evaluation.token_tables import tokens_data
 from edgeprune.files import file_digest, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair, PairDataset

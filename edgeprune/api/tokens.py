@@ -13,7 +13,8 @@ from edgeprune.api.shared import (
 )
 from edgeprune.config import AblationConfig, TokensConfig
 from edgeprune.drawing.tokens import render_tokens
-from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens, conclude
+from edgeprune.evaluation.token_tables import conclude
+from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens
 from edgeprune.files import write_json, write_text
 from edgeprune.formats.inseq import inseq_json
 from edgeprune.runs import layout

@@ -14,7 +14,7 @@ def tokens(config: TokensConfig) -> None:
         return
     from edgeprune.api.tokens import find_tokens
     from edgeprune.drawing.tokens import mixed, scores_text, shaded_tokens
-    from edgeprune.evaluation.tokens import conclude, token_tables
+    from edgeprune.evaluation.token_tables import conclude, token_tables
 
     done = find_tokens(config)
     if done is None:  # rank 0 reports

@@ -15,9 +15,9 @@ is how much of the effect passes through what the node writes at that token (Dha
 arXiv:1805.12233). The embedding's is the attribution. Nodes of different layers lie on the same
 paths, so theirs do not add up; those of nodes through which every path leads exactly once do.
 
-Both integrals are sums over equal steps: gradients are taken in the middle of each, and the change
-of an output over it is that from its beginning to its end. The change of the score over a step is
-known as well, so the error of the sum is.
+Both integrals are sums over equal steps: gradients are taken in the middle of each, and an output's
+change over it is that from its beginning to its end. The effect is measured as well, so the error
+of the sum is known.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from edgeprune.config import TOKEN_TARGETS
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, DataError
-from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
 from edgeprune.metrics import Output, answer_scores
 from edgeprune.prompts import Batch, Pair, collate
@@ -45,11 +44,7 @@ log = logging.getLogger("edgeprune")
 TOLERANCE = 0.01
 """Error of the sum, as a fraction of the effect, down to which steps are made smaller."""
 STEPS = (8, 16, 32, 64)
-"""Numbers of steps that are tried one after another."""
-SMALLEST_SHOWN = 0.02
-"""Conductances below this fraction of the effect are left out of the page."""
-MAX_ROWS = 10
-"""Number of kinds of tokens, and of nodes, in tables."""
+"""Numbers of steps, which are tried in turn until the error is small enough."""
 
 
 @dataclass(frozen=True)
@@ -408,98 +403,6 @@ class _Line:
         whole = values.new_zeros(len(values), *self.batch.clean_ids.shape)
         whole[:, self.batch.rows, self.batch.cols] = values
         return whole
-
-
-# ------------------------------------------------------------------------------------------ words
-
-
-def tokens_data(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a tokens.json: conductances by node, [position, value] where large."""
-
-    def rows(through: Mapping[str, Any]) -> dict[str, list]:
-        least = SMALLEST_SHOWN * abs(through["effect"])
-        found = {
-            node: [[i, value] for i, value in enumerate(row) if abs(value) > least]
-            for node, row in zip(record["nodes"], through["nodes"], strict=True)
-            if not node.endswith("embeds")
-        }
-        return {node: row for node, row in found.items() if row}
-
-    target = record["target"]
-    return {
-        "about": TOKEN_TARGETS[target], "split": record["split"], "error": record["error"],
-        "answers": [
-            {
-                **{key: answer[key] for key in ("tokens", "corrupted", "answer", "distractor")},
-                "through": {
-                    model: {
-                        "ends": [through["corrupted"][target], through["clean"][target]],
-                        "tokens": through["tokens"], "nodes": rows(through),
-                    }
-                    for model, through in answer["through"].items()
-                },
-            }
-            for answer in record["answers"]
-        ],
-    }  # fmt: skip
-
-
-def token_tables(result: TokenAttributions, title: str) -> list[Table]:
-    """What tokens, and nodes at tokens, are attributed on average."""
-    models = result.models()
-    by_label = {model: result.by_label(model) for model in models}
-    effects = {m: _mean([a.through[m].effect for a in result.answers]) for m in models}
-    labels = sorted(by_label[models[0]], key=lambda label: -_mean(by_label[models[0]][label]))
-    rows = []
-    for label in labels[:MAX_ROWS]:
-        row = [label]
-        for model in models:
-            mean = _mean(by_label[model][label])
-            share = f"{mean / effects[model]:.0%}" if effects[model] else "–"
-            row += [f"{mean:+.3g}", share, f"{result.leaders(model)[label]:.0%}"]
-        rows.append(row)
-    columns = [
-        f"{model}:\n{name}" for model in models for name in ("attribution", "of effect", "leads in")
-    ]
-    tokens = Table(["", *columns], rows, title)
-    ranked = {
-        model: [item for item in result.by_node(model).items() if not item[0][0].endswith("embeds")]
-        for model in models
-    }  # fmt: skip
-    rows = [
-        [text for model in models for (node, label), mean in [ranked[model][i]]
-         for text in (f"{node} at {label}", f"{mean:+.3g}")]
-        for i in range(min(MAX_ROWS, *(len(items) for items in ranked.values())))
-    ]  # fmt: skip
-    columns = [text for model in models for text in ("", f"{model}:\nconductance")]
-    return [tokens, Table(columns, rows, "Through which nodes, at which tokens")]
-
-
-def conclude(result: TokenAttributions) -> str:
-    """What was found, in a few sentences."""
-    answers, sentences = result.answers, []
-    for model in result.models():
-        ends = (_mean([getattr(a.through[model], end)[result.target] for a in answers])
-                for end in ("corrupted", "clean"))  # fmt: skip
-        start, stop = ends
-        leads = result.leaders(model)
-        first = max(leads, key=leads.__getitem__)
-        worst = max(answer.through[model].error for answer in answers)
-        sentences.append(
-            f"Through the {model}, {TOKEN_TARGETS[result.target]} goes from {start:.3g} on the "
-            f"corrupted prompts to {stop:.3g} on the clean ones; {first} has the largest "
-            f"attribution in {leads[first]:.0%} of {len(answers)}. The attributions sum to the "
-            f"effect within {result.error(model):.2%} (at worst {worst:.2%})."
-        )
-    sentences.append(
-        "Tokens that are the same in the corrupted prompt have none, whatever they do; and a "
-        "token may matter by what it is instead of another, or by where it repeats one."
-    )
-    return " ".join(sentences)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _texts(model: CircuitModel, ids: Sequence[int]) -> tuple[str, ...]:
