@@ -55,12 +55,12 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
             pairs = load_pairs(path, task, model, config.split)[: config.prompts]
             reference = load_pairs(path, task, model, first_split(path, "train"))
             marks = marks_of(path, task, model, pairs)
-        total = sum(len(pair.target_ids) for pair in pairs) * (1 if circuit is None else 2)
-        with progress(total, "attributing: answer", enabled=world.is_rank_zero) as show:
+        with progress(100, "attributing: percent", enabled=world.is_rank_zero) as show:
             result = attribute_tokens(
                 model, pairs, circuit, target=config.target, steps=config.steps, marks=marks,
                 ablation=ablation_of(model, ablation, reference, config.batch_size),
-                batch_size=config.batch_size, listener=lambda done: show(done, ""),
+                batch_size=config.batch_size,
+                listener=lambda done, total: show(100 * done // total, ""),
             )  # fmt: skip
         if not world.is_rank_zero:
             return None

@@ -57,12 +57,12 @@ def conclude(result: TokenAttributions) -> str:
         sentences.append(
             f"Through the {model}, {TOKEN_TARGETS[result.target]} goes from {start:.3g} on the "
             f"corrupted prompts to {stop:.3g} on the clean ones; {first} has the largest "
-            f"attribution in {leads[first]:.0%} of {len(answers)}. The attributions sum to the "
-            f"effect within {result.error(model):.2%} (at worst {worst:.2%})."
+            f"attribution in {leads[first]:.0%} of {len(answers)} answers. The attributions sum to "
+            f"the effect within {result.error(model):.2%} (at worst {worst:.2%})."
         )
     sentences.append(
-        "Tokens that are the same in the corrupted prompt have none, whatever they do; and a "
-        "token may matter by what it is instead of another, or by where it repeats one."
+        "A token is compared with the one in its place in the corrupted prompt, so tokens that are "
+        "the same in both have no attribution, whatever the model does with them."
     )
     return " ".join(sentences)
 

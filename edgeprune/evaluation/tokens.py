@@ -210,7 +210,7 @@ def attribute_tokens(
     model: CircuitModel, pairs: Sequence[Pair], circuit: Circuit | None = None, *,
     target: str | None = None, steps: int | None = None, ablation: Ablation | str = "interchange",
     marks: Mapping[Pair, Mapping[str, int]] | None = None, batch_size: int = 8,
-    listener: Callable[[int], object] = lambda done: None,
+    listener: Callable[[int, int], object] = lambda done, total: None,
 ) -> TokenAttributions:  # fmt: skip
     """Attribute answers to the tokens of their prompts, through the full model and a circuit.
 
@@ -224,7 +224,7 @@ def attribute_tokens(
         ablation: what closed edges carry; embeddings come from the corrupted prompts under any.
         marks: positions of tokens by name, such as "IO", of prompts that mark their words.
         batch_size: prompts per forward and backward pass.
-        listener: called with the number of answers done, through each model.
+        listener: called with the number of answers done through each model, and of all.
 
     Raises:
         ConfigError: an unknown target, a model that outputs values, no distractor to contrast with.
@@ -265,7 +265,7 @@ def attribute_tokens(
         offset = number * len(answers)
         found[name] = _attribute(
             model, answers, one, ablation, target, (steps,) if steps else STEPS, batch_size,
-            lambda done, offset=offset: listener(offset + done),
+            lambda done, offset=offset: listener(offset + done, len(gates) * len(answers)),
         )  # fmt: skip
     model.release()
     result = TokenAttributions(target, ablation.kind, model.graph.writers, tuple(
@@ -309,17 +309,24 @@ def _attribute(
     model: CircuitModel, pairs: Sequence[Pair], gates: Tensor, ablation: Ablation, target: str,
     numbers: Sequence[int], batch_size: int, listener: Callable[[int], object],
 ) -> list[Attribution]:  # fmt: skip
-    """Attribute each answer, in more steps where the sum is not within `TOLERANCE`."""
+    """Attribute each answer, in more steps while its error is above `TOLERANCE` and falls.
+
+    In 16 bits more steps may not help.
+    """
     found: dict[int, Attribution] = {}
     left = list(range(len(pairs)))
     for number in numbers:
+        improved = []
         for start in range(0, len(left), batch_size):
             part = left[start : start + batch_size]
             batch = collate([pairs[i] for i in part]).to(model.device)
             done = _integrate(model, batch, gates, ablation, target, number)
-            found |= dict(zip(part, done, strict=True))
+            for i, one in zip(part, done, strict=True):
+                if i not in found or one.error < found[i].error:
+                    found[i] = one
+                    improved.append(i)
             listener(sum(one.error <= TOLERANCE for one in found.values()))
-        left = [i for i in left if found[i].error > TOLERANCE]
+        left = [i for i in improved if found[i].error > TOLERANCE]
     listener(len(pairs))
     return [found[i] for i in range(len(pairs))]
 
