@@ -251,6 +251,25 @@ def test_other_options_are_measured_again(runs, capsys, monkeypatch):
     assert len(measured["cuts"]["nodes"]) == 1
 
 
+def test_tokens_of_the_run_s_circuit_come_onto_its_page(runs, tmp_path, capsys, monkeypatch):
+    def tokens():
+        path = tmp_path / "page.html"
+        code, *_ = call(capsys, monkeypatch, "page", runs / "r1", "prompts=0", f"output={path}")
+        assert code == 0
+        return data_of_page(path.read_text())["runs"][0]["tokens"]
+
+    assert tokens() is None
+    code, out, _ = call(capsys, monkeypatch, "tokens", runs / "r1", "prompts=2", "steps=2")
+    assert code == 0 and str(runs / "r1/tokens.html") in out
+    models = [list(answer["through"]) for answer in tokens()["answers"]]
+    assert models == [["full model", "circuit"]] * 2
+    file = runs / "r1/tokens.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "edges_sha256": "of another circuit"}))
+    assert tokens() is None
+    file.unlink()
+
+
 def test_a_report_links_to_a_page_of_its_runs(runs, tmp_path, capsys, monkeypatch):
     code, *_ = call(capsys, monkeypatch, "report", runs, f"output={tmp_path}/report")
     assert code == 0

@@ -44,7 +44,7 @@ def print_shaded(tokens: Sequence[tuple[str, tuple[int, int, int], str]]) -> Non
     """Print a line of tokens, each on a colour (red, green, blue), with a value if it has one."""
     line = Text("    ")
     for text, color, value in tokens:
-        style = "" if color == (255, 255, 255) else "black on rgb({},{},{})".format(*color)
+        style = "" if color == (255, 255, 255) else "rgb(0,0,0) on rgb({},{},{})".format(*color)
         line.append(text, style)
         line.append(f"[{value}]" if value else "", "dim")
     OUT.print(line, soft_wrap=True)

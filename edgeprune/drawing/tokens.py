@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
+from edgeprune.config import TOKEN_TARGETS
 from edgeprune.drawing.report import STYLE
 
 FORWARD, BACKWARD = (0, 114, 178), (213, 94, 0)
@@ -89,7 +90,8 @@ def render_tokens(data: dict[str, Any], title: str, notes: tuple[str, ...] = ())
     functions = (shaded_tokens, scores_text, strongest_nodes)
     return environment.get_template("tokens.html.j2").render(
         title=title, notes=notes, data=data, style=STYLE.read_text(encoding="utf-8"),
-        colors=(FORWARD, BACKWARD), **{function.__name__: function for function in functions},
+        about=TOKEN_TARGETS[data["target"]], colors=(FORWARD, BACKWARD),
+        **{function.__name__: function for function in functions},
     )  # fmt: skip
 
 
