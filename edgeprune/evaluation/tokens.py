@@ -230,25 +230,9 @@ def attribute_tokens(
         ConfigError: an unknown target, a model that outputs values, no distractor to contrast with.
         DataError: a prompt does not fit the model, or none predicts a known token.
     """
-    if model.output is not Output.logits:
-        raise ConfigError(f"{model.name} outputs values, but tokens are attributed through logits")
     if circuit is not None:
         Circuit.check(circuit, model.graph)
-    model.check_prompts(pairs)
-    has_distractors = all(pair.distractor_ids for pair in pairs)
-    target = target or ("contrast" if has_distractors else "logit")
-    if target not in TOKEN_TARGETS:
-        raise ConfigError(f"unknown target {target!r}; choose {', '.join(TOKEN_TARGETS)}")
-    if target == "contrast" and not has_distractors:
-        raise ConfigError(
-            "target=contrast needs a distractor for every prompt; give the prompts one, or use "
-            "target=logit or probability"
-        )
-    if all(pair.clean_ids == pair.corrupted_ids for pair in pairs):
-        raise DataError(
-            "all corrupted prompts equal their clean prompts, so no token makes a difference; give "
-            "other corrupted prompts"
-        )
+    target = _checked(model, pairs, target)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     chosen = [
         (pair, step, one) for pair in pairs
@@ -284,6 +268,28 @@ def attribute_tokens(
                 f"it; give more than {steps or STEPS[-1]} steps, or run the model in float32"
             )
     return result
+
+
+def _checked(model: CircuitModel, pairs: Sequence[Pair], target: str | None) -> str:
+    """The target, or its default; raises as `attribute_tokens`."""
+    if model.output is not Output.logits:
+        raise ConfigError(f"{model.name} outputs values, but tokens are attributed through logits")
+    model.check_prompts(pairs)
+    has_distractors = all(pair.distractor_ids for pair in pairs)
+    target = target or ("contrast" if has_distractors else "logit")
+    if target not in TOKEN_TARGETS:
+        raise ConfigError(f"unknown target {target!r}; choose {', '.join(TOKEN_TARGETS)}")
+    if target == "contrast" and not has_distractors:
+        raise ConfigError(
+            "target=contrast needs a distractor for every prompt; give the prompts one, or use "
+            "target=logit or probability"
+        )
+    if all(pair.clean_ids == pair.corrupted_ids for pair in pairs):
+        raise DataError(
+            "all corrupted prompts equal their clean prompts, so no token makes a difference; give "
+            "other corrupted prompts"
+        )
+    return target
 
 
 def _single_answers(pair: Pair) -> list[tuple[int, Pair]]:
