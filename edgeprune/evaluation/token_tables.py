@@ -17,19 +17,15 @@ def token_tables(result: TokenAttributions, title: str) -> list[Table]:
     """What tokens, and nodes at tokens, are attributed on average."""
     models = result.models()
     by_label = {model: result.by_label(model) for model in models}
-    effects = {m: _mean([a.through[m].effect for a in result.answers]) for m in models}
     labels = sorted(by_label[models[0]], key=lambda label: -_mean(by_label[models[0]][label]))
     rows = []
     for label in labels[:MAX_ROWS]:
         row = [label]
         for model in models:
             mean = _mean(by_label[model][label])
-            share = f"{mean / effects[model]:.0%}" if effects[model] else "–"
-            row += [f"{mean:+.3g}", share, f"{result.leaders(model)[label]:.0%}"]
+            row += [f"{mean:+.3g}", f"{result.leaders(model)[label]:.0%}"]
         rows.append(row)
-    columns = [
-        f"{model}:\n{name}" for model in models for name in ("attribution", "of effect", "leads in")
-    ]
+    columns = [f"{model}:\n{name}" for model in models for name in ("attribution", "leads in")]
     tokens = Table(["", *columns], rows, title)
     ranked = {
         model: [item for item in result.by_node(model).items() if not item[0][0].endswith("embeds")]
