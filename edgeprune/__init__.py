@@ -12,6 +12,7 @@ _HOME = {
     "Run": "runs.run",
     "ablate": "evaluation.ablate",
     "attribute": "api.attribute",
+    "attribute_tokens": "evaluation.tokens",
     "clean_up": "evaluation.cleanup",
     "compare": "evaluation.compare",
     "consensus": "evaluation.compare",

@@ -31,6 +31,12 @@ AT_CLEAN = ("eap", "relp", "gim")
 """The methods of `attribute` whose gradient is taken at the clean prompts alone."""
 CUTTING = ("exact", "acdc")
 """The methods of `attribute` that cut edges."""
+TOKEN_TARGETS = {
+    "logit": "the answer's logit",
+    "probability": "the answer's probability",
+    "contrast": "the answer's logit minus the distractor's",
+}
+"""The scores of an answer that `tokens` attributes."""
 WARMUPS = ("linear", "logarithmic")
 DRAWINGS = ("pdf", "svg", "png", "dot")
 """File formats of drawings."""
@@ -839,6 +845,48 @@ class AblateConfig(Settings):
 
 
 @dataclass
+class TokensConfig(Settings):
+    """Find out to which tokens of the prompt answers are due, through model and circuit."""
+
+    run: str = ""
+    """Run directory or circuit file, whose model, task, ablation and circuit are used; or give
+    model= and task= for the full model alone."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    task: TaskConfig | None = None
+    """null: the run's."""
+    ablation: AblationConfig | None = None
+    """null: the run's, or interchange."""
+    launcher: LauncherConfig = setting(LauncherConfig)
+    """Several processes share one model: launcher.shard=true launcher.processes=2."""
+    target: str | None = setting(None, choices=(*TOKEN_TARGETS,))
+    """What is attributed: the answer's logit, its probability, or contrast, its logit minus the
+    distractor's. null: contrast if every prompt has a distractor, else logit."""
+    steps: int | None = setting(None, at_least=1)
+    """Steps between the corrupted and the clean prompt. null: 8 to 64, as many as bring the sum of
+    the attributions within 1 % of the effect."""
+    split: str = setting("test", choices=SPLITS)
+    """Which of the task's prompts."""
+    prompts: int = setting(20, at_least=1)
+    """Number of prompts."""
+    batch_size: int = setting(8, at_least=1)
+    """Prompts per forward and backward pass."""
+    output: str | None = None
+    """Folder for tokens.json, tokens-inseq.json and tokens.html; null: the run's directory if
+    model, task and ablation are its own, else `tokens`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run and (self.model is None or self.task is None):
+            raise ConfigError("give a run directory, or model= and task=")
+        if self.launcher.processes != 1 and not self.launcher.shard:
+            raise ConfigError(
+                f"launcher.processes={self.launcher.processes} needs launcher.shard=true: several "
+                "processes can only share one model; add it, or use one process"
+            )
+
+
+@dataclass
 class CompareConfig(Settings):
     """Compare circuits: what they share, what only one has, and how similar they are."""
 
@@ -915,6 +963,7 @@ COMMANDS = {
     "draw": DrawConfig,
     "heads": HeadsConfig,
     "ablate": AblateConfig,
+    "tokens": TokensConfig,
     "compare": CompareConfig,
     "page": PageConfig,
     "report": ReportConfig,

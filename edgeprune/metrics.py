@@ -69,6 +69,22 @@ def _log_sum_exp(logits: Tensor, ids: Tensor) -> Tensor:
     return chosen.masked_fill(ids < 0, -math.inf).logsumexp(-1)
 
 
+def answer_scores(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+    """How the answers do at each example's target `contrast`, by name, [batch] each.
+
+    `logit` is the log-sum-exp of their logits, `probability` the sum of their probabilities, and
+    `contrast` the logit difference from the distractors, NaN without distractors.
+    """
+    at_contrast = logits[batch.contrasts].float()  # [batch, vocabulary]
+    log_p = torch.log_softmax(at_contrast, -1)
+    has_distractors = (batch.distractor_ids >= 0).any(-1)
+    return {
+        "logit": _log_sum_exp(at_contrast, batch.answer_ids),
+        "probability": _log_sum_exp(log_p, batch.answer_ids).exp(),
+        "contrast": torch.where(has_distractors, logit_differences(batch, logits), math.nan),
+    }
+
+
 Objective = Callable[[Batch, Tensor, Tensor], Tensor]
 """(batch, reference, outputs) -> what training minimises on the batch, a scalar: a mean over
 examples, so that micro-batches weigh as much as they have examples. `reference` and `outputs` are

@@ -1,4 +1,4 @@
-"""One process of a sharded model whose heads are read, scored and ablated, for test_distributed.py.
+"""One process of a sharded model that is looked into in every way, for test_distributed.py.
 
 Every process compares the results with those of the whole model.
 """
@@ -9,6 +9,7 @@ from conftest import random_gpt2, random_pairs
 
 from edgeprune.evaluation.ablate import ablate
 from edgeprune.evaluation.heads import score_heads
+from edgeprune.evaluation.tokens import attribute_tokens
 from edgeprune.models.load import wrap_model
 from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
@@ -23,13 +24,18 @@ MODELS = {
 
 
 def results(model) -> list[torch.Tensor]:
-    """Logits and activations of an intervention, scores of heads, and what ablating some does."""
+    """Logits and activations of an intervention, scores of heads, what ablating some does, and to
+    which tokens answers are due."""
     with torch.no_grad(), model.intervene(CHANGES) as run:
         logits, activations = run(IDS, NAMES)
     scores = score_heads(model, num_random=4, length=6).scores
     ablated = ablate(model, ["a0.h1", "m1"], random_pairs(4), kind="interchange", num_random=1)
     measures = [*ablated.ablated.measures.values(), *ablated.random[0].measures.values()]
-    return [logits, *activations.values(), *(score.value for score in scores), *measures]
+    tokens = attribute_tokens(model, random_pairs(1)).answers[0].through["full model"]
+    return [
+        logits, *activations.values(), *(score.value for score in scores), *measures,
+        tokens.tokens, tokens.nodes,
+    ]  # fmt: skip
 
 
 torch.set_num_threads(1)

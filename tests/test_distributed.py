@@ -81,7 +81,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tupl
 
 
 def test_heads_of_a_sharded_model():
-    """Read, changed, scored and ablated as those of the whole model."""
+    """Read, changed, scored and ablated as those of the whole model; and tokens are attributed."""
     worker = Path(__file__).with_name("heads_worker.py")
     assert [(code, error) for code, _, error in finish(start(2, worker))] == [(0, ""), (0, "")]
 

@@ -21,6 +21,8 @@ from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.curve import measure_curve
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.evaluation.page_data import measured_data
+from edgeprune.evaluation.token_tables import tokens_data
+from edgeprune.evaluation.tokens import attribute_tokens
 from edgeprune.graph import CircuitGraph
 from edgeprune.models.load import load_model, wrap_model
 from edgeprune.prompts.encode import encode_pair, encode_records
@@ -245,6 +247,25 @@ def test_other_options_are_measured_again(runs, capsys, monkeypatch):
     measured = data_of_page((runs / "other.html").read_text())["runs"][0]["measured"]
     assert len(measured["prompts"]) == 2
     assert len(measured["cuts"]["nodes"]) == 1
+
+
+def test_tokens_of_the_run_s_circuit_come_onto_its_page(runs, tmp_path, capsys, monkeypatch):
+    def tokens():
+        path = tmp_path / "page.html"
+        code, *_ = call(capsys, monkeypatch, "page", runs / "r1", "prompts=0", f"output={path}")
+        assert code == 0
+        return data_of_page(path.read_text())["runs"][0]["tokens"]
+
+    assert tokens() is None
+    code, out, _ = call(capsys, monkeypatch, "tokens", runs / "r1", "prompts=2", "steps=2")
+    assert code == 0 and str(runs / "r1/tokens.html") in out
+    models = [list(answer["through"]) for answer in tokens()["answers"]]
+    assert models == [["full model", "circuit"]] * 2
+    file = runs / "r1/tokens.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "edges_sha256": "of another circuit"}))
+    assert tokens() is None
+    file.unlink()
 
 
 def test_a_report_links_to_a_page_of_its_runs(runs, tmp_path, capsys, monkeypatch):
@@ -623,6 +644,23 @@ def test_text_never_becomes_markup(show, measured):
         settle(page)
         assert HOSTILE[0] in page.locator("#panel .label").inner_text()
     assert b"<script>alert" not in save(page, "Picture (SVG)")
+
+
+def test_tokens_are_shown_as_shaded_text(show, small):
+    found = attribute_tokens(small.model, small.pairs[:2], small.circuit, steps=2)
+    data = data_of_page(make_page(small).html)
+    data["runs"][0]["tokens"] = tokens_data({"split": "test", **found.to_dict()})
+    page = show(render(data), "tab=tokens")
+    lines = page.locator("#panel .shaded")
+    assert lines.count() == 4  # through two models
+    answer = found.answers[1].through["circuit"]
+    texts = lines.nth(3).locator("small").all_inner_texts()
+    values = [float(text.replace("−", "-")) for text in texts]
+    assert values == pytest.approx([x for x in answer.tokens.tolist() if x], rel=0.01, abs=1e-3)
+    node = max(range(2, len(found.nodes)), key=lambda i: answer.nodes[i].abs().max())
+    page = show(render(data), f"select={found.nodes[node]}")
+    assert "pass through it" in page.locator("#panel").inner_text()
+    assert page.locator("#panel .shaded").count() >= 1
 
 
 def test_everything_works_by_keyboard(show, measured):

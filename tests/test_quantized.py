@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from edgeprune.errors import ModelError
 from edgeprune.evaluation.ablate import ablate
 from edgeprune.evaluation.heads import score_heads
+from edgeprune.evaluation.tokens import attribute_tokens
 from edgeprune.models.load import load_model
 from edgeprune.prompts import collate, encode_pair
 
@@ -108,6 +109,8 @@ def test_weights_in_few_bits_give_the_library_s_logits(tmp_path, bits, split, to
     assert score_heads(model, num_random=2, length=5).scores
     ablated = ablate(model, ["a1.h1"], [pair, pair], generate=2, num_random=1)
     assert ablated.ablated.mean("kl") > 0 == ablated.full.mean("kl")
+    (answer,) = attribute_tokens(model, [pair]).answers
+    assert answer.through["full model"].error <= 0.01
     (model.run_circuit(batch, gates, corrupted) - reference).square().mean().backward()
     assert gates.grad.abs().max() > 0
 

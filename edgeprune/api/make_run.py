@@ -14,7 +14,12 @@ from torch import Tensor
 from edgeprune.api.choose import check_choice, choose, cleaned_up, curve_of
 from edgeprune.api.evaluate import evaluation_record
 from edgeprune.api.page import page, write_run_page
-from edgeprune.api.shared import ablation_of, load_model_of
+from edgeprune.api.shared import (
+    ablation_of,
+    load_meta_model_of,
+    load_model_of,
+    load_sharded_model_of,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import LESS_MEMORY, RunConfig
 from edgeprune.drawing import draw_frontier
@@ -25,7 +30,6 @@ from edgeprune.evaluation.curve import Curve, curve_panels, default_sizes
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.metrics import Output
-from edgeprune.models.load import load_meta_model
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import held_out_pairs, kind_of_prompts, load_pairs, make_data
@@ -210,13 +214,8 @@ def _load(
 ) -> tuple[CircuitModel, PairDataset, str, PairDataset]:
     """The model, the training prompts, and the split and prompts on which the run is measured."""
     config = run.config
-    load_meta = partial(
-        load_meta_model, config.model.path, dtype=config.model.dtype, bits=config.model.bits,
-        embedding_writers=config.model.embedding_writers,
-        split_kv_readers=config.model.split_kv_readers,
-        trust_remote_code=config.model.trust_remote_code,
-    )  # fmt: skip
-    meta = load_meta()  # with the default attention, since not every one runs without weights
+    # With the default attention, since not every one runs without weights.
+    meta = load_meta_model_of(replace(config.model, attention="auto"))
     world.on_rank_zero(lambda: make_data(config.task, meta.tokenizer, run.path))
     path = make_data(config.task, meta.tokenizer, run.path)
     pairs = load_pairs(path, config.task, meta, "train")
@@ -229,9 +228,8 @@ def _load(
         f"{len(held_out):,} {split} prompts, {config.method_name}{several}"
     )
     if config.launcher.shard:
-        on_cpu = partial(load_model_of, replace(config.model, device="cpu"))
-        meta = load_meta(attention=config.model.attention)
-        return world.shard(on_cpu, meta, offload=config.launcher.offload), pairs, split, held_out
+        model = load_sharded_model_of(config.model, config.launcher, world)
+        return model, pairs, split, held_out
     model = load_model_of(replace(config.model, device=world.device))
     world.check_same("the models", model.fingerprint())
     return model, pairs, split, held_out

@@ -20,6 +20,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError, ConfigError, DataError
 from edgeprune.evaluation import page_data
 from edgeprune.evaluation.curve import Curve
+from edgeprune.evaluation.token_tables import tokens_data
 from edgeprune.files import file_digest, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair, PairDataset
@@ -255,7 +256,20 @@ def _of_run(
             options,
         )  # fmt: skip
         found["split"] = kind
+    data["tokens"] = _tokens(run, circuit)
     return run.graph, {**data, "measured": found, "key": key}
+
+
+def _tokens(run: Run, circuit: Circuit) -> dict[str, Any] | None:
+    """What `edgeprune tokens` has found about the run's circuit, if it has been run."""
+    path = run.path / layout.TOKENS
+    try:
+        record = json.loads(path.read_bytes()) if path.exists() else {}
+        is_own = record.get("edges_sha256") == circuit.digest()
+        return tokens_data(record) if is_own else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning(f"{path} is damaged and left out ({error}); run edgeprune tokens again")
+        return None
 
 
 def _measure(

@@ -4,9 +4,11 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from edgeprune.config import AblationConfig, ModelConfig, TaskConfig
+from edgeprune.config import AblationConfig, LauncherConfig, ModelConfig, TaskConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -19,6 +21,7 @@ from edgeprune.runs import layout
 from edgeprune.runs.data import data_of
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source
+from edgeprune.scale.world import World
 
 log = logging.getLogger("edgeprune")
 
@@ -36,16 +39,31 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     )  # fmt: skip
 
 
+def load_meta_model_of(config: ModelConfig) -> CircuitModel:
+    """The model that settings name, without weights."""
+    from edgeprune.models.load import load_meta_model
+
+    return load_meta_model(
+        config.path, dtype=config.dtype, bits=config.bits, attention=config.attention,
+        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def load_sharded_model_of(
+    config: ModelConfig, launcher: LauncherConfig, world: World
+) -> CircuitModel:
+    """Load the model that settings name, split over the processes."""
+    meta = load_meta_model_of(config)
+    load = partial(load_model_of, replace(config, device="cpu"))
+    return world.shard(load, meta, offload=launcher.offload)
+
+
 def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
     """The graph of the given model, or else the one that is known, if any."""
     if model is None:
         return source.graph
-    from edgeprune.models.load import load_meta_model
-
-    return load_meta_model(
-        model.path, embedding_writers=model.embedding_writers,
-        split_kv_readers=model.split_kv_readers, trust_remote_code=model.trust_remote_code,
-    ).graph  # fmt: skip
+    return load_meta_model_of(replace(model, dtype="float32", bits=None, attention="auto")).graph
 
 
 def read(

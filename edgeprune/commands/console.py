@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -37,6 +38,16 @@ def print_log() -> None:
 def print_result(text: str) -> None:
     """Print a line on standard output; never read as markup."""
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_shaded(tokens: Sequence[tuple[str, tuple[int, int, int], str]]) -> None:
+    """Print a line of tokens, each on a colour (red, green, blue), with a value if it has one."""
+    line = Text("    ")
+    for text, color, value in tokens:
+        style = "" if color == (255, 255, 255) else "rgb(0,0,0) on rgb({},{},{})".format(*color)
+        line.append(text, style)
+        line.append(f"[{value}]" if value else "", "dim")
+    OUT.print(line, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:

@@ -24,14 +24,14 @@ from edgeprune.paths import CONF
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
 POSITIONAL = {"export": "run", "evaluate": "circuit", "test": "circuits", "mib": "scores",
-              "draw": "circuit", "heads": "run", "ablate": "run", "compare": "circuits",
-              "page": "runs", "report": "folder"}  # fmt: skip
+              "draw": "circuit", "heads": "run", "ablate": "run", "tokens": "run",
+              "compare": "circuits", "page": "runs", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
 SEVERAL = ("compare", "page", "test")
 """Commands that take any number of paths."""
 
-OPTIONAL = ("heads", "ablate")
+OPTIONAL = ("heads", "ablate", "tokens")
 """Commands whose path may be left out."""
 
 EXAMPLES = {
@@ -58,6 +58,8 @@ EXAMPLES = {
     "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),
     "ablate": ("RUN heads=induction:8", "RUN circuit=RUN complement=true ablation=interchange",
                "model=smollm2 task=whereabouts heads=induction:16 generate=5"),
+    "tokens": ("RUN", "RUN target=probability prompts=50", "model=embedded task=ioi",
+               "RUN launcher.shard=true launcher.processes=2"),
     "compare": ("RUN RUN", "RUN RUN edges.json graph.pt output=comparison",
                 "RUN reference=edges.json"),
     "page": ("RUN", "RUN RUN output=seeds.html", "RUN edges=20000 prompts=20"),

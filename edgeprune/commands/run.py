@@ -1,4 +1,4 @@
-"""What the commands that make runs share."""
+"""What the commands share that make runs or start several processes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,9 @@ if TYPE_CHECKING:
     from edgeprune.api.make_run import Pruned
 
 
-def starts_processes(command: str, launcher: LauncherConfig) -> bool:
-    """Run the command in as many processes as asked for; False if this is to be one of them."""
-    processes, started = launcher.processes, os.environ.get("WORLD_SIZE")
-    if processes != 1 and started is None:
-        launch_processes(command, processes, _arguments())
-        return True
-    if started is not None and processes not in (None, 1, int(started)):
-        raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
-    return False
-
-
 def make_run(command: str, config: RunConfig) -> None:
     """Start the run's processes, or be one of them; print what was found."""
-    if starts_processes(command, config.launcher):
+    if start_processes(command, config.launcher):
         return
     from edgeprune.evaluation.curve import curve_table
     from edgeprune.evaluation.evaluate import describe
@@ -43,6 +32,17 @@ def make_run(command: str, config: RunConfig) -> None:
     print_table(curve_table(pruned.curve, title, _size(pruned)))
     print_result(f"{_reason(pruned, config)} {describe(finished.evaluation, pruned.circuit)}")
     print_result(f"-> {finished.run.path} (measured on {finished.prompts} prompts)")
+
+
+def start_processes(command: str, launcher: LauncherConfig) -> bool:
+    """Start the processes that settings ask for and wait for them; False if this is one of them."""
+    processes, started = launcher.processes, os.environ.get("WORLD_SIZE")
+    if processes != 1 and started is None:
+        launch_processes(command, processes, _arguments())
+        return True
+    if started is not None and processes not in (None, 1, int(started)):
+        raise ConfigError(f"launcher.processes={processes}, but {started} were started; omit it")
+    return False
 
 
 def _arguments() -> list[str]:

@@ -1,13 +1,13 @@
 """`edgeprune test`."""
 
 from edgeprune.commands.console import print_result, print_table
-from edgeprune.commands.run import starts_processes
+from edgeprune.commands.run import start_processes
 from edgeprune.config import TestConfig
 
 
 def test(config: TestConfig) -> None:
     """Test a circuit as a sceptic would, or several on each other's prompts."""
-    if starts_processes("test", config.launcher):
+    if start_processes("test", config.launcher):
         return
     from edgeprune.api.test import test
 

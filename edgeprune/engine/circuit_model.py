@@ -240,6 +240,8 @@ class CircuitModel:
         *,
         recompute: bool = False,
         below: tuple[int, Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        written: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the clean prompts of a batch with a gate on every edge.
 
@@ -250,10 +252,14 @@ class CircuitModel:
                 their gradients and the blocks of one look-ahead take memory.
             below: a layer to start from and the result of `deltas_below` for it, where the gates
                 below are the same; without gradients.
+            embeddings: take the place of the clean prompts', [embedding, batch, pos, d_model].
+            written: receives the deltas of all writers, in order, one tensor per embedding layer,
+                layer's heads and MLP: [writer, batch, pos, d_model], and of the last layer
+                [writer, predicted, d_model]. Not with `recompute`.
 
         Returns:
-            Logits, [predicted, vocabulary], differentiable with respect to the gates. Call backward
-            before the next `run_circuit`.
+            Logits, [predicted, vocabulary], differentiable with respect to the gates, `embeddings`
+            and what was `written`. Call backward before the next `run_circuit`.
 
         Raises ValueError if the model attends to the batch's padding or gates have another shape.
         """
@@ -261,7 +267,9 @@ class CircuitModel:
         if gates.shape != (self.graph.num_edges,):
             raise ValueError(f"gates are {list(gates.shape)}, expected [{self.graph.num_edges}]")
         keep_inputs = torch.is_grad_enabled() and not recompute
-        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs)
+        circuit_pass = _CircuitPass(
+            self, batch, gates, ablation_values, keep_inputs, embeddings, written
+        )
         start, known = below or (0, None)
         if known is not None:
             circuit_pass.boxes.skip(known, 2 * start)
@@ -312,16 +320,20 @@ class _CircuitPass:
         gates: Tensor,
         ablation_values: Activations | None,
         keep_inputs: bool,
+        embeddings: Tensor | None = None,
+        written: list[Tensor] | None = None,
     ) -> None:
         arch, graph = model.architecture, model.graph
         self.model, self.batch, self.ablation_values = model, batch, ablation_values
+        self.written = written
         sites = [(len(site.readers), site.num_writers) for site in graph.sites]
         sites, self.last_sites = sites[:-2], sites[-2:]
         self.num_sites = len(sites)
         num_last = sum(readers * writers for readers, writers in self.last_sites)
         gates, self.last_gates = gates.split([graph.num_edges - num_last, num_last])
 
-        embeddings = arch.embed(batch.clean_ids)  # [embedding, batch, pos, d_model]
+        if embeddings is None:
+            embeddings = arch.embed(batch.clean_ids)  # [embedding, batch, pos, d_model]
         like = embeddings[0]  # [batch, pos, d_model]
         self.boxes = Outboxes(
             model.workspace, graph.num_writers, gates, sites, like, keep_inputs=keep_inputs
@@ -332,11 +344,17 @@ class _CircuitPass:
         # The clean values of the other embeddings reach every reader.
         self.always_on = delta[num_written:].sum(0) if num_written < len(delta) else None
         if num_written:
-            self.boxes.write(delta[:num_written])
+            self.boxes.write(self.note(delta[:num_written]))
         zeros = [None] * graph.num_layers
         self.ablated_heads = zeros if ablation_values is None else ablation_values.head_values
         self.ablated_mlps = zeros if ablation_values is None else ablation_values.mlp_outputs
         self.attention_inputs = arch.attention_inputs(like)
+
+    def note(self, delta: Tensor) -> Tensor:
+        """Add a delta to those written, if the caller asked for them."""
+        if self.written is not None:
+            self.written.append(delta)
+        return delta
 
     def base(self, site: int) -> Tensor | None:
         """The input of a site's readers if all gates are 0: [batch, pos, d_model]; None: zeros."""
@@ -362,11 +380,11 @@ class _CircuitPass:
             values = block.attend(x, self.attention_inputs)  # [batch, pos, head * d_head]
             if layer < model.graph.num_layers - 1:
                 ablated = self.ablated_heads[layer]
-                boxes.write(block.head_delta(values, ablated, centred=model.is_centred))
+                boxes.write(self.note(block.head_delta(values, ablated, centred=model.is_centred)))
                 x = boxes.read(self.base(site + 1)).squeeze(0)  # [batch, pos, d_model]
                 delta = model.centre(_mlp_delta(block, x, self.ablated_mlps[layer]))
                 model.end_layer(block.layer, delta)
-                boxes.write(delta)
+                boxes.write(self.note(delta))
         return values
 
     def finish(self, values: Tensor) -> Tensor:
@@ -379,13 +397,15 @@ class _CircuitPass:
             return None if x is None else x[at]
 
         ablated = predicted(self.ablated_heads[-1])
-        heads_delta = block.head_delta(values[at], ablated, centred=self.model.is_centred)
+        heads_delta = self.note(
+            block.head_delta(values[at], ablated, centred=self.model.is_centred)
+        )
         delta = torch.cat([boxes.at(*at), heads_delta])  # [writer, predicted, d_model]
         mlp_gates, final_gates = split_by_site(self.last_gates, self.last_sites)
         x = mix(mlp_gates, delta, predicted(self.base(-2)))[0]  # [predicted, d_model]
         mlp_delta = _mlp_delta(block, x, predicted(self.ablated_mlps[-1]))
         self.model.end_layer(block.layer, mlp_delta)
-        delta = torch.cat([delta, mlp_delta])  # [all writers, predicted, d_model]
+        delta = torch.cat([delta, self.note(mlp_delta)])  # [all writers, predicted, d_model]
         x = mix(final_gates, delta, predicted(self.base(-1)))[0]  # [predicted, d_model]
         return arch.logits(arch.final_norm(x))
 

@@ -82,6 +82,7 @@ class Outboxes:
 
     Attributes:
         gates: per site, [reader, writer], in the dtype of the deltas.
+        needs_grad_gates: whether the gates are differentiated.
         grad_gates: per site, [reader, writer], float32: views of one [edge] tensor.
         delta: [token, writer, d_model], of which `num_written` writers have been written.
     """
@@ -100,6 +101,7 @@ class Outboxes:
         self.workspace, self.generation = workspace, workspace.generation
         self._batch_pos = like.shape[:2]
         self.gates = split_by_site(gates.detach().to(like.dtype), sites)
+        self.needs_grad_gates = gates.requires_grad
         grad_gates = torch.empty_like(gates)  # filled completely: every edge is mixed once
         self.grad_gates = split_by_site(grad_gates, sites)
         num_writers += MULTIPLE if _pads_writers(like) else 1  # room for the base and the padding
@@ -316,12 +318,17 @@ class _Mix(torch.autograd.Function):
         mixed = slice(ctx.writers.start, ctx.writers.start + ctx.gates.shape[1])  # with padding
         for part, target in boxes.gradients(mixed):
             _add_mixed(boxes.workspace, target, ctx.gates[:, part].T, grad_inputs)
-        grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
-        grad_gates = grad_gates[:, : ctx.writers.stop - ctx.writers.start]  # [reader, writer]
         targets = [boxes.grad_gates[site][:, ctx.writers] for site in ctx.sites]
-        for target, part in zip(targets, grad_gates.split(list(map(len, targets))), strict=True):
-            target.copy_(part)
-        return (None,) * 7
+        if boxes.needs_grad_gates:
+            grad_gates = _grad_gates(boxes.workspace, grad_inputs, boxes.delta[:, mixed])
+            grad_gates = grad_gates[:, : ctx.writers.stop - ctx.writers.start]  # [reader, writer]
+            parts = grad_gates.split(list(map(len, targets)))
+            for target, part in zip(targets, parts, strict=True):
+                target.copy_(part)
+        grad_base = None
+        if ctx.needs_input_grad[5]:
+            grad_base = grad_inputs[:, : len(targets[0])].sum(1)  # [token, d_model]
+        return None, None, None, None, None, grad_base, None
 
 
 class _Read(torch.autograd.Function):

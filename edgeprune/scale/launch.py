@@ -63,7 +63,7 @@ def launch_processes(command: str, count: int | None, overrides: Sequence[str]) 
         code = process.wait()
     if code != 0:
         raise JobFailed(
-            f"the {count} processes exited with code {code}; see their messages above. Continue "
-            "with the same command (a run: and resume=auto)",
+            f"the {count} processes exited with code {code}; see their messages above. A run "
+            "continues with the same command and resume=auto",
             received[0] if received else None,
         )

@@ -149,6 +149,7 @@ function nodePanel(r, node) {
       ? null
       : edgeTable(r, "Writes to", writes, (edge) => readerLink(edge.reader), "to"),
     node.type === "output" ? null : pathsPanel(r, edges, node),
+    tokensOfNode(r, node),
   ].flat();
 }
 

@@ -5,6 +5,7 @@ const TABS = {
   prompts: "Prompts",
   edges: "Edges",
   groups: "Groups",
+  ...(RUNS.some((r) => r.tokens) ? { tokens: "Tokens" } : {}),
   ...(RUNS.length > 1 ? { runs: "Compare" } : {}),
 };
 const MAX_ROWS = 200;
@@ -31,8 +32,13 @@ function drawPanel() {
   const top = panel.dataset.subject === subject ? panel.scrollTop : 0;
   panel.dataset.subject = subject;
   const draw =
-    { prompts: promptsPanel, edges: edgesPanel, groups: groupsPanel, runs: runsPanel }[state.tab] ??
-    detailsPanel;
+    {
+      prompts: promptsPanel,
+      edges: edgesPanel,
+      groups: groupsPanel,
+      tokens: tokensPanel,
+      runs: runsPanel,
+    }[state.tab] ?? detailsPanel;
   refill(panel, [draw(run())].flat().filter(Boolean));
   panel.scrollTop = top;
 }

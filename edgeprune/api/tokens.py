@@ -1,0 +1,87 @@
+"""Attributing answers to tokens, of a model, a task and a circuit that settings name."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeprune.api.heads import marks_of, prompts_file
+from edgeprune.api.shared import (
+    ablation_of,
+    check_output,
+    load_model_of,
+    load_sharded_model_of,
+    read,
+)
+from edgeprune.config import AblationConfig, TokensConfig
+from edgeprune.drawing.tokens import render_tokens
+from edgeprune.evaluation.token_tables import conclude
+from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens
+from edgeprune.files import write_json, write_text
+from edgeprune.formats.inseq import inseq_json
+from edgeprune.runs import layout
+from edgeprune.runs.data import first_split, load_pairs
+from edgeprune.runs.source import find
+from edgeprune.scale.world import World
+from edgeprune.training.progress import progress
+
+
+class AttributedTokens(NamedTuple):
+    """Attributions, a title, and the files written."""
+
+    result: TokenAttributions
+    title: str
+    paths: list[Path]
+
+
+def find_tokens(config: TokensConfig) -> AttributedTokens | None:
+    """Attribute answers to tokens, and write what was found.
+
+    Under several processes all call this, with a sharded model; rank 0 writes and gets the result.
+    """
+    source = find(config.run) if config.run else None
+    model_config = config.model if source is None else source.model(config.model)
+    task = config.task if source is None else source.task(config.task)
+    ablation = config.ablation or AblationConfig()
+    if source is not None:
+        ablation = source.ablation(config.ablation)
+    if config.output:
+        check_output(Path(config.output), is_file=False)
+    with World.join(model_config.device, config.launcher.timeout) as world:
+        if config.launcher.shard:
+            model = load_sharded_model_of(model_config, config.launcher, world)
+        else:
+            model = load_model_of(model_config)
+        circuit = None if source is None else read(source, model.graph, ablation).circuit
+        with prompts_file(source, config.task, model) as path:
+            pairs = load_pairs(path, task, model, config.split)[: config.prompts]
+            reference = load_pairs(path, task, model, first_split(path, "train"))
+            marks = marks_of(path, task, model, pairs)
+        with progress(100, "attributing: percent", enabled=world.is_rank_zero) as show:
+            result = attribute_tokens(
+                model, pairs, circuit, target=config.target, steps=config.steps, marks=marks,
+                ablation=ablation_of(model, ablation, reference, config.batch_size),
+                batch_size=config.batch_size,
+                listener=lambda done, total: show(100 * done // total, ""),
+            )  # fmt: skip
+        if not world.is_rank_zero:
+            return None
+        is_own = source is not None and source.run is not None
+        is_own = is_own and config.task is config.ablation is None
+        is_own = is_own and model.fingerprint() == source.digest("model")
+        folder = Path(config.output or (source.path.parent if is_own else "tokens"))
+        title = f"{model_config.title}, {task.title}, {len(pairs):,} {config.split} prompts"
+        record = {
+            "model": model.name, "model_sha256": model.fingerprint(), "data": task.title,
+            "split": config.split, "edges_sha256": None if circuit is None else circuit.digest(),
+            **result.to_dict(),
+        }  # fmt: skip
+        return AttributedTokens(result, title, _write(result, record, folder, title))
+
+
+def _write(result: TokenAttributions, record: dict, folder: Path, title: str) -> list[Path]:
+    """Write JSON, Inseq's JSON and HTML."""
+    names = (layout.TOKENS, layout.TOKENS_INSEQ, layout.TOKENS_HTML)
+    file, inseq, page = paths = [folder / name for name in names]
+    write_text(page, render_tokens(record, title, (conclude(result),)))
+    write_json(inseq, inseq_json(record, record["model"], result.ablation))
+    write_json(file, record)
+    return paths

@@ -1,0 +1,101 @@
+"""Attributions as text whose tokens are shaded, as one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+
+from edgeprune.config import TOKEN_TARGETS
+from edgeprune.drawing.report import STYLE
+
+FORWARD, BACKWARD = (0, 114, 178), (213, 94, 0)
+"""Colours, in red, green and blue, of tokens that raise and that lower the answer's score."""
+MAX_NODES = 8
+"""Number of nodes that are listed per model."""
+
+
+class Shaded(NamedTuple):
+    """A token as it is shown.
+
+    Attributes:
+        text: with visible white space.
+        share: attribution as a fraction of the largest magnitude in the prompt, in [-1, 1].
+        value: attribution, "" for none.
+        corrupted: the token in its place in the corrupted prompt, "" if it is the same.
+    """
+
+    text: str
+    share: float
+    value: str
+    corrupted: str
+
+
+def shaded_tokens(answer: Mapping[str, Any], model: str) -> list[Shaded]:
+    """The tokens of a prompt, of the form of `TokenAttributions.to_dict`."""
+    values = answer["through"][model]["tokens"]
+    largest = max(map(abs, values)) or 1.0
+    rows = zip(answer["tokens"], answer["corrupted"], values, strict=True)
+    return [
+        Shaded(
+            _visible(token), value / largest, f"{value:+.2f}" if value else "",
+            "" if other == token else _visible(other),
+        )
+        for token, other, value in rows
+    ]  # fmt: skip
+
+
+def mixed(share: float) -> tuple[int, int, int]:
+    """The colour of a share on white."""
+    color = FORWARD if share > 0 else BACKWARD
+    weight = 0.75 * abs(share)
+    return tuple(round(255 + (part - 255) * weight) for part in color)
+
+
+def scores_text(answer: Mapping[str, Any], model: str, target: str) -> str:
+    """The scores of an answer on the corrupted and the clean prompt, in words."""
+    through = answer["through"][model]
+    start, stop = through["corrupted"], through["clean"]
+    names = [target, *({"probability", "contrast"} - {target})]
+    return ", ".join(
+        f"{name} {start[name]:.2f} → {stop[name]:.2f}"
+        for name in sorted(names, key=names.index) if stop[name] is not None
+    )  # fmt: skip
+
+
+def strongest_nodes(
+    answer: Mapping[str, Any], model: str, nodes: list[str]
+) -> list[tuple[str, str, str]]:
+    """Node, token and conductance of the largest in a prompt, without the embeddings."""
+
+    def entries() -> Iterator[tuple[float, str, int]]:
+        for node, row in zip(nodes, answer["through"][model]["nodes"], strict=True):
+            if not node.endswith("embeds"):
+                yield from ((value, node, position) for position, value in enumerate(row) if value)
+
+    found = sorted(entries(), key=lambda entry: -abs(entry[0]))[:MAX_NODES]
+    texts = [_visible(token) for token in answer["tokens"]]
+    return [
+        (node, f"{texts[position]} ({position + 1})", f"{value:+.2f}")
+        for value, node, position in found
+    ]
+
+
+def render_tokens(data: dict[str, Any], title: str, notes: tuple[str, ...] = ()) -> str:
+    """An HTML page of attributions, of the form of `TokenAttributions.to_dict`."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    functions = (shaded_tokens, scores_text, strongest_nodes)
+    return environment.get_template("tokens.html.j2").render(
+        title=title, notes=notes, data=data, style=STYLE.read_text(encoding="utf-8"),
+        about=TOKEN_TARGETS[data["target"]], colors=(FORWARD, BACKWARD),
+        **{function.__name__: function for function in functions},
+    )  # fmt: skip
+
+
+def _visible(token: str) -> str:
+    """A token with visible white space at its ends."""
+    text = token.replace("\n", "⏎").replace("\t", "⇥")
+    return text or "∅"

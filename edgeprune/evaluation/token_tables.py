@@ -1,0 +1,98 @@
+"""What `edgeprune tokens` and the page show of attributions to tokens: tables, words and data."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeprune.config import TOKEN_TARGETS
+from edgeprune.evaluation.table import Table
+from edgeprune.evaluation.tokens import TokenAttributions
+
+MAX_ROWS = 10
+"""Number of kinds of tokens, and of nodes, in tables."""
+SMALLEST_SHOWN = 0.02
+"""Conductances below this fraction of the effect are left out of the page."""
+
+
+def token_tables(result: TokenAttributions, title: str) -> list[Table]:
+    """What tokens, and nodes at tokens, are attributed on average."""
+    models = result.models()
+    by_label = {model: result.by_label(model) for model in models}
+    labels = sorted(by_label[models[0]], key=lambda label: -_mean(by_label[models[0]][label]))
+    rows = []
+    for label in labels[:MAX_ROWS]:
+        row = [label]
+        for model in models:
+            mean = _mean(by_label[model][label])
+            row += [f"{mean:+.3g}", f"{result.leaders(model)[label]:.0%}"]
+        rows.append(row)
+    columns = [f"{model}:\n{name}" for model in models for name in ("attribution", "leads in")]
+    tokens = Table(["", *columns], rows, title)
+    ranked = {
+        model: [item for item in result.by_node(model).items() if not item[0][0].endswith("embeds")]
+        for model in models
+    }  # fmt: skip
+    rows = [
+        [text for model in models for (node, label), mean in [ranked[model][i]]
+         for text in (f"{node} at {label}", f"{mean:+.3g}")]
+        for i in range(min(MAX_ROWS, *(len(items) for items in ranked.values())))
+    ]  # fmt: skip
+    columns = [text for model in models for text in ("", f"{model}:\nconductance")]
+    return [tokens, Table(columns, rows, "Through which nodes, at which tokens")]
+
+
+def conclude(result: TokenAttributions) -> str:
+    """What was found, in a few sentences."""
+    answers, sentences = result.answers, []
+    for model in result.models():
+        ends = (_mean([getattr(a.through[model], end)[result.target] for a in answers])
+                for end in ("corrupted", "clean"))  # fmt: skip
+        start, stop = ends
+        leads = result.leaders(model)
+        first = max(leads, key=leads.__getitem__)
+        worst = max(answer.through[model].error for answer in answers)
+        sentences.append(
+            f"Through the {model}, {TOKEN_TARGETS[result.target]} goes from {start:.3g} on the "
+            f"corrupted prompts to {stop:.3g} on the clean ones; {first} has the largest "
+            f"attribution in {leads[first]:.0%} of {len(answers)} answers. The attributions sum to "
+            f"the effect within {result.error(model):.2%} (at worst {worst:.2%})."
+        )
+    sentences.append(
+        "A token is compared with the one in its place in the corrupted prompt, so tokens that are "
+        "the same in both have no attribution, whatever the model does with them."
+    )
+    return " ".join(sentences)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def tokens_data(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a tokens.json: conductances by node, [position, value] where large."""
+
+    def rows(through: Mapping[str, Any]) -> dict[str, list]:
+        least = SMALLEST_SHOWN * abs(through["effect"])
+        found = {
+            node: [[i, value] for i, value in enumerate(row) if abs(value) > least]
+            for node, row in zip(record["nodes"], through["nodes"], strict=True)
+            if not node.endswith("embeds")
+        }
+        return {node: row for node, row in found.items() if row}
+
+    target = record["target"]
+    return {
+        "about": TOKEN_TARGETS[target], "split": record["split"], "error": record["error"],
+        "answers": [
+            {
+                **{key: answer[key] for key in ("tokens", "corrupted", "answer", "distractor")},
+                "through": {
+                    model: {
+                        "ends": [through["corrupted"][target], through["clean"][target]],
+                        "tokens": through["tokens"], "nodes": rows(through),
+                    }
+                    for model, through in answer["through"].items()
+                },
+            }
+            for answer in record["answers"]
+        ],
+    }  # fmt: skip
