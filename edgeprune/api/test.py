@@ -4,17 +4,16 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edgeprune.api.circuits import labels_of
-from edgeprune.api.evaluate import Case, load_case
-from edgeprune.api.prune import prune
-from edgeprune.api.shared import ablation_of, check_output, own_data
+from edgeprune.api.evaluate import Case, case_record, drawn, load_case, scores_of
+from edgeprune.api.learn_again import check_learned, learn_again, pairs_of_run
+from edgeprune.api.shared import ablation_of, check_output
 from edgeprune.circuit import Circuit
-from edgeprune.config import PruneConfig, TestConfig, to_dict
+from edgeprune.config import TestConfig
 from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.bench import Bench
@@ -26,16 +25,12 @@ from edgeprune.evaluation.table import Table
 from edgeprune.files import replace_folder, write_json
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
-from edgeprune.runs.data import load_pairs
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import progress
+from edgeprune.training.progress import counting
 
 log = logging.getLogger("edgeprune")
-
-TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
-"""Of each method, the settings that its runs start from."""
 
 
 class Tested(NamedTuple):
@@ -62,14 +57,14 @@ def test(config: TestConfig) -> Tested:
 def _test_one(source: Source, config: TestConfig) -> Tested:
     if config.output:
         check_output(Path(config.output), is_file=False)
-    if config.repeat and source.run is None:
-        raise ConfigError(f"repeat= learns again as a run did, but {source.path} is in no run")
+    if config.repeat:
+        check_learned(source.run, "repeat=", source.path)
     case = load_case(source, config)
-    circuit, scores = case.file.circuit, _scores(source, case)
-    pairs = _drawn(case.pairs, config)
+    circuit, scores = case.file.circuit, scores_of(source, case)
+    pairs = drawn(case.pairs, config)
     repeated, kind = _repeat(source.run, case, config) if config.repeat else ([], "")
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
-    with _counting(count, "testing: circuit") as listen:
+    with counting(count, "testing: circuit") as listen:
         bench = _bench(case, pairs)
         start = time.perf_counter()
         bench.measure([circuit])
@@ -91,8 +86,9 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
     tables.append(ablation_table(by_name["ablation choice"], bench.distance_name))
     if repeated:
         tables.append(stability_table(by_name["stability"]))
-    words, record = in_words(findings), _record(source, case, pairs, config)
-    record |= {"words": words, "findings": [each.to_dict() for each in findings]}
+    words, record = in_words(findings), case_record(source, case, pairs, config)
+    record |= {"num_random": config.random_circuits, "words": words}
+    record |= {"findings": [each.to_dict() for each in findings]}
 
     def write(folder: Path) -> list[Path]:
         paths = [folder / layout.TESTS]
@@ -112,57 +108,9 @@ def _test_one(source: Source, config: TestConfig) -> Tested:
     return Tested(findings, tables, words, paths)
 
 
-def _scores(source: Source, case: Case) -> EdgeScores | None:
-    """The scores from which the circuit was cut: those of its run or its file, if any."""
-    if case.file.scores is not None or source.run is None:
-        return case.file.scores
-    scores = source.run.scores()
-    return scores if scores.graph == case.model.graph else None
-
-
-def _drawn(pairs: Sequence[Pair], config: TestConfig) -> list[Pair]:
-    """As many of the prompts as asked for, or all if there are fewer."""
-    if len(pairs) <= config.prompts:
-        return list(pairs)
-    return random.Random(config.seed).sample(list(pairs), config.prompts)
-
-
 def _bench(case: Case, pairs: Sequence[Pair]) -> Bench:
     ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
     return Bench(case.model, pairs, ablation, case.batch_size)
-
-
-@contextmanager
-def _counting(total: int, unit: str) -> Iterator[Any]:
-    """Show the progress of about `total` circuits; yields a function that adds to their number."""
-    done = 0.0
-    with progress(total, unit) as show:
-
-        def add(number: float) -> None:
-            nonlocal done
-            done = min(done + number, total)
-            show(int(done), "")
-
-        yield add
-
-
-def _record(
-    source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig
-) -> dict[str, Any]:
-    """What was tested, as JSON values."""
-    return {
-        "circuit_file": str(source.path),
-        "edges_sha256": case.file.circuit.digest(),
-        "model": case.model.name,
-        "model_sha256": case.model.fingerprint(),
-        "data": case.pairs.name,
-        "data_sha256": case.data_digest,
-        "split": config.split,
-        "num_prompts": len(pairs),
-        "num_random": config.random_circuits,
-        "seed": config.seed,
-        "ablation": to_dict(case.ablation),
-    }
 
 
 def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[Panel]:
@@ -210,46 +158,18 @@ def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[
 def _repeat(run: Run, case: Case, config: TestConfig) -> tuple[list[EdgeScores], str]:
     """Learn again as the run did; what was learned earlier is read from the run."""
     kind, number = config.repeats
-    if not isinstance(run.config, PruneConfig):
-        raise ConfigError(f"repeat= learns again, so it needs a run of prune, not {run.path}")
-    settings, train = run.config, _training_pairs(run, case)
-    found = []
+    train, found = pairs_of_run(run, case), []
     for index in range(number):
-        path = run.path / layout.REPEATS / f"{kind}-{index}.safetensors"
-        if not path.exists():
-            start = time.perf_counter()
-            pairs, seed = train, settings.seed
-            if kind == "bootstrap":
-                pairs = random.Random(f"bootstrap/{index}").choices(train, k=len(train))
-            else:
-                seed += index + 1
-            _learn(settings, case, pairs, seed).save(path)
-            seconds = (time.perf_counter() - start) * (number - index - 1)
-            log.info(f"{kind} {index + 1}/{number}: {path}; about {seconds:.0f} s left")
-        found.append(EdgeScores.load(path))
+        start = time.perf_counter()
+        pairs, seed = train, run.config.seed
+        if kind == "bootstrap":
+            pairs = random.Random(f"bootstrap/{index}").choices(train, k=len(train))
+        else:
+            seed += index + 1
+        found.append(learn_again(run, case, f"{kind}-{index}", pairs, seed))
+        seconds = (time.perf_counter() - start) * (number - index - 1)
+        log.info(f"{kind} {index + 1}/{number}: about {seconds:.0f} s left")
     return found, {"bootstrap": "bootstrap samples", "seeds": "seeds"}[kind]
-
-
-def _training_pairs(run: Run, case: Case) -> list[Pair]:
-    """The prompts from which the run learned."""
-    path = own_data(run.data_path, run.digests["data"])
-    return list(load_pairs(path, run.config.task, case.model, "train"))
-
-
-def _learn(settings: PruneConfig, case: Case, pairs: Sequence[Pair], seed: int) -> EdgeScores:
-    """Scores learned with a run's settings from other prompts or with another seed.
-
-    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
-    """
-    num_edges = settings.num_edges
-    if (settings.sparsity, num_edges) == (None, None):
-        num_edges = len(case.file.circuit)
-    pruned = prune(
-        case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges, seed=seed,
-        ablation=ablation_of(case.model, settings.ablation, pairs, settings.evaluation_batch_size),
-        trainer=TRAINERS[settings.trainer.method], **to_dict(settings.trainer),
-    )  # fmt: skip
-    return pruned.scores
 
 
 # ------------------------------------------------------------------------------- several circuits
@@ -269,17 +189,17 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
             )
         cases[label] = load_case(source, config, known)
     circuits: dict[str, Circuit] = {label: case.file.circuit for label, case in cases.items()}
-    with _counting(2 * len(cases) ** 2, "testing: circuit") as listen:
+    with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
         benches = {}
         for label, case in cases.items():
-            benches[label] = _bench(case, _drawn(case.pairs, config))
+            benches[label] = _bench(case, drawn(case.pairs, config))
             benches[label].listener = listen
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
     words = in_words(found.findings, "The circuits pass")
     record = {
         "circuits": {
-            label: _record(source, cases[label], benches[label].pairs, config)
+            label: case_record(source, cases[label], benches[label].pairs, config)
             for label, source in zip(labels, sources, strict=True)
         },
         "cells": found.cells,

@@ -16,6 +16,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
 from edgeprune.prompts import Batch, Pair, collate, iterate_batches
@@ -163,7 +164,7 @@ def measured_data(
     ranking = scores.ranking().to(model.device)
     chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
     cut_pairs = pairs[:NUM_CUT_PROMPTS]
-    cuts = _cuts(model, circuit, ranking, _max_cuts(model, cut_pairs, num_cuts))
+    cuts = cuts_of(circuit, ranking.tolist())[: _max_cuts(model, cut_pairs, num_cuts)]
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
     batches = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
     total, done = len(batches) + len(sizes) + len(cuts) + 2, 0
@@ -361,29 +362,9 @@ def _max_cuts(model: CircuitModel, pairs: Sequence[Pair], asked: int | None) -> 
     return int(CUT_BUDGET["cuda" if model.device.type == "cuda" else "cpu"] / operations)
 
 
-def _cuts(
-    model: CircuitModel, circuit: Circuit, ranking: Tensor, count: int
-) -> list[tuple[str, str, list[int]]]:
-    """What is cut: (kind, name, edges by number), nodes and then edges, the strongest first.
-
-    A node is cut by closing its edges to others. Edges that dangle are left out.
-    """
-    graph = model.graph
-    connected = {graph.edge_index(edge): edge for edge in circuit.without_dangling().edge_set}
-    if not connected or not count:
-        return []
-    ranked = [index for index in ranking.tolist() if index in connected]
-    from_node: dict[str, list[int]] = {}
-    for index in ranked:
-        from_node.setdefault(connected[index][0], []).append(index)
-    nodes = [("nodes", writer, edges) for writer, edges in from_node.items()]
-    edges = [("edges", " ".join(connected[index]), [index]) for index in ranked]
-    return [*nodes, *edges][:count]
-
-
 def _measure_cuts(
-    model: CircuitModel, chosen: Tensor, cuts: Sequence[tuple[str, str, list[int]]],
-    pairs: Sequence[Pair], ablation: Ablation, step: Callable[[], None],
+    model: CircuitModel, chosen: Tensor, cuts: Sequence[Cut], pairs: Sequence[Pair],
+    ablation: Ablation, step: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Per cut, [mean distance from the full model, prompts whose predictions change]."""
     batches = [collate(pairs)] if model.architecture.may_pad else [collate([p]) for p in pairs]
@@ -403,12 +384,12 @@ def _measure_cuts(
     step()
     found: dict[str, Any] = {"prompts": len(pairs), "distance": distance(before)}
     found |= {"nodes": {}, "edges": {}}
-    for kind, name, edges in cuts:
+    for cut in cuts:
         gates = chosen.clone()
-        gates[edges] = 0
+        gates[cut.edges] = 0
         after = examples(gates)
-        both = zip(before.predicted, after.predicted, strict=True)
-        found[kind][name] = [distance(after), sum(not torch.equal(a, b) for a, b in both)]
+        num_flips = sum(bool(changed.any()) for changed in flips(before, after))
+        found[f"{cut.kind}s"][cut.name] = [distance(after), num_flips]
         step()
     return found
 
