@@ -23,7 +23,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.cuts import Cut, cuts_of, flips
 from edgeprune.evaluation.finding import brief, percent
-from edgeprune.evaluation.pushes import Pushes, Verification
+from edgeprune.evaluation.pushes import Pushes, Verification, shortened
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
@@ -39,11 +39,14 @@ NUM_CHANGES, NUM_PROMPTS = 8, 3
 """Number of tokens listed per cut, and of prompts that need the edge most."""
 MAX_ROWS = 20
 """Number of rows of the tables in a terminal."""
+MAX_FLIP_ROWS = 10
+"""Number of rows of the table of flips, whose cells are long."""
 KINDS = {
-    "full": "the full model's answer", "distractor": "a distractor",
-    "empty": "the empty circuit's answer", "other": "another",
+    "full": "to full\nmodel's", "distractor": "to dis-\ntractor",
+    "empty": "to empty\ncircuit's", "other": "to an-\nother",
 }  # fmt: skip
-"""What a prediction is after it has flipped; the first that applies."""
+"""What a prediction is after it has flipped, and the heading of its share: the full model's answer,
+a distractor, the empty circuit's answer, or another one; the first that applies."""
 
 
 @dataclass(frozen=True)
@@ -344,41 +347,54 @@ def _example(
 
 def explanation_tables(explanation: Explanation, title: str) -> list[Table]:
     """What edges and nodes do, how the edges rose, and what the verification gave."""
-    edges = explanation.of_kind("edge")
+    edges, nodes = map(explanation.of_kind, ("edge", "node"))
     tables = [_effects_table(explanation, edges, f"{title}: what each edge does")]
-    tables.append(_effects_table(explanation, explanation.of_kind("node"), "what each node does"))
+    tables.append(_effects_table(explanation, nodes, "what each node does"))
+    tables.append(_flips_table(edges))
     if explanation.pushes is not None:
         tables.append(explanation.pushes.table([(e.title, e.index) for e in edges[:MAX_ROWS]]))
     if explanation.verification is not None:
         tables.append(explanation.verification.table())
-    return tables
+    return [table for table in tables if table.rows]
 
 
 def _effects_table(of: Explanation, parts: Sequence[Explained], title: str) -> Table:
-    has_ranks, has_steps = any(p.rank for p in parts), any(p.ranks for p in parts)
-    columns = ["", *(["rank"] if has_ranks else []), *(["since\nstep"] if has_steps else [])]
-    columns += [f"{of.distance_name},\ncircuit", "flips", f"{of.distance_name},\nfull", "flips"]
-    columns += ["", ""]
-    rows = []
-    for part in parts[:MAX_ROWS]:
-        row = [part.title]
-        row += [f"{part.rank:,}"] if has_ranks else []
-        row += ["–" if part.since is None else f"{part.since:,}"] if has_steps else []
-        for effect in (part.in_circuit, part.in_full):
-            row += [signed(effect.rise.mean), percent(effect.num_flips / of.num_prompts)]
-        effect = part.in_circuit if part.in_circuit.num_tokens else part.in_full
-        row += [kinds_text(effect), f"{effect.changes[0].text} ({effect.changes[0].count})"
-                if effect.changes else ""]  # fmt: skip
-        rows.append(row)
+    """A row per part: its rank and effects."""
+    name, optional = of.distance_name, []
+    if any(part.rank for part in parts):
+        optional.append(("rank", lambda part: f"{part.rank:,}"))
+    if any(part.ranks for part in parts):
+        optional.append(("since\nstep", lambda part: _or_dash(part.since)))
+    optional.append((f"{name},\ncircuit", lambda part: signed(part.in_circuit.rise.mean)))
+    optional.append(("flips", lambda part: percent(part.in_circuit.num_flips / of.num_prompts)))
+    for kind, label in KINDS.items():
+        if any(kind in part.in_circuit.kinds for part in parts):
+            optional.append((label, lambda part, kind=kind: _share(part.in_circuit, kind)))
+    optional.append((f"{name},\nfull", lambda part: signed(part.in_full.rise.mean)))
+    optional.append(("flips", lambda part: percent(part.in_full.num_flips / of.num_prompts)))
+    rows = [[part.title, *(text(part) for _, text in optional)] for part in parts[:MAX_ROWS]]
     more = "" if len(parts) <= MAX_ROWS else f", the first {MAX_ROWS} of {len(parts):,}"
-    return Table(columns, rows, f"{title}{more}")
+    return Table(["", *(label for label, _ in optional)], rows, f"{title}{more}")
 
 
-def kinds_text(effect: Effect) -> str:
-    """What flipped predictions become, the most frequent first."""
-    short = {"full": "full model's", "empty": "empty circuit's"}
-    kinds = sorted(effect.kinds.items(), key=lambda item: -item[1])
-    return ", ".join(f"{percent(share)} {short.get(kind, kind)}" for kind, share in kinds)
+def _or_dash(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _share(effect: Effect, kind: str) -> str:
+    return percent(effect.kinds.get(kind, 0.0)) if effect.num_tokens else ""
+
+
+def _flips_table(parts: Sequence[Explained]) -> Table:
+    """What is predicted instead, in the circuit or, if nothing flips there, in the full model."""
+    rows = []
+    for part in parts:
+        effect = part.in_circuit if part.in_circuit.num_tokens else part.in_full
+        if effect.num_tokens and len(rows) < MAX_FLIP_ROWS:
+            most = ", ".join(f"{each.text} ({each.count})" for each in effect.changes[:3])
+            needed = effect.prompts[0].prompt if effect.prompts else ""
+            rows.append([part.title, most, shortened(needed)])
+    return Table(["", "", ""], rows, "the most frequent flips, and the prompt that needs it most")
 
 
 def signed(value: float) -> str:

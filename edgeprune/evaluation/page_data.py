@@ -21,6 +21,7 @@ from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
 from edgeprune.prompts import Batch, Pair, collate, iterate_batches
 from edgeprune.scores import EdgeScores
+from edgeprune.training.snapshots import Snapshots
 
 FORMAT = 2
 """Number of the data's form; measurements in pages of another form are not used again."""
@@ -38,6 +39,8 @@ CUT_BUDGET = {"cpu": 2.5e12, "cuda": 1e15}
 """Operations that all cuts together may take, by device; about a minute on one core."""
 MAX_ATTENTION = 1_200_000
 """Bytes of attention patterns in a page, before base64 makes four of three."""
+MAX_RISES = 500
+"""Number of edges of which a page shows when they rose."""
 MAX_SIZES = 16
 """Number of sizes at which answers are measured."""
 TOP = 5
@@ -86,6 +89,31 @@ def scores_data(
         "by_magnitude": scores.by_magnitude,
         "chosen": chosen,
     }
+
+
+def rise_data(scores: EdgeScores, snapshots: Snapshots) -> dict[str, Any] | None:
+    """The ranks of the strongest edges at the snapshots of a run, edge by edge, the best first."""
+    if len(snapshots.steps) < 2:
+        return None
+    strongest = scores.ranking()[:MAX_RISES]
+    ranks = snapshots.ranks()[:, strongest].T.tolist()
+    return {"steps": snapshots.steps.tolist(), "ranks": ranks}
+
+
+def explained_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of an explain.json."""
+    shown = ("rise", "num_flips", "num_tokens", "kinds", "changes", "prompts")
+
+    def part(record: Mapping[str, Any]) -> dict[str, Any]:
+        effects = {of: {key: record[of][key] for key in shown} for of in ("in_circuit", "in_full")}
+        return {**effects, "pushed": record.get("pushed")}
+
+    return {
+        "prompts": explanation["num_prompts"], "split": explanation["split"],
+        "num_pairs": explanation.get("pushes", {}).get("num_pairs"),
+        **{kind: {name: part(record) for name, record in explanation[kind].items()}
+           for kind in ("nodes", "edges")},
+    }  # fmt: skip
 
 
 def circuit_data(circuit: Circuit) -> dict[str, Any]:
