@@ -2,16 +2,18 @@
 
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, random_gpt2, random_pairs, run_cli
+from conftest import call, random_gpt2, random_pairs, run_cli
 from safetensors.torch import load_file
 from test_tracr import read_pairs, true_edges
 
+from edgeprune.__main__ import main
 from edgeprune.circuit import Circuit
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
@@ -292,19 +294,20 @@ def test_the_verification_says_whether_its_claim_holds():
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8", "trainer.batch_size=4",
-    "trainer.steps=8", "num_edges=25",
+    "trainer.steps=8", "num_edges=25", "model.device=cpu",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    done = run_cli("prune", *SMALL, f"run_dir={path}")
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        main(["prune", *SMALL, f"run_dir={path}"])
     return path
 
 
-def test_a_run_is_explained_and_its_page_shows_it(run_dir):
+def test_a_run_is_explained_and_its_page_shows_it(run_dir, capsys, monkeypatch):
     few = ("prompts=4", "edges=3", "snapshots=2", "verify=1", "verify_edges=1")
     done = run_cli("explain", run_dir, *few)
     assert done.returncode == 0, done.stderr
@@ -322,20 +325,25 @@ def test_a_run_is_explained_and_its_page_shows_it(run_dir):
     assert verified["edge"] == name.replace(" ", " → ")
     assert found["verification"]["num_removed"] == 2
     assert len(list((run_dir / "repeats").glob("*.safetensors"))) == 3
-    assert run_cli("page", run_dir, "cuts=3", "prompts=2").returncode == 0
+    assert call(capsys, monkeypatch, "page", run_dir, "cuts=0", "prompts=1")[0] == 0
     page = (run_dir / "page.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])["runs"][0]
     assert data["explained"]["edges"].keys() == found["edges"].keys()
     assert data["rose"]["ranks"][0][-1] == 1
 
 
-def test_what_cannot_be_explained_is_refused(run_dir, tmp_path):
-    assert_refused(run_cli("explain", run_dir, "verify=1", "pairs=0"), 2, "pairs=0")
-    assert_refused(run_cli("explain", run_dir, f"output={run_dir / 'x.json'}"), 2, "run directory")
+def test_what_cannot_be_explained_is_refused(run_dir, tmp_path, capsys, monkeypatch):
     edges = tmp_path / "edges.json"
     edges.write_text((run_dir / "edges.json").read_text())
-    own = ("model=embedded", "task=ioi")
-    assert_refused(run_cli("explain", edges, *own, "verify=1"), 2, "verify=", "no run")
+    for arguments, wanted in [
+        ((run_dir, "verify=1", "pairs=0"), "pairs=0"),
+        ((run_dir, f"output={run_dir / 'x.json'}"), "run directory"),
+        ((edges, "model=embedded", "task=ioi", "verify=1"), "in no run"),
+        ((tmp_path / "none",), "no such file"),
+    ]:
+        code, out, error = call(capsys, monkeypatch, "explain", *arguments)
+        assert (code, out) == (2, "")
+        assert wanted in error and len(error.strip().splitlines()) == 1
 
 
 def test_words_tell_the_controls(small):

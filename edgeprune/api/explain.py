@@ -15,7 +15,8 @@ from edgeprune.api.learn_again import check_learned, learn_again, pairs_of_run
 from edgeprune.api.shared import ablation_of, check_output
 from edgeprune.config import ExplainConfig, PruneConfig
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.explain import Explanation, explain, num_circuits
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.explain import Explanation, explain_on, num_circuits
 from edgeprune.evaluation.pushes import Pushes, Retrained, Verification, measure_pushes
 from edgeprune.files import write_json
 from edgeprune.metrics import Output
@@ -93,25 +94,24 @@ def _cut(
 ) -> Explanation:  # fmt: skip
     """Cut nodes and edges, with a progress bar and an estimate."""
     circuit, count = case.file.circuit, num_circuits(case.file.circuit, config.edges)
+    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
     with counting(count, "cutting: circuit") as listen:
-        started, is_told = time.perf_counter(), False
-
-        def tell(number: float) -> None:
-            nonlocal is_told
-            listen(number)
-            if number and not is_told:
-                seconds = (time.perf_counter() - started) / number * count
-                log.info(
-                    f"{case.title}: {count:,} circuits on {len(pairs):,} prompts, about "
-                    f"{max(1, round(seconds)):,} s"
-                )
-                is_told = True
-
-        return explain(
-            case.model, circuit, pairs, scores=scores_of(source, case), snapshots=snapshots,
-            ablation=ablation_of(case.model, case.ablation, case.reference, case.batch_size),
-            max_edges=config.edges, batch_size=case.batch_size, seed=config.seed, listener=tell,
+        bench = Bench(case.model, pairs, ablation, case.batch_size)
+        start = time.perf_counter()
+        bench.measure([circuit])
+        log.info(
+            f"{case.title}: {count:,} circuits on {len(pairs):,} prompts, "
+            f"{_about(count * (time.perf_counter() - start))}"
+        )
+        bench.listener = listen
+        return explain_on(
+            bench, circuit, scores=scores_of(source, case), snapshots=snapshots,
+            max_edges=config.edges, seed=config.seed,
         )  # fmt: skip
+
+
+def _about(seconds: float) -> str:
+    return f"about {max(1, round(seconds)):,} s"
 
 
 def _pushes(
@@ -137,8 +137,7 @@ def _pushes(
     total = num_pairs * config.snapshots
     seconds = (time.perf_counter() - started) / 4
     log.info(
-        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, about "
-        f"{max(1, round(seconds * total)):,} s"
+        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, {_about(seconds * total)}"
     )
     with counting(total, "differentiating: pair") as listen:
         return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
@@ -159,7 +158,7 @@ def _verify(
         left_out.append({places[pushes.pairs[i]] for i in most})
     total = config.verify * (1 + len(left_out))
     at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
-    log.info(f"verifying: {total} trainings, at most about {max(1, round(at_most)):,} s")
+    log.info(f"verifying: {total} trainings, at most {_about(at_most)}")
     started, done, ranks = time.perf_counter(), 0, []
     for seed in range(run.config.seed, run.config.seed + config.verify):
         orders = []
@@ -170,7 +169,7 @@ def _verify(
             orders.append(scores.ranking().argsort().tolist())  # [edge], ranks from 0
             done += 1
             remaining = (time.perf_counter() - started) / done * (total - done)
-            log.info(f"training {done}/{total}, about {remaining:.0f} s left")
+            log.info(f"training {done}/{total}, {_about(remaining)} left")
         for edge, order in zip(edges, orders[2:], strict=True):
             found = (1 + each[edge.index] for each in (orders[0], order, orders[1]))
             ranks.append(Retrained(edge.title, seed, *found))

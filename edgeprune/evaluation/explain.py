@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
@@ -23,7 +22,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.cuts import Cut, cuts_of, flips
 from edgeprune.evaluation.finding import brief, percent
-from edgeprune.evaluation.pushes import Pushes, Verification, shortened
+from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
@@ -39,11 +38,9 @@ NUM_CHANGES, NUM_PROMPTS = 8, 3
 """Number of tokens listed per cut, and of prompts that need the edge most."""
 MAX_ROWS = 20
 """Number of rows of the tables in a terminal."""
-MAX_FLIP_ROWS = 10
-"""Number of rows of the table of flips, whose cells are long."""
 KINDS = {
-    "full": "to full\nmodel's", "distractor": "to dis-\ntractor",
-    "empty": "to empty\ncircuit's", "other": "to an-\nother",
+    "full": "full\nmodel's", "distractor": "dis-\ntractor",
+    "empty": "empty\ncircuit's", "other": "another",
 }  # fmt: skip
 """What a prediction is after it has flipped, and the heading of its share: the full model's answer,
 a distractor, the empty circuit's answer, or another one; the first that applies."""
@@ -177,7 +174,6 @@ class Explanation:
         return record
 
 
-@torch.no_grad()
 def explain(
     model: CircuitModel,
     circuit: Circuit,
@@ -204,14 +200,29 @@ def explain(
 
     Raises ValueError as `evaluate` does.
     """
-    Circuit.check(circuit, model.graph)
-    graph = model.graph
+    bench = Bench(model, pairs, ablation, batch_size, listener)
+    return explain_on(
+        bench, circuit, scores=scores, snapshots=snapshots, max_edges=max_edges, seed=seed
+    )
+
+
+def explain_on(
+    bench: Bench,
+    circuit: Circuit,
+    *,
+    scores: EdgeScores | None = None,
+    snapshots: Snapshots | None = None,
+    max_edges: int | None = None,
+    seed: int = 0,
+) -> Explanation:
+    """`explain` on a bench's model, prompts and ablation."""
+    graph = bench.graph
+    Circuit.check(circuit, graph)
     ranking = list(range(graph.num_edges)) if scores is None else scores.ranking().tolist()
     cuts = cuts_to_explain(circuit, ranking, max_edges)
     kept = {*map(graph.edge_index, circuit.edge_set)}
     outside = [edge for edge in range(graph.num_edges) if edge not in kept]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
-    bench = Bench(model, pairs, ablation, batch_size, listener)
     (own,) = bench.measure([circuit])
 
     def without(whole: Circuit, edges: Iterable[int]) -> Circuit:
@@ -352,7 +363,7 @@ def explanation_tables(explanation: Explanation, title: str) -> list[Table]:
     tables.append(_effects_table(explanation, nodes, "what each node does"))
     tables.append(_flips_table(edges))
     if explanation.pushes is not None:
-        tables.append(explanation.pushes.table([(e.title, e.index) for e in edges[:MAX_ROWS]]))
+        tables.append(explanation.pushes.table([(e.title, e.index) for e in edges]))
     if explanation.verification is not None:
         tables.append(explanation.verification.table())
     return [table for table in tables if table.rows]
@@ -365,13 +376,12 @@ def _effects_table(of: Explanation, parts: Sequence[Explained], title: str) -> T
         optional.append(("rank", lambda part: f"{part.rank:,}"))
     if any(part.ranks for part in parts):
         optional.append(("since\nstep", lambda part: _or_dash(part.since)))
-    optional.append((f"{name},\ncircuit", lambda part: signed(part.in_circuit.rise.mean)))
-    optional.append(("flips", lambda part: percent(part.in_circuit.num_flips / of.num_prompts)))
-    for kind, label in KINDS.items():
-        if any(kind in part.in_circuit.kinds for part in parts):
-            optional.append((label, lambda part, kind=kind: _share(part.in_circuit, kind)))
-    optional.append((f"{name},\nfull", lambda part: signed(part.in_full.rise.mean)))
-    optional.append(("flips", lambda part: percent(part.in_full.num_flips / of.num_prompts)))
+    optional += [
+        (f"{name},\ncircuit", lambda part: signed(part.in_circuit.rise.mean)),
+        ("flips", lambda part: percent(part.in_circuit.num_flips / of.num_prompts)),
+        (f"{name},\nfull", lambda part: signed(part.in_full.rise.mean)),
+        ("flips", lambda part: percent(part.in_full.num_flips / of.num_prompts)),
+    ]
     rows = [[part.title, *(text(part) for _, text in optional)] for part in parts[:MAX_ROWS]]
     more = "" if len(parts) <= MAX_ROWS else f", the first {MAX_ROWS} of {len(parts):,}"
     return Table(["", *(label for label, _ in optional)], rows, f"{title}{more}")
@@ -381,20 +391,18 @@ def _or_dash(number: int | None) -> str:
     return "–" if number is None else f"{number:,}"
 
 
-def _share(effect: Effect, kind: str) -> str:
-    return percent(effect.kinds.get(kind, 0.0)) if effect.num_tokens else ""
-
-
-def _flips_table(parts: Sequence[Explained]) -> Table:
+def _flips_table(edges: Sequence[Explained]) -> Table:
     """What is predicted instead, in the circuit or, if nothing flips there, in the full model."""
-    rows = []
-    for part in parts:
-        effect = part.in_circuit if part.in_circuit.num_tokens else part.in_full
-        if effect.num_tokens and len(rows) < MAX_FLIP_ROWS:
-            most = ", ".join(f"{each.text} ({each.count})" for each in effect.changes[:3])
-            needed = effect.prompts[0].prompt if effect.prompts else ""
-            rows.append([part.title, most, shortened(needed)])
-    return Table(["", "", ""], rows, "the most frequent flips, and the prompt that needs it most")
+    effects = [(e.title, e.in_circuit if e.in_circuit.num_tokens else e.in_full) for e in edges]
+    effects = [(title, effect) for title, effect in effects if effect.num_tokens][:MAX_ROWS]
+    kinds = [kind for kind in KINDS if any(kind in effect.kinds for _, effect in effects)]
+    rows = [
+        [title, *(percent(effect.kinds.get(kind, 0.0)) for kind in kinds),
+         f"{effect.changes[0].text} ({effect.changes[0].count})"]
+        for title, effect in effects
+    ]  # fmt: skip
+    title = "what the flipped predictions become, and the most frequent change"
+    return Table(["", *(KINDS[kind] for kind in kinds), ""], rows, title)
 
 
 def signed(value: float) -> str:

@@ -35,6 +35,8 @@ FALSE_ALARMS = 0.05
 """Expected number of outliers per edge if its pushes were normal and no pair were special."""
 NUM_LISTED = 3
 """Number of pairs listed per edge, those that push most and those that push least."""
+MAX_ROWS = 10
+"""Number of rows of the table in a terminal."""
 MAX_TEXT = 90
 """Number of characters of a prompt in a table."""
 LEVEL = 0.05
@@ -135,14 +137,14 @@ class Pushes:
     def table(self, edges: Sequence[tuple[str, int]]) -> Table:
         """A row per edge of (title, number)."""
         rows = []
-        for title, edge in edges:
+        for title, edge in edges[:MAX_ROWS]:
             found = self.of_edge(edge)
             text, size = found.most[0]
             rows.append([
                 title, percent(found.share_up), f"{found.consistency:.2f}",
                 str(found.num_outliers), f"{size:.1f} ×", shortened(text),
             ])  # fmt: skip
-        title = f"how {len(self.pairs):,} training pairs pushed each edge"
+        title = f"how {len(self.pairs):,} training pairs pushed the edges that do most"
         columns = ["", "push\nit up", "consis-\ntency", "out-\nliers", "the\nmost", ""]
         return Table(columns, rows, title)
 
