@@ -707,7 +707,7 @@ class ExplainConfig(Settings):
     prompts: int = setting(100, at_least=2)
     """Number of prompts, drawn at random."""
     edges: int | None = setting(None, at_least=1)
-    """Number of edges to cut, the highest-ranked first; null: all of the circuit."""
+    """Number of edges, and of nodes, to cut, the highest-ranked first; null: all of the circuit."""
     pairs: int = setting(200, at_least=0)
     """Number of training pairs, drawn at random, whose pushes on the edges are measured, in a run
     with trainer=every_size; 0: none."""

@@ -80,7 +80,7 @@ def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> 
         return "the circuit is in no run of this model"
     if not isinstance(run.config, PruneConfig) or run.config.trainer.method != "every_size":
         method = run.config.method_name
-        return f"{run.path} was made with {method}; they are those of trainer=every_size or short"
+        return f"{run.path} was made with {method}, and only trainer=every_size or short has them"
     if len(snapshots.steps) < 2:
         return f"{run.path} has no {layout.SNAPSHOTS}; train again with this version of edgeprune"
     if case.model.output is not Output.logits:

@@ -194,7 +194,8 @@ def explain(
         scores: ranks the edges.
         snapshots: scores over a run, `Run.open(path).snapshots()`, which show when edges rose.
         ablation: what a cut edge carries, see `evaluate`.
-        max_edges: number of edges to cut, the highest-ranked first; None: all that lie on a path.
+        max_edges: number of edges, and of nodes, to cut, the highest-ranked first; None: all that
+            lie on a path.
         seed: of the random edges outside of the circuit.
         listener: called with the number of circuits measured since the last call, a fraction.
 
@@ -256,10 +257,10 @@ def explain_on(
 def cuts_to_explain(
     circuit: Circuit, ranking: Sequence[int], max_edges: int | None = None
 ) -> list[Cut]:
-    """All nodes, and the edges of the highest ranks."""
+    """The nodes and the edges of the highest ranks; None: all."""
     cuts = cuts_of(circuit, ranking)
-    edges = [cut for cut in cuts if cut.kind == "edge"]
-    return [cut for cut in cuts if cut.kind == "node"] + edges[:max_edges]
+    nodes, edges = ([cut for cut in cuts if cut.kind == kind] for kind in ("node", "edge"))
+    return nodes[:max_edges] + edges[:max_edges]
 
 
 def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:

@@ -110,6 +110,7 @@ def explained_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "prompts": explanation["num_prompts"], "split": explanation["split"],
+        "distance": explanation["distance"],
         "num_pairs": explanation.get("pushes", {}).get("num_pairs"),
         **{kind: {name: part(record) for name, record in explanation[kind].items()}
            for kind in ("nodes", "edges")},

@@ -63,22 +63,22 @@ function explainedPanel(r, kind, name) {
   const found = r.explained?.[kind][name];
   if (!found) return null;
   const effects = [
-    ["from the circuit", found.in_circuit],
-    ["from the full model", found.in_full],
+    ["circuit", found.in_circuit],
+    ["full model", found.in_full],
   ];
-  const { prompts, split } = r.explained;
+  const { prompts, split, distance } = r.explained;
   const flips = effects.find(([, effect]) => effect.num_tokens);
   return h(
     "section",
     {},
     table(
       "What it does",
-      ["cut", "KL or error", "95 %", "prompts flipped"],
+      ["cut from", distance, "95 %", "prompts flipped"],
       effects.map(([where, { rise, num_flips }]) => [
         where,
         signedText(rise.mean),
         `${signedText(rise.low)} to ${signedText(rise.high)}`,
-        `${whole(num_flips)} (${percent(num_flips / prompts)})`,
+        num_flips ? `${whole(num_flips)} (${percent(num_flips / prompts)})` : "0",
       ]),
       {
         numeric: [1, 2, 3],
@@ -103,7 +103,7 @@ function flipsTable([where, effect]) {
     effect.changes.map(({ text, share, count }) => [text, percent(share), whole(count)]),
     {
       numeric: [1, 2],
-      about: `Cut ${where}, ${plural(effect.num_tokens, "predicted token")} changed: ${kinds}.`,
+      about: `Cut from the ${where}, ${plural(effect.num_tokens, "predicted token")} changed: ${kinds}.`,
     },
   );
 }
@@ -117,7 +117,7 @@ function neededTable(effects) {
       before === after ? before : `${before} → ${after}`,
     ]),
   );
-  return table("Prompts that need it most", ["prompt", "cut", "change", "answer"], rows, {
+  return table("Prompts that need it most", ["prompt", "cut from", "change", "answer"], rows, {
     numeric: [2],
   });
 }
