@@ -17,7 +17,7 @@ from edgeprune.__main__ import main
 from edgeprune.circuit import Circuit
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
-from edgeprune.errors import CheckpointError
+from edgeprune.errors import CheckpointError, CircuitError
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.evaluation.explain import explain, in_words
 from edgeprune.evaluation.pushes import (
@@ -344,6 +344,12 @@ def test_what_cannot_be_explained_is_refused(run_dir, tmp_path, capsys, monkeypa
         code, out, error = call(capsys, monkeypatch, "explain", *arguments)
         assert (code, out) == (2, "")
         assert wanted in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_circuit_that_connects_nothing_is_refused(small):
+    model, pairs, *_ = small
+    with pytest.raises(CircuitError, match="larger circuit"):
+        explain(model, Circuit(model.graph, frozenset()), pairs)
 
 
 def test_words_tell_the_controls(small):

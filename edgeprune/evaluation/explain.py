@@ -19,6 +19,7 @@ from torch import Tensor
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import CircuitError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.cuts import Cut, cuts_of, flips
 from edgeprune.evaluation.finding import brief, percent
@@ -199,7 +200,8 @@ def explain(
         seed: of the random edges outside of the circuit.
         listener: called with the number of circuits measured since the last call, a fraction.
 
-    Raises ValueError as `evaluate` does.
+    Raises CircuitError if no edge lies on a path from the input to the output, and ValueError as
+    `evaluate` does.
     """
     bench = Bench(model, pairs, ablation, batch_size, listener)
     return explain_on(
@@ -221,6 +223,11 @@ def explain_on(
     Circuit.check(circuit, graph)
     ranking = list(range(graph.num_edges)) if scores is None else scores.ranking().tolist()
     cuts = cuts_to_explain(circuit, ranking, max_edges)
+    if not cuts:
+        raise CircuitError(
+            f"none of the circuit's {len(circuit):,} edges lies on a path from the input to the "
+            "output, so there is nothing to explain; choose a larger circuit"
+        )
     kept = {*map(graph.edge_index, circuit.edge_set)}
     outside = [edge for edge in range(graph.num_edges) if edge not in kept]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
