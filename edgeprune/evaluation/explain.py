@@ -41,10 +41,11 @@ MAX_ROWS = 20
 """Number of rows of the tables in a terminal."""
 KINDS = {
     "full": "full\nmodel's", "distractor": "dis-\ntractor",
-    "empty": "empty\ncircuit's", "other": "another",
+    "empty": "empty\ncircuit's", "corrupted": "corrupted\nprompt's", "other": "another",
 }  # fmt: skip
 """What a prediction is after it has flipped, and the heading of its share: the full model's answer,
-a distractor, the empty circuit's answer, or another one; the first that applies."""
+a distractor, the empty circuit's answer, a token of the corrupted prompt (of models that output
+logits), or another one; the first that applies."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,10 @@ def _kind(bench: Bench, index: int, place: int, token: float) -> str:
     if place == pair.contrast and token in pair.distractor_ids:
         return "distractor"
     empty = bench.empty.predicted[index][place].item()
-    return "empty" if abs(token - empty) <= SAME_NUMBER else "other"
+    if abs(token - empty) <= SAME_NUMBER:
+        return "empty"
+    is_token = bench.model.output is Output.logits
+    return "corrupted" if is_token and token in pair.corrupted_ids else "other"
 
 
 def _text(model: CircuitModel, token: float) -> str:

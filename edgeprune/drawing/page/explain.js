@@ -56,6 +56,7 @@ const KINDS_OF_FLIPS = {
   full: "the full model's answer",
   distractor: "a distractor",
   empty: "the empty circuit's answer",
+  corrupted: "a token of the corrupted prompt",
   other: "another answer",
 };
 
