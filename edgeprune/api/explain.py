@@ -50,7 +50,8 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
         check_learned(source.run, "verify=", source.path)
     case = load_case(source, config)
     pairs = drawn(case.pairs, config)
-    run = source.run if source.run and source.run.graph == case.model.graph else None
+    is_own = case.model.fingerprint() == source.digest("model")
+    run = source.run if is_own else None
     snapshots = run.snapshots() if run else None
     unable = _why_no_pushes(run, case, snapshots)
     if config.verify and unable:
@@ -77,7 +78,7 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
 def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> str | None:
     """Why the pushes of training pairs cannot be measured; None if they can."""
     if run is None:
-        return "the circuit is in no run of this model"
+        return "the circuit is not that of a run, or the model is not the run's"
     if not isinstance(run.config, PruneConfig) or run.config.trainer.method != "every_size":
         method = run.config.method_name
         return f"{run.path} was made with {method}, and only trainer=every_size or short has them"
