@@ -409,12 +409,19 @@ def _flips_table(edges: Sequence[Explained]) -> Table:
     effects = [(title, effect) for title, effect in effects if effect.num_tokens][:MAX_ROWS]
     kinds = [kind for kind in KINDS if any(kind in effect.kinds for _, effect in effects)]
     rows = [
-        [title, *(percent(effect.kinds.get(kind, 0.0)) for kind in kinds),
-         f"{effect.changes[0].text} ({effect.changes[0].count})"]
+        [title, *(percent(effect.kinds.get(kind, 0.0)) for kind in kinds), _most_frequent(effect)]
         for title, effect in effects
-    ]  # fmt: skip
-    title = "what the flipped predictions become, and the most frequent change"
-    return Table(["", *(KINDS[kind] for kind in kinds), ""], rows, title)
+    ]
+    columns = ["", *(KINDS[kind] for kind in kinds), ""]
+    if not any(row[-1] for row in rows):
+        rows, columns = [row[:-1] for row in rows], columns[:-1]
+    return Table(columns, rows, "what the flipped predictions become, and the most frequent change")
+
+
+def _most_frequent(effect: Effect) -> str:
+    """The most frequent change, if it occurs more than once."""
+    change = effect.changes[0]
+    return f"{change.text} ({change.count})" if change.count > 1 else ""
 
 
 def signed(value: float) -> str:
