@@ -338,7 +338,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, number):
     assert run_cli(*arguments).returncode == 0
     assert run_cli("prune", *small, f"run_dir={whole}").returncode == 0
     for name in ("metrics.jsonl", "edges.json", "scores.safetensors", "curve.json",
-                 "checkpoints/step-00000040.safetensors"):  # fmt: skip
+                 "snapshots.safetensors", "checkpoints/step-00000040.safetensors"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
 
 
