@@ -19,6 +19,7 @@ _HOME = {
     "draw_circuit": "drawing",
     "encode_pair": "prompts",
     "evaluate": "evaluation.evaluate",
+    "explain": "evaluation.explain",
     "mib_areas": "evaluation.mib",
     "load_circuit": "runs.source",
     "load_dataset": "prompts",

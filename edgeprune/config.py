@@ -714,6 +714,52 @@ class TestConfig(Settings):
 
 
 @dataclass
+class ExplainConfig(Settings):
+    """Find out what each edge of a circuit is for, and how it got there."""
+
+    circuit: str = ""
+    """Run directory or circuit file."""
+    model: ModelConfig | None = None
+    """null: the model in which the circuit was found."""
+    task: TaskConfig | None = None
+    """null: the task on which it was found."""
+    ablation: AblationConfig | None = None
+    """null: the ablation with which it was found, or interchange."""
+    split: str = setting("test", choices=SPLITS)
+    """On which prompts edges are cut."""
+    prompts: int = setting(100, at_least=2)
+    """Number of prompts, drawn at random."""
+    edges: int | None = setting(None, at_least=1)
+    """Number of edges, and of nodes, to cut, the highest-ranked first; null: all of the circuit."""
+    pairs: int = setting(200, at_least=0)
+    """Number of training pairs, drawn at random, whose pushes on the edges are measured, in a run
+    with trainer=every_size; 0: none."""
+    snapshots: int = setting(10, at_least=2)
+    """Number of the run's snapshots at which they are measured; each pair takes a forward and a
+    backward pass at each."""
+    verify: int = setting(0, at_least=0)
+    """Number of seeds with which the run is trained again, without the training pairs that pushed
+    an edge most and without as many random ones, to see whether the edge falls; 0: none. All
+    training pairs are then measured."""
+    verify_edges: int = setting(5, at_least=1)
+    """Number of edges for which this is tried, those whose cut does most; one training each."""
+    verify_share: float = setting(0.1, above=0, at_most=0.9)
+    """Share of the training pairs that are left out."""
+    batch_size: int | None = setting(None, at_least=1)
+    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
+    seed: int = 0
+    """Of the prompts, the pairs and the random edges."""
+    output: str | None = None
+    """JSON file to write. null: explain.json next to the circuit if model, prompts and ablation are
+    those of its run, otherwise none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verify and not self.pairs:
+            raise ConfigError("verify= leaves out pairs that pushed an edge: leave out pairs=0")
+
+
+@dataclass
 class MibConfig(Settings):
     """Measure scores as the MIB benchmark does: CPR, CMD and ten faithfulness values."""
 
@@ -959,6 +1005,7 @@ COMMANDS = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "test": TestConfig,
+    "explain": ExplainConfig,
     "mib": MibConfig,
     "draw": DrawConfig,
     "heads": HeadsConfig,

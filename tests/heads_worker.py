@@ -7,12 +7,18 @@ import test_llama
 import torch
 from conftest import random_gpt2, random_pairs
 
+from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation.ablate import ablate
+from edgeprune.evaluation.explain import explain
 from edgeprune.evaluation.heads import score_heads
+from edgeprune.evaluation.pushes import measure_pushes
 from edgeprune.evaluation.tokens import attribute_tokens
+from edgeprune.metrics import mean_kl
 from edgeprune.models.load import wrap_model
 from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
+from edgeprune.scores import EdgeScores
+from edgeprune.training.snapshots import Snapshots
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 CHANGES = {"a1.h1": 0, "m0": IDS.flip(1), "a2.h0.pattern": lambda x: x / 2}
@@ -34,8 +40,24 @@ def results(model) -> list[torch.Tensor]:
     tokens = attribute_tokens(model, random_pairs(1)).answers[0].through["full model"]
     return [
         logits, *activations.values(), *(score.value for score in scores), *measures,
-        tokens.tokens, tokens.nodes,
+        tokens.tokens, tokens.nodes, *explain_circuit(model),
     ]  # fmt: skip
+
+
+def explain_circuit(model) -> list[torch.Tensor]:
+    """What cutting edges does, and the pushes of pairs."""
+    pairs = random_pairs(4)
+    values = torch.randn(2, model.graph.num_edges, generator=torch.Generator().manual_seed(0))
+    circuit = EdgeScores(model.graph, values[0]).circuit(num_edges=60)
+    parts = explain(model, circuit, pairs, max_edges=2).parts
+    rises = [(each.in_circuit.rise.mean, each.in_full.rise.mean) for each in parts]
+    pushes = measure_pushes(
+        model, pairs[:2], [5, 50], Snapshots(torch.tensor([0, 5]), values), num_snapshots=1,
+        objective=mean_kl, ablation=Ablation(model, "interchange", pairs),
+        method={"seed": 0, "device": "cpu", "steps": 5, "learning_rate": 0.1, "temperature": 0.5,
+                "smallest": 0.1},
+    )  # fmt: skip
+    return [torch.tensor(rises), pushes.values]
 
 
 torch.set_num_threads(1)

@@ -180,7 +180,7 @@ def test_a_run_leaves_everything_needed(finished):
     assert names == {
         "config.yaml", "run.json", "data.jsonl", "metrics.jsonl", "checkpoints", "edges.json",
         "circuit.json", "scores.safetensors", "evaluation-validation.json", ".lock", "training.png",
-        "curve.json", "curve.png", "page.html",
+        "curve.json", "curve.png", "page.html", "snapshots.safetensors",
     }  # fmt: skip
     for picture in ("training.png", "curve.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,8 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.curve import measure_curve
 from edgeprune.evaluation.evaluate import evaluate
-from edgeprune.evaluation.page_data import measured_data
+from edgeprune.evaluation.explain import explain
+from edgeprune.evaluation.page_data import explained_data, measured_data
 from edgeprune.evaluation.token_tables import tokens_data
 from edgeprune.evaluation.tokens import attribute_tokens
 from edgeprune.graph import CircuitGraph
@@ -438,6 +439,26 @@ def test_search_finds_an_edge(show, measured, small, form):
     page.locator("#search").fill(form.format(*edge))
     page.keyboard.press("Enter")
     assert address(page)["select"] == ">".join(edge)
+
+
+def test_an_edge_shows_when_it_rose_and_what_was_found_about_it(show, measured, small):
+    data = json.loads(json.dumps(measured))
+    (run,) = data["runs"]
+    strongest = small.scores.ranking()[:2].tolist()
+    edges = [small.model.graph.edges[edge] for edge in strongest]
+    explained = explain(small.model, small.circuit, small.pairs, scores=small.scores)
+    run["explained"] = explained_data({**explained.to_dict(), "split": "test"})
+    run["rose"] = {"steps": [0, 5, 20], "ranks": [[90, 61, 1], [30, 2, 2]]}
+    page = show(render(data), f"select={'>'.join(edges[0])}")
+    panel = page.locator("#panel").inner_text()
+    assert "Among the 60 strongest edges for good since step 20" in panel
+    for edge in explained.of_kind("edge"):
+        if edge.in_circuit.changes:
+            page = show(render(data), f"select={edge.name.replace(' ', '>')}")
+            panel = page.locator("#panel").inner_text()
+            assert edge.in_circuit.changes[0].text in panel
+            assert edge.in_circuit.prompts[0].prompt in panel
+            break
 
 
 def test_search_finds_a_prompt_by_its_words(show, measured):

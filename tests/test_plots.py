@@ -3,7 +3,7 @@
 import pytest
 
 from edgeprune.config import OBJECTIVES
-from edgeprune.drawing import Line, Panel, draw_frontier, draw_training
+from edgeprune.drawing import Line, Panel, Ranks, draw_frontier, draw_training
 
 # ------------------------------------------------------------------------------------- training
 
@@ -38,6 +38,16 @@ def test_distance_and_sparsity_are_drawn(plot):
     gates, target = right
     assert gates[-1] == [[10, 0.1], [20, 0.2], [30, 0.3]]
     assert [y for _, y in target[-1]] == pytest.approx([0.15, 0.25, 0.35])
+
+
+def test_the_ranks_of_the_strongest_edges_are_drawn_rank_1_on_top(tmp_path):
+    ranks = Ranks([0, 4, 9], [[90, 2, 1], [50, 1, 2]], ["a → b", "c → d"], 100)
+    figure = draw_training(lines(2.0, 1.0), tmp_path / "p.svg", title="t", ranks=ranks)
+    right = figure.axes[2]
+    drawn = {line[0]: line[-1] for line in shown(right)}
+    assert drawn == {"a → b": [[0, 90], [4, 2], [9, 1]], "c → d": [[0, 50], [4, 1], [9, 2]]}
+    bottom, top = right.get_ylim()
+    assert bottom > top
 
 
 def test_targets_are_dashed_in_the_colour_of_their_gates(plot):

@@ -350,7 +350,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, prune, number):
         assert "Traceback" not in message
     assert prune(*arguments)[0] == 0
     for name in ("metrics.jsonl", "edges.json", "scores.safetensors", "curve.json",
-                 "checkpoints/step-00000040.safetensors"):  # fmt: skip
+                 "snapshots.safetensors", "checkpoints/step-00000040.safetensors"):  # fmt: skip
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
 
 

@@ -1,6 +1,8 @@
 """Measuring circuits that are named by their run directory or file."""
 
 import logging
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from edgeprune.config import (
     MAX_EVALUATION_BATCH,
     AblationConfig,
     EvaluateConfig,
+    ExplainConfig,
     TaskConfig,
     TestConfig,
     to_dict,
@@ -19,7 +22,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.formats import CircuitFile
-from edgeprune.prompts import PairDataset
+from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import (
     first_split,
@@ -28,6 +31,7 @@ from edgeprune.runs.data import (
     warn_if_none_held_out,
 )
 from edgeprune.runs.source import Source, find
+from edgeprune.scores import EdgeScores
 
 log = logging.getLogger("edgeprune")
 
@@ -65,7 +69,7 @@ class Case(NamedTuple):
 
 def load_case(
     source: Source,
-    config: EvaluateConfig | TestConfig,
+    config: EvaluateConfig | TestConfig | ExplainConfig,
     model: CircuitModel | None = None,
     device: str | None = None,
 ) -> Case:
@@ -92,6 +96,39 @@ def load_case(
         is_own_data, is_own and source.path.name in (layout.CIRCUIT, layout.EDGES),
         f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
     )  # fmt: skip
+
+
+def scores_of(source: Source, case: Case) -> EdgeScores | None:
+    """The scores from which the circuit was cut: those of its run or its file, if any."""
+    if case.file.scores is not None or source.run is None:
+        return case.file.scores
+    scores = source.run.scores()
+    return scores if scores.graph == case.model.graph else None
+
+
+def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pair]:
+    """As many of the prompts as asked for, or all if there are fewer."""
+    if len(pairs) <= config.prompts:
+        return list(pairs)
+    return random.Random(config.seed).sample(list(pairs), config.prompts)
+
+
+def case_record(
+    source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig | ExplainConfig
+) -> dict[str, Any]:
+    """What was tested, as JSON values."""
+    return {
+        "circuit_file": str(source.path),
+        "edges_sha256": case.file.circuit.digest(),
+        "model": case.model.name,
+        "model_sha256": case.model.fingerprint(),
+        "data": case.pairs.name,
+        "data_sha256": case.data_digest,
+        "split": config.split,
+        "num_prompts": len(pairs),
+        "seed": config.seed,
+        "ablation": to_dict(case.ablation),
+    }
 
 
 def evaluate_circuit(config: EvaluateConfig) -> Measured:

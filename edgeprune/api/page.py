@@ -239,6 +239,8 @@ def _of_run(
     data |= page_data.scores_data(
         scores, circuit, chosen.origin.get("chosen_by"), options["max_edges"]
     )
+    data["rose"] = page_data.rise_data(scores, run.snapshots())
+    data["explained"] = _explained(run, circuit)
     key = {
         "edges": circuit.digest(), "data": run.digests["data"], "model": run.digests["model"],
         "scores": _digest(run.path / layout.SCORES), "curve": _digest(run.path / layout.CURVE),
@@ -307,6 +309,18 @@ def _rules(curve: Curve) -> list[dict[str, Any]]:
             if size < curve.num_edges:
                 found.append({"text": text, "by": chosen_by((name, limit)), "size": size})
     return found
+
+
+def _explained(run: Run, circuit: Circuit) -> dict[str, Any] | None:
+    """What `edgeprune explain` has found about the run's circuit, if it has been run."""
+    path = run.path / layout.EXPLANATION
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+        is_own = found.get("edges_sha256") == circuit.digest()
+        return page_data.explained_data(found) if is_own else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning(f"{path} is damaged and left out ({error}); run edgeprune explain again")
+        return None
 
 
 def _digest(path: Path) -> str | None:

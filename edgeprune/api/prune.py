@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from edgeprune.api.make_run import Finished, Pruned, Scored, find_circuit, make_run
 from edgeprune.config import PruneConfig, TrainerConfig, from_dict, to_dict
-from edgeprune.drawing import draw_training
+from edgeprune.drawing import Ranks, draw_training
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -25,9 +25,13 @@ from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import open_tracker
 from edgeprune.training.progress import progress as progress_bar
+from edgeprune.training.snapshots import is_due
 from edgeprune.training.trainer import StepMetrics, Trainer, train
 
 log = logging.getLogger("edgeprune")
+
+NUM_RANKED = 50
+"""Number of edges whose ranks over the steps are plotted."""
 
 
 def prune(
@@ -129,6 +133,7 @@ def _learn(
             run.begin(model, world)
             if world.is_rank_zero:
                 stack.callback(_plot, run)
+                listeners.append(_recorder(run, trainer))
                 if config.tracker.kind == "wandb":
                     tracker = open_tracker(config.tracker.project, run.path, to_dict(config))
                     listeners.append(stack.enter_context(tracker))
@@ -139,14 +144,37 @@ def _learn(
     return learned
 
 
+def _recorder(run: Run, trainer: Trainer) -> Callable[[StepMetrics], None]:
+    """Take the first snapshot, unless it is there; returns a listener that takes the others."""
+    if not len(run.snapshots().steps):
+        run.save_snapshot(0, trainer.scores().values)
+
+    def record(metrics: StepMetrics) -> None:
+        if is_due(metrics.step, trainer.steps):
+            run.save_snapshot(metrics.step, trainer.scores().values)
+
+    return record
+
+
 def _plot(run: Run) -> None:
     """Plot the training. A failure here must neither hide how it ended nor cost the circuit."""
     try:
         if metrics := run.metrics():
             title = run.config.label
-            draw_training(metrics, run.path / layout.PLOT, title=title)
+            draw_training(metrics, run.path / layout.PLOT, title=title, ranks=_ranks(run))
     except Exception as error:
         log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
+
+
+def _ranks(run: Run) -> Ranks | None:
+    """The strongest edges' ranks over the run; None before the second snapshot."""
+    snapshots = run.snapshots()
+    if len(snapshots.steps) < 2:
+        return None
+    ranks = snapshots.ranks()
+    best = ranks[-1].argsort()[:NUM_RANKED].tolist()
+    names = [" → ".join(run.graph.edges[edge]) for edge in best]
+    return Ranks(snapshots.steps.tolist(), ranks[:, best].T.tolist(), names, run.graph.num_edges)
 
 
 def prune_run(config: PruneConfig) -> Finished | None:

@@ -1,4 +1,4 @@
-"""Learning again as a run did, from other prompts or with another seed, to see how stable it is."""
+"""Learning again as a run did, to see how stable what it found is."""
 
 import json
 import logging
@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.api.evaluate import Case
-from edgeprune.api.prune import prune
-from edgeprune.api.shared import ablation_of, own_data
-from edgeprune.config import PruneConfig, to_dict
+from edgeprune.api.learn_again import learn_again, learned, pairs_of_run
 from edgeprune.errors import ConfigError
 from edgeprune.prompts import Pair, read_records
-from edgeprune.runs import layout
-from edgeprune.runs.data import load_pairs
 from edgeprune.runs.run import Run
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 
 log = logging.getLogger("edgeprune")
-
-TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
-"""Of each method, the settings that its runs start from."""
 
 
 class Repeated(NamedTuple):
@@ -53,11 +46,8 @@ def repeat(
 
     Raises ConfigError for a run that did not learn, or that has prompts without templates.
     """
-    if not isinstance(run.config, PruneConfig):
-        raise ConfigError(f"repeat= learns again, so it needs a run of prune, not {run.path}")
-    path = own_data(run.data_path, run.digests["data"])
-    train = list(load_pairs(path, run.config.task, case.model, "train"))
-    paths = [run.path / layout.REPEATS / f"{kind}-{index}.safetensors" for index in range(number)]
+    path, train = run.data_path, pairs_of_run(run, case)
+    names = [f"{kind}-{index}" for index in range(number)]
     seeds, samples, unseen = [run.config.seed] * number, [train] * number, None
     if kind == "seeds":
         seeds = [run.config.seed + index + 1 for index in range(number)]
@@ -70,17 +60,19 @@ def repeat(
         samples = [[p for p, t in zip(train, known, strict=True) if t in half] for half in halves]
         unseen = [{p for p, t in zip(pairs, measured, strict=True) if t not in half}
                   for half in halves]  # fmt: skip
-    mine = [index for index in range(world.rank, number, world.count) if not paths[index].exists()]
+    mine = range(world.rank, number, world.count)
     for count, index in enumerate(mine, 1):
         start = time.perf_counter()
-        _learn(run.config, case, samples[index], seeds[index], world).save(paths[index])
+        learn_again(
+            run, case, names[index], samples[index], seeds[index], progress=world.is_rank_zero
+        )
         seconds = (time.perf_counter() - start) * (len(mine) - count)
-        log.info(f"{kind} {index + 1}/{number}: {paths[index]}; about {seconds:.0f} s left")
+        log.info(f"{kind} {index + 1}/{number}: about {seconds:.0f} s left")
     world.any(False)  # waits for the others
     if run.config.start:
         log.warning("all repetitions begin with the scores of start=, which makes them more alike")
     what = {"bootstrap": "bootstrap samples", "templates": "halves of the templates"}
-    found = [EdgeScores.load(path) for path in paths] if world.is_rank_zero else []
+    found = [learned(run, name) for name in names] if world.is_rank_zero else []
     return Repeated(found, what.get(kind, kind), unseen)
 
 
@@ -104,23 +96,3 @@ def _halves(templates: Sequence[str], number: int) -> list[Set[str]]:
         middle = len(order) // 2
         found.append({*(order[middle:] if index % 2 else order[:middle])})
     return found
-
-
-def _learn(
-    settings: PruneConfig, case: Case, pairs: Sequence[Pair], seed: int, world: World
-) -> EdgeScores:
-    """Scores learned with a run's settings from other prompts or with another seed.
-
-    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
-    """
-    num_edges = settings.num_edges
-    if (settings.sparsity, num_edges) == (None, None):
-        num_edges = len(case.file.circuit)
-    pruned = prune(
-        case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges, seed=seed,
-        ablation=ablation_of(case.model, settings.ablation, pairs, settings.evaluation_batch_size),
-        start=Run.open(settings.start).scores() if settings.start else None,
-        trainer=TRAINERS[settings.trainer.method], progress=world.is_rank_zero,
-        **to_dict(settings.trainer),
-    )  # fmt: skip
-    return pruned.scores

@@ -2,19 +2,18 @@
 
 import logging
 import math
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edgeprune.api.circuits import labels_of
-from edgeprune.api.evaluate import Case, load_case
+from edgeprune.api.evaluate import Case, case_record, drawn, load_case, scores_of
+from edgeprune.api.learn_again import check_learned
 from edgeprune.api.repeat import Repeated, repeat
 from edgeprune.api.shared import ablation_of, check_output
 from edgeprune.circuit import Circuit
-from edgeprune.config import TestConfig, to_dict
+from edgeprune.config import TestConfig
 from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.bench import Bench
@@ -28,8 +27,7 @@ from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.source import Source, find, head_labels
 from edgeprune.scale.world import World
-from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import progress
+from edgeprune.training.progress import counting
 
 log = logging.getLogger("edgeprune")
 
@@ -62,8 +60,8 @@ def test(config: TestConfig) -> Tested | None:
 def _test_one(source: Source, config: TestConfig) -> Tested | None:
     if config.output:
         check_output(Path(config.output), is_file=False)
-    if config.repeat and source.run is None:
-        raise ConfigError(f"repeat= learns again as a run did, but {source.path} is in no run")
+    if config.repeat:
+        check_learned(source.run, "repeat=", source.path)
     model = source.model(config.model)
     with World.join(model.device, config.launcher.timeout) as world:
         if world.count > 1 and not config.repeat:
@@ -72,7 +70,7 @@ def _test_one(source: Source, config: TestConfig) -> Tested | None:
             log.setLevel(logging.ERROR)
         world.check_same("the settings", str(config))
         case = load_case(source, config, device=world.device)
-        pairs, repeated = _drawn(case.pairs, config), None
+        pairs, repeated = drawn(case.pairs, config), None
         if config.repeat:
             repeated = repeat(source.run, case, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
@@ -82,9 +80,9 @@ def _measure(
     source: Source, case: Case, pairs: Sequence[Pair], repeated: Repeated | None, config: TestConfig
 ) -> Tested:
     """Measure everything and write what was found."""
-    circuit, scores = case.file.circuit, _scores(source, case)
+    circuit, scores = case.file.circuit, scores_of(source, case)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
-    with _counting(count, "testing: circuit") as listen:
+    with counting(count, "testing: circuit") as listen:
         bench = _bench(case, pairs)
         start = time.perf_counter()
         bench.measure([circuit])
@@ -106,8 +104,9 @@ def _measure(
     tables.append(ablation_table(by_name["ablation choice"], bench.distance_name))
     if repeated:
         tables.append(stability_table(by_name["stability"]))
-    words, record = in_words(findings), _record(source, case, pairs, config)
-    record |= {"words": words, "findings": [each.to_dict() for each in findings]}
+    words, record = in_words(findings), case_record(source, case, pairs, config)
+    record |= {"num_random": config.random_circuits, "words": words}
+    record |= {"findings": [each.to_dict() for each in findings]}
 
     def write(folder: Path) -> list[Path]:
         paths = [folder / layout.TESTS]
@@ -136,57 +135,9 @@ def _stability(bench: Bench, circuit: Circuit, repeated: Repeated) -> list[Findi
     return findings
 
 
-def _scores(source: Source, case: Case) -> EdgeScores | None:
-    """The scores from which the circuit was cut: those of its run or its file, if any."""
-    if case.file.scores is not None or source.run is None:
-        return case.file.scores
-    scores = source.run.scores()
-    return scores if scores.graph == case.model.graph else None
-
-
-def _drawn(pairs: Sequence[Pair], config: TestConfig) -> list[Pair]:
-    """As many of the prompts as asked for, or all if there are fewer."""
-    if len(pairs) <= config.prompts:
-        return list(pairs)
-    return random.Random(config.seed).sample(list(pairs), config.prompts)
-
-
 def _bench(case: Case, pairs: Sequence[Pair]) -> Bench:
     ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
     return Bench(case.model, pairs, ablation, case.batch_size)
-
-
-@contextmanager
-def _counting(total: int, unit: str) -> Iterator[Any]:
-    """Show the progress of about `total` circuits; yields a function that adds to their number."""
-    done = 0.0
-    with progress(total, unit) as show:
-
-        def add(number: float) -> None:
-            nonlocal done
-            done = min(done + number, total)
-            show(int(done), "")
-
-        yield add
-
-
-def _record(
-    source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig
-) -> dict[str, Any]:
-    """What was tested, as JSON values."""
-    return {
-        "circuit_file": str(source.path),
-        "edges_sha256": case.file.circuit.digest(),
-        "model": case.model.name,
-        "model_sha256": case.model.fingerprint(),
-        "data": case.pairs.name,
-        "data_sha256": case.data_digest,
-        "split": config.split,
-        "num_prompts": len(pairs),
-        "num_random": config.random_circuits,
-        "seed": config.seed,
-        "ablation": to_dict(case.ablation),
-    }
 
 
 def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[Panel]:
@@ -246,17 +197,17 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
             )
         cases[label] = load_case(source, config, known)
     circuits: dict[str, Circuit] = {label: case.file.circuit for label, case in cases.items()}
-    with _counting(2 * len(cases) ** 2, "testing: circuit") as listen:
+    with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
         benches = {}
         for label, case in cases.items():
-            benches[label] = _bench(case, _drawn(case.pairs, config))
+            benches[label] = _bench(case, drawn(case.pairs, config))
             benches[label].listener = listen
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
     words = in_words(found.findings, "The circuits pass")
     record = {
         "circuits": {
-            label: _record(source, cases[label], benches[label].pairs, config)
+            label: case_record(source, cases[label], benches[label].pairs, config)
             for label, source in zip(labels, sources, strict=True)
         },
         "cells": found.cells,

@@ -23,8 +23,8 @@ from edgeprune.paths import CONF
 
 GROUPS = ("experiment", "model", "task", "ablation", "trainer", "tracker", "launcher")
 
-POSITIONAL = {"export": "run", "evaluate": "circuit", "test": "circuits", "mib": "scores",
-              "draw": "circuit", "heads": "run", "ablate": "run", "tokens": "run",
+POSITIONAL = {"export": "run", "evaluate": "circuit", "test": "circuits", "explain": "circuit",
+              "mib": "scores", "draw": "circuit", "heads": "run", "ablate": "run", "tokens": "run",
               "compare": "circuits", "page": "runs", "report": "folder"}  # fmt: skip
 """Commands whose bare argument is a path, and the setting that it fills."""
 
@@ -53,6 +53,8 @@ EXAMPLES = {
     "test": ("RUN", "RUN prompts=300 random_circuits=200", "RUN repeat=bootstrap:10",
              "RUN repeat=templates:4 launcher.processes=2", "RUN RUN RUN",
              "edges.json model=embedded task=ioi"),
+    "explain": ("RUN", "RUN edges=30 prompts=300", "RUN verify=3",
+                "edges.json model=embedded task=ioi output=explain.json"),
     "mib": ("RUN", "RUN output=submission", "graph.json model=embedded task=ioi"),
     "draw": ("RUN", "RUN num_edges=30 formats=[png] output=small", "edges.json model=embedded"),
     "heads": ("RUN", "model=embedded task=ioi", "model.path=gpt2 output=gpt2-heads"),

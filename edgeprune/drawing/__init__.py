@@ -4,6 +4,7 @@ from edgeprune.drawing.graphviz import circuit_dot, comparison_groups, draw_circ
 from edgeprune.drawing.plots import (
     Line,
     Panel,
+    Ranks,
     draw_frontier,
     draw_heads,
     draw_matrices,
@@ -12,6 +13,6 @@ from edgeprune.drawing.plots import (
 from edgeprune.drawing.report import render_report
 
 __all__ = [
-    "Line", "Panel", "circuit_dot", "comparison_groups", "draw_circuit", "draw_frontier",
+    "Line", "Panel", "Ranks", "circuit_dot", "comparison_groups", "draw_circuit", "draw_frontier",
     "draw_heads", "draw_matrices", "draw_training", "render_report",
 ]  # fmt: skip

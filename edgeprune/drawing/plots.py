@@ -70,6 +70,15 @@ def _figure(
         write_atomically(Path(path), save)
 
 
+class Ranks(NamedTuple):
+    """The ranks of the strongest edges over the steps of a run, best edge first."""
+
+    steps: Sequence[int]
+    ranks: Sequence[Sequence[int]]  # [edge][step], from 1
+    names: Sequence[str]  # of the edges
+    all_edges: int
+
+
 LABELS = {
     "kl": "KL (nats)",
     "unexplained": "unexplained variance",
@@ -80,8 +89,11 @@ LABELS = {
 """Axis label per objective."""
 
 
-def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str) -> Figure:
-    """Plot the objective on each step's batch, and the sparsity or the size of the gates.
+def draw_training(
+    metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str, ranks: Ranks | None = None
+) -> Figure:
+    """Plot the objective on each step's batch, the sparsity or the size of the gates, and when the
+    strongest edges rose.
 
     `metrics` are the lines of metrics.jsonl, at least one. The path ends in .png, .pdf or .svg.
     """
@@ -91,8 +103,11 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
     values = [line[objective] for line in metrics]
     is_log = objective != "max_logit_difference"
     values = [max(value, ROUNDING) for value in values] if is_log else values
-    with _figure(path, title, 2, 8.0, 3.6) as figure:
-        left, right = figure.axes
+    num_panels = 2 if ranks is None else 3
+    with _figure(path, title, num_panels, 4.0 * num_panels, 3.6) as figure:
+        left, right = figure.axes[:2]
+        if ranks is not None:
+            _draw_ranks(figure.axes[2], ranks)
         if "num_edges" in metrics[0]:
             sizes = [line["num_edges"] for line in metrics]
             _scatter(left, steps, values, sizes, "edges", log=True)
@@ -110,6 +125,22 @@ def draw_training(metrics: Sequence[dict[str, Any]], path: Path | str, *, title:
             if is_log:
                 _log_axis(ax, values)
     return figure
+
+
+def _draw_ranks(ax: Axes, of: Ranks) -> None:
+    """Plot ranks against the step, rank 1 on top; as many edges have names as there are colours."""
+    for index, ranks in reversed([*enumerate(of.ranks)]):  # the named ones last, on top
+        if index < len(COLORS):
+            _line(ax, of.steps, ranks, color=COLORS[index], label=of.names[index], zorder=3)
+        else:
+            ax.plot(of.steps, ranks, color=GREY, alpha=0.25, linewidth=0.8)
+    ax.set_yscale("log")
+    ax.set_ylim(1.5 * of.all_edges, 0.8)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.locator_params(axis="x", nbins=6, integer=True)
+    ax.set(xlabel="step", ylabel=f"rank of the {len(of.ranks)} strongest edges")
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=7)
 
 
 def _scatter(

@@ -16,10 +16,12 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
 from edgeprune.prompts import Batch, Pair, collate, iterate_batches
 from edgeprune.scores import EdgeScores
+from edgeprune.training.snapshots import Snapshots
 
 FORMAT = 2
 """Number of the data's form; measurements in pages of another form are not used again."""
@@ -37,6 +39,8 @@ CUT_BUDGET = {"cpu": 2.5e12, "cuda": 1e15}
 """Operations that all cuts together may take, by device; about a minute on one core."""
 MAX_ATTENTION = 1_200_000
 """Bytes of attention patterns in a page, before base64 makes four of three."""
+MAX_RISES = 500
+"""Number of edges of which a page shows when they rose."""
 MAX_SIZES = 16
 """Number of sizes at which answers are measured."""
 TOP = 5
@@ -85,6 +89,32 @@ def scores_data(
         "by_magnitude": scores.by_magnitude,
         "chosen": chosen,
     }
+
+
+def rise_data(scores: EdgeScores, snapshots: Snapshots) -> dict[str, Any] | None:
+    """The ranks of the strongest edges at the snapshots of a run, edge by edge, the best first."""
+    if len(snapshots.steps) < 2:
+        return None
+    strongest = scores.ranking()[:MAX_RISES]
+    ranks = snapshots.ranks()[:, strongest].T.tolist()
+    return {"steps": snapshots.steps.tolist(), "ranks": ranks}
+
+
+def explained_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of an explain.json."""
+    shown = ("rise", "num_flips", "num_tokens", "kinds", "changes", "prompts")
+
+    def part(record: Mapping[str, Any]) -> dict[str, Any]:
+        effects = {of: {key: record[of][key] for key in shown} for of in ("in_circuit", "in_full")}
+        return {**effects, "pushed": record.get("pushed")}
+
+    return {
+        "prompts": explanation["num_prompts"], "split": explanation["split"],
+        "distance": explanation["distance"],
+        "num_pairs": explanation.get("pushes", {}).get("num_pairs"),
+        **{kind: {name: part(record) for name, record in explanation[kind].items()}
+           for kind in ("nodes", "edges")},
+    }  # fmt: skip
 
 
 def circuit_data(circuit: Circuit) -> dict[str, Any]:
@@ -163,7 +193,7 @@ def measured_data(
     ranking = scores.ranking().to(model.device)
     chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
     cut_pairs = pairs[:NUM_CUT_PROMPTS]
-    cuts = _cuts(model, circuit, ranking, _max_cuts(model, cut_pairs, num_cuts))
+    cuts = cuts_of(circuit, ranking.tolist())[: _max_cuts(model, cut_pairs, num_cuts)]
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
     batches = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
     total, done = len(batches) + len(sizes) + len(cuts) + 2, 0
@@ -361,29 +391,9 @@ def _max_cuts(model: CircuitModel, pairs: Sequence[Pair], asked: int | None) -> 
     return int(CUT_BUDGET["cuda" if model.device.type == "cuda" else "cpu"] / operations)
 
 
-def _cuts(
-    model: CircuitModel, circuit: Circuit, ranking: Tensor, count: int
-) -> list[tuple[str, str, list[int]]]:
-    """What is cut: (kind, name, edges by number), nodes and then edges, the strongest first.
-
-    A node is cut by closing its edges to others. Edges that dangle are left out.
-    """
-    graph = model.graph
-    connected = {graph.edge_index(edge): edge for edge in circuit.without_dangling().edge_set}
-    if not connected or not count:
-        return []
-    ranked = [index for index in ranking.tolist() if index in connected]
-    from_node: dict[str, list[int]] = {}
-    for index in ranked:
-        from_node.setdefault(connected[index][0], []).append(index)
-    nodes = [("nodes", writer, edges) for writer, edges in from_node.items()]
-    edges = [("edges", " ".join(connected[index]), [index]) for index in ranked]
-    return [*nodes, *edges][:count]
-
-
 def _measure_cuts(
-    model: CircuitModel, chosen: Tensor, cuts: Sequence[tuple[str, str, list[int]]],
-    pairs: Sequence[Pair], ablation: Ablation, step: Callable[[], None],
+    model: CircuitModel, chosen: Tensor, cuts: Sequence[Cut], pairs: Sequence[Pair],
+    ablation: Ablation, step: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Per cut, [mean distance from the full model, prompts whose predictions change]."""
     batches = [collate(pairs)] if model.architecture.may_pad else [collate([p]) for p in pairs]
@@ -403,12 +413,12 @@ def _measure_cuts(
     step()
     found: dict[str, Any] = {"prompts": len(pairs), "distance": distance(before)}
     found |= {"nodes": {}, "edges": {}}
-    for kind, name, edges in cuts:
+    for cut in cuts:
         gates = chosen.clone()
-        gates[edges] = 0
+        gates[cut.edges] = 0
         after = examples(gates)
-        both = zip(before.predicted, after.predicted, strict=True)
-        found[kind][name] = [distance(after), sum(not torch.equal(a, b) for a, b in both)]
+        num_flips = sum(bool(changed.any()) for changed in flips(before, after))
+        found[f"{cut.kind}s"][cut.name] = [distance(after), num_flips]
         step()
     return found
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
@@ -49,6 +50,7 @@ from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training import checkpoint as checkpoints
 from edgeprune.training.checkpoint import Checkpoint
+from edgeprune.training.snapshots import Snapshots
 
 log = logging.getLogger("edgeprune")
 
@@ -239,6 +241,14 @@ class Run:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint."""
         checkpoints.save_checkpoint(self.path / layout.CHECKPOINTS, checkpoint)
+
+    def snapshots(self) -> Snapshots:
+        """The scores at about 50 steps of training; none for a run that did not learn."""
+        return Snapshots.load(self.path / layout.SNAPSHOTS, self.graph.num_edges)
+
+    def save_snapshot(self, step: int, scores: Tensor) -> None:
+        """Add a snapshot of [edge]; those of later steps, from before the run was resumed, go."""
+        self.snapshots().with_snapshot(step, scores).save(self.path / layout.SNAPSHOTS)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

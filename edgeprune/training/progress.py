@@ -43,6 +43,20 @@ def progress(
 
 
 @contextmanager
+def counting(total: int, unit: str) -> Iterator[Callable[[float], None]]:
+    """Show the progress of about `total` units; yields a function that adds to their number."""
+    done = 0.0
+    with progress(total, unit) as show:
+
+        def add(number: float) -> None:
+            nonlocal done
+            done = min(done + number, total)
+            show(int(done), "")
+
+        yield add
+
+
+@contextmanager
 def open_tracker(
     project: str, run_dir: Path, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepMetrics], None]]:

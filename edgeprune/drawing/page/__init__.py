@@ -17,8 +17,8 @@ from edgeprune.drawing.graphviz import FILL, LINE, ONLY, PARTLY, SHARED
 
 FOLDER = Path(__file__).parent
 SCRIPTS = (
-    "dom", "model", "state", "scene", "pens", "graph", "curve", "attention", "panels", "details",
-    "prompts", "tokens", "lists", "save", "main",
+    "dom", "model", "state", "scene", "pens", "graph", "curve", "attention", "panels", "explain",
+    "details", "prompts", "tokens", "lists", "save", "main",
 )  # fmt: skip
 """The scripts, in the order in which they are joined; each uses what the earlier ones define."""
 BEGIN, END = '<script type="application/json" id="data">', "</script>"

@@ -140,7 +140,9 @@ function nodePanel(r, node) {
       : null,
     groupNote ? note(groupNote) : null,
     RUNS.length > 1 ? [whoseNote(r), runsOfNode(node)] : null,
-    node.type === "output" ? null : effectPanel(r, "nodes", node.name, inChosen),
+    node.type === "output"
+      ? null
+      : (explainedPanel(r, "nodes", node.name) ?? effectPanel(r, "nodes", node.name, inChosen)),
     attentionPanel(r, node),
     node.type === "embed"
       ? null
@@ -282,7 +284,9 @@ function edgePanel(r, edge) {
           { numeric: [1] },
         )
       : null,
-    effectPanel(r, "edges", `${edge.from.name} ${edge.reader.name}`, isIn),
+    risePanel(r, edge),
+    explainedPanel(r, "edges", `${edge.from.name} ${edge.reader.name}`) ??
+      effectPanel(r, "edges", `${edge.from.name} ${edge.reader.name}`, isIn),
     h(
       "section",
       {},

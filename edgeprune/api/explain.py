@@ -1,0 +1,177 @@
+"""Explaining a circuit that is named by its run directory or file."""
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeprune.api.evaluate import Case, case_record, drawn, load_case, scores_of
+from edgeprune.api.learn_again import check_learned, learn_again, pairs_of_run
+from edgeprune.api.shared import ablation_of, check_output
+from edgeprune.config import ExplainConfig, PruneConfig
+from edgeprune.errors import ConfigError
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.explain import Explanation, explain_on, num_circuits
+from edgeprune.evaluation.pushes import Pushes, Retrained, Verification, measure_pushes
+from edgeprune.files import write_json
+from edgeprune.metrics import Output
+from edgeprune.prompts import Pair
+from edgeprune.runs import layout
+from edgeprune.runs.run import Run
+from edgeprune.runs.source import Source, find
+from edgeprune.training.progress import counting
+from edgeprune.training.snapshots import Snapshots
+from edgeprune.training.trainer import objective_of
+
+log = logging.getLogger("edgeprune")
+
+
+class ExplainedCircuit(NamedTuple):
+    """An explanation, a title, and the file it was written to, if any."""
+
+    explanation: Explanation
+    title: str
+    output: Path | None
+
+
+def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
+    """Explain a circuit that is named by its run directory or file."""
+    source = find(config.circuit)
+    output = Path(config.output) if config.output else None
+    if output:
+        task = source.task(config.task)
+        check_output(output, [source.path, source.model(config.model).path, task.path])
+    if config.verify:
+        check_learned(source.run, "verify=", source.path)
+    case = load_case(source, config)
+    pairs = drawn(case.pairs, config)
+    is_own = case.model.fingerprint() == source.digest("model")
+    run = source.run if is_own else None
+    snapshots = run.snapshots() if run else None
+    unable = _why_no_pushes(run, case, snapshots)
+    if config.verify and unable:
+        raise ConfigError(f"verify= leaves out pairs by their pushes, but {unable}")
+    explanation = _cut(source, case, pairs, snapshots, config)
+    if unable and run and config.pairs:
+        log.info(f"no pushes of training pairs are measured: {unable}")
+    elif run and config.pairs:
+        train = pairs_of_run(run, case)
+        pushes, seconds = _pushes(run, case, train, explanation, snapshots, config)
+        explanation = replace(explanation, pushes=pushes)
+        if config.verify:
+            found = _verify(run, case, train, explanation, seconds, config)
+            explanation = replace(explanation, verification=found)
+    if output is None and case.is_own:
+        output = source.path.with_name(layout.EXPLANATION)
+    if output is not None:
+        record = case_record(source, case, pairs, config)
+        write_json(output, record | explanation.to_dict())
+    title = f"{case.title}: {len(case.file.circuit):,} edges, {len(pairs):,} {config.split} prompts"
+    return ExplainedCircuit(explanation, title, output)
+
+
+def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> str | None:
+    """Why the pushes of training pairs cannot be measured; None if they can."""
+    if run is None:
+        return "the circuit is not that of a run, or the model is not the run's"
+    if not isinstance(run.config, PruneConfig) or run.config.trainer.method != "every_size":
+        method = run.config.method_name
+        return f"{run.path} was made with {method}, and only trainer=every_size or short has them"
+    if len(snapshots.steps) < 2:
+        return f"{run.path} has no {layout.SNAPSHOTS}; train again with this version of edgeprune"
+    if case.model.output is not Output.logits:
+        return f"{case.model.name} outputs values, whose error is one of a whole batch"
+    return None
+
+
+def _cut(
+    source: Source, case: Case, pairs: Sequence[Pair], snapshots: Snapshots | None,
+    config: ExplainConfig,
+) -> Explanation:  # fmt: skip
+    """Cut nodes and edges, with a progress bar and an estimate."""
+    circuit, count = case.file.circuit, num_circuits(case.file.circuit, config.edges)
+    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
+    with counting(count, "cutting: circuit") as listen:
+        bench = Bench(case.model, pairs, ablation, case.batch_size)
+        start = time.perf_counter()
+        bench.measure([circuit])
+        log.info(
+            f"{case.title}: {count:,} circuits on {len(pairs):,} prompts, "
+            f"{_about(count * (time.perf_counter() - start))}"
+        )
+        bench.listener = listen
+        return explain_on(
+            bench, circuit, scores=scores_of(source, case), snapshots=snapshots,
+            max_edges=config.edges, seed=config.seed,
+        )  # fmt: skip
+
+
+def _about(seconds: float) -> str:
+    return f"about {max(1, round(seconds)):,} s"
+
+
+def _pushes(
+    run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, snapshots: Snapshots,
+    config: ExplainConfig,
+) -> tuple[Pushes, float]:  # fmt: skip
+    """The pushes on all edges that were cut and on those outside; and the seconds per pass."""
+    settings = run.config
+    num_pairs = len(train) if config.verify else min(config.pairs, len(train))
+    pairs = random.Random(config.seed).sample(list(train), num_pairs)
+    edges = [part.index for part in explanation.of_kind("edge")] + [*explanation.control_edges]
+    _, objective = objective_of(settings.trainer.objective, case.model.output, train)
+    measure = partial(
+        measure_pushes, case.model, edges=edges, snapshots=snapshots, objective=objective,
+        method={"seed": settings.seed, "device": case.model.device,
+                **settings.trainer.method_settings(None)},
+        ablation=ablation_of(
+            case.model, settings.ablation, train, settings.evaluation_batch_size
+        ),
+    )  # fmt: skip
+    started = time.perf_counter()
+    measure(pairs[:2], num_snapshots=2)
+    total = num_pairs * config.snapshots
+    seconds = (time.perf_counter() - started) / 4
+    log.info(
+        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, {_about(seconds * total)}"
+    )
+    with counting(total, "differentiating: pair") as listen:
+        return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
+
+
+def _verify(
+    run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, seconds: float,
+    config: ExplainConfig,
+) -> Verification:  # fmt: skip
+    """Train again without the pairs that pushed an edge most, and without as many random ones."""
+    trainer = run.config.trainer
+    pushes, edges = explanation.pushes, explanation.of_kind("edge")[: config.verify_edges]
+    count = max(1, round(config.verify_share * len(train)))
+    left_out = [set(random.Random(config.seed).sample(range(len(train)), count))]
+    places = {pair: place for place, pair in enumerate(train)}
+    for edge in edges:
+        most = pushes.on(edge.index).argsort(descending=True)[:count].tolist()
+        left_out.append({places[pushes.pairs[i]] for i in most})
+    total = config.verify * (1 + len(left_out))
+    at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
+    log.info(f"verifying: {total} trainings, at most {_about(at_most)}")
+    started, done, ranks = time.perf_counter(), 0, []
+    for seed in range(run.config.seed, run.config.seed + config.verify):
+        orders = []
+        for without in [set(), *left_out]:
+            kept = [pair for place, pair in enumerate(train) if place not in without]
+            digest = hashlib.sha256(repr(sorted(without)).encode()).hexdigest()[:12]
+            scores = learn_again(run, case, f"without-{digest}-seed-{seed}", kept, seed)
+            orders.append(scores.ranking().argsort().tolist())  # [edge], ranks from 0
+            done += 1
+            remaining = (time.perf_counter() - started) / done * (total - done)
+            log.info(f"training {done}/{total}, {_about(remaining)} left")
+        for edge, order in zip(edges, orders[2:], strict=True):
+            found = (1 + each[edge.index] for each in (orders[0], order, orders[1]))
+            ranks.append(Retrained(edge.title, seed, *found))
+    return Verification(len(train), count, tuple(ranks))

@@ -1,0 +1,65 @@
+"""Learning again as a run did, from other prompts or with another seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeprune.api.evaluate import Case
+from edgeprune.api.prune import prune
+from edgeprune.api.shared import ablation_of, own_data
+from edgeprune.config import PruneConfig, to_dict
+from edgeprune.errors import ConfigError
+from edgeprune.prompts import Pair
+from edgeprune.runs import layout
+from edgeprune.runs.data import load_pairs
+from edgeprune.runs.run import Run
+from edgeprune.scores import EdgeScores
+
+TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
+"""Of each method, the settings that its runs start from."""
+
+
+def check_learned(run: Run | None, asks: str, source: object) -> None:
+    """Raise ConfigError unless it is a run of `prune`; `asks` is the setting that learns again."""
+    if run is None:
+        raise ConfigError(f"{asks} learns again as a run did, but {source} is in no run")
+    if not isinstance(run.config, PruneConfig):
+        raise ConfigError(f"{asks} learns again, so it needs a run of prune, not {run.path}")
+
+
+def pairs_of_run(run: Run, case: Case) -> list[Pair]:
+    """The prompts from which the run learned."""
+    path = own_data(run.data_path, run.digests["data"])
+    return list(load_pairs(path, run.config.task, case.model, "train"))
+
+
+def learn_again(
+    run: Run, case: Case, name: str, pairs: Sequence[Pair], seed: int, *, progress: bool = True
+) -> EdgeScores:
+    """Scores learned with the run's settings; what has this name was learned before, and is read.
+
+    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
+    """
+    path = _path(run, name)
+    if not path.exists():
+        settings, num_edges = run.config, run.config.num_edges
+        if (settings.sparsity, num_edges) == (None, None):
+            num_edges = len(case.file.circuit)
+        batch_size = settings.evaluation_batch_size
+        pruned = prune(
+            case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges,
+            seed=seed, ablation=ablation_of(case.model, settings.ablation, pairs, batch_size),
+            start=Run.open(settings.start).scores() if settings.start else None,
+            trainer=TRAINERS[settings.trainer.method], progress=progress,
+            **to_dict(settings.trainer),
+        )  # fmt: skip
+        pruned.scores.save(path)
+    return learned(run, name)
+
+
+def learned(run: Run, name: str) -> EdgeScores:
+    """Scores that `learn_again` has saved."""
+    return EdgeScores.load(_path(run, name))
+
+
+def _path(run: Run, name: str) -> Path:
+    return run.path / layout.REPEATS / f"{name}.safetensors"

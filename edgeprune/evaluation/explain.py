@@ -1,0 +1,460 @@
+"""What is each edge of a circuit for? Each is cut alone, in the circuit and in the full model.
+
+What a cut flips the predictions to shows what the edge carries: towards a distractor, it helps to
+tell the answers apart; towards the answer of the empty circuit (under interchange ablation, that of
+the corrupted prompt), it carries the answer itself. Edges outside of the circuit are cut from the
+full model as a control. When each edge rose is read from a run's snapshots.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from edgeprune.circuit import Circuit
+from edgeprune.engine.ablation import Ablation
+from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.errors import CircuitError
+from edgeprune.evaluation.bench import Bench
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips
+from edgeprune.evaluation.finding import brief, percent
+from edgeprune.evaluation.pushes import Pushes, Verification
+from edgeprune.evaluation.statistics import Difference, paired_bootstrap
+from edgeprune.evaluation.table import Table
+from edgeprune.files import json_values
+from edgeprune.graph import CircuitGraph
+from edgeprune.metrics import SAME_NUMBER, ExampleMetrics, Output
+from edgeprune.prompts import Pair
+from edgeprune.scores import EdgeScores
+from edgeprune.training.snapshots import Snapshots
+
+NUM_CONTROLS = 20
+"""Number of random edges outside of the circuit that are cut from the full model."""
+NUM_CHANGES, NUM_PROMPTS = 8, 3
+"""Number of tokens listed per cut, and of prompts that need the edge most."""
+MAX_ROWS = 20
+"""Number of rows of the tables in a terminal."""
+KINDS = {
+    "full": "full\nmodel's", "distractor": "dis-\ntractor",
+    "empty": "empty\ncircuit's", "corrupted": "corrupted\nprompt's", "other": "another",
+}  # fmt: skip
+"""What a prediction is after it has flipped, and the heading of its share: the full model's answer,
+a distractor, the empty circuit's answer, a token of the corrupted prompt (of models that output
+logits), or another one; the first that applies."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A token, or a change from one to another, among the predicted tokens that a cut flips."""
+
+    text: str
+    share: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt that needs an edge: how much the distance rises without it, and what is predicted
+    with and without it."""
+
+    prompt: str
+    rise: float
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a cut does to the circuit, or to the full model.
+
+    Attributes:
+        rise: of the mean distance from the full model (KL in nats, or the error of values).
+        num_flips: number of prompts of which a prediction changes.
+        num_tokens: number of predicted tokens that change; the shares below are of these.
+        kinds: share of each of `KINDS` among what they become.
+        changes, before, after: the most frequent changes ("a → b"), tokens they were, and become.
+        prompts: those that need it most.
+    """
+
+    rise: Difference
+    num_flips: int
+    num_tokens: int
+    kinds: dict[str, float]
+    changes: tuple[Change, ...]
+    before: tuple[Change, ...]
+    after: tuple[Change, ...]
+    prompts: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A node or an edge: what it does, and where it ranks.
+
+    Attributes:
+        name: of the node; or writer and reader with a space between.
+        index: number of the edge; None for a node.
+        in_circuit, in_full: what cutting it does to the circuit, and to the full model.
+        rank: of the edge among all, from 1; None where edges have no scores.
+        ranks: the same at each snapshot of the run.
+        since: the step from which on it was always among as many edges as the circuit has.
+    """
+
+    kind: str
+    name: str
+    index: int | None
+    in_circuit: Effect
+    in_full: Effect
+    rank: int | None = None
+    ranks: tuple[int, ...] = ()
+    since: int | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name.replace(" ", " → ")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the parts of a circuit do, those first whose cut raises the circuit's distance most.
+
+    Attributes:
+        parts: nodes and edges.
+        num_edges, num_prompts: size of the circuit, number of prompts on which it was cut.
+        distance_name: "KL" or "error".
+        distance: the circuit's mean distance from the full model.
+        controls: what cutting each of some random edges outside of the circuit does to the full
+            model; [rise of the distance, number of flipped prompts].
+        control_edges: these edges, by number.
+        steps: those of the snapshots.
+        pushes: which training pairs pushed the edges, if that was measured.
+        verification: what training without these pairs gave, if that was tried.
+    """
+
+    parts: tuple[Explained, ...]
+    num_edges: int
+    num_prompts: int
+    distance_name: str
+    distance: float
+    controls: tuple[tuple[float, int], ...]
+    control_edges: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+    pushes: Pushes | None = None
+    verification: Verification | None = None
+
+    def of_kind(self, kind: str) -> list[Explained]:
+        return [part for part in self.parts if part.kind == kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: a record per node and edge, by name."""
+        fields = {
+            "num_edges": self.num_edges, "num_prompts": self.num_prompts,
+            "distance": self.distance_name, "circuit_distance": self.distance,
+            "controls": self.controls, "steps": self.steps,
+        }  # fmt: skip
+        for kind in ("node", "edge"):
+            fields[f"{kind}s"] = {part.name: self._record(part) for part in self.of_kind(kind)}
+        if self.pushes is not None:
+            fields["pushes"] = self.pushes.to_dict(self.control_edges)
+        if self.verification is not None:
+            fields["verification"] = self.verification.to_dict()
+        return json_values(fields)
+
+    def _record(self, part: Explained) -> dict[str, Any]:
+        record = asdict(part)
+        for effect, of in (("in_circuit", part.in_circuit), ("in_full", part.in_full)):
+            record[effect]["rise"] = of.rise._asdict()
+        del record["kind"], record["name"], record["index"]
+        if part.kind == "node":
+            del record["rank"], record["ranks"], record["since"]
+        elif self.pushes is not None:
+            record["pushed"] = self.pushes.of_edge(part.index).to_dict()
+        return record
+
+
+def explain(
+    model: CircuitModel,
+    circuit: Circuit,
+    pairs: Sequence[Pair],
+    *,
+    scores: EdgeScores | None = None,
+    snapshots: Snapshots | None = None,
+    ablation: Ablation | str = "interchange",
+    max_edges: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    listener: Callable[[float], object] | None = None,
+) -> Explanation:
+    """Cut each node and edge of a circuit alone, in the circuit and in the full model.
+
+    Args:
+        pairs: prompts, which should not be those that the circuit was found on.
+        scores: ranks the edges.
+        snapshots: scores over a run, `Run.open(path).snapshots()`, which show when edges rose.
+        ablation: what a cut edge carries, see `evaluate`.
+        max_edges: number of edges, and of nodes, to cut, the highest-ranked first; None: all that
+            lie on a path.
+        seed: of the random edges outside of the circuit.
+        listener: called with the number of circuits measured since the last call, a fraction.
+
+    Raises CircuitError if no edge lies on a path from the input to the output, and ValueError as
+    `evaluate` does.
+    """
+    bench = Bench(model, pairs, ablation, batch_size, listener)
+    return explain_on(
+        bench, circuit, scores=scores, snapshots=snapshots, max_edges=max_edges, seed=seed
+    )
+
+
+def explain_on(
+    bench: Bench,
+    circuit: Circuit,
+    *,
+    scores: EdgeScores | None = None,
+    snapshots: Snapshots | None = None,
+    max_edges: int | None = None,
+    seed: int = 0,
+) -> Explanation:
+    """`explain` on a bench's model, prompts and ablation."""
+    graph = bench.graph
+    Circuit.check(circuit, graph)
+    ranking = list(range(graph.num_edges)) if scores is None else scores.ranking().tolist()
+    cuts = cuts_to_explain(circuit, ranking, max_edges)
+    if not cuts:
+        raise CircuitError(
+            f"none of the circuit's {len(circuit):,} edges lies on a path from the input to the "
+            "output, so there is nothing to explain; choose a larger circuit"
+        )
+    kept = {*map(graph.edge_index, circuit.edge_set)}
+    outside = [edge for edge in range(graph.num_edges) if edge not in kept]
+    controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
+    (own,) = bench.measure([circuit])
+
+    def without(whole: Circuit, edges: Iterable[int]) -> Circuit:
+        return whole - Circuit(graph, frozenset(graph.edges[edge] for edge in edges))
+
+    in_circuit = bench.measure(without(circuit, cut.edges) for cut in cuts)
+    in_full = bench.measure(without(bench.whole, _in_full(graph, cut)) for cut in cuts)
+    of_controls = bench.measure(without(bench.whole, [edge]) for edge in controls)
+    parts = [
+        Explained(cut.kind, cut.name, cut.edges[0] if cut.kind == "edge" else None,
+                  _effect(bench, own, a), _effect(bench, bench.full, b))
+        for cut, a, b in zip(cuts, in_circuit, in_full, strict=True)
+    ]  # fmt: skip
+    if scores is not None:
+        ranks = {edge: rank for rank, edge in enumerate(ranking, 1)}
+        parts = [replace(part, rank=ranks.get(part.index)) for part in parts]
+    steps: tuple[int, ...] = ()
+    if snapshots is not None and len(snapshots.steps):
+        steps, places = tuple(snapshots.steps.tolist()), snapshots.ranks()
+        parts = [_with_ranks(part, places, steps, len(circuit)) for part in parts]
+    parts.sort(key=lambda part: -part.in_circuit.rise.mean)
+    return Explanation(
+        tuple(parts), len(circuit), len(bench), bench.distance_name,
+        max(bench.distance(own).mean().item(), 0.0),
+        tuple((bench.distance(each).mean().item(), _num_flips(bench.full, each))
+              for each in of_controls),
+        tuple(controls), steps,
+    )  # fmt: skip
+
+
+def cuts_to_explain(
+    circuit: Circuit, ranking: Sequence[int], max_edges: int | None = None
+) -> list[Cut]:
+    """The nodes and the edges of the highest ranks; None: all."""
+    cuts = cuts_of(circuit, ranking)
+    nodes, edges = ([cut for cut in cuts if cut.kind == kind] for kind in ("node", "edge"))
+    return nodes[:max_edges] + edges[:max_edges]
+
+
+def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:
+    """Number of circuits that `explain` measures, at most."""
+    cuts = cuts_to_explain(circuit, range(circuit.graph.num_edges), max_edges)
+    return 1 + 2 * len(cuts) + NUM_CONTROLS
+
+
+def _in_full(graph: CircuitGraph, cut: Cut) -> list[int]:
+    """The edges to cut from the full model: of a node all that leave it."""
+    if cut.kind == "edge":
+        return cut.edges
+    writer = graph.writers.index(cut.name)
+    return [edge for edge, index in enumerate(graph.edge_writers()) if index == writer]
+
+
+def _with_ranks(
+    part: Explained, places: Tensor, steps: Sequence[int], size: int
+) -> Explained:  # fmt: skip
+    """With an edge's ranks at the snapshots, `places` [snapshot, edge]."""
+    if part.index is None:
+        return part
+    ranks = places[:, part.index].tolist()
+    late = [index for index, rank in enumerate(ranks) if rank > size]
+    first = late[-1] + 1 if late else 0
+    since = steps[first] if first < len(steps) else None
+    return replace(part, ranks=tuple(ranks), since=since)
+
+
+# ---------------------------------------------------------------------------------------- effects
+
+
+def _num_flips(before: ExampleMetrics, after: ExampleMetrics) -> int:
+    return sum(bool(changed.any()) for changed in flips(before, after))
+
+
+def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effect:
+    """What a cut did, given the examples before and after it."""
+    distances = bench.distance(after).clamp(min=0), bench.distance(before).clamp(min=0)
+    rises = distances[0] - distances[1]  # [example]
+    changed = flips(before, after)
+    froms, tos, kinds = Counter(), Counter(), Counter()
+    pairs: Counter[str] = Counter()
+    for index, flags in enumerate(changed):
+        for place in flags.nonzero()[:, 0].tolist():
+            old, new = (each.predicted[index][place].item() for each in (before, after))
+            texts = [_text(bench.model, token) for token in (old, new)]
+            froms[texts[0]] += 1
+            tos[texts[1]] += 1
+            pairs[" → ".join(texts)] += 1
+            kinds[_kind(bench, index, place, new)] += 1
+    total = sum(kinds.values())
+
+    def most(counts: Counter[str]) -> tuple[Change, ...]:
+        return tuple(Change(t, n / total, n) for t, n in counts.most_common(NUM_CHANGES))
+
+    worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
+    return Effect(
+        paired_bootstrap(*distances), sum(bool(flags.any()) for flags in changed), total,
+        {kind: kinds[kind] / total for kind in KINDS if kinds[kind]},
+        most(pairs), most(froms), most(tos),
+        tuple(_example(bench, i, rises[i].item(), before, after) for i in worst if rises[i] > 0),
+    )  # fmt: skip
+
+
+def _kind(bench: Bench, index: int, place: int, token: float) -> str:
+    """Which of `KINDS` a flipped prediction has become."""
+    pair = bench.pairs[index]
+    if abs(token - bench.full.predicted[index][place].item()) <= SAME_NUMBER:
+        return "full"
+    if place == pair.contrast and token in pair.distractor_ids:
+        return "distractor"
+    empty = bench.empty.predicted[index][place].item()
+    if abs(token - empty) <= SAME_NUMBER:
+        return "empty"
+    is_token = bench.model.output is Output.logits
+    return "corrupted" if is_token and token in pair.corrupted_ids else "other"
+
+
+def _text(model: CircuitModel, token: float) -> str:
+    """A predicted token, or a number, for display."""
+    if model.output is Output.number:
+        return f"{token:.3g}"
+    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
+
+
+def _example(
+    bench: Bench, index: int, rise: float, before: ExampleMetrics, after: ExampleMetrics
+) -> Example:
+    texts = [
+        " ".join(_text(bench.model, token) for token in each.predicted[index].tolist())
+        for each in (before, after)
+    ]
+    return Example(bench.pairs[index].text, rise, *texts)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def explanation_tables(explanation: Explanation, title: str) -> list[Table]:
+    """What edges and nodes do, how the edges rose, and what the verification gave."""
+    edges, nodes = map(explanation.of_kind, ("edge", "node"))
+    tables = [_effects_table(explanation, edges, f"{title}: what each edge does")]
+    tables.append(_effects_table(explanation, nodes, "what each node does"))
+    tables.append(_flips_table(edges))
+    if explanation.pushes is not None:
+        tables.append(explanation.pushes.table([(e.title, e.index) for e in edges]))
+    if explanation.verification is not None:
+        tables.append(explanation.verification.table())
+    return [table for table in tables if table.rows]
+
+
+def _effects_table(of: Explanation, parts: Sequence[Explained], title: str) -> Table:
+    """A row per part: its rank and effects."""
+    name, optional = of.distance_name, []
+    if any(part.rank for part in parts):
+        optional.append(("rank", lambda part: f"{part.rank:,}"))
+    if any(part.ranks for part in parts):
+        optional.append(("since\nstep", lambda part: _or_dash(part.since)))
+    optional += [
+        (f"{name},\ncircuit", lambda part: signed(part.in_circuit.rise.mean)),
+        ("flips", lambda part: percent(part.in_circuit.num_flips / of.num_prompts)),
+        (f"{name},\nfull", lambda part: signed(part.in_full.rise.mean)),
+        ("flips", lambda part: percent(part.in_full.num_flips / of.num_prompts)),
+    ]
+    rows = [[part.title, *(text(part) for _, text in optional)] for part in parts[:MAX_ROWS]]
+    more = "" if len(parts) <= MAX_ROWS else f", the first {MAX_ROWS} of {len(parts):,}"
+    return Table(["", *(label for label, _ in optional)], rows, f"{title}{more}")
+
+
+def _or_dash(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _flips_table(edges: Sequence[Explained]) -> Table:
+    """What is predicted instead, in the circuit or, if nothing flips there, in the full model."""
+    effects = [(e.title, e.in_circuit if e.in_circuit.num_tokens else e.in_full) for e in edges]
+    effects = [(title, effect) for title, effect in effects if effect.num_tokens][:MAX_ROWS]
+    kinds = [kind for kind in KINDS if any(kind in effect.kinds for _, effect in effects)]
+    rows = [
+        [title, *(percent(effect.kinds.get(kind, 0.0)) for kind in kinds), _most_frequent(effect)]
+        for title, effect in effects
+    ]
+    columns = ["", *(KINDS[kind] for kind in kinds), ""]
+    if not any(row[-1] for row in rows):
+        rows, columns = [row[:-1] for row in rows], columns[:-1]
+    return Table(columns, rows, "what the flipped predictions become, and the most frequent change")
+
+
+def _most_frequent(effect: Effect) -> str:
+    """The most frequent change, if it occurs more than once."""
+    change = effect.changes[0]
+    return f"{change.text} ({change.count})" if change.count > 1 else ""
+
+
+def signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '−'}{brief(abs(value))}"
+
+
+def in_words(of: Explanation) -> str:
+    """A summary, with the controls."""
+    edges, name = of.of_kind("edge"), of.distance_name
+    flipping = sum(edge.in_circuit.num_flips > 0 for edge in edges)
+    flipping_full = sum(edge.in_full.num_flips > 0 for edge in edges)
+    clear = sum(edge.in_circuit.rise.low > 0 for edge in edges)
+    words = [
+        f"On {of.num_prompts:,} prompts the circuit's {name} is {brief(of.distance)}. Cut alone, "
+        f"{clear:,} of {len(edges):,} edges raise it (95 % interval above 0), {flipping:,} flip a "
+        f"prediction of the circuit, and {flipping_full:,} one of the full model."
+    ]
+    if of.controls:
+        rises, flipped = zip(*of.controls, strict=True)
+        words.append(
+            f"Of {len(rises)} random edges outside of the circuit, {sum(map(bool, flipped))} flip "
+            f"a prediction of the full model, and none raises its {name} by more than "
+            f"{brief(max(rises))}."
+        )
+    rose = [edge.since for edge in edges if edge.since is not None]
+    if rose:
+        middle = sorted(rose)[len(rose) // 2]
+        words.append(
+            f"Half of the edges were among the {of.num_edges:,} strongest for good by step "
+            f"{middle:,} of {of.steps[-1]:,}."
+        )
+    if of.pushes is not None:
+        words.append(of.pushes.in_words([edge.index for edge in edges], of.control_edges))
+    if of.verification is not None:
+        words.append(of.verification.in_words())
+    return " ".join(words)
