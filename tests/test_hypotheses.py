@@ -11,7 +11,7 @@ from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, read_pairs, true_edges
 
 from edgeprune import load_model, prune
-from edgeprune.api import repeat as repeating
+from edgeprune.api import learn_again as repeating
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig as SceptConfig
 from edgeprune.errors import ConfigError
