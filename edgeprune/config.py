@@ -743,7 +743,7 @@ class ExplainConfig(Settings):
     training pairs are then measured."""
     verify_edges: int = setting(5, at_least=1)
     """Number of edges for which this is tried, those whose cut does most; one training each."""
-    verify_share: float = setting(0.1, above=0, at_most=0.9)
+    verify_share: float = setting(0.25, above=0, at_most=0.9)
     """Share of the training pairs that are left out."""
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""

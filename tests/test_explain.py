@@ -323,7 +323,7 @@ def test_a_run_is_explained_and_its_page_shows_it(run_dir, capsys, monkeypatch):
     assert found["pushes"]["num_pairs"] == 16  # all, for the verification
     (verified,) = found["verification"]["ranks"]
     assert verified["edge"] == name.replace(" ", " → ")
-    assert found["verification"]["num_removed"] == 2
+    assert found["verification"]["num_removed"] == 4
     assert len(list((run_dir / "repeats").glob("*.safetensors"))) == 3
     assert call(capsys, monkeypatch, "page", run_dir, "cuts=0", "prompts=1")[0] == 0
     page = (run_dir / "page.html").read_text()
