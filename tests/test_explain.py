@@ -252,8 +252,7 @@ def test_pushes_are_the_gradients_of_single_pairs(small):
     learner = EverySize(model.graph, **method)
     trainer = Trainer(model, pairs, learner, TrainerConfig(steps=9), 0, ablation)
     for row, step in enumerate(found.steps):
-        learner.parameters["scores"].detach().copy_(snapshots.scores[row])
-        gates = learner.gates(step)
+        gates = learner.gates_of(snapshots.scores[row], step)
         whole = grad_scores(trainer.differentiate(pairs, gates)[1], gates)
         weight = learning_rate_factor(step, 9, 0) / max(whole.abs().mean(), 0.1 / len(whole))
         wanted = -weight * whole[edges]

@@ -195,8 +195,7 @@ def measure_pushes(
     values = torch.zeros(len(chosen), len(pairs), len(edges))
     for row, index in enumerate(chosen):
         step = int(snapshots.steps[index])
-        learner.parameters["scores"].detach().copy_(snapshots.scores[index])
-        gates = learner.gates(step)
+        gates = learner.gates_of(snapshots.scores[index].to(learner.device), step)
         mean = torch.zeros(model.graph.num_edges)
         for column, pair in enumerate(pairs):
             batch = collate([pair]).to(model.device)

@@ -86,9 +86,12 @@ class EverySize(Method):
 
     @torch.no_grad()
     def gates(self, step: int) -> Tensor:
-        scores = sum_scores(self._cells, **self.parameters)
-        self._gates = soft_top_k(scores, self.size(step), self.temperature_at(step))
+        self._gates = self.gates_of(sum_scores(self._cells, **self.parameters), step)
         return self._gates
+
+    def gates_of(self, scores: Tensor, step: int) -> Tensor:
+        """The gates of a step, [edge], if these were the scores."""
+        return soft_top_k(scores, self.size(step), self.temperature_at(step))
 
     def update(self, step: int, objective: Tensor, grad_gates: Tensor) -> dict[str, float | None]:
         read = read_finite(grad_gates, objective=objective)
