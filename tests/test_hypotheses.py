@@ -10,8 +10,9 @@ from conftest import call, random_pairs, run_cli
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, read_pairs, true_edges
 
-from edgeprune import load_model, prune
+from edgeprune import load_model
 from edgeprune.api import learn_again as repeating
+from edgeprune.api.prune import learn
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig as SceptConfig
 from edgeprune.errors import ConfigError
@@ -374,9 +375,9 @@ def test_a_run_is_learned_again_from_halves_of_its_templates(tmp_path, capsys, m
 
     def listening(model, pairs, *rest, **settings):
         learned.append(pairs)
-        return prune(model, pairs, *rest, **settings)
+        return learn(model, pairs, *rest, **settings)
 
-    monkeypatch.setattr(repeating, "prune", listening)
+    monkeypatch.setattr(repeating, "learn", listening)
     code, _, err = call(capsys, monkeypatch, "test", run, *few)
     assert code == 0, err
     records = [json.loads(line) for line in (run / "data.jsonl").read_text().splitlines()]
