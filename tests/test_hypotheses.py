@@ -15,7 +15,7 @@ from edgeprune.api import learn_again as repeating
 from edgeprune.api.prune import learn
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig as SceptConfig
-from edgeprune.errors import ConfigError
+from edgeprune.errors import ConfigError, DataError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.evaluate import evaluate
@@ -298,6 +298,10 @@ def test_circuits_are_compared_on_prompts_of_other_templates(bench, true):
     assert not worse.holds
     assert worse.details["distance"] == pytest.approx(of_broken.mean().item())
     assert worse.details["distance_known"] == pytest.approx(of_true.mean().item())
+    new = {*bench.pairs[1::4]}  # to both circuits, so there is nothing to compare
+    assert other_templates(bench, [true, true], [half | new, {*bench.pairs} - half]).holds
+    with pytest.raises(DataError, match="templates"):
+        other_templates(bench, [true, true], [new, new])
 
 
 # ------------------------------------------------------------------------------- words, commands
