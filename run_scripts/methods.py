@@ -19,6 +19,7 @@ from pathlib import Path
 import edgeprune
 from edgeprune.api.attribute import score_edges
 from edgeprune.circuit import Circuit
+from edgeprune.config import AT_CLEAN
 from edgeprune.drawing import draw_frontier
 from edgeprune.engine.ablation import Ablation
 from edgeprune.evaluation.curve import Curve, curve_panels
@@ -32,8 +33,6 @@ from edgeprune.scores import EdgeScores
 
 SHOWN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """The sizes in the table, as shares of all edges."""
-METRICS = dict.fromkeys(("eap", "relp", "gim"), "logit_difference")
-"""What edges are scored by, where it is not KL; that of these with KL is always 0."""
 
 
 def parse() -> argparse.Namespace:
@@ -85,16 +84,18 @@ def main() -> None:
         found = [curve.points[size]["logit_difference_recovered"] for size in sizes]
         return Areas(tuple(sizes), tuple(found))
 
-    def measure(legend: str, name: str, seconds: float, scores: EdgeScores) -> None:
+    def cut(scores: EdgeScores) -> list[Circuit]:
+        return [scores.circuit(num_edges=size) for size in sizes]
+
+    def measure_scores(legend: str, name: str, seconds: float, scores: EdgeScores) -> None:
         """CPR is of the ranking by score, CMD of that by magnitude."""
-        circuits = [scores.circuit(num_edges=size) for size in sizes]
-        if seconds == 0:
-            circuits = [circuit.head_permuted(0) for circuit in circuits]
-        curve = curve_of(circuits)
-        by_score = curve
+        curve = by_score = curve_of(cut(scores))
         if scores.by_magnitude:
-            signed = EdgeScores(scores.graph, scores.values, by_magnitude=False)
-            by_score = curve_of([signed.circuit(num_edges=size) for size in sizes])
+            by_score = curve_of(cut(EdgeScores(scores.graph, scores.values, by_magnitude=False)))
+        add_row(legend, name, seconds, curve, by_score)
+
+    def add_row(legend: str, name: str, seconds: float, curve: Curve, by_score: Curve) -> None:
+        """Print the row, and write and draw what there is so far."""
         row = {"name": name, "seconds": seconds, "cpr": areas(by_score).cpr}
         row |= {"cmd": areas(curve).cmd, "curve": curve.to_dict()}
         rows.append(row)
@@ -121,15 +122,16 @@ def main() -> None:
             learning_rate=args.learning_rate, num_edges=0, progress=False,
         )  # fmt: skip
         seconds = time.process_time() - start
-        measure("learned, by seed", f"every_size, seed {seed}", seconds, pruned.scores)
+        measure_scores("learned, by seed", f"every_size, seed {seed}", seconds, pruned.scores)
         if seed == 0:
-            measure("between other heads", "the same, head-permuted", 0, pruned.scores)
+            permuted = curve_of([circuit.head_permuted(0) for circuit in cut(pruned.scores)])
+            add_row("between other heads", "the same, head-permuted", 0, permuted, permuted)
     for method in args.methods:
         start = time.process_time()
-        metric = METRICS.get(method, "kl")
+        metric = "logit_difference" if method in AT_CLEAN else "kl"
         scores = score_edges(model, train[: args.attributed], method, metric=metric)
         name = f"{method}, {metric}"
-        measure(name, name, time.process_time() - start, scores)
+        measure_scores(name, name, time.process_time() - start, scores)
 
 
 if __name__ == "__main__":

@@ -100,13 +100,17 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-@pytest.fixture
-def without_pictures(monkeypatch) -> None:
-    """Runs in this process write neither a page nor plots, most of the time of a small run; those
-    of fresh processes do. `monkeypatch.undo()` has them again."""
+def skip_pictures(monkeypatch) -> None:
+    """Let runs in this process write neither a page nor plots, most of the time of a small run."""
     monkeypatch.setattr("edgeprune.api.make_run.write_run_page", lambda *_: None)
     monkeypatch.setattr("edgeprune.api.make_run.draw_frontier", lambda *_, **__: None)
     monkeypatch.setattr("edgeprune.api.prune.draw_training", lambda *_, **__: None)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """`skip_pictures`, until `monkeypatch.undo()`; runs of fresh processes write them."""
+    skip_pictures(monkeypatch)
 
 
 def fake_run(folder: Path, circuit: Circuit, data: str = "of the data", **settings) -> Path:

@@ -2,18 +2,16 @@
 
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, random_gpt2, random_pairs, run_cli
+from conftest import call, random_gpt2, random_pairs, run_cli, run_here, skip_pictures
 from safetensors.torch import load_file
 from test_tracr import read_pairs, true_edges
 
-from edgeprune.__main__ import main
 from edgeprune.circuit import Circuit
 from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
@@ -301,8 +299,8 @@ SMALL = (
 def run_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", sys.argv)
-        main(["prune", *SMALL, f"run_dir={path}"])
+        skip_pictures(patch)
+        run_here("prune", *SMALL, f"run_dir={path}")
     return path
 
 

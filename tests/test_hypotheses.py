@@ -10,11 +10,12 @@ from conftest import call, random_pairs, run_cli
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, read_pairs, true_edges
 
-from edgeprune import load_model, prune
+from edgeprune import load_model
 from edgeprune.api import learn_again as repeating
+from edgeprune.api.prune import learn
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig as SceptConfig
-from edgeprune.errors import ConfigError
+from edgeprune.errors import ConfigError, DataError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import overlap
 from edgeprune.evaluation.evaluate import evaluate
@@ -297,6 +298,10 @@ def test_circuits_are_compared_on_prompts_of_other_templates(bench, true):
     assert not worse.holds
     assert worse.details["distance"] == pytest.approx(of_broken.mean().item())
     assert worse.details["distance_known"] == pytest.approx(of_true.mean().item())
+    new = {*bench.pairs[1::4]}  # to both circuits, so there is nothing to compare
+    assert other_templates(bench, [true, true], [half | new, {*bench.pairs} - half]).holds
+    with pytest.raises(DataError, match="templates"):
+        other_templates(bench, [true, true], [new, new])
 
 
 # ------------------------------------------------------------------------------- words, commands
@@ -374,9 +379,9 @@ def test_a_run_is_learned_again_from_halves_of_its_templates(tmp_path, capsys, m
 
     def listening(model, pairs, *rest, **settings):
         learned.append(pairs)
-        return prune(model, pairs, *rest, **settings)
+        return learn(model, pairs, *rest, **settings)
 
-    monkeypatch.setattr(repeating, "prune", listening)
+    monkeypatch.setattr(repeating, "learn", listening)
     code, _, err = call(capsys, monkeypatch, "test", run, *few)
     assert code == 0, err
     records = [json.loads(line) for line in (run / "data.jsonl").read_text().splitlines()]

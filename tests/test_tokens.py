@@ -186,7 +186,7 @@ def test_every_predicted_token_is_an_answer():
     one = result.answers[0].through["full model"]
     assert one.clean["contrast"] != one.clean["contrast"]  # there is none
     # In Inseq's form it is one sequence with a column per predicted token.
-    sequences = inseq_json(result.to_dict(), "m", "none")["attributes"]["sequence_attributions"]
+    sequences = inseq_json(result.to_dict(), "m")["attributes"]["sequence_attributions"]
     fields = sequences[0]["attributes"]
     values = load(base64.b64decode(fields["target_attributions"]))["attribution"]
     assert len(sequences) == 1 and values.shape == (6, 3)

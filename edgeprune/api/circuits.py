@@ -238,6 +238,11 @@ def prepare(config: PrepareConfig) -> int:
 
     output, task = Path(config.output), config.task
     check_output(output, [config.model.path, task.path])
+    if config.counterfactual and task.path is None:
+        raise ConfigError(
+            f"counterfactual={config.counterfactual} is for rows of the MIB benchmark; give their "
+            "file or folder as task.path="
+        )
     rows = None if task.path is None else mib.read_rows(task.path)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     if rows is None:

@@ -152,18 +152,19 @@ def _verify(
     trainer = run.config.trainer
     pushes, edges = explanation.pushes, explanation.of_kind("edge")[: config.verify_edges]
     count = max(1, round(config.verify_share * len(train)))
-    left_out = [set(random.Random(config.seed).sample(range(len(train)), count))]
+    pushing: list[set[int]] = []  # per edge, the pairs to leave out
     places = {pair: place for place, pair in enumerate(train)}
     for edge in edges:
         most = pushes.on(edge.index).argsort(descending=True)[:count].tolist()
-        left_out.append({places[pushes.pairs[i]] for i in most})
-    total = config.verify * (1 + len(left_out))
+        pushing.append({places[pushes.pairs[i]] for i in most})
+    total = config.verify * (2 + len(pushing))
     at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
     log.info(f"verifying: {total} trainings, at most {_about(at_most)}")
     started, done, ranks = time.perf_counter(), 0, []
     for seed in range(run.config.seed, run.config.seed + config.verify):
         orders = []
-        for without in [set(), *left_out]:
+        others = set(random.Random(f"{config.seed}/{seed}").sample(range(len(train)), count))
+        for without in [set(), others, *pushing]:
             kept = [pair for place, pair in enumerate(train) if place not in without]
             digest = hashlib.sha256(repr(sorted(without)).encode()).hexdigest()[:12]
             scores = learn_again(run, case, f"without-{digest}-seed-{seed}", kept, seed)

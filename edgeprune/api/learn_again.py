@@ -1,21 +1,19 @@
 """Learning again as a run did, from other prompts or with another seed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgeprune.api.evaluate import Case
-from edgeprune.api.prune import prune
+from edgeprune.api.prune import learn
 from edgeprune.api.shared import ablation_of, own_data
-from edgeprune.config import PruneConfig, to_dict
+from edgeprune.config import SIZES, PruneConfig
 from edgeprune.errors import ConfigError
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.data import load_pairs
 from edgeprune.runs.run import Run
 from edgeprune.scores import EdgeScores
-
-TRAINERS = {"every_size": "every_size", "lagrangian": "paper", "priced": "tracr"}
-"""Of each method, the settings that its runs start from."""
 
 
 def check_learned(run: Run | None, asks: str, source: object) -> None:
@@ -35,24 +33,15 @@ def pairs_of_run(run: Run, case: Case) -> list[Pair]:
 def learn_again(
     run: Run, case: Case, name: str, pairs: Sequence[Pair], seed: int, *, progress: bool = True
 ) -> EdgeScores:
-    """Scores learned with the run's settings; what has this name was learned before, and is read.
-
-    The circuits that `prune` measures meanwhile are not used, so they are measured on few prompts.
-    """
+    """Scores learned with the run's settings, or read if some of this name were learned before."""
     path = _path(run, name)
     if not path.exists():
-        settings, num_edges = run.config, run.config.num_edges
-        if (settings.sparsity, num_edges) == (None, None):
-            num_edges = len(case.file.circuit)
-        batch_size = settings.evaluation_batch_size
-        pruned = prune(
-            case.model, pairs, pairs[:2], sparsity=settings.sparsity, num_edges=num_edges,
-            seed=seed, ablation=ablation_of(case.model, settings.ablation, pairs, batch_size),
-            start=Run.open(settings.start).scores() if settings.start else None,
-            trainer=TRAINERS[settings.trainer.method], progress=progress,
-            **to_dict(settings.trainer),
-        )  # fmt: skip
-        pruned.scores.save(path)
+        config, size = run.config, {}
+        if (config.sparsity, config.num_edges) == (None, None):
+            size = {**dict.fromkeys(SIZES), "num_edges": len(case.file.circuit)}
+        config = replace(config, seed=seed, **size)
+        ablation = ablation_of(case.model, config.ablation, pairs, config.evaluation_batch_size)
+        learn(case.model, pairs, config, ablation, progress=progress).scores.save(path)
     return learned(run, name)
 
 

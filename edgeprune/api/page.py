@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -240,7 +240,7 @@ def _of_run(
         scores, circuit, chosen.origin.get("chosen_by"), options["max_edges"]
     )
     data["rose"] = page_data.rise_data(scores, run.snapshots())
-    data["explained"] = _explained(run, circuit)
+    data["explained"] = _found(run, circuit, layout.EXPLANATION, page_data.explained_data)
     key = {
         "edges": circuit.digest(), "data": run.digests["data"], "model": run.digests["model"],
         "scores": _digest(run.path / layout.SCORES), "curve": _digest(run.path / layout.CURVE),
@@ -258,19 +258,21 @@ def _of_run(
             options,
         )  # fmt: skip
         found["split"] = kind
-    data["tokens"] = _tokens(run, circuit)
+    data["tokens"] = _found(run, circuit, layout.TOKENS, tokens_data)
     return run.graph, {**data, "measured": found, "key": key}
 
 
-def _tokens(run: Run, circuit: Circuit) -> dict[str, Any] | None:
-    """What `edgeprune tokens` has found about the run's circuit, if it has been run."""
-    path = run.path / layout.TOKENS
+def _found(
+    run: Run, circuit: Circuit, name: str, to_data: Callable[[dict], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What `edgeprune explain` or `tokens` has found about the run's circuit, if anything."""
+    path = run.path / name
     try:
         record = json.loads(path.read_bytes()) if path.exists() else {}
         is_own = record.get("edges_sha256") == circuit.digest()
-        return tokens_data(record) if is_own else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune tokens again")
+        return to_data(record) if is_own else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning(f"{path} is damaged and left out ({error}); run edgeprune {path.stem} again")
         return None
 
 
@@ -309,18 +311,6 @@ def _rules(curve: Curve) -> list[dict[str, Any]]:
             if size < curve.num_edges:
                 found.append({"text": text, "by": chosen_by((name, limit)), "size": size})
     return found
-
-
-def _explained(run: Run, circuit: Circuit) -> dict[str, Any] | None:
-    """What `edgeprune explain` has found about the run's circuit, if it has been run."""
-    path = run.path / layout.EXPLANATION
-    try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
-        is_own = found.get("edges_sha256") == circuit.digest()
-        return page_data.explained_data(found) if is_own else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune explain again")
-        return None
 
 
 def _digest(path: Path) -> str | None:

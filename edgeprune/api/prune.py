@@ -85,7 +85,7 @@ def prune(
         "trainer": to_dict(trainer_config(trainer, settings)),
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
-    score = partial(_learn, start=start)
+    score = partial(learn, start=start)
     return find_circuit(model, pairs, validation, config, ablation, score, progress=progress)
 
 
@@ -99,7 +99,7 @@ def trainer_config(name: str, changes: Mapping[str, Any]) -> TrainerConfig:
     return from_dict(TrainerConfig, {"method": method, **settings, **changes})
 
 
-def _learn(
+def learn(
     model: CircuitModel,
     pairs: Sequence[Pair],
     config: PruneConfig,
@@ -179,7 +179,7 @@ def _ranks(run: Run) -> Ranks | None:
 
 def prune_run(config: PruneConfig) -> Finished | None:
     """Prune as a run, see `make_run`."""
-    return make_run(config, _learn, partial(_plan, config))
+    return make_run(config, learn, partial(_plan, config))
 
 
 def _plan(

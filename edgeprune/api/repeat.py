@@ -44,7 +44,7 @@ def repeat(
         kind: what differs: "bootstrap", "seeds" or "templates".
         pairs: the prompts to be measured.
 
-    Raises ConfigError for a run that did not learn, or that has prompts without templates.
+    Raises ConfigError for prompts without templates.
     """
     path, train = run.data_path, pairs_of_run(run, case)
     names = [f"{kind}-{index}" for index in range(number)]

@@ -82,6 +82,6 @@ def _write(result: TokenAttributions, record: dict, folder: Path, title: str) ->
     names = (layout.TOKENS, layout.TOKENS_INSEQ, layout.TOKENS_HTML)
     file, inseq, page = paths = [folder / name for name in names]
     write_text(page, render_tokens(record, title, (conclude(result),)))
-    write_json(inseq, inseq_json(record, record["model"], result.ablation))
+    write_json(inseq, inseq_json(record, record["model"]))
     write_json(file, record)
     return paths

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from edgeprune.config import TOKEN_TARGETS
 from edgeprune.drawing.report import STYLE
 
-FORWARD, BACKWARD = (0, 114, 178), (213, 94, 0)
+RAISES, LOWERS = (0, 114, 178), (213, 94, 0)
 """Colours, in red, green and blue, of tokens that raise and that lower the answer's score."""
 MAX_NODES = 8
 """Number of nodes that are listed per model."""
@@ -21,7 +21,7 @@ class Shaded(NamedTuple):
     """A token as it is shown.
 
     Attributes:
-        text: with visible white space.
+        text: with visible line breaks and tabs.
         share: attribution as a fraction of the largest magnitude in the prompt, in [-1, 1].
         value: attribution, "" for none.
         corrupted: the token in its place in the corrupted prompt, "" if it is the same.
@@ -49,7 +49,7 @@ def shaded_tokens(answer: Mapping[str, Any], model: str) -> list[Shaded]:
 
 def mixed(share: float) -> tuple[int, int, int]:
     """The colour of a share on white."""
-    color = FORWARD if share > 0 else BACKWARD
+    color = RAISES if share > 0 else LOWERS
     weight = 0.75 * abs(share)
     return tuple(round(255 + (part - 255) * weight) for part in color)
 
@@ -90,12 +90,12 @@ def render_tokens(data: dict[str, Any], title: str, notes: tuple[str, ...] = ())
     functions = (shaded_tokens, scores_text, strongest_nodes)
     return environment.get_template("tokens.html.j2").render(
         title=title, notes=notes, data=data, style=STYLE.read_text(encoding="utf-8"),
-        about=TOKEN_TARGETS[data["target"]], colors=(FORWARD, BACKWARD),
+        about=TOKEN_TARGETS[data["target"]], colors=(RAISES, LOWERS),
         **{function.__name__: function for function in functions},
     )  # fmt: skip
 
 
 def _visible(token: str) -> str:
-    """A token with visible white space at its ends."""
+    """A token with visible line breaks and tabs; "∅" for an empty one."""
     text = token.replace("\n", "⏎").replace("\t", "⇥")
     return text or "∅"

@@ -36,7 +36,7 @@ from edgeprune.training.snapshots import Snapshots
 NUM_CONTROLS = 20
 """Number of random edges outside of the circuit that are cut from the full model."""
 NUM_CHANGES, NUM_PROMPTS = 8, 3
-"""Number of tokens listed per cut, and of prompts that need the edge most."""
+"""Number of changes listed per cut, and of prompts that need the edge most."""
 MAX_ROWS = 20
 """Number of rows of the tables in a terminal."""
 KINDS = {
@@ -50,7 +50,7 @@ logits), or another one; the first that applies."""
 
 @dataclass(frozen=True)
 class Change:
-    """A token, or a change from one to another, among the predicted tokens that a cut flips."""
+    """A change from one token to another, among the predicted tokens that a cut flips."""
 
     text: str
     share: float
@@ -77,7 +77,7 @@ class Effect:
         num_flips: number of prompts of which a prediction changes.
         num_tokens: number of predicted tokens that change; the shares below are of these.
         kinds: share of each of `KINDS` among what they become.
-        changes, before, after: the most frequent changes ("a → b"), tokens they were, and become.
+        changes: the most frequent, such as "a → b".
         prompts: those that need it most.
     """
 
@@ -86,8 +86,6 @@ class Effect:
     num_tokens: int
     kinds: dict[str, float]
     changes: tuple[Change, ...]
-    before: tuple[Change, ...]
-    after: tuple[Change, ...]
     prompts: tuple[Example, ...]
 
 
@@ -172,7 +170,7 @@ class Explanation:
         if part.kind == "node":
             del record["rank"], record["ranks"], record["since"]
         elif self.pushes is not None:
-            record["pushed"] = self.pushes.of_edge(part.index).to_dict()
+            record["pushed"] = self.pushes.of_edge(part.index)._asdict()
         return record
 
 
@@ -196,8 +194,8 @@ def explain(
         scores: ranks the edges.
         snapshots: scores over a run, `Run.open(path).snapshots()`, which show when edges rose.
         ablation: what a cut edge carries, see `evaluate`.
-        max_edges: number of edges, and of nodes, to cut, the highest-ranked first; None: all that
-            lie on a path.
+        max_edges: number of edges, and of nodes, to cut, the highest-ranked first, without scores
+            in the order of the graph; None: all that lie on a path.
         seed: of the random edges outside of the circuit.
         listener: called with the number of circuits measured since the last call, a fraction.
 
@@ -285,9 +283,7 @@ def _in_full(graph: CircuitGraph, cut: Cut) -> list[int]:
     return [edge for edge, index in enumerate(graph.edge_writers()) if index == writer]
 
 
-def _with_ranks(
-    part: Explained, places: Tensor, steps: Sequence[int], size: int
-) -> Explained:  # fmt: skip
+def _with_ranks(part: Explained, places: Tensor, steps: Sequence[int], size: int) -> Explained:
     """With an edge's ranks at the snapshots, `places` [snapshot, edge]."""
     if part.index is None:
         return part
@@ -310,26 +306,18 @@ def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effe
     distances = bench.distance(after).clamp(min=0), bench.distance(before).clamp(min=0)
     rises = distances[0] - distances[1]  # [example]
     changed = flips(before, after)
-    froms, tos, kinds = Counter(), Counter(), Counter()
-    pairs: Counter[str] = Counter()
+    changes, kinds = Counter(), Counter()
     for index, flags in enumerate(changed):
         for place in flags.nonzero()[:, 0].tolist():
             old, new = (each.predicted[index][place].item() for each in (before, after))
-            texts = [_text(bench.model, token) for token in (old, new)]
-            froms[texts[0]] += 1
-            tos[texts[1]] += 1
-            pairs[" → ".join(texts)] += 1
+            changes[" → ".join(_text(bench.model, token) for token in (old, new))] += 1
             kinds[_kind(bench, index, place, new)] += 1
     total = sum(kinds.values())
-
-    def most(counts: Counter[str]) -> tuple[Change, ...]:
-        return tuple(Change(t, n / total, n) for t, n in counts.most_common(NUM_CHANGES))
-
     worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
     return Effect(
         paired_bootstrap(*distances), sum(bool(flags.any()) for flags in changed), total,
         {kind: kinds[kind] / total for kind in KINDS if kinds[kind]},
-        most(pairs), most(froms), most(tos),
+        tuple(Change(text, n / total, n) for text, n in changes.most_common(NUM_CHANGES)),
         tuple(_example(bench, i, rises[i].item(), before, after) for i in worst if rises[i] > 0),
     )  # fmt: skip
 
@@ -446,9 +434,9 @@ def in_words(of: Explanation) -> str:
             f"a prediction of the full model, and none raises its {name} by more than "
             f"{brief(max(rises))}."
         )
-    rose = [edge.since for edge in edges if edge.since is not None]
-    if rose:
-        middle = sorted(rose)[len(rose) // 2]
+    rose = sorted(edge.since for edge in edges if edge.since is not None)
+    if 2 * len(rose) >= len(edges) and rose:
+        middle = rose[(len(edges) - 1) // 2]
         words.append(
             f"Half of the edges were among the {of.num_edges:,} strongest for good by step "
             f"{middle:,} of {of.steps[-1]:,}."

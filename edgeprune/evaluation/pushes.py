@@ -1,10 +1,11 @@
 """Which training pairs pushed an edge up, and does it fall without them?
 
 A pair's push on an edge is minus the gradient of its own objective for the edge's score: how it
-would move the score in a step of its own. It is taken at several snapshots of the run, with the
-gates of the step after each, so that all pairs are compared in the same circuits; in training, a
-pair is used only in a few steps, each with a circuit of another size. As in training, the gradients
-of a snapshot are scaled by their mean size, and weighted by the learning rate.
+would move the edge's own term of the score in a step of its own. It is taken at several snapshots
+of the run, with the gates of the step after each, so that all pairs are compared in the same
+circuits; in training, a pair is used only in a few steps, each with a circuit of another size. As
+in training, the gradients of a snapshot are scaled by their mean size, and weighted by the learning
+rate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +43,6 @@ MAX_TEXT = 90
 """Number of characters of a prompt in a table."""
 LEVEL = 0.05
 """Level of the verification's test."""
-
-
-def shortened(text: str) -> str:
-    """A prompt for a table."""
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def outliers(pushes: Tensor) -> Tensor:
@@ -79,9 +76,6 @@ class PushedEdge(NamedTuple):
     most: list[tuple[str, float]]
     least: list[tuple[str, float]]
 
-    def to_dict(self) -> dict[str, Any]:
-        return self._asdict()
-
 
 @dataclass(frozen=True)
 class Pushes:
@@ -110,12 +104,13 @@ class Pushes:
         size = total.abs().mean().clamp(min=1e-30)
         order = total.argsort(descending=True).tolist()
         halves = torch.stack([values[start::2].sum(0) for start in (0, 1)])
+        consistency = halves.double().corrcoef()[0, 1].nan_to_num(0.0)  # NaN where all are equal
 
         def listed(indices: Sequence[int]) -> list[tuple[str, float]]:
             return [(self.pairs[i].text, (total[i] / size).item()) for i in indices]
 
         return PushedEdge(
-            (total > 0).double().mean().item(), correlation(*halves),
+            (total > 0).double().mean().item(), consistency.item(),
             int(outliers(total).sum()), listed(order[:NUM_LISTED]),
             listed(order[: -NUM_LISTED - 1 : -1]),
         )  # fmt: skip
@@ -142,10 +137,10 @@ class Pushes:
             text, size = found.most[0]
             rows.append([
                 title, percent(found.share_up), f"{found.consistency:.2f}",
-                str(found.num_outliers), f"{size:.1f} ×", shortened(text),
+                str(found.num_outliers), f"{size:.1f} ×", shorten(text, MAX_TEXT, placeholder=" …"),
             ])  # fmt: skip
         title = f"how {len(self.pairs):,} training pairs pushed the edges that do most"
-        columns = ["", "push\nit up", "consis-\ntency", "out-\nliers", "the\nmost", ""]
+        columns = ["", "push\nit up", "consis-\ntency", "out-\nliers", "largest\npush", ""]
         return Table(columns, rows, title)
 
     def in_words(self, edges: Sequence[int], controls: Sequence[int]) -> str:
@@ -216,13 +211,6 @@ def measure_pushes(
     return Pushes(tuple(pairs), steps, tuple(edges), values)
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two vectors; 0 if one is constant."""
-    a, b = (x.double() - x.double().mean() for x in (a, b))
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale > 0 else 0.0
-
-
 # ----------------------------------------------------------------------------------- verification
 
 
@@ -239,6 +227,9 @@ class Retrained(NamedTuple):
 @dataclass(frozen=True)
 class Verification:
     """What training again gave.
+
+    With the same seed, all edges are compared with the same trainings on all pairs and without
+    random ones, so the p value is exact for one edge, and only approximate for several.
 
     Attributes:
         num_pairs, num_removed: of the training pairs, and of those that were left out.

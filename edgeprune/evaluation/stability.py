@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
+from edgeprune.errors import DataError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.curve import log_sizes
@@ -87,13 +88,22 @@ def other_templates(
     counts against the circuits.
 
     Args:
-        unseen: of each circuit, the prompts whose templates it was not learned from; each prompt
-            must be unseen by some circuit and seen by another.
+        unseen: of each circuit, the prompts whose templates it was not learned from. Prompts that
+            are new to all circuits or to none are left out.
+
+    Raises DataError if no prompt is left.
     """
     measured = bench.measure(circuits)
     distances = torch.stack([bench.distance(each) for each in measured])  # [circuit, example]
     matches = torch.stack([each.exact_match for each in measured])
     new = torch.tensor([[pair in pairs for pair in bench.pairs] for pairs in unseen]).double()
+    is_compared = (new.sum(0) > 0) & (new.sum(0) < len(new))  # [example]
+    if not is_compared.any():
+        raise DataError(
+            "no prompt's template is among those that some of the circuits were learned from and "
+            "others were not; measure prompts of the training prompts' templates"
+        )
+    distances, matches, new = (x[:, is_compared] for x in (distances, matches, new))
 
     def means(values: Tensor) -> list[Tensor]:
         """[example], over the circuits to which it is new, and over the others."""

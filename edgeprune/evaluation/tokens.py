@@ -228,7 +228,8 @@ def attribute_tokens(
 
     Raises:
         ConfigError: an unknown target, a model that outputs values, no distractor to contrast with.
-        DataError: a prompt does not fit the model, or none predicts a known token.
+        DataError: a prompt does not fit the model, none predicts a known token, or all equal their
+            corrupted prompts.
     """
     if circuit is not None:
         Circuit.check(circuit, model.graph)
@@ -241,6 +242,11 @@ def attribute_tokens(
     if not chosen:
         raise DataError("no prompt has a known token to predict")
     answers = [one for _, _, one in chosen]
+    if all(one.clean_ids == one.corrupted_ids for one in answers):
+        raise DataError(
+            "all corrupted prompts equal their clean prompts, so no token makes a difference; give "
+            "other corrupted prompts"
+        )
     gates = {"full model": torch.ones(model.graph.num_edges, device=model.device)}
     if circuit is not None:
         gates["circuit"] = torch.tensor(circuit.mask(), device=model.device).float()
@@ -283,11 +289,6 @@ def _checked(model: CircuitModel, pairs: Sequence[Pair], target: str | None) -> 
         raise ConfigError(
             "target=contrast needs a distractor for every prompt; give the prompts one, or use "
             "target=logit or probability"
-        )
-    if all(pair.clean_ids == pair.corrupted_ids for pair in pairs):
-        raise DataError(
-            "all corrupted prompts equal their clean prompts, so no token makes a difference; give "
-            "other corrupted prompts"
         )
     return target
 

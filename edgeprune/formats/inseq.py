@@ -20,13 +20,12 @@ STEP_SCORES = {
 """Inseq's names of the scores of an answer."""
 
 
-def inseq_json(data: Mapping[str, Any], model: str, ablation: str) -> dict[str, Any]:
+def inseq_json(data: Mapping[str, Any], model: str) -> dict[str, Any]:
     """JSON values of a `FeatureAttributionOutput`: a sequence per prompt, through each model.
 
     Args:
         data: as `TokenAttributions.to_dict` has them.
         model: its name.
-        ablation: what closed edges carried.
     """
     prompts: list[list[Mapping[str, Any]]] = []  # the answers of each
     for answer in data["answers"]:
@@ -48,7 +47,7 @@ def inseq_json(data: Mapping[str, Any], model: str, ablation: str) -> dict[str, 
             "attribution_method": "integrated_gradients", "attribute_target": True,
             "attributed_fn": STEP_SCORES[data["target"]], "model_name": model,
             "step_scores": list(STEP_SCORES.values()), "baseline": "corrupted prompt",
-            "through": [name for name in models for _ in prompts], "ablation": ablation,
+            "through": [name for name in models for _ in prompts], "ablation": data["ablation"],
             "input_texts": inputs * len(models), "generated_texts": texts * len(models),
         },
     })  # fmt: skip

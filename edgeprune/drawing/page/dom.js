@@ -117,6 +117,8 @@ function short(x) {
   return x.toFixed(digits);
 }
 
+const signed = (x) => `${x < 0 ? "−" : "+"}${short(Math.abs(x))}`;
+
 const percent = (share) =>
   share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 

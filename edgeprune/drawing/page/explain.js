@@ -77,8 +77,8 @@ function explainedPanel(r, kind, name) {
       ["cut from", distance, "95 %", "prompts flipped"],
       effects.map(([where, { rise, num_flips }]) => [
         where,
-        signedText(rise.mean),
-        `${signedText(rise.low)} to ${signedText(rise.high)}`,
+        signed(rise.mean),
+        `${signed(rise.low)} to ${signed(rise.high)}`,
         num_flips ? `${whole(num_flips)} (${percent(num_flips / prompts)})` : "0",
       ]),
       {
@@ -91,8 +91,6 @@ function explainedPanel(r, kind, name) {
     found.pushed ? pushedTable(r, found.pushed) : null,
   );
 }
-
-const signedText = (value) => `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;
 
 function flipsTable([where, effect]) {
   const kinds = Object.entries(effect.kinds)
@@ -114,7 +112,7 @@ function neededTable(effects) {
     effect.prompts.map(({ prompt, rise, before, after }) => [
       prompt,
       where,
-      signedText(rise),
+      signed(rise),
       before === after ? before : `${before} → ${after}`,
     ]),
   );
@@ -126,7 +124,7 @@ function neededTable(effects) {
 function pushedTable(r, pushed) {
   const rows = [...pushed.most, ...pushed.least].map(([prompt, push]) => [
     prompt,
-    signedText(push),
+    signed(push),
   ]);
   return table("Training pairs that pushed it most and least", ["pair", "push"], rows, {
     numeric: [1],

@@ -81,7 +81,7 @@ const cutPrompts = (r) =>
   `${plural(r.measured.cuts.prompts, `${r.measured.split ?? ""} prompt`.trim())} used for cuts`;
 
 function changeText({ before, after }) {
-  return `${after < before ? "−" : "+"}${short(Math.abs(after - before))}`;
+  return signed(after - before);
 }
 
 // What a column of cuts holds, below a table's heading.

@@ -23,7 +23,6 @@ function shadedLine(tokens, values, largest, corrupted = null) {
 }
 
 const magnitude = (values) => Math.max(...values.map(Math.abs));
-const signed = (value) => `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;
 
 const answerTitle = (answer, i) =>
   `${i + 1}. “${answer.answer.trim()}”${answer.distractor ? `, not “${answer.distractor.trim()}”` : ""}`;
