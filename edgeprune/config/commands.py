@@ -91,7 +91,7 @@ class TestConfig(Settings):
             if self.repeats[0] == "templates" and self.task is not None:
                 raise ConfigError("repeat=templates measures the run's own prompts; omit task=")
         if self.launcher.shard:
-            raise ConfigError("launcher.shard=true is for `edgeprune prune`; leave it out")
+            raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
 
     @property
     def repeats(self) -> tuple[str, int]:
@@ -143,7 +143,10 @@ class ExplainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.verify and not self.pairs:
-            raise ConfigError("verify= leaves out pairs that pushed an edge: leave out pairs=0")
+            raise ConfigError(
+                f"verify={self.verify} needs the pushes of training pairs, but pairs=0 measures "
+                "none; omit pairs=0"
+            )
 
 
 @dataclass

@@ -170,7 +170,7 @@ class AttributeConfig(RunConfig):
         if self.circuit is not None and self.method not in CUTTING:
             raise ConfigError(f"circuit= is for method={' and '.join(CUTTING)}, got {self.method}")
         if self.launcher.shard:
-            raise ConfigError("launcher.shard=true is for `edgeprune prune`; leave it out")
+            raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
 
     @property
     def default_choice(self) -> tuple[str, float | None]:
