@@ -171,10 +171,10 @@ def _ranks(run: Run) -> Ranks | None:
     snapshots = run.snapshots()
     if len(snapshots.steps) < 2:
         return None
-    ranks = snapshots.ranks()
-    best = ranks[-1].argsort()[:NUM_RANKED].tolist()
+    best = EdgeScores(run.graph, snapshots.scores[-1]).ranking()[:NUM_RANKED].tolist()
     names = [" → ".join(run.graph.edges[edge]) for edge in best]
-    return Ranks(snapshots.steps.tolist(), ranks[:, best].T.tolist(), names, run.graph.num_edges)
+    ranks = snapshots.ranks(best).T.tolist()
+    return Ranks(snapshots.steps.tolist(), ranks, names, run.graph.num_edges)
 
 
 def prune_run(config: PruneConfig) -> Finished | None:

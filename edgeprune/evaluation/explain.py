@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
@@ -248,7 +246,9 @@ def explain_on(
         parts = [replace(part, rank=ranks.get(part.index)) for part in parts]
     steps: tuple[int, ...] = ()
     if snapshots is not None and len(snapshots.steps):
-        steps, places = tuple(snapshots.steps.tolist()), snapshots.ranks()
+        steps = tuple(snapshots.steps.tolist())
+        edges = [part.index for part in parts if part.index is not None]
+        places = dict(zip(edges, snapshots.ranks(edges).T.tolist(), strict=True))
         parts = [_with_ranks(part, places, steps, len(circuit)) for part in parts]
     parts.sort(key=lambda part: -part.in_circuit.rise.mean)
     return Explanation(
@@ -283,11 +283,13 @@ def _in_full(graph: CircuitGraph, cut: Cut) -> list[int]:
     return [edge for edge, index in enumerate(graph.edge_writers()) if index == writer]
 
 
-def _with_ranks(part: Explained, places: Tensor, steps: Sequence[int], size: int) -> Explained:
-    """With an edge's ranks at the snapshots, `places` [snapshot, edge]."""
+def _with_ranks(
+    part: Explained, places: Mapping[int, Sequence[int]], steps: Sequence[int], size: int
+) -> Explained:
+    """With an edge's ranks at the snapshots, which `places` has by edge."""
     if part.index is None:
         return part
-    ranks = places[:, part.index].tolist()
+    ranks = places[part.index]
     late = [index for index, rank in enumerate(ranks) if rank > size]
     first = late[-1] + 1 if late else 0
     since = steps[first] if first < len(steps) else None

@@ -95,8 +95,7 @@ def rise_data(scores: EdgeScores, snapshots: Snapshots) -> dict[str, Any] | None
     """The ranks of the strongest edges at the snapshots of a run, edge by edge, the best first."""
     if len(snapshots.steps) < 2:
         return None
-    strongest = scores.ranking()[:MAX_RISES]
-    ranks = snapshots.ranks()[:, strongest].T.tolist()
+    ranks = snapshots.ranks(scores.ranking()[:MAX_RISES].tolist()).T.tolist()
     return {"steps": snapshots.steps.tolist(), "ranks": ranks}
 
 

@@ -9,6 +9,7 @@ dropped: its file has the same bytes as that of an uninterrupted run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -49,11 +50,15 @@ class Snapshots:
         steps = torch.cat([self.steps[known], torch.tensor([step])])
         return Snapshots(steps, torch.cat([self.scores[known], scores.cpu().float()[None]]))
 
-    def ranks(self) -> Tensor:
-        """[snapshot, edge], the place of each edge among all, from 1 for the highest score."""
-        order = torch.argsort(self.scores, descending=True, stable=True)
-        places = torch.arange(1, order.shape[1] + 1).expand_as(order)
-        return torch.empty_like(order).scatter_(1, order, places)
+    def ranks(self, edges: Sequence[int]) -> Tensor:
+        """[snapshot, edge], the places of some edges among all, from 1 for the highest score."""
+        rows = []
+        for scores in self.scores:  # one at a time: all places of a large graph take gigabytes
+            places = torch.empty(len(scores), dtype=torch.long)
+            order = torch.argsort(scores, descending=True, stable=True)
+            places[order] = torch.arange(1, len(scores) + 1)
+            rows.append(places[list(edges)])
+        return torch.stack(rows)
 
     def save(self, path: Path) -> None:
         """Write a file atomically; CheckpointError if the disk is full or read-only."""
