@@ -31,7 +31,10 @@ def print_row(name: str, test: Curve, train: Curve, sizes: Sequence[int]) -> Non
 
 
 def main(picture: str, num_prompts: int, arguments: Sequence[str]) -> None:
-    named = {legend: runs.split(",") for legend, _, runs in (a.partition("=") for a in arguments)}
+    named = {}
+    for argument in arguments:
+        *legend, runs = argument.rsplit("=", 1)  # a legend may contain "=", a path may not
+        named |= {legend[0]: runs.split(",")} if legend else {argument: [""]}
     first = Run.open(next(iter(named.values()))[0])
     model = edgeprune.load_model(first.config.model.path, dtype=first.config.model.dtype)
     total = model.graph.num_edges
