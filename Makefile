@@ -17,7 +17,7 @@ demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded mode
 	$(BIN)/edgeprune draw runs/demo
 	@echo "look into the circuit: runs/demo/page.html; its picture: runs/demo/circuit.pdf (.png, .svg)"
 
-test: $(READY) dot ## run the tests (some twelve minutes on two cores)
+test: $(READY) dot ## run the tests (some ten minutes on two cores)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(READY) dot ## run the slow tests too

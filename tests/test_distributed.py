@@ -110,7 +110,8 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=2e-3, rtol=1e-3, msg=name)
-        assert (other[name] - value).abs().mean() < 1e-5, name
+        size = max(1.0, value.abs().mean().item())  # sums over a node's edges are large
+        assert (other[name] - value).abs().mean() < 1e-5 * size, name
 
 
 @pytest.fixture(scope="module")

@@ -414,8 +414,7 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, prune):
     process = start("prune", *arguments, preexec_fn=limited(30_000))  # less than a checkpoint
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 1
-    assert "step 8" in error
-    assert "resume=auto" in error
+    assert str(run_dir) in error and "resume=auto" in error
     assert checkpoint(run_dir, 4).read_bytes() == kept
     assert prune(*arguments)[0] == 0
     assert checkpoint(run_dir, 8).read_bytes() == wanted
