@@ -117,6 +117,10 @@ class CircuitModel:
         norms.append(architecture.final_norm)
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
+    def token_text(self, token: int) -> str:
+        """A token for display: its text, or its number if there is no tokenizer."""
+        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
     @property
     def device(self) -> torch.device:
         return next(self.architecture.body.parameters()).device

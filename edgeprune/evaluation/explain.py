@@ -340,9 +340,7 @@ def _kind(bench: Bench, index: int, place: int, token: float) -> str:
 
 def _text(model: CircuitModel, token: float) -> str:
     """A predicted token, or a number, for display."""
-    if model.output is Output.number:
-        return f"{token:.3g}"
-    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
+    return f"{token:.3g}" if model.output is Output.number else model.token_text(token)
 
 
 def _example(

@@ -326,11 +326,10 @@ def _top(
         ids = shares.topk(min(TOP, outputs.shape[-1])).indices
         ids = torch.cat([ids, reference.argmax(-1, keepdim=True)], -1)
         values = shares.gather(-1, ids)
-        decode = str if model.tokenizer is None else lambda i: model.tokenizer.decode([i])
         rows = []
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
             best = dict(zip(row_ids, row_values, strict=True))  # each token once
-            rows.append([[decode(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
+            rows.append([[model.token_text(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
     remaining = iter(rows)
     return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 

@@ -421,14 +421,12 @@ class _Line:
 
 def _texts(model: CircuitModel, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token."""
-    return tuple(_text(model, [token]) for token in ids)
+    return tuple(map(model.token_text, ids))
 
 
 def _text(model: CircuitModel, ids: Sequence[int]) -> str:
     """Tokens as text, alternatives separated by slashes."""
-    if model.tokenizer is None:
-        return "/".join(map(str, ids))
-    return "/".join(model.tokenizer.decode([token]) for token in ids)
+    return "/".join(map(model.token_text, ids))
 
 
 def _labels(pair: Pair, marks: Mapping[str, int] | None) -> dict[int, str]:
