@@ -53,7 +53,9 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         circuit = None if source is None else read(source, model.graph, ablation).circuit
         with prompts_file(source, config.task, model) as path:
             pairs = load_pairs(path, task, model, config.split)[: config.prompts]
-            reference = load_pairs(path, task, model, first_split(path, "train"))
+            reference = pairs
+            if ablation.kind == "mean":
+                reference = load_pairs(path, task, model, first_split(path, "train"))
             marks = marks_of(path, task, model, pairs)
         with progress(100, "attributing: percent", enabled=world.is_rank_zero) as show:
             result = attribute_tokens(
@@ -64,9 +66,11 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
             )  # fmt: skip
         if not world.is_rank_zero:
             return None
-        is_own = source is not None and source.run is not None
-        is_own = is_own and config.task is config.ablation is None
-        is_own = is_own and model.fingerprint() == source.digest("model")
+        is_own = (
+            source is not None and source.run is not None
+            and config.task is None and config.ablation is None
+            and model.fingerprint() == source.digest("model")
+        )  # fmt: skip
         folder = Path(config.output or (source.path.parent if is_own else "tokens"))
         title = f"{model_config.title}, {task.title}, {len(pairs):,} {config.split} prompts"
         record = {

@@ -9,7 +9,7 @@ full model as a control. When each edge rose is read from a run's snapshots.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,7 +25,6 @@ from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.evaluation.table import Table
 from edgeprune.files import json_values
-from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import SAME_NUMBER, ExampleMetrics, Output
 from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
@@ -225,6 +224,9 @@ def explain_on(
             f"none of the circuit's {len(circuit):,} edges lies on a path from the input to the "
             "output, so there is nothing to explain; choose a larger circuit"
         )
+    leaving: dict[str, list[int]] = defaultdict(list)  # per writer, all its edges
+    for edge, (writer, _) in enumerate(graph.edges):
+        leaving[writer].append(edge)
     kept = {*map(graph.edge_index, circuit.edge_set)}
     outside = [edge for edge in range(graph.num_edges) if edge not in kept]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
@@ -234,7 +236,9 @@ def explain_on(
         return whole - Circuit(graph, frozenset(graph.edges[edge] for edge in edges))
 
     in_circuit = bench.measure(without(circuit, cut.edges) for cut in cuts)
-    in_full = bench.measure(without(bench.whole, _in_full(graph, cut)) for cut in cuts)
+    in_full = bench.measure(
+        without(bench.whole, leaving[cut.name] if cut.kind == "node" else cut.edges) for cut in cuts
+    )
     of_controls = bench.measure(without(bench.whole, [edge]) for edge in controls)
     parts = [
         Explained(cut.kind, cut.name, cut.edges[0] if cut.kind == "edge" else None,
@@ -273,14 +277,6 @@ def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:
     """Number of circuits that `explain` measures, at most."""
     cuts = cuts_to_explain(circuit, range(circuit.graph.num_edges), max_edges)
     return 1 + 2 * len(cuts) + NUM_CONTROLS
-
-
-def _in_full(graph: CircuitGraph, cut: Cut) -> list[int]:
-    """The edges to cut from the full model: of a node all that leave it."""
-    if cut.kind == "edge":
-        return cut.edges
-    writer = graph.writers.index(cut.name)
-    return [edge for edge, index in enumerate(graph.edge_writers()) if index == writer]
 
 
 def _with_ranks(

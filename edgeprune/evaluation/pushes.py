@@ -176,7 +176,8 @@ def measure_pushes(
 ) -> Pushes:
     """Differentiate the objective of each pair alone, at several snapshots of a run.
 
-    One pair takes a forward and a backward pass, in which it gets the gradient of all gates.
+    A pair takes one pass of the full model, and at each snapshot a forward and a backward pass of
+    the circuit, in which it gets the gradient of all gates.
 
     Args:
         edges: those whose pushes are kept.
@@ -187,28 +188,29 @@ def measure_pushes(
     learner = EverySize(model.graph, **method)
     before = len(snapshots.steps) - 1
     chosen = sorted({i * before // num_snapshots for i in range(num_snapshots)})
+    steps = snapshots.steps[chosen].tolist()
+    gates = [
+        learner.gates_of(snapshots.scores[index].to(learner.device), step)
+        for index, step in zip(chosen, steps, strict=True)
+    ]
     values = torch.zeros(len(chosen), len(pairs), len(edges))
-    for row, index in enumerate(chosen):
-        step = int(snapshots.steps[index])
-        gates = learner.gates_of(snapshots.scores[index].to(learner.device), step)
-        mean = torch.zeros(model.graph.num_edges)
-        for column, pair in enumerate(pairs):
-            batch = collate([pair]).to(model.device)
-            reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
-            inputs = StepInputs(
-                batch, reference, ablation.values(batch, corrupted),
-                gates.clone().requires_grad_(),
-            )  # fmt: skip
+    means = torch.zeros(len(chosen), model.graph.num_edges)
+    for column, pair in enumerate(pairs):
+        batch = collate([pair]).to(model.device)
+        reference, corrupted = model.run_pair(batch, corrupted=ablation.needs_corrupted)
+        ablated = ablation.values(batch, corrupted)
+        for row, own in enumerate(gates):
+            inputs = StepInputs(batch, reference, ablated, own.clone().requires_grad_())
             _, grad_gates = differentiate(model, inputs, objective=objective)
-            push = -grad_scores(grad_gates, gates).cpu()  # [edge]
+            push = -grad_scores(grad_gates, own).cpu()  # [edge]
             values[row, column] = push[list(edges)]
-            mean += push / len(pairs)
+            means[row] += push / len(pairs)
             listener(1)
+    for row, step in enumerate(steps):
         weight = learning_rate_factor(step, learner.steps, 0)
-        weight /= mean.abs().mean().clamp(min=MIN_TOTAL_GRADIENT / len(mean)).item()
+        weight /= means[row].abs().mean().clamp(min=MIN_TOTAL_GRADIENT / means.shape[1]).item()
         values[row] *= weight
-    steps = tuple(int(snapshots.steps[index]) for index in chosen)
-    return Pushes(tuple(pairs), steps, tuple(edges), values)
+    return Pushes(tuple(pairs), tuple(steps), tuple(edges), values)
 
 
 # ----------------------------------------------------------------------------------- verification
