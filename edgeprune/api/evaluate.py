@@ -2,7 +2,9 @@
 
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from edgeprune.config import (
     to_dict,
 )
 from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.formats import CircuitFile
@@ -32,6 +35,7 @@ from edgeprune.runs.data import (
 )
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import counting
 
 log = logging.getLogger("edgeprune")
 
@@ -113,6 +117,27 @@ def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pai
     return random.Random(config.seed).sample(list(pairs), config.prompts)
 
 
+def bench_of(case: Case, pairs: Sequence[Pair]) -> Bench:
+    """Where circuits are measured on some of a case's prompts."""
+    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
+    return Bench(case.model, pairs, ablation, case.batch_size)
+
+
+@contextmanager
+def measuring(case: Case, pairs: Sequence[Pair], count: int, unit: str) -> Iterator[Bench]:
+    """A bench that shows the progress of about `count` circuits, after an estimate of the time."""
+    with counting(count, unit) as listen:
+        bench = bench_of(case, pairs)
+        start = time.perf_counter()
+        bench.measure([case.file.circuit])
+        seconds = max(1, round(count * (time.perf_counter() - start)))
+        log.info(
+            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about {seconds:,} s"
+        )
+        bench.listener = listen
+        yield bench
+
+
 def case_record(
     source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig | ExplainConfig
 ) -> dict[str, Any]:
@@ -131,13 +156,19 @@ def case_record(
     }
 
 
+def checked_output(config: EvaluateConfig | ExplainConfig, source: Source) -> Path | None:
+    """The file that settings name, if any; raises ConfigError if it may not be written."""
+    if config.output is None:
+        return None
+    reads = [source.path, source.model(config.model).path, source.task(config.task).path]
+    check_output(Path(config.output), reads)
+    return Path(config.output)
+
+
 def evaluate_circuit(config: EvaluateConfig) -> Measured:
     """Measure a circuit that is named by its run directory or file."""
     source = find(config.circuit)
-    output = Path(config.output) if config.output else None
-    if output:
-        task = source.task(config.task)
-        check_output(output, [source.path, source.model(config.model).path, task.path])
+    output = checked_output(config, source)
     case = load_case(source, config)
     model, circuit, pairs = case.model, case.file.circuit, case.pairs
     evaluation = evaluate(

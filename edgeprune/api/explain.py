@@ -10,12 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.evaluate import Case, case_record, drawn, load_case, scores_of
+from edgeprune.api.evaluate import (
+    Case,
+    case_record,
+    checked_output,
+    drawn,
+    load_case,
+    measuring,
+    scores_of,
+)
 from edgeprune.api.learn_again import check_learned, learn_again, pairs_of_run
-from edgeprune.api.shared import ablation_of, check_output
+from edgeprune.api.shared import ablation_of
 from edgeprune.config import ExplainConfig, PruneConfig
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.explain import Explanation, explain_on, num_circuits
 from edgeprune.evaluation.pushes import Pushes, Retrained, Verification, measure_pushes
 from edgeprune.files import write_json
@@ -23,7 +30,7 @@ from edgeprune.metrics import Output
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run
-from edgeprune.runs.source import Source, find
+from edgeprune.runs.source import find
 from edgeprune.training.progress import counting
 from edgeprune.training.snapshots import Snapshots
 from edgeprune.training.trainer import objective_of
@@ -42,10 +49,7 @@ class ExplainedCircuit(NamedTuple):
 def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     """Explain a circuit that is named by its run directory or file."""
     source = find(config.circuit)
-    output = Path(config.output) if config.output else None
-    if output:
-        task = source.task(config.task)
-        check_output(output, [source.path, source.model(config.model).path, task.path])
+    output = checked_output(config, source)
     if config.verify:
         check_learned(source.run, "verify=", source.path)
     case = load_case(source, config)
@@ -56,7 +60,12 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     unable = _why_no_pushes(run, case, snapshots)
     if config.verify and unable:
         raise ConfigError(f"verify= leaves out pairs by their pushes, but {unable}")
-    explanation = _cut(source, case, pairs, snapshots, config)
+    count = num_circuits(case.file.circuit, config.edges)
+    with measuring(case, pairs, count, "cutting: circuit") as bench:
+        explanation = explain_on(
+            bench, case.file.circuit, scores=scores_of(source, case), snapshots=snapshots,
+            max_edges=config.edges, seed=config.seed,
+        )  # fmt: skip
     if unable and run and config.pairs:
         log.info(f"no pushes of training pairs are measured: {unable}")
     elif run and config.pairs:
@@ -87,28 +96,6 @@ def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> 
     if case.model.output is not Output.logits:
         return f"{case.model.name} outputs values, whose error is one of a whole batch"
     return None
-
-
-def _cut(
-    source: Source, case: Case, pairs: Sequence[Pair], snapshots: Snapshots | None,
-    config: ExplainConfig,
-) -> Explanation:  # fmt: skip
-    """Cut nodes and edges, with a progress bar and an estimate."""
-    circuit, count = case.file.circuit, num_circuits(case.file.circuit, config.edges)
-    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
-    with counting(count, "cutting: circuit") as listen:
-        bench = Bench(case.model, pairs, ablation, case.batch_size)
-        start = time.perf_counter()
-        bench.measure([circuit])
-        log.info(
-            f"{case.title}: {count:,} circuits on {len(pairs):,} prompts, "
-            f"{_about(count * (time.perf_counter() - start))}"
-        )
-        bench.listener = listen
-        return explain_on(
-            bench, circuit, scores=scores_of(source, case), snapshots=snapshots,
-            max_edges=config.edges, seed=config.seed,
-        )  # fmt: skip
 
 
 def _about(seconds: float) -> str:

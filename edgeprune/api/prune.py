@@ -146,12 +146,19 @@ def learn(
 
 def _recorder(run: Run, trainer: Trainer) -> Callable[[StepMetrics], None]:
     """Take the first snapshot, unless it is there; returns a listener that takes the others."""
-    if not len(run.snapshots().steps):
-        run.save_snapshot(0, trainer.scores().values)
+    snapshots = run.snapshots()
+
+    def save(step: int) -> None:
+        nonlocal snapshots
+        snapshots = snapshots.with_snapshot(step, trainer.scores().values)
+        run.save_snapshots(snapshots)
+
+    if not len(snapshots.steps):
+        save(0)
 
     def record(metrics: StepMetrics) -> None:
         if is_due(metrics.step, trainer.steps):
-            run.save_snapshot(metrics.step, trainer.scores().values)
+            save(metrics.step)
 
     return record
 

@@ -2,16 +2,23 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.api.circuits import labels_of
-from edgeprune.api.evaluate import Case, case_record, drawn, load_case, scores_of
+from edgeprune.api.evaluate import (
+    Case,
+    bench_of,
+    case_record,
+    drawn,
+    load_case,
+    measuring,
+    scores_of,
+)
 from edgeprune.api.learn_again import check_learned
 from edgeprune.api.repeat import Repeated, repeat
-from edgeprune.api.shared import ablation_of, check_output
+from edgeprune.api.shared import check_output
 from edgeprune.circuit import Circuit
 from edgeprune.config import TestConfig
 from edgeprune.drawing import Line, Panel, draw_frontier, draw_matrices
@@ -82,16 +89,7 @@ def _measure(
     """Measure everything and write what was found."""
     circuit, scores = case.file.circuit, scores_of(source, case)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
-    with counting(count, "testing: circuit") as listen:
-        bench = _bench(case, pairs)
-        start = time.perf_counter()
-        bench.measure([circuit])
-        seconds = time.perf_counter() - start
-        log.info(
-            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
-            f"{max(1, round(count * seconds)):,} s"
-        )
-        bench.listener = listen
+    with measuring(case, pairs, count, "testing: circuit") as bench:
         findings = all_findings(
             bench, circuit, scores, num_random=config.random_circuits, reference=case.reference,
             labels=head_labels(source.path.parent), seed=config.seed,
@@ -133,11 +131,6 @@ def _stability(bench: Bench, circuit: Circuit, repeated: Repeated) -> list[Findi
         circuits = [scores.circuit(num_edges=len(circuit)) for scores in repeated.scores]
         findings.append(other_templates(bench, circuits, repeated.unseen))
     return findings
-
-
-def _bench(case: Case, pairs: Sequence[Pair]) -> Bench:
-    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
-    return Bench(case.model, pairs, ablation, case.batch_size)
 
 
 def _panels(bench: Bench, num_edges: int, findings: dict[str, Finding]) -> list[Panel]:
@@ -200,7 +193,7 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
     with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
         benches = {}
         for label, case in cases.items():
-            benches[label] = _bench(case, drawn(case.pairs, config))
+            benches[label] = bench_of(case, drawn(case.pairs, config))
             benches[label].listener = listen
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name

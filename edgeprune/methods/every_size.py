@@ -14,6 +14,7 @@ Training at random sizes is the idea of Matryoshka attribution (arXiv:2609.25518
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -112,8 +113,9 @@ class EverySize(Method):
         return sum_scores(edge_cells(graph), *(state[kind] for kind in sizes))
 
 
+@lru_cache(maxsize=1)
 def edge_cells(graph: CircuitGraph) -> Tensor:
-    """[edge], where an edge lies in a flattened [reader, writer] matrix."""
+    """[edge], where an edge lies in a flattened [reader, writer] matrix. Do not change it."""
     writers, readers = map(torch.tensor, (graph.edge_writers(), graph.edge_readers()))
     return readers * graph.num_writers + writers
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
@@ -246,9 +245,9 @@ class Run:
         """The scores at about 50 steps of training; none for a run that did not learn."""
         return Snapshots.load(self.path / layout.SNAPSHOTS, self.graph.num_edges)
 
-    def save_snapshot(self, step: int, scores: Tensor) -> None:
-        """Add a snapshot of [edge]; those of later steps, from before the run was resumed, go."""
-        self.snapshots().with_snapshot(step, scores).save(self.path / layout.SNAPSHOTS)
+    def save_snapshots(self, snapshots: Snapshots) -> None:
+        """Write all snapshots."""
+        snapshots.save(self.path / layout.SNAPSHOTS)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -45,7 +45,8 @@ class Snapshots:
     scores: Tensor
 
     def with_snapshot(self, step: int, scores: Tensor) -> Snapshots:
-        """The snapshots before a step, and one after it, of [edge]."""
+        """The snapshots before a step, and one after it, of [edge]; those of later steps, from
+        before the run was resumed, go."""
         known = self.steps < step
         steps = torch.cat([self.steps[known], torch.tensor([step])])
         return Snapshots(steps, torch.cat([self.scores[known], scores.cpu().float()[None]]))
