@@ -17,7 +17,8 @@ from edgeprune.config import TrainerConfig
 from edgeprune.engine.ablation import Ablation
 from edgeprune.errors import CheckpointError, CircuitError
 from edgeprune.evaluation.evaluate import evaluate
-from edgeprune.evaluation.explain import explain, in_words
+from edgeprune.evaluation.explain import explain
+from edgeprune.evaluation.explain_tables import in_words
 from edgeprune.evaluation.pushes import (
     FALSE_ALARMS,
     Retrained,

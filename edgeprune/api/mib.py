@@ -81,7 +81,7 @@ def benchmark(config: MibConfig) -> Benchmarked:
         if truth is not None:
             recovered[name] = recovery(ranked, truth)
             records[name] |= recovered[name].to_dict()
-        if truth is None or model.output is Output.logits:  # else there are no logit differences
+        if truth is None or model.output is Output.logits:  # others have no logit differences
             with progress(len(pairs), f"{name}: prompt") as show:
                 areas[name] = mib_areas(
                     model, ranked, pairs, batch_size=config.batch_size,

@@ -7,7 +7,7 @@ from edgeprune.config import ExplainConfig
 def explain(config: ExplainConfig) -> None:
     """Find out what each edge of a circuit is for, and how it got there."""
     from edgeprune.api.explain import explain_circuit
-    from edgeprune.evaluation.explain import explanation_tables, in_words
+    from edgeprune.evaluation.explain_tables import explanation_tables, in_words
 
     done = explain_circuit(config)
     for table in explanation_tables(done.explanation, done.title):

@@ -71,7 +71,7 @@ class TestConfig(Settings):
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     seed: int = 0
-    """Of the prompts, the random circuits and the random sets of nodes."""
+    """Seed of the prompts that are drawn, the random circuits and the random sets of nodes."""
     output: str | None = None
     """Folder to write; an earlier result there is replaced. null: test.json and test.png next to
     the circuit if model, prompts and ablation are those of its run, otherwise none; with several
@@ -135,7 +135,7 @@ class ExplainConfig(Settings):
     batch_size: int | None = setting(None, at_least=1)
     """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     seed: int = 0
-    """Of the prompts, the pairs and the random edges."""
+    """Seed of the prompts and training pairs that are drawn, and of the random edges."""
     output: str | None = None
     """JSON file to write. null: explain.json next to the circuit if model, prompts and ablation are
     those of its run, otherwise none."""

@@ -43,7 +43,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 
 
 def dataclass_of(hint: Any) -> type | None:
-    """The settings class in a type hint, such as `ModelConfig | None`; None if there is none."""
+    """The settings class in a type hint such as `ModelConfig | None`, or None."""
     return next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
 
 

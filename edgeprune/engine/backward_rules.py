@@ -34,7 +34,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 RULES = ("relp", "gim")
 """The sets of rules."""
 TEMPERATURE = 2.0
-"""Of the softmax's gradient in GIM."""
+"""Temperature at which GIM takes the softmax's gradient."""
 SHARES = {"q": 0.25, "k": 0.25, "v": 0.5}
 """Shares of the gradient in GIM."""
 
