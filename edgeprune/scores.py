@@ -59,10 +59,13 @@ class EdgeScores:
         """In a notebook: the page, in a frame."""
         return edgeprune.page(self)._repr_html_()
 
+    def importance(self) -> Tensor:
+        """[edge], the numbers by which edges are ranked: the scores, or their magnitudes."""
+        return self.values.abs() if self.by_magnitude else self.values
+
     def ranking(self) -> Tensor:
         """[edge], the indices of all edges, most important first; ties in the graph's order."""
-        importance = self.values.abs() if self.by_magnitude else self.values
-        return torch.argsort(importance, descending=True, stable=True)
+        return torch.argsort(self.importance(), descending=True, stable=True)
 
     def circuit(self, *, num_edges: int | None = None, sparsity: float | None = None) -> Circuit:
         """The circuit of the highest-ranked edges, of exactly the requested size.
@@ -82,7 +85,7 @@ class EdgeScores:
         that what an added edge carries always reaches the output.
         """
         graph, edge_writers = self.graph, self.graph.edge_writers()
-        importance = (self.values.abs() if self.by_magnitude else self.values).tolist()
+        importance = self.importance().tolist()
         edges_into: dict[str, list[int]] = {}  # per node, the edges that become candidates with it
         first = 0
         for site in graph.sites:

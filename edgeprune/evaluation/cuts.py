@@ -36,3 +36,8 @@ def flips(before: ExampleMetrics, after: ExampleMetrics) -> list[Tensor]:
     """Per example, [predicted], whether a prediction is another one after a cut."""
     both = zip(before.predicted, after.predicted, strict=True)
     return [(a - b).abs() > SAME_NUMBER for a, b in both]
+
+
+def num_flips(before: ExampleMetrics, after: ExampleMetrics) -> int:
+    """Number of examples of which a prediction is another one after a cut."""
+    return sum(bool(changed.any()) for changed in flips(before, after))

@@ -19,7 +19,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.cuts import Cut, cuts_of, flips
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips
 from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.files import json_values
@@ -254,7 +254,7 @@ def explain_on(
     return Explanation(
         tuple(parts), len(circuit), len(bench), bench.distance_name,
         max(bench.distance(own).mean().item(), 0.0),
-        tuple((bench.distance(each).mean().item(), _num_flips(bench.full, each))
+        tuple((bench.distance(each).mean().item(), num_flips(bench.full, each))
               for each in of_controls),
         tuple(controls), steps,
     )  # fmt: skip
@@ -291,10 +291,6 @@ def _with_ranks(
 # ---------------------------------------------------------------------------------------- effects
 
 
-def _num_flips(before: ExampleMetrics, after: ExampleMetrics) -> int:
-    return sum(bool(changed.any()) for changed in flips(before, after))
-
-
 def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effect:
     """What a cut did, given the examples before and after it."""
     distances = bench.distance(after).clamp(min=0), bench.distance(before).clamp(min=0)
@@ -309,7 +305,7 @@ def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effe
     total = sum(kinds.values())
     worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
     return Effect(
-        paired_bootstrap(*distances), sum(bool(flags.any()) for flags in changed), total,
+        paired_bootstrap(*distances), num_flips(before, after), total,
         {kind: kinds[kind] / total for kind in KINDS if kinds[kind]},
         tuple(Change(text, n / total, n) for text, n in changes.most_common(NUM_CHANGES)),
         tuple(_example(bench, i, rises[i].item(), before, after) for i in worst if rises[i] > 0),

@@ -119,7 +119,7 @@ def recovery(scores: EdgeScores, truth: Circuit) -> Recovery:
     is_true = torch.tensor(truth.mask(), dtype=torch.bool)
     if len(truth) in (0, total):
         raise DataError(f"the true circuit has {len(truth):,} of {total:,} edges, so no ranking")
-    importance = scores.values.abs() if scores.by_magnitude else scores.values
+    importance = scores.importance()
     others, ours = importance[~is_true].sort().values, importance[is_true]
     below = sum(torch.searchsorted(others, ours, right=right) for right in (False, True)) / 2
     greedy, rates = scores.greedy(), []

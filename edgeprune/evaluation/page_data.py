@@ -16,7 +16,7 @@ from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
-from edgeprune.evaluation.cuts import Cut, cuts_of, flips
+from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
 from edgeprune.prompts import Batch, Pair, collate, iterate_batches
@@ -415,8 +415,7 @@ def _measure_cuts(
         gates = chosen.clone()
         gates[cut.edges] = 0
         after = examples(gates)
-        num_flips = sum(bool(changed.any()) for changed in flips(before, after))
-        found[f"{cut.kind}s"][cut.name] = [distance(after), num_flips]
+        found[f"{cut.kind}s"][cut.name] = [distance(after), num_flips(before, after)]
         step()
     return found
 
