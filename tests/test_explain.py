@@ -276,8 +276,9 @@ def test_outliers_are_rare_where_pairs_do_not_differ():
 
 
 def test_the_verification_says_whether_its_claim_holds():
-    def verified(*ranks: tuple[int, int, int]) -> Verification:
-        return Verification(100, 10, tuple(Retrained("a", i, *r) for i, r in enumerate(ranks)))
+    def verified(*ranks: tuple[int, int, int], num_seeds: int = 9) -> Verification:
+        found = (Retrained("a", i % num_seeds, *r) for i, r in enumerate(ranks))
+        return Verification(100, 10, tuple(found))
 
     fell = verified(*[(10, 40, 10)] * 6)
     assert fell.holds and fell.falls == pytest.approx((4.0, 1.0)) and fell.p == 2 / 2**6
@@ -286,6 +287,9 @@ def test_the_verification_says_whether_its_claim_holds():
     assert not same.holds and same.wins == (3, 6) and same.p == 1
     assert "fails" in same.in_words()
     assert not verified(*[(10, 10, 40)] * 6).holds  # the other way round
+    # Edges of one seed share trainings, so 8 edges and 2 seeds are two observations.
+    assert verified(*[(10, 40, 10)] * 16, num_seeds=2).wins == (2, 2)
+    assert verified((1, 8, 1), (1, 1, 4), num_seeds=1).wins == (1, 1)  # ratios of 8 and 1/4
 
 
 # ---------------------------------------------------------------------------------------- command

@@ -126,8 +126,8 @@ class ExplainConfig(Settings):
     backward pass at each."""
     verify: int = setting(0, at_least=0)
     """Number of seeds with which the run is trained again, without the training pairs that pushed
-    an edge most and without as many random ones, to see whether the edge falls; 0: none. All
-    training pairs are then measured."""
+    an edge most and without as many random ones, to see whether the edge falls; 0: none. A verdict
+    takes at least 6. All training pairs are then measured."""
     verify_edges: int = setting(5, at_least=1)
     """Number of edges for which this is tried, those whose cut does most; one training each."""
     verify_share: float = setting(0.25, above=0, at_most=0.9)

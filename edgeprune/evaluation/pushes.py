@@ -231,7 +231,7 @@ class Verification:
     """What training again gave.
 
     With the same seed, all edges are compared with the same trainings on all pairs and without
-    random ones, so the p value is exact for one edge, and only approximate for several.
+    random ones, so only seeds are independent of each other.
 
     Attributes:
         num_pairs, num_removed: of the training pairs, and of those that were left out.
@@ -254,13 +254,22 @@ class Verification:
 
     @property
     def wins(self) -> tuple[int, int]:
-        """How often the edge ranks lower without the pushing pairs, and how often they differ."""
-        differ = [each for each in self.ranks if each.without_pushing != each.without_random]
-        return sum(each.without_pushing > each.without_random for each in differ), len(differ)
+        """In how many seeds the edges rank lower without the pushing pairs, and how many differ.
+
+        By the geometric mean over the edges.
+        """
+        ratios: dict[int, float] = {}
+        for each in self.ranks:
+            ratio = each.without_pushing / each.without_random
+            ratios[each.seed] = ratios.get(each.seed, 1.0) * ratio
+        return sum(r > 1 for r in ratios.values()), sum(r != 1 for r in ratios.values())
 
     @property
     def p(self) -> float:
-        """P value of a sign test of the hypothesis that it does not matter which are left out."""
+        """P value of a sign test over seeds: that it does not matter which pairs are left out.
+
+        With fewer than 6 seeds it cannot be below .05.
+        """
         return sign_test(*self.wins)
 
     @property
@@ -291,6 +300,7 @@ class Verification:
             f"The claim that these pairs made the edges rise {verdict}: trained again without the "
             f"{self.num_removed:,} of {self.num_pairs:,} pairs that pushed an edge most, its rank "
             f"is multiplied by {pushing:.2f}, and without as many random pairs by {random:.2f} "
-            f"(geometric means of {len(self.ranks)} trainings); it ranks lower in {wins} of the "
-            f"{differ} that differ (sign test, p = {self.p:.3f}; at most {LEVEL} would be needed)."
+            f"(geometric means of {len(self.ranks)} trainings); edges rank lower in {wins} of the "
+            f"{differ} seeds that differ (sign test, p = {self.p:.3f}; at most {LEVEL} would be "
+            "needed, which takes at least 6 seeds)."
         )
