@@ -127,6 +127,32 @@ def test_a_smaller_batch_after_a_larger_one_reuses_the_buffers(model):
     assert torch.equal(before, gate_gradient(model, small, gates))
 
 
+@pytest.mark.parametrize("ablation", ["interchange", "zero"])
+def test_circuits_that_differ_in_later_layers_alone_share_the_first_ones(ablation):
+    model = wrap_model(random_gpt2(n_layer=6))
+    graph, batch = model.graph, collate(mixed_lengths())
+    _, corrupted = model.run_pair(batch)
+    values = corrupted if ablation == "interchange" else None
+    gates = [random_gates(graph).detach()]
+    changed = ["a0", "a3", "m3", "a5", "m5", "resid_post", None]  # the site of one other gate
+    for name in changed:
+        gates.append(gates[-1].clone())
+        for site in graph.sites:
+            if site.name == name:
+                gates[-1][site.offset] = 1 - gates[-1][site.offset]
+    expected = [model.run_circuit(batch, each, values).detach() for each in gates]
+    assert not torch.equal(expected[0], expected[1])
+    layers = []
+    model.begin_layer = lambda layer, x: layers.append(layer)
+    for got, logits in zip(model.run_circuits(batch, gates, values), expected, strict=True):
+        assert_close(got, logits)
+    assert len(layers) == 6 + 6 + 3 + 3 + 1 + 1 + 1 + 1
+    # Whatever runs in between overwrites what could be shared.
+    for got, logits in zip(model.run_circuits(batch, gates, values), expected, strict=True):
+        assert_close(got, logits)
+        model.run_circuit(collate(random_pairs(3)), 1 - gates[0], None)
+
+
 def test_backward_after_a_later_forward_is_refused(model):
     batch = collate(random_pairs(2))
     gates = random_gates(model.graph)

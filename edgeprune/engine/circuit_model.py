@@ -22,7 +22,8 @@ A training step, from the prompts to the gradient of the gates:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -243,7 +244,7 @@ class CircuitModel:
         ablation_values: Activations | None,
         *,
         recompute: bool = False,
-        below: tuple[int, Tensor] | None = None,
+        start: int = 0,
         embeddings: Tensor | None = None,
         written: list[Tensor] | None = None,
     ) -> Tensor:
@@ -254,8 +255,8 @@ class CircuitModel:
             ablation_values: what an edge with gate 0 carries; None: zeros.
             recompute: whether the backward pass recomputes the blocks. Then only the outboxes,
                 their gradients and the blocks of one look-ahead take memory.
-            below: a layer to start from and the result of `deltas_below` for it, where the gates
-                below are the same; without gradients.
+            start: the layer to start from, where the last `run_circuit` had the same arguments but
+                for gates into this layer and above; without gradients.
             embeddings: take the place of the clean prompts', [embedding, batch, pos, d_model].
             written: receives the deltas of all writers, in order, one tensor per embedding layer,
                 layer's heads and MLP: [writer, batch, pos, d_model], and of the last layer
@@ -274,9 +275,8 @@ class CircuitModel:
         circuit_pass = _CircuitPass(
             self, batch, gates, ablation_values, keep_inputs, embeddings, written
         )
-        start, known = below or (0, None)
-        if known is not None:
-            circuit_pass.boxes.skip(known, 2 * start)
+        if start:
+            circuit_pass.boxes.skip_to(2 * start)
         for layers in lookaheads(self.graph):
             layers = range(max(start, layers.start), layers.stop)
             if not layers:
@@ -291,22 +291,33 @@ class CircuitModel:
         return circuit_pass.finish(values)
 
     @torch.no_grad()
-    def deltas_below(
-        self, layer: int, batch: Batch, gates: Tensor, ablation_values: Activations | None
-    ) -> Tensor:
-        """The deltas of the layers below one, in a circuit; arguments as for `run_circuit`.
+    def run_circuits(
+        self, batch: Batch, circuits: Iterable[Tensor], ablation_values: Activations | None
+    ) -> Iterator[Tensor]:
+        """Run one circuit after another as `run_circuit` does, without gradients.
 
-        Returns [writer, batch, pos, d_model], without the embeddings.
+        A circuit starts at the first layer in which its gates differ from those of the one before,
+        so it is fastest to sort the circuits by their gates.
+
+        Args:
+            circuits: the gates of each, [edge] in [0, 1].
+
+        Yields the logits of each circuit, [predicted, vocabulary].
         """
-        self.check_padding(batch)
-        circuit_pass = _CircuitPass(self, batch, gates, ablation_values, keep_inputs=False)
-        for layers in lookaheads(self.graph):
-            layers = range(layers.start, min(layers.stop, layer))
-            if layers:
-                circuit_pass.run_layers(layers)
-        boxes, num_embeddings = circuit_pass.boxes, len(self.graph.embedding_writers)
-        deltas = boxes.delta[:, num_embeddings : boxes.num_written]  # [token, writer, d_model]
-        return deltas.transpose(0, 1).unflatten(1, batch.clean_ids.shape).clone()
+        before, generation = None, None
+        for gates in circuits:
+            is_undisturbed = before is not None and generation == self.workspace.generation
+            start = self._first_change(before, gates) if is_undisturbed else 0
+            outputs = self.run_circuit(batch, gates, ablation_values, start=start)
+            before, generation = gates, self.workspace.generation
+            yield outputs
+
+    def _first_change(self, before: Tensor, gates: Tensor) -> int:
+        """The first layer with other gates; the last layer if none has."""
+        changed = (before != gates).nonzero()
+        edge = int(changed[0]) if len(changed) else self.graph.num_edges
+        site = bisect_right(self.graph.sites, edge, key=lambda site: site.offset) - 1
+        return min(site // 2, self.graph.num_layers - 1)
 
 
 class _CircuitPass:

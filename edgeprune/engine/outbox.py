@@ -128,10 +128,12 @@ class Outboxes:
         elif writers.start == self._starts[0] and not _pads_writers(self.delta):
             self._starts[0] = writers.stop  # embeddings need no gradient: they depend on no gate
 
-    def skip(self, delta: Tensor, site: int) -> None:
-        """Append the deltas of all writers before a site, which is the next one to be read."""
-        self.write(delta)
-        self._site = site
+    def skip_to(self, site: int) -> None:
+        """Make a site the next one to be read, with the deltas of the last forward pass before it.
+
+        Only for the same shapes and without gradients.
+        """
+        self._site, self.num_written = site, self.gates[site].shape[1]
 
     def read(self, base: Tensor | None, stop: int | None = None) -> Tensor:
         """Mix the deltas written so far into one input per reader of the next site.

@@ -82,8 +82,8 @@ class Bench:
         circuits that differ in these alone are the same.
         """
         rest, found = iter(circuits), []
-        while some := [self._connected(circuit) for circuit in islice(rest, AT_A_TIME)]:
-            keys = [hashlib.sha256(bytes(circuit.mask())).digest() for circuit in some]
+        while some := list(islice(rest, AT_A_TIME)):
+            keys = [hashlib.sha256(bytes(self._connected(c).mask())).digest() for c in some]
             new = {k: c for k, c in zip(keys, some, strict=True) if k not in self._known}
             if self.listener is not None:
                 self.listener(len(some) - len(new))

@@ -100,16 +100,17 @@ def measure_circuits(
     that were kept (None: the model's own).
     """
     run_pair = run_pair or partial(model.run_pair, corrupted=ablation.needs_corrupted)
-    gates = [torch.tensor(c.mask(), dtype=torch.float32, device=model.device) for c in circuits]
-    parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(gates))]
+    masks = [circuit.mask() for circuit in circuits]
+    order = sorted(range(len(masks)), key=masks.__getitem__)  # neighbours share their first layers
+    gates = [torch.tensor(masks[i], dtype=torch.float32, device=model.device) for i in order]
+    parts: list[list[ExampleMetrics]] = [[] for _ in range(1 + len(masks))]
     for batch in batches:
         batch = batch.to(model.device)
         reference, corrupted = run_pair(batch)
         values = ablation.values(batch, corrupted)
         parts[0].append(measure(batch, reference, reference, model.output))
-        for part, circuit_gates in zip(parts[1:], gates, strict=True):
-            outputs = model.run_circuit(batch, circuit_gates, values)
-            part.append(measure(batch, reference, outputs, model.output))
+        for i, outputs in zip(order, model.run_circuits(batch, gates, values), strict=True):
+            parts[1 + i].append(measure(batch, reference, outputs, model.output))
         if listener is not None:
             listener(sum(len(measured.kl) for measured in parts[0]))
     return [ExampleMetrics.concatenate(part) for part in parts]

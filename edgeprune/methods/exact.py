@@ -40,16 +40,12 @@ class _Cutting(Attribution):
         return min(self.model.graph.sites.index(site) // 2, self.model.graph.num_layers - 1)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, site: Site, circuits: Sequence[Tensor]) -> Tensor:
-        """The objective of circuits that differ only in edges into a site or above, [circuit].
-
-        A circuit is [edge], whether an edge is kept.
-        """
+    def measure(self, batch: Batch, circuits: Sequence[Tensor]) -> Tensor:
+        """The objective of circuits, [circuit]. A circuit is [edge], whether an edge is kept."""
         reference, corrupted = self._full_model(batch)
-        values, layer = self.ablation.values(batch, corrupted), self.layer_of(site)
-        gates = [kept.float().to(self.model.device) for kept in circuits]
-        below = (layer, self.model.deltas_below(layer, batch, gates[0], values))
-        outputs = (self.model.run_circuit(batch, g, values, below=below) for g in gates)
+        values = self.ablation.values(batch, corrupted)
+        gates = (kept.float().to(self.model.device) for kept in circuits)
+        outputs = self.model.run_circuits(batch, gates, values)
         return torch.stack([self.objective(batch, reference, out).float() for out in outputs])
 
     def expected_seconds(self) -> float:
@@ -57,10 +53,10 @@ class _Cutting(Attribution):
         part, graph = self.my_part(0), self.model.graph
         if part is None:
             return 0.0
-        self.measure(part, graph.sites[0], [self._kept])  # libraries load what they need
+        self.measure(part, [self._kept])  # libraries load what they need
         start = time.perf_counter()
-        self.measure(part, graph.sites[0], [self._kept] * 2)
-        seconds = (time.perf_counter() - start) / 3  # with one pass for the layers below
+        self.measure(part, [self._kept])
+        seconds = time.perf_counter() - start
         shares = (
             int(self._kept[site.place].sum()) * (1 - self.layer_of(site) / graph.num_layers)
             for site in graph.sites
@@ -82,7 +78,7 @@ class Exact(_Cutting):
         rises, batch = torch.zeros(len(edges), device=self.model.device), self.my_part(batch_index)
         if batch is not None and edges:
             circuits = [self._kept, *(_without(self._kept, [edge]) for edge in edges)]
-            measured = self.measure(batch, site, circuits)
+            measured = self.measure(batch, circuits)
             rises = len(batch.pairs) / size * (measured[1:] - measured[0])
         self.world.sum([rises])
         if not rises.isfinite().all():
@@ -118,7 +114,7 @@ class ACDC(_Cutting):
             # Cut the next edges one after another, as if none had to stay.
             tried = remaining[:CHUNK]
             cuts = [_without(kept, tried[:count]) for count in range(len(tried) + 1)]
-            measured = self._measure_all(site, cuts)
+            measured = self._measure_all(cuts)
             rises = (measured[1:] - measured[:-1]).tolist()
             count = next((i for i, rise in enumerate(rises) if rise >= self.threshold), len(rises))
             kept, value = cuts[count], measured[count].item()
@@ -139,13 +135,13 @@ class ACDC(_Cutting):
         writers = graph.edge_writers()
         return any(writers[edge] in fed for edge in decided + kept[decided:].nonzero()[:, 0])
 
-    def _measure_all(self, site: Site, circuits: Sequence[Tensor]) -> Tensor:
+    def _measure_all(self, circuits: Sequence[Tensor]) -> Tensor:
         """`measure` on all prompts, [circuit], the same on all processes."""
         total = torch.zeros(len(circuits), device=self.model.device)
         for index in range(len(self.batches)):
             batch = self.my_part(index)
             if batch is not None:
-                total += len(batch.pairs) / len(self.pairs) * self.measure(batch, site, circuits)
+                total += len(batch.pairs) / len(self.pairs) * self.measure(batch, circuits)
         self.world.sum([total])
         if not total.isfinite().all():
             raise FloatingPointError("the objective is not finite")
