@@ -83,7 +83,7 @@ def two_nodes(tmp_path_factory):
 
 def test_two_nodes_find_what_one_process_finds(two_nodes, tmp_path):
     run_dir, log = two_nodes
-    assert "2 processes, in" in log.read_text()
+    assert ", 2 processes" in log.read_text()
     done = run_cli("prune", *SMALL, f"run_dir={tmp_path / 'one'}", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     saved = "checkpoints/step-{:08d}.safetensors"
