@@ -58,11 +58,10 @@ def scores_text(answer: Mapping[str, Any], model: str, target: str) -> str:
     """The scores of an answer on the corrupted and the clean prompt, in words."""
     through = answer["through"][model]
     start, stop = through["corrupted"], through["clean"]
-    names = [target, *({"probability", "contrast"} - {target})]
+    names = dict.fromkeys((target, "probability", "contrast"))
     return ", ".join(
-        f"{name} {start[name]:.2f} → {stop[name]:.2f}"
-        for name in sorted(names, key=names.index) if stop[name] is not None
-    )  # fmt: skip
+        f"{name} {start[name]:.2f} → {stop[name]:.2f}" for name in names if stop[name] is not None
+    )
 
 
 def strongest_nodes(

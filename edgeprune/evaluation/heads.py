@@ -253,7 +253,8 @@ class _Totals:
         lengths = torch.tensor([len(tokens) for tokens, _ in batch])
         visible = _visible(ids, lengths, causal=arch.may_pad)  # [batch, query, key]
         targets = _targets(ids, [at for _, at in batch])
-        rules = [_Rule(name, mask, visible) for name, mask in targets.items() if mask.any()]
+        rules = [_Rule(name, mask, visible) for name, mask in targets.items()]
+        rules = [rule for rule in rules if rule.num_queries.any()]
         for rule in rules:
             self._count(rule.name, rule.chance)
             rule.to(device)
@@ -261,6 +262,7 @@ class _Totals:
         is_query = (num_visible > 1).float()
         is_query /= is_query.sum(-1, keepdim=True)
         self._count("entropy", (num_visible.clamp(min=1).log() * is_query).sum(-1))
+        is_query = is_query.nan_to_num()  # prompts of one token have none
         is_query, ids = is_query[:, None].to(device), ids.to(device)
         once = slice(ids.shape[1] % 2, ids.shape[1] // 2 + ids.shape[1] % 2)  # before they repeat
         if copying:
