@@ -21,6 +21,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.node_ablation import AblatedModel, NodeMeans
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.statistics import (
+    LEVEL,
     Difference,
     McNemar,
     mcnemar,
@@ -35,8 +36,6 @@ from edgeprune.prompts import Batch, Pair, collate
 
 LABELS = {"kl": "KL", "error": "error", "accuracy": "accuracy", "answers": "answers"}
 """Measures of a set by name; `answers` are the free-text answers that contain a right one."""
-SIGNIFICANT = 0.05
-"""Largest p at which a set counts as mattering more than random ones."""
 
 
 @dataclass(frozen=True)
@@ -363,7 +362,7 @@ def conclude(result: NodeAblation) -> str:
 def _is_worse(comparison: Comparison) -> bool:
     """Whether the ablated model is clearly worse than the other, by chance at most 5 %."""
     if comparison.p_random is not None:
-        return comparison.p_random <= SIGNIFICANT
+        return comparison.p_random <= LEVEL
     low, high = comparison.difference.low, comparison.difference.high
     return low > 0 if comparison.measure in ("kl", "error") else high < 0
 

@@ -7,6 +7,7 @@ and kept where they fit into memory (`KeptPasses`).
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import measure_circuits
-from edgeprune.evaluation.statistics import bootstrap_interval
-from edgeprune.metrics import ExampleMetrics, Metrics, Output
+from edgeprune.evaluation.statistics import bootstrap_interval, mean_interval
+from edgeprune.metrics import ExampleMetrics, Output
 from edgeprune.prompts import Pair, iterate_batches
 
 AT_A_TIME = 16
@@ -138,9 +139,15 @@ class Bench:
 
         return statistic
 
-    def metrics(self, examples: ExampleMetrics) -> Metrics:
-        """Means of all metrics."""
-        return Metrics.of(examples, self.full, self.empty)
+    def summary(self, examples: ExampleMetrics) -> dict[str, Any]:
+        """Means and intervals of distance and exact match, and the recovered score; JSON values."""
+        distance = self.distance(examples)
+        return {
+            "exact_match": examples.exact_match.mean().item(),
+            "exact_match_interval": mean_interval(examples.exact_match),
+            "distance": distance.mean().item(), "distance_interval": mean_interval(distance),
+            "recovered": self.recovered(examples),
+        }  # fmt: skip
 
     @torch.no_grad()
     def outputs(self, circuits: Iterable[Circuit]) -> list[Tensor]:

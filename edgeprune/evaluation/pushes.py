@@ -23,7 +23,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.finding import percent
-from edgeprune.evaluation.statistics import sign_test
+from edgeprune.evaluation.statistics import LEVEL, sign_test
 from edgeprune.evaluation.table import Table
 from edgeprune.methods.every_size import MIN_TOTAL_GRADIENT, EverySize, grad_scores
 from edgeprune.methods.method import learning_rate_factor
@@ -41,8 +41,6 @@ MAX_ROWS = 10
 """Number of rows of the table in a terminal."""
 MAX_TEXT = 90
 """Number of characters of a prompt in a table."""
-LEVEL = 0.05
-"""Level of the verification's test."""
 
 
 def outliers(pushes: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from edgeprune.circuit import Circuit
 from edgeprune.errors import DataError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
-from edgeprune.evaluation.curve import log_sizes
 from edgeprune.evaluation.finding import Finding, brief
-from edgeprune.evaluation.sceptic import NUM_SIZES, SMALLEST_SHARE
+from edgeprune.evaluation.sceptic import curve_sizes
 from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.prompts import Pair
@@ -36,9 +35,7 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
         repeated: scores, at least two.
         what: what differed between them, such as "bootstrap samples".
     """
-    total = bench.graph.num_edges
-    smallest = max(1, round(SMALLEST_SHARE * total))
-    sizes = sorted({*log_sizes(smallest, total, NUM_SIZES)[:-1], len(circuit)})
+    sizes = sorted({*curve_sizes(bench.graph.num_edges)[:-1], len(circuit)})
     rows = []
     for size in sizes:
         pairs = combinations([scores.circuit(num_edges=size) for scores in repeated], 2)
@@ -66,15 +63,16 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
     }  # fmt: skip
     name = bench.distance_name
     return Finding(
-        "stability", f"Jaccard index {here['jaccard']:.2f}", f"chance {here['by_chance']:.3f}",
-        here["jaccard"] >= STANDARD,
+        "stability",
+        f"Jaccard index {here['jaccard']:.2f} ({here['lowest']:.2f} to {here['highest']:.2f})",
+        f"chance {here['by_chance']:.3f}", here["jaccard"] >= STANDARD,
         f"Of {len(repeated)} circuits of {len(circuit):,} edges learned from other {what}, two "
         f"share {here['jaccard']:.0%} of the edges that either has (by chance "
         f"{here['by_chance']:.1%}; less than {STANDARD:.0%} counts against them); "
         f"{counts[len(circuits)]:,} of {len(kept):,} edges are in all of them. Their {name} is "
-        f"{fmean(distances):.2g} on average, that of their consensus ({len(agreed):,} edges) "
-        f"{found['consensus'].mean():.2g}.",
-        (here["lowest"], here["highest"]), None, details,
+        f"{brief(fmean(distances))} on average, that of their consensus ({len(agreed):,} edges) "
+        f"{brief(found['consensus'].mean().item())}.",
+        details=details,
     )  # fmt: skip
 
 
