@@ -128,6 +128,10 @@ def test_necessity_does_not_apply_if_every_path_goes_through_the_circuit(bench):
     assert found.holds is None and found.p is None
 
 
+def test_independence_does_not_apply_to_a_single_prompt(bench, true):
+    assert independence(Bench(bench.model, bench.pairs[:1]), true).holds is None
+
+
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name", ["brackets", "reverse", "xproportion"])
 def test_circuits_of_compiled_programs(name, ablation):

@@ -38,7 +38,7 @@ class Finding:
 
     @classmethod
     def inapplicable(cls, name: str, reason: str) -> Self:
-        """Of a test that does not apply."""
+        """The finding of a test that does not apply."""
         return cls(name, "–", "–", None, f"The test of {name} does not apply: {reason}.")
 
 

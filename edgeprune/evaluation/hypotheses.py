@@ -64,7 +64,7 @@ def sufficiency(
     distances = [bench.distance(each).mean().item() for each in bench.measure(circuits)]
     mine, name = bench.distance(own).mean().item(), bench.distance_name
     as_good = sum(distance <= mine + SAME for distance in distances)
-    p = 1 - binomial_tail(as_good + 1, num_random, MAX_AS_GOOD)
+    p = _p_value(as_good, num_random)
     best, mean = min(distances), sum(distances) / num_random
     return Finding(
         "sufficiency", f"{name} {brief(mine)}",
@@ -95,7 +95,7 @@ def necessity(bench: Bench, circuit: Circuit, num_random: int = 100, seed: int =
     distances = [bench.distance(each).mean().item() for each in others]
     mine, mean, worst = damage.mean().item(), sum(distances) / num_random, max(distances)
     as_bad = sum(distance >= mine - SAME for distance in distances)
-    p = 1 - binomial_tail(as_bad + 1, num_random, MAX_AS_GOOD)
+    p = _p_value(as_bad, num_random)
     sizes = [len(each) for each in circuits]
     few = "" if min(sizes) == len(circuit) else f" (only {min(sizes):,} or more could be drawn)"
     return Finding(
@@ -116,6 +116,12 @@ def _count(number: int) -> str:
     return {0: "none is", 1: "one is"}.get(number, f"{number} are")
 
 
+def _p_value(as_good: int, trials: int) -> float:
+    """P value of the hypothesis that random circuits are as good with probability `MAX_AS_GOOD` or
+    more: that of at most as many successes."""
+    return 1 - binomial_tail(as_good + 1, trials, MAX_AS_GOOD)
+
+
 def _rejected(p: float, trials: int) -> bool | None:
     """Whether the hypothesis is rejected; None if no p value of so few circuits could reject it."""
     return p <= LEVEL if _most_as_good(trials) >= 0 else None
@@ -129,8 +135,7 @@ def _against(trials: int) -> str:
 
 def _most_as_good(trials: int) -> int:
     """The most random circuits that may be as good if the hypothesis is rejected; -1: none may."""
-    passing = (k for k in range(trials) if 1 - binomial_tail(k + 1, trials, MAX_AS_GOOD) <= LEVEL)
-    return max(passing, default=-1)
+    return max((k for k in range(trials) if _p_value(k, trials) <= LEVEL), default=-1)
 
 
 # ------------------------------------------------------------------------------- single hypotheses
@@ -184,7 +189,7 @@ def independence(bench: Bench, circuit: Circuit) -> Finding:
     same = (answers[:, None] - answers).abs() <= SAME_NUMBER  # [example, example, token]
     same = same.double().mean(-1)
     apart = same[~torch.eye(len(same), dtype=torch.bool)]
-    if apart.min() == apart.max():  # permutations would change nothing
+    if len(apart.unique()) < 2:  # permutations would change nothing
         reason = "all prompts have the same answer, or no two have"
         return Finding.inapplicable("independence", reason)
     criterion, p = hsic_test(gaussian_kernel(added), same)

@@ -1,4 +1,4 @@
-"""Stability: how alike are the circuits when they are learned again?"""
+"""Stability: how similar are circuits that are learned again?"""
 
 from collections import Counter
 from collections.abc import Sequence, Set
@@ -27,9 +27,9 @@ STANDARD = 0.8
 def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], what: str) -> Finding:
     """Compare circuits cut from scores that were learned several times.
 
-    The Jaccard index (intersection over union) of each pair's edges, at many sizes, next to what is
-    expected of equally many edges drawn at random; in how many of the circuits each edge is; and
-    how good the consensus is, the edges that more than half of the circuits have.
+    Measures the Jaccard index (intersection over union) of each pair's edges, at many sizes, next
+    to what is expected of as many edges drawn at random; how many of the circuits have each edge;
+    and how good the consensus is, which has the edges of more than half of the circuits.
 
     Args:
         repeated: scores, at least two.
@@ -79,14 +79,14 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
 def other_templates(
     bench: Bench, circuits: Sequence[Circuit], unseen: Sequence[Set[Pair]]
 ) -> Finding:
-    """Compare how circuits do on prompts of templates that they were not and were learned from.
+    """Compare circuits on prompts of templates that they were learned from and of other templates.
 
-    Each prompt's mean distance over the circuits that have not seen its template is compared with
-    the mean over those that have; if a 95 % bootstrap interval of the difference lies above 0, it
-    counts against the circuits.
+    For each prompt, the mean distance of the circuits that have not seen its template is compared
+    with that of the circuits that have. A 95 % bootstrap interval of the difference that lies above
+    0 counts against the circuits.
 
     Args:
-        unseen: of each circuit, the prompts whose templates it was not learned from. Prompts that
+        unseen: for each circuit, the prompts whose templates it was not learned from. Prompts that
             are new to all circuits or to none are left out.
 
     Raises DataError if no prompt is left.
