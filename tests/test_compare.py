@@ -151,6 +151,8 @@ def test_command_compare_writes_measures_draws_and_parts(tmp_path, capsys, monke
     for name, edges in parts.items():
         written = json.loads((output / name / "edges.json").read_text())
         assert set(map(tuple, written)) == edges
+    origin = json.loads((output / "union/circuit.json").read_text())["origin"]
+    assert origin["chosen_by"] == "union of a, b"
     dot = (output / "comparison.dot").read_text()  # ONE is connected only in a
     assert "shared" not in dot
     assert "only a (2)" in dot and "only b (2)" in dot

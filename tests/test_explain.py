@@ -19,6 +19,7 @@ from edgeprune.errors import CheckpointError, CircuitError
 from edgeprune.evaluation.evaluate import evaluate
 from edgeprune.evaluation.explain import explain
 from edgeprune.evaluation.explain_tables import in_words
+from edgeprune.evaluation.finding import brief
 from edgeprune.evaluation.pushes import (
     FALSE_ALARMS,
     Retrained,
@@ -282,10 +283,9 @@ def test_the_verification_says_whether_its_claim_holds():
 
     fell = verified(*[(10, 40, 10)] * 6)
     assert fell.holds and fell.falls == pytest.approx((4.0, 1.0)) and fell.p == 2 / 2**6
-    assert "holds" in fell.in_words()
+    assert f"{fell.p:.3f}" in fell.in_words()
     same = verified(*[(10, 40, 20), (10, 20, 40)] * 3, (10, 20, 20))
     assert not same.holds and same.wins == (3, 6) and same.p == 1
-    assert "fails" in same.in_words()
     assert not verified(*[(10, 10, 40)] * 6).holds  # the other way round
     # Edges of one seed share trainings, so 8 edges and 2 seeds are two observations.
     assert verified(*[(10, 40, 10)] * 16, num_seeds=2).wins == (2, 2)
@@ -357,4 +357,4 @@ def test_a_circuit_that_connects_nothing_is_refused(small):
 def test_words_tell_the_controls(small):
     model, pairs, scores, _ = small
     found = explain(model, scores.circuit(num_edges=40), pairs, max_edges=2)
-    assert "outside of the circuit" in in_words(found)
+    assert brief(max(rise for rise, _ in found.controls)) in in_words(found)

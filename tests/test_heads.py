@@ -158,6 +158,20 @@ def test_marked_words_and_padding():
         assert a.chance == pytest.approx(b.chance)
 
 
+def test_prompts_without_a_kind_s_targets_do_not_count():
+    """Padding is no repeated token, and the only token of a prompt attends to nothing else."""
+    model = wrap_model(random_gpt2())
+    long, short = Pair((1, 2, 3, 4, 5, 6), (0,) * 6, (7,)), Pair((1,), (0,), (7,))
+    one, two = (score_heads(model, pairs, num_random=2, length=5)
+                for pairs in ([long], [long, short]))  # fmt: skip
+    assert [s.name for s in two.scores if s.prompts == "task"] == [
+        "previous token", "first token", "entropy",
+    ]  # fmt: skip
+    for a, b in zip(one.scores, two.scores, strict=True):
+        torch.testing.assert_close(a.value, b.value, atol=1e-5, rtol=1e-4)
+        assert a.chance == pytest.approx(b.chance)
+
+
 def test_bidirectional_programs_can_be_scored():
     model = load_model("tracr/neighbours", device="cpu")
     scores = score_heads(model, num_random=3)

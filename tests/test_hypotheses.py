@@ -118,8 +118,18 @@ def test_what_is_left_out_is_noticed(bench, true):
     """Without a circuit, the rest is the full model, which knows the answer."""
     nothing = true - true
     assert not independence(bench, nothing).holds
-    assert not necessity(bench, nothing | without(true - true, next(iter(CIRCUIT)))).holds
+    assert necessity(bench, nothing).holds is False
     assert independence(bench, true).holds
+
+
+def test_necessity_does_not_apply_if_every_path_goes_through_the_circuit(bench):
+    into_output = [edge for edge in bench.graph.edges if edge[1] == "resid_post"]
+    found = necessity(bench, Circuit.from_edges(bench.graph, into_output), NUM_RANDOM)
+    assert found.holds is None and found.p is None
+
+
+def test_independence_does_not_apply_to_a_single_prompt(bench, true):
+    assert independence(Bench(bench.model, bench.pairs[:1]), true).holds is None
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -166,9 +176,11 @@ def test_a_bench_measures_what_evaluate_does(model, ablation):
     circuits.append(circuits[-1].without_dangling())
     for circuit, found in zip(circuits, bench.measure(circuits), strict=True):
         wanted = evaluate(model, circuit, pairs, ablation=ablation).circuit
-        assert bench.metrics(found).kl == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
+        summary = bench.summary(found)
+        assert summary["distance"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
+        assert summary["exact_match"] == wanted.exact_match
         recovered = wanted.logit_difference_recovered
-        assert bench.recovered(found) == pytest.approx(recovered, rel=1e-3, abs=1e-5)
+        assert summary["recovered"] == pytest.approx(recovered, rel=1e-3, abs=1e-5)
 
 
 def test_progress_is_reported_for_every_circuit(bench, true):
@@ -266,7 +278,7 @@ def test_equal_scores_are_stable_and_random_ones_agree_by_chance(bench, true):
     ranks = torch.tensor([float(edge in true) for edge in bench.graph.edges])
     same = stability(bench, true, [EdgeScores(bench.graph, ranks)] * 3, "seeds")
     assert same.holds
-    assert same.interval == (1, 1)
+    assert {row["lowest"] for row in same.details["sizes"]} == {1}
     assert same.details["frequencies"] == {3: 5, 2: 0, 1: 0}
     assert {*map(tuple, same.details["consensus"]["edges"])} == CIRCUIT
     assert same.details["consensus"]["distance"] == same.details["distance"]
@@ -284,7 +296,8 @@ def test_stability_compares_pairs_at_the_circuits_size(bench, true):
     )
     found = stability(bench, true, [first, second], "seeds")
     wanted = overlap(first.circuit(num_edges=5), second.circuit(num_edges=5))["edge_iou"]
-    assert found.interval == (wanted, wanted)
+    (row,) = (row for row in found.details["sizes"] if row["num_edges"] == 5)
+    assert row["lowest"] == row["highest"] == row["jaccard"] == wanted
     assert wanted == 3 / 7
 
 

@@ -86,9 +86,12 @@ def measured_cuts(small, count: int) -> list[int]:
 
 
 def test_answers_go_from_the_empty_circuit_to_the_full_model(small):
+    calls = []
     found = measured_data(
-        small.model, small.scores, small.circuit, small.pairs, ablation=small.ablation, num_cuts=0
-    )
+        small.model, small.scores, small.circuit, small.pairs, ablation=small.ablation, num_cuts=1,
+        listener=lambda *call: calls.append(call),
+    )  # fmt: skip
+    assert calls == sorted(calls) and calls[-1][0] == calls[-1][1]
     total = small.model.graph.num_edges
     assert found["sizes"][-1] == total
     assert [prompt["kind"] for prompt in found["prompts"]] == ["typical"] * 5 + ["worst"] * 5

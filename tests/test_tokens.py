@@ -10,6 +10,7 @@ from safetensors.torch import load
 from test_llama import FAMILIES, random_llama
 
 from edgeprune.circuit import Circuit
+from edgeprune.drawing.tokens import scores_text
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, DataError
@@ -185,6 +186,10 @@ def test_every_predicted_token_is_an_answer():
     )
     one = result.answers[0].through["full model"]
     assert one.clean["contrast"] != one.clean["contrast"]  # there is none
+    of_two = alone.to_dict()["answers"][0]
+    for target, order in (("logit", "lpc"), ("contrast", "cp"), ("probability", "pc")):
+        shown = scores_text(of_two, "full model", target).split(", ")
+        assert [part[0] for part in shown] == [*order]  # the target, then always in this order
     # In Inseq's form it is one sequence with a column per predicted token.
     sequences = inseq_json(result.to_dict(), "m")["attributes"]["sequence_attributions"]
     fields = sequences[0]["attributes"]

@@ -13,7 +13,7 @@ from edgeprune.api.shared import (
 )
 from edgeprune.config import AblationConfig, TokensConfig
 from edgeprune.drawing.tokens import render_tokens
-from edgeprune.evaluation.token_tables import conclude
+from edgeprune.evaluation.token_tables import in_words
 from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens
 from edgeprune.files import write_json, write_text
 from edgeprune.formats.inseq import inseq_json
@@ -85,7 +85,7 @@ def _write(result: TokenAttributions, record: dict, folder: Path, title: str) ->
     """Write JSON, Inseq's JSON and HTML."""
     names = (layout.TOKENS, layout.TOKENS_INSEQ, layout.TOKENS_HTML)
     file, inseq, page = paths = [folder / name for name in names]
-    write_text(page, render_tokens(record, title, (conclude(result),)))
+    write_text(page, render_tokens(record, title, (in_words(result),)))
     write_json(inseq, inseq_json(record, record["model"]))
     write_json(file, record)
     return paths

@@ -14,7 +14,7 @@ def tokens(config: TokensConfig) -> None:
         return
     from edgeprune.api.tokens import find_tokens
     from edgeprune.drawing.tokens import mixed, scores_text, shaded_tokens
-    from edgeprune.evaluation.token_tables import conclude, token_tables
+    from edgeprune.evaluation.token_tables import in_words, token_tables
 
     done = find_tokens(config)
     if done is None:  # rank 0 reports
@@ -31,5 +31,5 @@ def tokens(config: TokensConfig) -> None:
             ])  # fmt: skip
     for table in token_tables(done.result, f"{done.title}: {data['target']}"):
         print_table(table)
-    print_result(conclude(done.result))
+    print_result(in_words(done.result))
     print_result(f"-> {', '.join(map(str, done.paths))}")

@@ -38,7 +38,7 @@ NAMES = {
 }  # fmt: skip
 """Names shown for nodes other than heads and MLPs."""
 COMMON_KINDS = ("first token", "copying")
-"""Kinds of heads that are not shown, because most heads would have them."""
+"""Kinds that many heads are in addition to one that says more: listed last, and not drawn."""
 MAX_LAID_OUT = 119
 """Circuits with more edges than this are drawn on a grid, with straight and thinner lines."""
 DPI = 110

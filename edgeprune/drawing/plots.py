@@ -92,10 +92,12 @@ LABELS = {
 def draw_training(
     metrics: Sequence[dict[str, Any]], path: Path | str, *, title: str, ranks: Ranks | None = None
 ) -> Figure:
-    """Plot the objective on each step's batch, the sparsity or the size of the gates, and when the
-    strongest edges rose.
+    """Plot the objective on each step's batch, and the sparsity or the size of the gates.
 
-    `metrics` are the lines of metrics.jsonl, at least one. The path ends in .png, .pdf or .svg.
+    Args:
+        metrics: the lines of metrics.jsonl, at least one.
+        path: ends in .png, .pdf or .svg.
+        ranks: of the strongest edges, for a panel that shows when they rose; None: no such panel.
     """
     objective = next(name for name in LABELS if name in metrics[0])
     label = f"{LABELS[objective]}, on each step's batch"
@@ -127,18 +129,18 @@ def draw_training(
     return figure
 
 
-def _draw_ranks(ax: Axes, of: Ranks) -> None:
-    """Plot ranks against the step, rank 1 on top; as many edges have names as there are colours."""
-    for index, ranks in reversed([*enumerate(of.ranks)]):  # the named ones last, on top
+def _draw_ranks(ax: Axes, rose: Ranks) -> None:
+    """Plot ranks against the step, rank 1 on top; the first edges have names, one per colour."""
+    for index, ranks in reversed([*enumerate(rose.ranks)]):  # the named ones last, on top
         if index < len(COLORS):
-            _line(ax, of.steps, ranks, color=COLORS[index], label=of.names[index], zorder=3)
+            _line(ax, rose.steps, ranks, color=COLORS[index], label=rose.names[index], zorder=3)
         else:
-            ax.plot(of.steps, ranks, color=GREY, alpha=0.25, linewidth=0.8)
+            ax.plot(rose.steps, ranks, color=GREY, alpha=0.25, linewidth=0.8)
     ax.set_yscale("log")
-    ax.set_ylim(1.5 * of.all_edges, 0.8)
+    ax.set_ylim(1.5 * rose.all_edges, 0.8)
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.locator_params(axis="x", nbins=6, integer=True)
-    ax.set(xlabel="step", ylabel=f"rank of the {len(of.ranks)} strongest edges")
+    ax.set(xlabel="step", ylabel=f"rank of the {len(rose.ranks)} strongest edges")
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=7)
 
@@ -249,7 +251,7 @@ def draw_heads(
     """Plot heat maps of layers × heads in a .png, .pdf or .svg file.
 
     Each panel is (name, values [layer][head], heads marked with a dot, such as "a5.h1"). Values are
-    fractions, or for the panels of entropy nats.
+    fractions, or nats for entropy.
     """
     num_layers, num_heads = len(panels[0][1]), len(panels[0][1][0])
     rows = -(-len(panels) // 6)

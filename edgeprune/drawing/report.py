@@ -1,4 +1,4 @@
-"""The report: one HTML file with embedded pictures, which loads nothing; all text is escaped."""
+"""The report: one HTML file with embedded pictures, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, TypedDict
 
 from jinja2 import Environment, FileSystemLoader
 
-STYLE = Path(__file__).parent / "style.css"
-"""Colours and text, as on the page of circuits."""
+FOLDER = Path(__file__).parent
+"""Where the templates are, and the style that they share with the page of circuits."""
 
 
 class Section(TypedDict, total=False):
-    """A part of a page, shown in the order of the keys; all are optional.
+    """A part of the report, shown in the order of the keys; all are optional.
 
-    `links` are files next to the report by their texts, `pictures` .svg files by their
-    descriptions, `tables` those of `evaluation.table`; `details`
-    are sections shown on a click on their `heading`, and `sections` are nested sections.
+    `links` maps texts to names of files next to the report, `pictures` maps descriptions to .svg
+    files, `tables` are those of `evaluation.table`, `details` are sections that are shown when
+    their `heading` is clicked, and `sections` are nested sections.
     """
 
     heading: str
@@ -32,9 +32,13 @@ class Section(TypedDict, total=False):
 
 def render_report(title: str, sections: Sequence[Section]) -> str:
     """An HTML page with a title and sections."""
-    loader = FileSystemLoader(Path(__file__).parent)
+    return render_template("report.html.j2", title=title, sections=sections)
+
+
+def render_template(name: str, **values: Any) -> str:
+    """The HTML of a template in this folder, with the common style; all text is escaped."""
+    loader = FileSystemLoader(FOLDER)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    return environment.get_template("report.html.j2").render(
-        title=title, sections=sections, style=STYLE.read_text(encoding="utf-8")
-    )
+    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(name).render(style=style, **values)

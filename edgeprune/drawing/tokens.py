@@ -1,20 +1,17 @@
-"""Attributions as text whose tokens are shaded, as one HTML file that loads nothing."""
+"""Attributions as text whose tokens are shaded, as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader
-
 from edgeprune.config import TOKEN_TARGETS
-from edgeprune.drawing.report import STYLE
+from edgeprune.drawing.report import render_template
 
 RAISES, LOWERS = (0, 114, 178), (213, 94, 0)
 """Colours, in red, green and blue, of tokens that raise and that lower the answer's score."""
 MAX_NODES = 8
-"""Number of nodes that are listed per model."""
+"""Maximum number of nodes that are listed per model."""
 
 
 class Shaded(NamedTuple):
@@ -34,7 +31,7 @@ class Shaded(NamedTuple):
 
 
 def shaded_tokens(answer: Mapping[str, Any], model: str) -> list[Shaded]:
-    """The tokens of a prompt, of the form of `TokenAttributions.to_dict`."""
+    """The tokens of one of the answers of `TokenAttributions.to_dict`, through one model."""
     values = answer["through"][model]["tokens"]
     largest = max(map(abs, values)) or 1.0
     rows = zip(answer["tokens"], answer["corrupted"], values, strict=True)
@@ -48,7 +45,7 @@ def shaded_tokens(answer: Mapping[str, Any], model: str) -> list[Shaded]:
 
 
 def mixed(share: float) -> tuple[int, int, int]:
-    """The colour of a share on white."""
+    """The colour of a token with this share, in red, green and blue."""
     color = RAISES if share > 0 else LOWERS
     weight = 0.75 * abs(share)
     return tuple(round(255 + (part - 255) * weight) for part in color)
@@ -58,17 +55,16 @@ def scores_text(answer: Mapping[str, Any], model: str, target: str) -> str:
     """The scores of an answer on the corrupted and the clean prompt, in words."""
     through = answer["through"][model]
     start, stop = through["corrupted"], through["clean"]
-    names = [target, *({"probability", "contrast"} - {target})]
+    names = dict.fromkeys((target, "probability", "contrast"))
     return ", ".join(
-        f"{name} {start[name]:.2f} → {stop[name]:.2f}"
-        for name in sorted(names, key=names.index) if stop[name] is not None
-    )  # fmt: skip
+        f"{name} {start[name]:.2f} → {stop[name]:.2f}" for name in names if stop[name] is not None
+    )
 
 
 def strongest_nodes(
     answer: Mapping[str, Any], model: str, nodes: list[str]
 ) -> list[tuple[str, str, str]]:
-    """Node, token and conductance of the largest in a prompt, without the embeddings."""
+    """Node, token and conductance where it is largest in a prompt, without the embeddings."""
 
     def entries() -> Iterator[tuple[float, str, int]]:
         for node, row in zip(nodes, answer["through"][model]["nodes"], strict=True):
@@ -84,14 +80,11 @@ def strongest_nodes(
 
 
 def render_tokens(data: dict[str, Any], title: str, notes: tuple[str, ...] = ()) -> str:
-    """An HTML page of attributions, of the form of `TokenAttributions.to_dict`."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    functions = (shaded_tokens, scores_text, strongest_nodes)
-    return environment.get_template("tokens.html.j2").render(
-        title=title, notes=notes, data=data, style=STYLE.read_text(encoding="utf-8"),
+    """An HTML page of attributions, which are those of `TokenAttributions.to_dict`."""
+    return render_template(
+        "tokens.html.j2", title=title, notes=notes, data=data,
         about=TOKEN_TARGETS[data["target"]], colors=(RAISES, LOWERS),
-        **{function.__name__: function for function in functions},
+        shaded_tokens=shaded_tokens, scores_text=scores_text, strongest_nodes=strongest_nodes,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Does a set of nodes matter? The full model without them, next to controls.
 
-The set's nodes are ablated together: every later part of the model sees it. Controls are sets with
-as many heads in each layer (`layer_matched`): those outside of the set with the lowest scores, and
-random ones. These are drawn from all heads of the layer, so that the share of them that do as much
-harm is the p-value of a permutation test. MLPs of the set are ablated in every control, too.
+The set's nodes are ablated together, and every later part of the model sees their ablated outputs.
+A control is a set with as many heads in each layer (`layer_matched`): the heads outside of the set
+with the lowest scores, or random heads. Random heads are drawn from all heads of the layer, so that
+the share of random sets that do as much harm is the p value of a permutation test. The MLPs of the
+set are ablated in every control as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.node_ablation import AblatedModel, NodeMeans
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.statistics import (
+    LEVEL,
     Difference,
     McNemar,
     mcnemar,
@@ -34,9 +37,7 @@ from edgeprune.metrics import ExampleMetrics, Output, measure
 from edgeprune.prompts import Batch, Pair, collate
 
 LABELS = {"kl": "KL", "error": "error", "accuracy": "accuracy", "answers": "answers"}
-"""Measures of a set by name; `answers` are the free-text answers that contain a right one."""
-SIGNIFICANT = 0.05
-"""Largest p at which a set counts as mattering more than random ones."""
+"""Measures by name; `answers` is the share of generated texts that contain a right answer."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Outcome:
     """How the model does on each prompt without some nodes; tensors are [prompt]."""
 
     nodes: tuple[str, ...]
-    measures: dict[str, Tensor]  # by the names in `LABELS`
-    texts: tuple[str, ...]  # what it generated
+    measures: dict[str, Tensor]  # by the names in `LABELS`, the distance from the full model first
+    texts: tuple[str, ...]  # what it generated after each prompt
 
     def mean(self, name: str) -> float:
         return self.measures[name].mean().item()
@@ -58,13 +59,13 @@ class Comparison:
     measure: str
     other: str  # "full model", "low-scoring" or "random"
     difference: Difference
-    test: McNemar | None  # of what is right or wrong; None for distances and random sets
-    p_random: float | None  # of being as bad as this, if drawn like the random sets
+    test: McNemar | None  # of measures that are right or wrong, except against random sets
+    p_random: float | None  # p value among the random sets; None against other models
 
 
 @dataclass(frozen=True)
 class NodeAblation:
-    """A set's effect and that of its controls."""
+    """The effect of ablating a set of nodes, and those of its controls."""
 
     kind: str
     full: Outcome
@@ -96,10 +97,9 @@ class NodeAblation:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
 
-        def outcome(of: Outcome | None) -> dict[str, Any] | None:
-            if of is None:
-                return None
-            return {"nodes": of.nodes, **{name: of.mean(name) for name in of.measures}}
+        def record(outcome: Outcome) -> dict[str, Any]:
+            means = {name: outcome.mean(name) for name in outcome.measures}
+            return {"nodes": outcome.nodes, **means}
 
         examples = {
             "prompt": self.prompts,
@@ -110,10 +110,10 @@ class NodeAblation:
         return json_values({
             "ablation": self.kind,
             "num_prompts": len(self.prompts),
-            "full": outcome(self.full),
-            "ablated": outcome(self.ablated),
-            "low_scoring": outcome(self.low_scoring),
-            "random": [outcome(of) for of in self.random],
+            "full": record(self.full),
+            "ablated": record(self.ablated),
+            "low_scoring": self.low_scoring and record(self.low_scoring),
+            "random": list(map(record, self.random)),
             "comparisons": [
                 {"measure": c.measure, "other": c.other, "difference": c.difference._asdict(),
                  "mcnemar": c.test and c.test._asdict(), "p_random": c.p_random}
@@ -173,17 +173,18 @@ def ablate(
         for batch in equal_lengths(reference_set or pairs, batch_size):
             means.add(batch.clean_ids.to(model.device))
     batches = equal_lengths(pairs, batch_size)
-    outcomes = _measure(model, sets, batches, kind, means, generate, answers or {}, listener)
+    full, ablated, *controls = _measure(
+        model, sets, batches, kind, means, generate, answers or {}, listener
+    )
     texts = tuple(pair.text for batch in batches for pair in batch.pairs)
-    low = outcomes[2] if scores is not None else None
-    return NodeAblation(kind, outcomes[0], outcomes[1], low,
-                        tuple(outcomes[len(outcomes) - num_random :]), texts)  # fmt: skip
+    low_scoring = controls.pop(0) if scores is not None else None
+    return NodeAblation(kind, full, ablated, low_scoring, tuple(controls), texts)
 
 
 def layer_matched(
     graph: CircuitGraph, nodes: Sequence[str], order: Sequence[str]
 ) -> tuple[str, ...]:
-    """The first heads of an order, as many in each layer as a set has, and the set's MLPs."""
+    """The set's MLPs, and of each layer the first heads of an order, as many as the set has."""
     needed: dict[str, int] = defaultdict(int)
     for node in nodes:
         needed[node.partition(".")[0]] += node.startswith("a")
@@ -239,11 +240,15 @@ def _measure(
         measures = {"kl": whole.kl.clamp(min=0)} if is_logits else {"error": whole.error}
         measures["accuracy"] = whole.correct
         if generate:
-            right = [
-                _contains(text, answers.get(pair.text) or [_prediction(model, pair)])
-                for text, pair in zip(generated, prompts, strict=True)
+            right = (
+                answers.get(pair.text) or [model.tokenizer.decode(list(pair.target_ids))]
+                for pair in prompts
+            )
+            contains = [
+                any(answer.strip() in text for answer in options)
+                for text, options in zip(generated, right, strict=True)
             ]
-            measures["answers"] = torch.tensor(right, dtype=torch.float64)
+            measures["answers"] = torch.tensor(contains, dtype=torch.float64)
         outcomes.append(Outcome(tuple(nodes), measures, tuple(generated)))
     return outcomes
 
@@ -266,16 +271,6 @@ def _run(ablated: AblatedModel, batch: Batch, generate: int) -> tuple[Tensor, li
     return logits, [model.tokenizer.decode(row) for row in rows]
 
 
-def _prediction(model: CircuitModel, pair: Pair) -> str:
-    """The text of the tokens to predict."""
-    return model.tokenizer.decode(list(pair.target_ids))
-
-
-def _contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text contains one of the answers, apart from the space around it."""
-    return any(answer.strip() in text for answer in answers)
-
-
 # ------------------------------------------------------------------------------------------ words
 
 
@@ -289,9 +284,9 @@ def ablation_tables(result: NodeAblation, title: str) -> list[Table]:
         [model, str(len(outcome.nodes)), *(f"{outcome.mean(name):.3f}" for name in names)]
         for model, outcome in models.items()
     ]
-    for label, choose in (("lowest", min), ("mean", _mean), ("highest", max)):
+    for label, choose in (("lowest", min), ("mean", fmean), ("highest", max)):
         if result.random:
-            values = [choose([of.mean(name) for of in result.random]) for name in names]
+            values = [choose([each.mean(name) for each in result.random]) for name in names]
             row = [f"random, {label} of {len(result.random)}", str(len(result.ablated.nodes))]
             rows.append(row + [f"{value:.3f}" for value in values])
     shown = Table(["", "nodes\nablated", *(LABELS[name] for name in names)], rows, title)
@@ -307,14 +302,14 @@ def ablation_tables(result: NodeAblation, title: str) -> list[Table]:
     return [shown, Table(columns, rows, "ablated, minus ...")]
 
 
-def conclude(result: NodeAblation) -> str:
+def in_words(result: NodeAblation) -> str:
     """What was found, what follows from it and what does not, in a few sentences."""
     by = {(c.measure, c.other): c for c in result.comparisons()}
     distance, *rights = result.ablated.measures
     count = len(result.ablated.nodes)
     effects = [f"gives a {LABELS[distance]} of {result.ablated.mean(distance):.3f}"]
     for name in rights:
-        values = [f"{of.mean(name):.3f}" for of in (result.full, result.ablated)]
+        values = [f"{each.mean(name):.3f}" for each in (result.full, result.ablated)]
         p = _equals(by[name, "full model"].test.p)
         effects.append(f"changes {LABELS[name]} from {' to '.join(values)} (McNemar's p {p})")
     whole = " and ".join(filter(None, (", ".join(effects[:-1]), effects[-1])))
@@ -361,9 +356,9 @@ def conclude(result: NodeAblation) -> str:
 
 
 def _is_worse(comparison: Comparison) -> bool:
-    """Whether the ablated model is clearly worse than the other, by chance at most 5 %."""
+    """Whether the ablated model is clearly worse than the other, at `LEVEL`."""
     if comparison.p_random is not None:
-        return comparison.p_random <= SIGNIFICANT
+        return comparison.p_random <= LEVEL
     low, high = comparison.difference.low, comparison.difference.high
     return low > 0 if comparison.measure in ("kl", "error") else high < 0
 
@@ -378,7 +373,3 @@ def _p(p: float) -> str:
 
 def _equals(p: float) -> str:
     return _p(p) if p < 0.001 else f"= {_p(p)}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

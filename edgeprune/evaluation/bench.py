@@ -7,6 +7,7 @@ and kept where they fit into memory (`KeptPasses`).
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.cache import KeptPasses
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import measure_circuits
-from edgeprune.evaluation.statistics import bootstrap_interval
-from edgeprune.metrics import ExampleMetrics, Metrics, Output
+from edgeprune.evaluation.statistics import bootstrap_interval, mean_interval
+from edgeprune.metrics import ExampleMetrics, Output
 from edgeprune.prompts import Pair, iterate_batches
 
 AT_A_TIME = 16
 """Number of circuits that are measured on a batch before the next batch."""
 SAME = 1e-4
-"""Distances and scores that differ by at most this are equal but for rounding."""
+"""Distances and scores that differ by at most this count as equal, because of rounding."""
 
 
 class Bench:
@@ -31,11 +32,14 @@ class Bench:
 
     Args:
         ablation: what ablated edges carry, see `evaluate`.
-        listener: called with the number of circuits measured since the last call, a fraction.
+        listener: called with the number of circuits measured since the last call, which may be a
+            fraction.
 
     Attributes:
+        pairs: the prompts, in the order of all results.
         full, empty: examples of the full model and of the empty circuit.
         whole: the circuit of all edges.
+        has_differences: whether every prompt has a logit difference.
 
     Raises ValueError as `evaluate` does.
     """
@@ -113,10 +117,10 @@ class Bench:
         return examples.kl if self.model.output is Output.logits else examples.error
 
     def score(self, examples: ExampleMetrics) -> Tensor:
-        """[example], how well the task is done, the more the better.
+        """[example], how well the task is done; higher is better.
 
-        The logit difference, or where some prompts have no distractors the log probability of the
-        answer. For values 1 if they are the full model's, else 0.
+        The logit difference or, if some prompts have no distractors, the log probability of the
+        answer. For values, 1 if they are the full model's, else 0.
         """
         if self.model.output is not Output.logits:
             return examples.exact_match
@@ -138,16 +142,22 @@ class Bench:
 
         return statistic
 
-    def metrics(self, examples: ExampleMetrics) -> Metrics:
-        """Means of all metrics."""
-        return Metrics.of(examples, self.full, self.empty)
+    def summary(self, examples: ExampleMetrics) -> dict[str, Any]:
+        """Means and intervals of distance and exact match, and the recovered score; JSON values."""
+        distance = self.distance(examples)
+        return {
+            "exact_match": examples.exact_match.mean().item(),
+            "exact_match_interval": mean_interval(examples.exact_match),
+            "distance": distance.mean().item(), "distance_interval": mean_interval(distance),
+            "recovered": self.recovered(examples),
+        }  # fmt: skip
 
     @torch.no_grad()
     def outputs(self, circuits: Iterable[Circuit]) -> list[Tensor]:
         """What circuits output, [example, feature].
 
-        The logits, at the token where answers and distractors differ, of all tokens that are an
-        answer or a distractor of some prompt; or all values, one token after another.
+        For logits, at the token where answers and distractors differ, those of all tokens that are
+        an answer or a distractor of some prompt. For values, all of them, one token after another.
         """
         tokens = {t for p in self.pairs for t in (p.target_ids[p.contrast], *p.answer_ids,
                                                   *p.distractor_ids)}  # fmt: skip
@@ -174,7 +184,7 @@ class Bench:
         return found
 
     def answers(self) -> Tensor:
-        """[example, token], the tokens or numbers to predict; of logits those of `outputs`."""
+        """[example, token], the tokens or numbers to predict where `outputs` are taken."""
         if self.model.output is Output.logits:
             return torch.tensor([[float(p.target_ids[p.contrast])] for p in self.pairs])
         rows = [torch.tensor(p.target_values or p.target_ids).float() for p in self.pairs]

@@ -1,10 +1,10 @@
 """Clean-up: remove the edges that a circuit does not need, and add what it lacks.
 
 Gates are learned together and cut at one threshold, so some edges end up on the wrong side of it.
-A sweep removes the least important edges first, several at once: twice as many after a success,
-half as many after a failure, down to single edges in a small circuit and to 1/256 of a large one.
-That takes a few hundred passes over the data at most, and a pass stops as soon as it is known to
-fail. Sweeps of a small circuit are repeated until one removes nothing.
+A sweep tries to remove the least important edges first, several at once: twice as many after a
+success, half as many after a failure, down to single edges in a small circuit and to 1/256 of the
+edges in a large one. That takes a few hundred passes over the data at most, and a pass stops as
+soon as it is known to fail. Sweeps of a small circuit are repeated until one removes nothing.
 """
 
 import math
@@ -30,7 +30,7 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class CleanUp:
-    """A cleaned-up circuit, its size and `clean_up`'s distance before and after.
+    """A cleaned-up circuit, and its size and distance (see `clean_up`) before and after.
 
     `passes` is the number of circuits that were run over the data.
     """

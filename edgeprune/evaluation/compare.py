@@ -15,9 +15,9 @@ from edgeprune.graph import Edge
 def overlap(a: Circuit, b: Circuit) -> dict[str, float]:
     """What two circuits have in common, by edges and by nodes.
 
-    The intersection over union (IoU) is in [0, 1], 1 if both are empty. `edge_iou_by_chance` is
-    expected for edges drawn at random from the whole graph: of A and B edges e = A * B / all are
-    shared, so it is e / (A + B - e).
+    The intersection over union (IoU) is in [0, 1], and 1 if both are empty. `edge_iou_by_chance` is
+    about what is expected of as many edges drawn at random: of A and B edges out of N,
+    e = A * B / N are shared on average, so it is e / (A + B - e).
 
     Raises ValueError if the circuits belong to different graphs.
     """
@@ -50,7 +50,7 @@ def _ratio(part: float, whole: float, undefined: float | None = None) -> float |
 
 
 def parts(circuits: Mapping[str, Circuit]) -> dict[str, Circuit]:
-    """The `intersection` and `union` of circuits, and as `only-NAME` what one of them has alone."""
+    """The `intersection` and `union` of circuits, and as `only-NAME` the edges of one alone."""
     every = circuits.values()
     found = {"intersection": reduce(and_, every), "union": reduce(or_, every)}
     for name, circuit in circuits.items():
@@ -114,20 +114,20 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
 def kinds_of_heads(
     labels: Mapping[str, Sequence[str]], circuits: Mapping[str, Circuit]
 ) -> dict[str, dict[str, int]]:
-    """Per kind of head, how many the model, each circuit, and all circuits together have.
+    """Per kind of head, how many the `model`, each circuit, and `all` circuits at once have.
 
     `labels` are the kinds of each head, such as {"a5.h1": ["induction"]}.
     """
     nodes = {name: set(circuit.nodes) for name, circuit in circuits.items()}
-    shared = reduce(and_, nodes.values())
+    nodes["all"] = reduce(and_, nodes.values())
+    heads_of: dict[str, set[str]] = {}
+    for head, kinds in labels.items():
+        for kind in kinds:
+            heads_of.setdefault(kind, set()).add(head)
     return {
-        kind: {
-            "model": len(heads), "all": len(heads & shared),
-            **{name: len(heads & of) for name, of in nodes.items()},
-        }
-        for kind in dict.fromkeys(kind for kinds in labels.values() for kind in kinds)
-        for heads in [{head for head, kinds in labels.items() if kind in kinds}]
-    }  # fmt: skip
+        kind: {"model": len(heads), **{name: len(heads & some) for name, some in nodes.items()}}
+        for kind, heads in heads_of.items()
+    }
 
 
 def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -154,7 +154,7 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
     if "reference" in result:
         columns = "|edges:\nprecision|recall|F1|nodes:\nprecision|recall|F1"
         found = result["agreement"].items()
-        rows = [[name, *of["edges"].values(), *of["nodes"].values()] for name, of in found]
+        rows = [[name, *both["edges"].values(), *both["nodes"].values()] for name, both in found]
         tables.append(_table(columns, rows, f"agreement with {result['reference']}"))
     if "kinds_of_heads" in result:
         found = result["kinds_of_heads"]

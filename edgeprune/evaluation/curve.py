@@ -23,9 +23,9 @@ SMALLEST_SHARE = 0.005
 NUM_SIZES = 12
 """Number of measured sizes, the full model included."""
 NUM_REFINED = 5
-"""Number of sizes that are measured at a time between two others when one is to be chosen."""
+"""Number of sizes that are measured at once between two others, to choose one (`refine`)."""
 MAX_RATIO = 1.1
-"""How close two sizes have to be for no more to be measured between them."""
+"""Ratio of neighbouring sizes below which no more are measured between them."""
 
 Rule = Callable[[Metrics, Metrics], bool]
 """Whether a circuit is good enough, given its metrics and those of the empty circuit."""

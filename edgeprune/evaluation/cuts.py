@@ -1,6 +1,6 @@
 """Cutting a circuit's nodes and edges one at a time: what is cut, and which predictions change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,14 +13,14 @@ class Cut(NamedTuple):
     """Edges that are cut together."""
 
     kind: str  # "node" or "edge"
-    name: str  # of the node; or writer and reader with a space between
-    edges: list[int]  # by number; a node's are those that leave it
+    name: str  # the node's; or writer and reader, separated by a space
+    edges: list[int]  # their numbers; a node's edges are those that leave it
 
 
 def cuts_of(circuit: Circuit, ranking: Sequence[int]) -> list[Cut]:
     """The nodes and then the edges of a circuit, each in the order of a ranking of all edges.
 
-    A node is cut by cutting its edges to others. Edges that dangle are left out.
+    A node is cut by cutting all edges that leave it. Dangling edges are left out.
     """
     graph = circuit.graph
     connected = {graph.edge_index(edge): edge for edge in circuit.without_dangling().edge_set}
@@ -32,12 +32,18 @@ def cuts_of(circuit: Circuit, ranking: Sequence[int]) -> list[Cut]:
     return [*nodes, *(Cut("edge", " ".join(connected[index]), [index]) for index in ranked)]
 
 
+def without(circuit: Circuit, edges: Iterable[int]) -> Circuit:
+    """The circuit without some edges, which are given by number."""
+    graph = circuit.graph
+    return Circuit(graph, circuit.edge_set - {graph.edges[edge] for edge in edges})
+
+
 def flips(before: ExampleMetrics, after: ExampleMetrics) -> list[Tensor]:
-    """Per example, [predicted], whether a prediction is another one after a cut."""
+    """Per example, [predicted], whether a cut changes the prediction."""
     both = zip(before.predicted, after.predicted, strict=True)
     return [(a - b).abs() > SAME_NUMBER for a, b in both]
 
 
 def num_flips(before: ExampleMetrics, after: ExampleMetrics) -> int:
-    """Number of examples of which a prediction is another one after a cut."""
+    """Number of examples of which a cut changes any prediction."""
     return sum(bool(changed.any()) for changed in flips(before, after))

@@ -40,7 +40,7 @@ class Evaluation:
     circuit: Metrics
     full: Metrics
     empty: Metrics
-    head_permuted: Metrics | None  # mean over the same circuit between other heads, if measured
+    head_permuted: Metrics | None  # mean over head-permuted circuits, if any were measured
     worst: WorstExample
     num_examples: int
     num_edges: int
@@ -96,8 +96,9 @@ def measure_circuits(
 ) -> list[ExampleMetrics]:
     """Measure the full model and then each circuit, on the same passes of the full model.
 
-    `listener` is called after each batch with the number of prompts done; `run_pair` gives passes
-    that were kept (None: the model's own).
+    Args:
+        listener: called after each batch with the number of prompts done.
+        run_pair: takes the place of the model's, for instance where its passes are kept.
     """
     run_pair = run_pair or partial(model.run_pair, corrupted=ablation.needs_corrupted)
     masks = [circuit.mask() for circuit in circuits]

@@ -1,17 +1,17 @@
 """What is each edge of a circuit for? Each is cut alone, in the circuit and in the full model.
 
-What a cut flips the predictions to shows what the edge carries: towards a distractor, it helps to
-tell the answers apart; towards the answer of the empty circuit (under interchange ablation, that of
-the corrupted prompt), it carries the answer itself. Edges outside of the circuit are cut from the
-full model as a control. When each edge rose is read from a run's snapshots.
+The predictions after a cut show what the edge carries. If they become a distractor, the edge helps
+to tell the answers apart; if they become the answer of the empty circuit (under interchange
+ablation, that of the corrupted prompt), it carries the answer itself. As a control, edges outside
+of the circuit are cut from the full model. When each edge rose is read from a run's snapshots.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeprune.circuit import Circuit
@@ -19,7 +19,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips, without
 from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.files import json_values
@@ -31,19 +31,19 @@ from edgeprune.training.snapshots import Snapshots
 NUM_CONTROLS = 20
 """Number of random edges outside of the circuit that are cut from the full model."""
 NUM_CHANGES, NUM_PROMPTS = 8, 3
-"""Number of changes listed per cut, and of prompts that need the edge most."""
+"""Maximum number of changes listed per cut, and of the prompts that need the edge most."""
 KINDS = {
     "full": "full\nmodel's", "distractor": "dis-\ntractor",
     "empty": "empty\ncircuit's", "corrupted": "corrupted\nprompt's", "other": "another",
 }  # fmt: skip
-"""What a prediction is after it has flipped, and the heading of its share: the full model's answer,
-a distractor, the empty circuit's answer, a token of the corrupted prompt (of models that output
-logits), or another one; the first that applies."""
+"""What a flipped prediction has become, and the heading of its share: the full model's answer, a
+distractor, the empty circuit's answer, a token of the corrupted prompt (for models that output
+logits), or another one. The first that applies counts."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change from one token to another, among the predicted tokens that a cut flips."""
+    """A change from one prediction to another, with its share and count among a cut's flips."""
 
     text: str
     share: float
@@ -52,8 +52,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt that needs an edge: how much the distance rises without it, and what is predicted
-    with and without it."""
+    """A prompt that needs an edge.
+
+    Attributes:
+        prompt: its text.
+        rise: of the distance from the full model if the edge is cut.
+        before, after: what is predicted with and without the edge.
+    """
 
     prompt: str
     rise: float
@@ -70,8 +75,8 @@ class Effect:
         num_flips: number of prompts of which a prediction changes.
         num_tokens: number of predicted tokens that change; the shares below are of these.
         kinds: share of each of `KINDS` among what they become.
-        changes: the most frequent, such as "a → b".
-        prompts: those that need it most.
+        changes: the most frequent changes, such as "a → b".
+        prompts: the prompts that need the part most.
     """
 
     rise: Difference
@@ -87,12 +92,14 @@ class Explained:
     """A node or an edge: what it does, and where it ranks.
 
     Attributes:
-        name: of the node; or writer and reader with a space between.
+        kind: "node" or "edge".
+        name: the node's; or writer and reader, separated by a space.
         index: number of the edge; None for a node.
         in_circuit, in_full: what cutting it does to the circuit, and to the full model.
-        rank: of the edge among all, from 1; None where edges have no scores.
+        rank: the edge's place among all edges, from 1; None if they have no scores.
         ranks: the same at each snapshot of the run.
-        since: the step from which on it was always among as many edges as the circuit has.
+        since: the step from which on the edge's rank was at most the circuit's size; None if the
+            last one was not.
     """
 
     kind: str
@@ -100,9 +107,9 @@ class Explained:
     index: int | None
     in_circuit: Effect
     in_full: Effect
-    rank: int | None = None
-    ranks: tuple[int, ...] = ()
-    since: int | None = None
+    rank: int | None
+    ranks: tuple[int, ...]
+    since: int | None
 
     @property
     def title(self) -> str:
@@ -111,17 +118,18 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the parts of a circuit do, those first whose cut raises the circuit's distance most.
+    """What the parts of a circuit do.
 
     Attributes:
-        parts: nodes and edges.
-        num_edges, num_prompts: size of the circuit, number of prompts on which it was cut.
+        parts: nodes and edges; those come first whose cut raises the circuit's distance most.
+        num_edges: size of the circuit.
+        num_prompts: number of prompts on which it was cut.
         distance_name: "KL" or "error".
         distance: the circuit's mean distance from the full model.
         controls: what cutting each of some random edges outside of the circuit does to the full
-            model; [rise of the distance, number of flipped prompts].
-        control_edges: these edges, by number.
-        steps: those of the snapshots.
+            model: (rise of the distance, number of flipped prompts).
+        control_edges: the numbers of these edges.
+        steps: the steps of the snapshots.
         pushes: which training pairs pushed the edges, if that was measured.
         verification: what training without these pairs gave, if that was tried.
     """
@@ -157,8 +165,8 @@ class Explanation:
 
     def _record(self, part: Explained) -> dict[str, Any]:
         record = asdict(part)
-        for effect, of in (("in_circuit", part.in_circuit), ("in_full", part.in_full)):
-            record[effect]["rise"] = of.rise._asdict()
+        for name in ("in_circuit", "in_full"):
+            record[name]["rise"] = getattr(part, name).rise._asdict()
         del record["kind"], record["name"], record["index"]
         if part.kind == "node":
             del record["rank"], record["ranks"], record["since"]
@@ -227,29 +235,26 @@ def explain_on(
     outside = [edge for edge in range(graph.num_edges) if edge not in kept]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
     (own,) = bench.measure([circuit])
-
-    def without(whole: Circuit, edges: Iterable[int]) -> Circuit:
-        return whole - Circuit(graph, frozenset(graph.edges[edge] for edge in edges))
-
     in_circuit = bench.measure(without(circuit, cut.edges) for cut in cuts)
     in_full = bench.measure(
         without(bench.whole, leaving[cut.name] if cut.kind == "node" else cut.edges) for cut in cuts
     )
     of_controls = bench.measure(without(bench.whole, [edge]) for edge in controls)
-    parts = [
-        Explained(cut.kind, cut.name, cut.edges[0] if cut.kind == "edge" else None,
-                  _effect(bench, own, a), _effect(bench, bench.full, b))
-        for cut, a, b in zip(cuts, in_circuit, in_full, strict=True)
-    ]  # fmt: skip
-    if scores is not None:
-        ranks = {edge: rank for rank, edge in enumerate(ranking, 1)}
-        parts = [replace(part, rank=ranks.get(part.index)) for part in parts]
+    rank_of = {} if scores is None else {edge: rank for rank, edge in enumerate(ranking, 1)}
+    ranks_of: dict[int, list[int]] = {}  # at each snapshot
     steps: tuple[int, ...] = ()
     if snapshots is not None and len(snapshots.steps):
         steps = tuple(snapshots.steps.tolist())
-        edges = [part.index for part in parts if part.index is not None]
-        places = dict(zip(edges, snapshots.ranks(edges).T.tolist(), strict=True))
-        parts = [_with_ranks(part, places, steps, len(circuit)) for part in parts]
+        edges = [cut.edges[0] for cut in cuts if cut.kind == "edge"]
+        ranks_of = dict(zip(edges, snapshots.ranks(edges).T.tolist(), strict=True))
+    parts = []
+    for cut, a, b in zip(cuts, in_circuit, in_full, strict=True):
+        edge = cut.edges[0] if cut.kind == "edge" else None
+        ranks = tuple(ranks_of.get(edge, ()))
+        parts.append(Explained(
+            cut.kind, cut.name, edge, _effect(bench, own, a), _effect(bench, bench.full, b),
+            rank_of.get(edge), ranks, _since(steps, ranks, len(circuit)),
+        ))  # fmt: skip
     parts.sort(key=lambda part: -part.in_circuit.rise.mean)
     return Explanation(
         tuple(parts), len(circuit), len(bench), bench.distance_name,
@@ -263,7 +268,7 @@ def explain_on(
 def cuts_to_explain(
     circuit: Circuit, ranking: Sequence[int], max_edges: int | None = None
 ) -> list[Cut]:
-    """The nodes and the edges of the highest ranks; None: all."""
+    """The highest-ranked nodes, and as many of the edges; None: all."""
     cuts = cuts_of(circuit, ranking)
     nodes, edges = ([cut for cut in cuts if cut.kind == kind] for kind in ("node", "edge"))
     return nodes[:max_edges] + edges[:max_edges]
@@ -275,17 +280,15 @@ def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:
     return 1 + 2 * len(cuts) + NUM_CONTROLS
 
 
-def _with_ranks(
-    part: Explained, places: Mapping[int, Sequence[int]], steps: Sequence[int], size: int
-) -> Explained:
-    """With an edge's ranks at the snapshots, which `places` has by edge."""
-    if part.index is None:
-        return part
-    ranks = places[part.index]
-    late = [index for index, rank in enumerate(ranks) if rank > size]
-    first = late[-1] + 1 if late else 0
-    since = steps[first] if first < len(steps) else None
-    return replace(part, ranks=tuple(ranks), since=since)
+def _since(steps: Sequence[int], ranks: Sequence[int], size: int) -> int | None:
+    """The step from which on all ranks are within a size; None if the last one is not."""
+    since = None
+    for step, rank in zip(steps, ranks, strict=False):  # nodes have no ranks
+        if rank > size:
+            since = None
+        elif since is None:
+            since = step
+    return since
 
 
 # ---------------------------------------------------------------------------------------- effects

@@ -23,26 +23,27 @@ def explanation_tables(explanation: Explanation, title: str) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _effects_table(of: Explanation, parts: Sequence[Explained], title: str) -> Table:
+def _effects_table(explanation: Explanation, parts: Sequence[Explained], title: str) -> Table:
     """A row per part: its rank and effects."""
-    name, optional = of.distance_name, []
+    name, num_prompts = explanation.distance_name, explanation.num_prompts
+    columns = [("", lambda part: part.title)]
     if any(part.rank for part in parts):
-        optional.append(("rank", lambda part: f"{part.rank:,}"))
+        columns.append(("rank", lambda part: f"{part.rank:,}"))
     if any(part.ranks for part in parts):
-        optional.append(("since\nstep", lambda part: _or_dash(part.since)))
-    optional += [
-        (f"{name},\ncircuit", lambda part: signed(part.in_circuit.rise.mean)),
-        ("flips", lambda part: percent(part.in_circuit.num_flips / of.num_prompts)),
-        (f"{name},\nfull", lambda part: signed(part.in_full.rise.mean)),
-        ("flips", lambda part: percent(part.in_full.num_flips / of.num_prompts)),
+        columns.append(("since\nstep", _since))
+    columns += [
+        (f"{name},\ncircuit", lambda part: _signed(part.in_circuit.rise.mean)),
+        ("flips", lambda part: percent(part.in_circuit.num_flips / num_prompts)),
+        (f"{name},\nfull", lambda part: _signed(part.in_full.rise.mean)),
+        ("flips", lambda part: percent(part.in_full.num_flips / num_prompts)),
     ]
-    rows = [[part.title, *(text(part) for _, text in optional)] for part in parts[:MAX_ROWS]]
+    rows = [[text(part) for _, text in columns] for part in parts[:MAX_ROWS]]
     more = "" if len(parts) <= MAX_ROWS else f", the first {MAX_ROWS} of {len(parts):,}"
-    return Table(["", *(label for label, _ in optional)], rows, f"{title}{more}")
+    return Table([label for label, _ in columns], rows, f"{title}{more}")
 
 
-def _or_dash(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
+def _since(part: Explained) -> str:
+    return "–" if part.since is None else f"{part.since:,}"
 
 
 def _flips_table(edges: Sequence[Explained]) -> Table:
@@ -66,23 +67,24 @@ def _most_frequent(effect: Effect) -> str:
     return f"{change.text} ({change.count})" if change.count > 1 else ""
 
 
-def signed(value: float) -> str:
+def _signed(value: float) -> str:
     return f"{'+' if value >= 0 else '−'}{brief(abs(value))}"
 
 
-def in_words(of: Explanation) -> str:
+def in_words(explanation: Explanation) -> str:
     """A summary, with the controls."""
-    edges, name = of.of_kind("edge"), of.distance_name
+    edges, name = explanation.of_kind("edge"), explanation.distance_name
     flipping = sum(edge.in_circuit.num_flips > 0 for edge in edges)
     flipping_full = sum(edge.in_full.num_flips > 0 for edge in edges)
     clear = sum(edge.in_circuit.rise.low > 0 for edge in edges)
     words = [
-        f"On {of.num_prompts:,} prompts the circuit's {name} is {brief(of.distance)}. Cut alone, "
-        f"{clear:,} of {len(edges):,} edges raise it (95 % interval above 0), {flipping:,} flip a "
-        f"prediction of the circuit, and {flipping_full:,} one of the full model."
+        f"On {explanation.num_prompts:,} prompts the circuit's {name} is "
+        f"{brief(explanation.distance)}. Cut alone, {clear:,} of {len(edges):,} edges raise it "
+        f"(95 % interval above 0), {flipping:,} flip a prediction of the circuit, and "
+        f"{flipping_full:,} one of the full model."
     ]
-    if of.controls:
-        rises, flipped = zip(*of.controls, strict=True)
+    if explanation.controls:
+        rises, flipped = zip(*explanation.controls, strict=True)
         words.append(
             f"Of {len(rises)} random edges outside of the circuit, {sum(map(bool, flipped))} flip "
             f"a prediction of the full model, and none raises its {name} by more than "
@@ -92,11 +94,13 @@ def in_words(of: Explanation) -> str:
     if 2 * len(rose) >= len(edges) and rose:
         middle = rose[(len(edges) - 1) // 2]
         words.append(
-            f"Half of the edges were among the {of.num_edges:,} strongest for good by step "
-            f"{middle:,} of {of.steps[-1]:,}."
+            f"Half of the edges were among the {explanation.num_edges:,} strongest for good by "
+            f"step {middle:,} of {explanation.steps[-1]:,}."
         )
-    if of.pushes is not None:
-        words.append(of.pushes.in_words([edge.index for edge in edges], of.control_edges))
-    if of.verification is not None:
-        words.append(of.verification.in_words())
+    if explanation.pushes is not None:
+        words.append(
+            explanation.pushes.in_words([edge.index for edge in edges], explanation.control_edges)
+        )
+    if explanation.verification is not None:
+        words.append(explanation.verification.in_words())
     return " ".join(words)

@@ -15,9 +15,10 @@ class Finding:
     Attributes:
         name: of the test.
         measured, compared: the number measured and what it is compared with, as text.
-        holds: whether the circuit passes; None if the test has no pass mark or does not apply.
+        holds: whether the circuit passes; None if the test has no pass mark, does not apply, or
+            cannot be decided with so few random circuits.
         words: one or two sentences, with what would count against the circuit.
-        interval: of what was measured.
+        interval: 95 % bootstrap interval, over prompts, of what was measured.
         p: p value.
         details: more numbers, as JSON values.
     """
@@ -37,7 +38,7 @@ class Finding:
 
     @classmethod
     def inapplicable(cls, name: str, reason: str) -> Self:
-        """Of a test that does not apply."""
+        """The finding of a test that does not apply."""
         return cls(name, "–", "–", None, f"The test of {name} does not apply: {reason}.")
 
 

@@ -1,8 +1,9 @@
 """What each attention head attends to: scores with their chance levels, and kinds of heads.
 
-A kind is a rule that gives each query its target keys. A head's score is the attention it pays to
-the targets, averaged over the queries that have any and then over prompts. After Olsson et al. 2022
-(arXiv:2209.11895) and, for the last two, Wang et al. 2023 (arXiv:2211.00593):
+A kind is a rule that gives each query its target keys. A head's score is the attention that it
+pays to the targets, averaged over the queries that have any and then over prompts. The kinds are
+those of Olsson et al. 2022 (arXiv:2209.11895) and, the last two, of Wang et al. 2023
+(arXiv:2211.00593):
 
     previous token    the token before
     duplicate token   earlier occurrences of the token
@@ -16,16 +17,18 @@ fraction of these that are targets. A head is of a kind if its score is both abo
 attention reaches in all but `FALSE_ALARMS` of models, in any of their heads (normal approximation),
 and so large that the targets get `MIN_EXCESS` of what chance leaves.
 
-`copying` is the fraction of random tokens whose own logit, among those of the prompt's tokens, the
-head's output-value product raises most when the head attends to them. `entropy` is that of the
-attention, in nats; its chance level is that of uniform attention.
+`copying` is the fraction of random tokens whose own logit is raised most, among the logits of the
+prompt's tokens, when the head attends to them. `entropy` is the entropy of the attention, in nats;
+its chance level is the entropy of uniform attention.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import NormalDist
 from typing import Any
 
@@ -34,6 +37,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from edgeprune.circuit import Circuit
+from edgeprune.drawing.graphviz import COMMON_KINDS
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.compare import kinds_of_heads
@@ -44,8 +48,6 @@ from edgeprune.prompts import Pair
 KINDS = ("previous token", "duplicate token", "induction", "first token", "S-inhibition",
          "name mover", "copying")  # fmt: skip
 """Scores by which heads are of a kind, in the order in which they are shown."""
-COMMON = ("first token", "copying")
-"""Kinds that many heads are in addition to, or in place of, one that says more."""
 MARKED = {"S-inhibition": ("end", "S2"), "name mover": ("end", "IO")}
 """Kinds that need marked words: (query, key), by name; see `prompts.tasks.MARKS`."""
 FALSE_ALARMS = 0.001
@@ -54,6 +56,8 @@ MIN_EXCESS = 0.3
 """Minimum of (score - chance) / (1 - chance) for a head to be of a kind."""
 RANDOM = "random tokens"
 """Name of the prompts of repeated random tokens."""
+NUM_LISTED = 6
+"""Number of heads listed per score."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ class Score:
 
     def by_head(self) -> dict[str, float]:
         """The score of each head, the highest first."""
-        return {head: _get(self.value, head) for head in self.ranked()}
+        num_heads = self.value.shape[1]
+        values, order = self.value.flatten().sort(descending=True, stable=True)
+        names = (f"a{index // num_heads}.h{index % num_heads}" for index in order.tolist())
+        return dict(zip(names, values.tolist(), strict=True))
 
     def ranked(self) -> list[str]:
         """All heads, the highest score first."""
-        num_heads = self.value.shape[1]
-        order = self.value.flatten().argsort(descending=True, stable=True).tolist()
-        return [f"a{index // num_heads}.h{index % num_heads}" for index in order]
+        return [*self.by_head()]
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class HeadScores:
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """The kinds of every head that has any: the clearest first, those of `COMMON` last.
+        """The kinds of every head that has any: the clearest first, `COMMON_KINDS` last.
 
         A kind that is measured on several prompts is decided on the first of them.
         """
@@ -113,7 +118,7 @@ class HeadScores:
                 for head, value in score.heads().items():
                     excess.setdefault(head, {})[score.name] = value - score.chance
         kinds_of = {
-            head: sorted(kinds, key=lambda kind: (kind in COMMON, -kinds[kind]))
+            head: sorted(kinds, key=lambda kind: (kind in COMMON_KINDS, -kinds[kind]))
             for head, kinds in excess.items() if kinds
         }  # fmt: skip
         return dict(sorted(kinds_of.items(), key=lambda item: _place(item[0])))
@@ -202,7 +207,10 @@ def score_heads(
 def repeated_tokens(
     model: CircuitModel, count: int, length: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Prompts of distinct random tokens that are repeated once, after a BOS if there is one."""
+    """Prompts of distinct random tokens that are repeated once, after a BOS token if there is one.
+
+    Fewer than `length` tokens are drawn if the vocabulary or the model's prompts do not allow more.
+    """
     tokenizer, size = model.tokenizer, model.architecture.body.config.vocab_size
     special = set(getattr(tokenizer, "all_special_ids", ()))
     size = size if tokenizer is None else min(size, len(tokenizer))
@@ -224,7 +232,11 @@ def _measure(
     model: CircuitModel, name: str, prompts: Sequence[Marked], batch_size: int, *,
     copying: bool = False,
 ) -> list[Score]:  # fmt: skip
-    """All scores on some prompts, named `name`."""
+    """All scores on some prompts, whose name is `name`.
+
+    Args:
+        copying: whether to score copying as well; the prompts are then `repeated_tokens`.
+    """
     by_length = sorted(prompts, key=lambda prompt: len(prompt[0]))
     if not model.architecture.may_pad:
         batch_size = 1
@@ -236,12 +248,11 @@ def _measure(
 
 
 class _Totals:
-    """Sums over the prompts of what the scores are made of; tensors are on the CPU."""
+    """Sums over prompts from which the scores are computed; tensors are on the CPU."""
 
     def __init__(self, model: CircuitModel) -> None:
         self.model = model
-        layers, heads = model.graph.num_layers, model.graph.num_heads
-        self.num_layers, self.shape = layers, (layers, heads)
+        self.shape = (model.graph.num_layers, model.graph.num_heads)
         self.sums: dict[str, Tensor] = {}  # [score or variance, layer, head]
         self.chances: dict[str, float] = {}
         self.counts: dict[str, int] = {}  # number of prompts
@@ -253,7 +264,8 @@ class _Totals:
         lengths = torch.tensor([len(tokens) for tokens, _ in batch])
         visible = _visible(ids, lengths, causal=arch.may_pad)  # [batch, query, key]
         targets = _targets(ids, [at for _, at in batch])
-        rules = [_Rule(name, mask, visible) for name, mask in targets.items() if mask.any()]
+        rules = [_Rule(name, mask, visible) for name, mask in targets.items()]
+        rules = [rule for rule in rules if rule.num_queries.any()]
         for rule in rules:
             self._count(rule.name, rule.chance)
             rule.to(device)
@@ -261,6 +273,7 @@ class _Totals:
         is_query = (num_visible > 1).float()
         is_query /= is_query.sum(-1, keepdim=True)
         self._count("entropy", (num_visible.clamp(min=1).log() * is_query).sum(-1))
+        is_query = is_query.nan_to_num()  # prompts of one token have none
         is_query, ids = is_query[:, None].to(device), ids.to(device)
         once = slice(ids.shape[1] % 2, ids.shape[1] // 2 + ids.shape[1] % 2)  # before they repeat
         if copying:
@@ -310,7 +323,13 @@ class _Totals:
 
 
 class _Rule:
-    """The targets of one kind, [batch, query, key], and what shuffled attention pays to them."""
+    """The targets of one kind, and the attention that they get by chance.
+
+    Attributes:
+        targets, visible: [batch, query, key], the targets, and the keys that a query can attend to.
+        num_queries: [batch], number of queries that have a target.
+        chance: [batch], the score of shuffled attention; NaN for prompts without such a query.
+    """
 
     def __init__(self, name: str, targets: Tensor, visible: Tensor) -> None:
         self.name, self.targets, self.visible = name, targets & visible, visible
@@ -318,7 +337,6 @@ class _Rule:
         self.is_query = (num_targets > 0) & (self.num_visible > 1)
         self.num_queries = self.is_query.sum(-1)  # [batch]
         self.share = num_targets / self.num_visible.clamp(min=1)  # [batch, query]
-        # NaN for prompts without such a query
         self.chance = (self.share * self.is_query).sum(-1) / self.num_queries
         # The variance of a sum over `num_targets` of n values, drawn without replacement, is
         # num_targets * (1 - num_targets / n) times that of the values.
@@ -332,8 +350,8 @@ class _Rule:
     def apply(self, pattern: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of a layer's heads and their variances under shuffling, [batch, head] each.
 
-        All queries of a prompt are taken to be shuffled in the same way, which gives the largest
-        variance. The pattern is [batch, head, query, key].
+        The variance is that of shuffling all queries of a prompt in the same way, which is the
+        largest possible. The pattern is [batch, head, query, key].
         """
         num_queries = self.num_queries.clamp(min=1)[:, None]
         paid = torch.einsum("bhqk,bqk->bhq", pattern, self.targets.float())
@@ -375,10 +393,14 @@ def _targets(ids: Tensor, marks: Sequence[Mapping[str, int]]) -> dict[str, Tenso
 
 
 def _copied(model: CircuitModel, layer: int, v: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The fraction of tokens whose logit a head raises most, and its variance by chance.
+    """The fraction of tokens of which a head that attends to them raises the logit most.
 
-    The values `v` are [batch, kv_head, pos, d_head], of the tokens `ids`, [batch, pos].
-    Both results are [batch, head].
+    Args:
+        v: [batch, kv_head, pos, d_head], the values of the tokens.
+        ids: [batch, pos].
+
+    Returns:
+        The fraction and its variance by chance, [batch, head] each.
     """
     arch = model.architecture
     block = arch.blocks[layer]
@@ -396,40 +418,42 @@ def _copied(model: CircuitModel, layer: int, v: Tensor, ids: Tensor) -> tuple[Te
 # ----------------------------------------------------------------------------------------- tables
 
 
-def heads_table(scores: HeadScores, title: str, most: int = 6) -> Table:
+def heads_table(scores: HeadScores, title: str) -> Table:
     """Per score: its chance level, how many heads are above their thresholds, and the highest."""
     rows = []
     for score in scores.scores:
-        best = [f"{_short(head)} ({_get(score.value, head):.2f})" for head in score.ranked()[:most]]
+        best = [
+            f"{_short(head)} ({value:.2f})"
+            for head, value in islice(score.by_head().items(), NUM_LISTED)
+        ]
         limit = "–" if score.threshold is None else f"{score.threshold.median().item():.2f}"
         count = "–" if score.threshold is None else str(len(score.heads()))
-        rows.append([score.name, score.prompts, f"{score.chance:.2f}", limit, count,
-                     ", ".join(best)])  # fmt: skip
-    return Table(["", "", "chance", "median\nthreshold", "heads\nabove", ""], rows,
-                 title)  # fmt: skip
+        rows.append([
+            score.name, score.prompts, f"{score.chance:.2f}", limit, count, ", ".join(best)
+        ])  # fmt: skip
+    columns = ["", "", "chance", "median\nthreshold", "heads\nabove", ""]
+    return Table(columns, rows, title)
 
 
 def circuit_tables(labels: Mapping[str, Sequence[str]], circuit: Circuit) -> list[Table]:
     """How many heads of each kind a circuit has, and how many of its edges join the kinds.
 
-    Only edges on a path from the input to the output count; a head of several kinds counts for its
-    first.
+    Only edges on a path from the input to the output count. A head of several kinds counts for each
+    of them, its edges for the first only.
     """
     circuit = circuit.without_dangling()
     kind_of = {head: kinds[0] for head, kinds in labels.items()}
     counts = kinds_of_heads(labels, {"circuit": circuit})
     rows = [[kind, str(n["model"]), str(n["circuit"])] for kind, n in counts.items()]
-    between: dict[tuple[str, str], int] = {}
+    between: Counter[tuple[str, str]] = Counter()
     for writer, reader in circuit.edges:
         port = reader.rpartition(".")[2]
         fed = {kind_of[node] for node in circuit.nodes_fed_by(reader) if node in kind_of}
         into = [f"{kind}, {port}" for kind in sorted(fed)]
         into += ["output"] if reader == "resid_post" else []
-        for target in into if writer in kind_of else []:
-            pair = (kind_of[writer], target)
-            between[pair] = between.get(pair, 0) + 1
-    counted = sorted(between.items(), key=lambda item: -item[1])
-    edges = [[source, target, str(count)] for (source, target), count in counted]
+        if writer in kind_of:
+            between.update((kind_of[writer], target) for target in into)
+    edges = [[*pair, str(count)] for pair, count in between.most_common()]
     return [
         Table(["", "heads in\nthe model", "in the\ncircuit"], rows, "kinds of heads"),
         Table(["", "into", "edges"], edges, "edges between heads of these kinds"),
@@ -444,7 +468,3 @@ def _short(head: str) -> str:
 def _place(head: str) -> tuple[int, int]:
     layer, index = _short(head).split(".")
     return int(layer), int(index)
-
-
-def _get(values: Tensor, head: str) -> float:
-    return values[_place(head)].item()

@@ -1,9 +1,9 @@
-"""Tests of hypotheses about a circuit, each with what would count against it.
+"""Tests of hypotheses about a circuit, each with what would count against the circuit.
 
 Sufficiency, partial necessity, equivalence, independence and minimality are those of Shi et al.
 2024 (arXiv:2410.13032), completeness is that of Wang et al. 2022 (arXiv:2211.00593). Each function
-returns a `Finding`; its docstring says how it differs from the paper. Tests are at level .05.
-Intervals are 95 % bootstrap intervals over prompts, for the given circuits.
+returns a `Finding`; its docstring says where the test differs from the paper's. Tests are at level
+.05. Intervals are 95 % bootstrap intervals over prompts, for the given circuits.
 """
 
 import random
@@ -19,6 +19,7 @@ from edgeprune.evaluation.bench import SAME, Bench
 from edgeprune.evaluation.finding import Finding, brief
 from edgeprune.evaluation.random_circuits import RandomPaths
 from edgeprune.evaluation.statistics import (
+    LEVEL,
     benjamini_hochberg,
     binomial_tail,
     bootstrap_interval,
@@ -28,25 +29,23 @@ from edgeprune.evaluation.statistics import (
     rank_p_values,
     sign_test,
 )
-from edgeprune.metrics import ExampleMetrics
+from edgeprune.metrics import SAME_NUMBER, ExampleMetrics
 
-LEVEL = 0.05
-"""Level of all tests."""
 MAX_AS_GOOD = 0.1
 """Largest probability with which a random circuit may do as well (1 - q* of Shi et al.)."""
 MARGIN = 0.1
 """How far from one half the share of prompts may be for equivalence (epsilon of Shi et al.)."""
 MAX_EDGES = 200
-"""Number of edges whose removal is measured; of a larger circuit, edges drawn at random."""
+"""Maximum number of edges whose removal is measured; of a larger circuit, they are drawn."""
 NUM_NODE_SETS = 20
 """Number of random sets of nodes."""
 GREEDY_STEPS, GREEDY_TRIES = 5, 10
 """Number of nodes of the greedy set, and of nodes tried for each (10 in Wang et al.)."""
 MAX_INCOMPLETE = 0.2
-"""How much of the full model's score a circuit may differ by when both lose the same nodes. A
-convention of ours."""
+"""By how much circuit and full model may differ when both lose the same nodes, as a share of the
+full model's score. The limit is a convention of ours."""
 MAX_HSIC = 500
-"""Number of prompts of the independence test, which needs memory quadratic in it."""
+"""Maximum number of prompts of the independence test, whose memory grows with its square."""
 
 
 # ------------------------------------------------------------------------------- random circuits
@@ -55,17 +54,17 @@ MAX_HSIC = 500
 def sufficiency(
     bench: Bench, circuit: Circuit, own: ExampleMetrics, num_random: int = 100, seed: int = 0
 ) -> Finding:
-    """Compare the circuit with random circuits made of paths, of equally many edges.
+    """Compare the circuit with random circuits of as many edges, which are made of paths.
 
     The hypothesis is that a random circuit is at least as faithful with probability .1 or more
-    (q* = .9 of Shi et al.), tested with the exact binomial distribution.
+    (q* = .9 of Shi et al.). It is tested with the exact binomial distribution.
     """
     paths = RandomPaths(bench.graph)
     circuits = [paths.circuit(len(circuit), seed + index) for index in range(num_random)]
     distances = [bench.distance(each).mean().item() for each in bench.measure(circuits)]
     mine, name = bench.distance(own).mean().item(), bench.distance_name
     as_good = sum(distance <= mine + SAME for distance in distances)
-    p = 1 - binomial_tail(as_good + 1, num_random, MAX_AS_GOOD)
+    p = _p_value(as_good, num_random)
     best, mean = min(distances), sum(distances) / num_random
     return Finding(
         "sufficiency", f"{name} {brief(mine)}",
@@ -79,23 +78,24 @@ def sufficiency(
     )  # fmt: skip
 
 
-def necessity(
-    bench: Bench, circuit: Circuit, num_random: int = 100, seed: int = 0
-) -> Finding:  # fmt: skip
-    """Compare what the full model loses without the circuit and without random connected edges.
+def necessity(bench: Bench, circuit: Circuit, num_random: int = 100, seed: int = 0) -> Finding:
+    """Compare the damage to the full model of cutting the circuit and of cutting random paths.
 
-    Partial necessity of Shi et al.: the random edges are drawn from outside the circuit, equally
-    many as far as there are, and the hypothesis is that losing them does at least as much damage
-    with probability .1 or more.
+    Partial necessity of Shi et al.: the random paths avoid the circuit's edges and have as many, or
+    fewer if there are not enough. The hypothesis is that cutting them does at least as much damage
+    with probability .1 or more. It does not apply if every path goes through the circuit.
     """
     paths = RandomPaths(bench.graph, excluded=circuit.edge_set)
     circuits = [paths.circuit(len(circuit), seed + index) for index in range(num_random)]
+    if circuit.edge_set and not any(circuits):
+        reason = "every path from the input to the output goes through the circuit's edges"
+        return Finding.inapplicable("partial necessity", reason)
     without, *others = bench.measure(bench.whole - each for each in (circuit, *circuits))
     damage, name = bench.distance(without), bench.distance_name
     distances = [bench.distance(each).mean().item() for each in others]
     mine, mean, worst = damage.mean().item(), sum(distances) / num_random, max(distances)
     as_bad = sum(distance >= mine - SAME for distance in distances)
-    p = 1 - binomial_tail(as_bad + 1, num_random, MAX_AS_GOOD)
+    p = _p_value(as_bad, num_random)
     sizes = [len(each) for each in circuits]
     few = "" if min(sizes) == len(circuit) else f" (only {min(sizes):,} or more could be drawn)"
     return Finding(
@@ -116,32 +116,37 @@ def _count(number: int) -> str:
     return {0: "none is", 1: "one is"}.get(number, f"{number} are")
 
 
+def _p_value(as_good: int, trials: int) -> float:
+    """P value of the hypothesis that random circuits are as good with probability `MAX_AS_GOOD` or
+    more: that of at most as many successes."""
+    return 1 - binomial_tail(as_good + 1, trials, MAX_AS_GOOD)
+
+
 def _rejected(p: float, trials: int) -> bool | None:
-    """Whether the hypothesis is rejected; None if it cannot be with so few random circuits."""
+    """Whether the hypothesis is rejected; None if no p value of so few circuits could reject it."""
     return p <= LEVEL if _most_as_good(trials) >= 0 else None
 
 
 def _against(trials: int) -> str:
-    """How many random circuits as good count against the circuit, in words."""
+    """From how many random circuits that are as good the circuit fails, in words."""
     most = _most_as_good(trials)
     return f"{most + 1} would count against it" if most >= 0 else "too few for a verdict"
 
 
 def _most_as_good(trials: int) -> int:
-    """The largest number of random circuits as good with which the hypothesis is rejected."""
-    passing = (k for k in range(trials) if 1 - binomial_tail(k + 1, trials, MAX_AS_GOOD) <= LEVEL)
-    return max(passing, default=-1)
+    """The most random circuits that may be as good if the hypothesis is rejected; -1: none may."""
+    return max((k for k in range(trials) if _p_value(k, trials) <= LEVEL), default=-1)
 
 
 # ------------------------------------------------------------------------------- single hypotheses
 
 
 def equivalence(bench: Bench, own: ExampleMetrics) -> Finding:
-    """The share of prompts on which the circuit does the task better than the full model.
+    """Test whether the circuit does better than the full model on about half of the prompts.
 
     The hypothesis, which is in the circuit's favour, is that the share is within .1 of one half
-    (epsilon = .1 of Shi et al.). Both sides are compared on each prompt, by their scores; ties are
-    left out.
+    (epsilon = .1 of Shi et al.). The scores of the two are compared prompt by prompt; the test
+    leaves out ties, and the share counts each as half.
     """
     difference = bench.score(own) - bench.score(bench.full)
     better, worse = (int((sign * difference > SAME).sum()) for sign in (1, -1))
@@ -169,22 +174,22 @@ def equivalence(bench: Bench, own: ExampleMetrics) -> Finding:
 
 
 def independence(bench: Bench, circuit: Circuit) -> Finding:
-    """Whether what the circuit leaves out carries information about the answer.
+    """Test whether the edges outside of the circuit carry information about the answer.
 
     The full model without the circuit's edges is compared with the empty circuit: the difference of
-    their outputs must be independent of the answer, by HSIC with permutations. Shi et al. compare
-    the scores of this model and of the full one. These may depend on each other through what clean
-    and corrupted prompts share, so we subtract the empty circuit's outputs and test against the
-    answer itself.
+    their outputs must be independent of the answer, by HSIC with permutations. Shi et al. test the
+    scores of this model against those of the full one. These may depend on each other through what
+    clean and corrupted prompts share, so we subtract the empty circuit's outputs and test against
+    the answer itself.
     """
     without, empty = bench.outputs([bench.whole - circuit, bench.whole - bench.whole])
     added = (without - empty)[:MAX_HSIC]  # [example, feature]
     added = torch.where(added.abs() <= SAME, 0.0, added)
     answers = bench.answers()[:MAX_HSIC]
-    same = (answers[:, None] - answers).abs() <= 1e-3  # [example, example, token]
+    same = (answers[:, None] - answers).abs() <= SAME_NUMBER  # [example, example, token]
     same = same.double().mean(-1)
     apart = same[~torch.eye(len(same), dtype=torch.bool)]
-    if apart.min() == apart.max():  # permutations would change nothing
+    if len(apart.unique()) < 2:  # permutations would change nothing
         reason = "all prompts have the same answer, or no two have"
         return Finding.inapplicable("independence", reason)
     criterion, p = hsic_test(gaussian_kernel(added), same)
@@ -202,14 +207,14 @@ def independence(bench: Bench, circuit: Circuit) -> Finding:
 def minimality(
     bench: Bench, circuit: Circuit, own: ExampleMetrics, num_random: int = 100, seed: int = 0
 ) -> Finding:
-    """Whether each edge does more than an edge added at random.
+    """Test whether each edge of the circuit does more than an edge that is added at random.
 
     An edge's effect is what its removal adds to the mean distance. It is compared with the effects
-    of random edges in the same circuit: a random path is added, and one of its new edges removed
+    of random edges in the same circuit: a random path is added, and one of its new edges is removed
     again (Shi et al., figure 4). An edge is needed if its effect is larger, at a false discovery
     rate of .05 (Benjamini and Hochberg). The circuit passes if all edges that were tested are
     needed; Shi et al. put the burden of proof on the other side. With 100 random edges, none can be
-    shown to be needed unless a fifth of the circuit's are.
+    shown to be needed unless a fifth of the circuit's edges are.
     """
     rng, paths = random.Random(seed), RandomPaths(bench.graph)
     edges = circuit.edges
@@ -219,7 +224,9 @@ def minimality(
     inflated: list[Circuit] = []
     for _ in range(50 * num_random):
         new = {*(paths.path(rng) or ())} - circuit.edge_set
-        if new and len(inflated) < 2 * num_random:
+        if len(inflated) == 2 * num_random:
+            break
+        if new:
             larger = circuit | Circuit(bench.graph, frozenset(new))
             removed = Circuit(bench.graph, frozenset([rng.choice(sorted(new))]))
             inflated += [larger, larger - removed]
@@ -231,28 +238,26 @@ def minimality(
     larger, removed = means[len(edges) :].view(-1, 2).T
     reference = _rounded(removed - larger)
     p_values = rank_p_values(effects, reference)
-    needed = benjamini_hochberg(p_values, LEVEL)
-    share, name = sum(needed) / len(edges), bench.distance_name
+    needed = benjamini_hochberg(p_values)
+    count, name = sum(needed), bench.distance_name
     limit = reference.quantile(0.95).item()
+    rows = zip(edges, effects.tolist(), p_values.tolist(), needed, strict=True)
     drawn = "" if len(edges) == len(circuit) else f", drawn from {len(circuit):,}"
-    unneeded = len(edges) - sum(needed)
     return Finding(
-        "minimality", f"{sum(needed):,} of {len(edges):,} edges needed",
+        "minimality", f"{count:,} of {len(edges):,} edges needed",
         f"95 % of random edges add at most {brief(limit)}",
-        unneeded == 0 if len(reference) >= 1 / LEVEL - 1 else None,
-        f"The removal of {sum(needed):,} of {len(edges):,} edges{drawn} raises the {name} by more "
-        f"than that of random edges (95 % of {len(reference)} raise it by at most "
-        f"{brief(limit)}); "
+        all(needed) if len(reference) >= 1 / LEVEL - 1 else None,
+        f"The removal of {count:,} of {len(edges):,} edges{drawn} raises the {name} by more than "
+        f"that of random edges (95 % of {len(reference)} raise it by at most {brief(limit)}); "
         f"every edge of which this is not true counts against it.",
         None, None,
-        {"share_needed": share, "effects": [[*edge, effect, p, is_needed] for edge, effect, p,
-         is_needed in zip(edges, effects.tolist(), p_values.tolist(), needed, strict=True)],
+        {"share_needed": count / len(edges), "effects": [[*edge, *row] for edge, *row in rows],
          "random_effects": reference.tolist()},
     )  # fmt: skip
 
 
 def _rounded(effects: Tensor) -> Tensor:
-    """Effects without rounding errors, so that those of edges that do nothing are equal."""
+    """Effects with rounding errors set to 0, so that edges that do nothing are tied."""
     return torch.where(effects.abs() <= SAME / 100, 0.0, effects)
 
 
@@ -263,16 +268,16 @@ def completeness(
     bench: Bench, circuit: Circuit, own: ExampleMetrics, seed: int = 0,
     labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Finding:  # fmt: skip
-    """Whether circuit and full model lose the same if both lose the same nodes.
+    """Test whether circuit and full model lose the same if both lose the same nodes.
 
-    The incompleteness |F(C without K) - F(M without K)| of Wang et al., with F the mean score, as
-    a share of the difference between the full model and the empty circuit. K is the empty set, 20
-    random sets of up to half of the circuit's heads and MLPs, the circuit's heads of each kind, and
-    a greedy set, which is built from nodes that raise it most on one half of the prompts, and
-    measured on the other half.
+    The measure is the incompleteness |F(C without K) - F(M without K)| of Wang et al., with F the
+    mean score, as a share of the difference between the full model and the empty circuit. K is the
+    empty set, 20 random sets of up to half of the circuit's heads and MLPs, the circuit's heads of
+    each kind, and a greedy set. This is built on one half of the prompts, from the nodes that raise
+    the incompleteness most, and measured on the other half.
 
     Args:
-        labels: the kinds of heads (classes in Wang et al.), by head, where they are known.
+        labels: the kinds of heads (classes in Wang et al.) by head, where they are known.
     """
     nodes = [n for n in circuit.nodes if n not in bench.graph.embedding_writers]
     gap = (bench.score(bench.full).mean() - bench.score(bench.empty).mean()).item()
@@ -301,9 +306,7 @@ def completeness(
     other = other if len(other) else half
     chosen, of_greedy = _greedy_set(nodes, differences, min(GREEDY_STEPS, most), half, rng)
     greedy, mean = of_greedy[other].mean().abs().item(), sum(shares) / len(shares)
-    low, high = bootstrap_interval(
-        lambda rows: of_greedy[other][rows].mean(-1).abs(), len(other)
-    )  # fmt: skip
+    interval = bootstrap_interval(lambda rows: of_greedy[other][rows].mean(-1).abs(), len(other))
     worst = max(by_kind, key=by_kind.get, default=None)
     return Finding(
         "completeness", f"greedy set {greedy:.2f} of the score",
@@ -317,7 +320,7 @@ def completeness(
         + (f", without the {len(of_kind[worst])} {worst} heads, the kind that tells them apart "
            f"most, by {by_kind[worst]:.0%}" if worst else "")
         + f". More than {MAX_INCOMPLETE:.0%} counts against it.",
-        (low, high), None,
+        interval, None,
         {"none": none, "random": shares, "random_sets": sets, "greedy": greedy,
          "greedy_set": chosen, "kinds": by_kind, "kind_sets": of_kind},
     )  # fmt: skip
@@ -327,8 +330,11 @@ def _greedy_set(
     nodes: Sequence[str], differences: Callable[[Sequence[Sequence[str]]], list[Tensor]],
     size: int, rows: Tensor, rng: random.Random,
 ) -> tuple[list[str], Tensor]:  # fmt: skip
-    """A set built from the nodes, among some drawn at random, that raise the mean difference on
-    these rows most; the set and its difference, [example]."""
+    """Build a set node by node, and return it with its difference, [example].
+
+    Each step draws some nodes at random and adds the one with which the magnitude of the mean
+    difference on these rows of examples is largest.
+    """
     chosen: list[str] = []
     for _ in range(size):
         left = [node for node in nodes if node not in chosen]

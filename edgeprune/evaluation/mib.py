@@ -1,10 +1,10 @@
 """The areas by which the Mechanistic Interpretability Benchmark ranks methods.
 
 Mueller et al. 2025 (arXiv:2504.13151). For shares p of the N edges, from .1 % to all, the
-floor(p N) highest-ranked are kept, without edges from nodes that none enters or into nodes that
-none leaves. (The benchmark's code removes these in one pass, so some edges that then dangle are
-counted; they have no effect.) With m the mean logit difference between answer and distractor, the
-faithfulness is
+floor(p N) highest-ranked are kept, except for edges from nodes without inputs and into nodes
+without outputs. (The benchmark's code removes these in one pass, so edges that dangle only
+afterwards still count; they have no effect.) With m the mean logit difference between answer and
+distractor, the faithfulness is
 
     f(p) = (m(p) - m(empty circuit)) / (m(full model) - m(empty circuit))
 
@@ -68,13 +68,13 @@ class Recovery:
     """How well a ranking separates the edges of the true circuit from the others.
 
     Attributes:
-        auroc: area under the ROC curve: the chance that a true edge is ranked above another one;
-            ties count half.
-        interpbench: the benchmark's estimate of it, from circuits with SHARES of the edges that a
-            greedy search from the output finds (`EdgeScores.greedy`), without dead ends: the area
-            under their true positive rates, by trapezoids from the first to the last circuit, over
-            their false positive rates as shares of the last's. Below the area where the smallest
-            circuit has false positives.
+        auroc: area under the ROC curve: the probability that a true edge is ranked above one that
+            is not; ties count half.
+        interpbench: the benchmark's estimate of this area. Its circuits have `SHARES` of the edges,
+            are grown from the output (`EdgeScores.greedy`) and have no dead ends. The estimate is
+            the area under their true positive rates over their false positive rates, which are
+            divided by the last circuit's, by trapezoids from the first circuit to the last. It is
+            too low if the first circuit has false positives.
     """
 
     auroc: float
@@ -98,7 +98,7 @@ def mib_circuits(scores: EdgeScores) -> list[Circuit]:
 
 
 def _without_dead_ends(circuit: Circuit) -> Circuit:
-    """Drop edges from nodes that none enters and into nodes that none leaves, in one pass."""
+    """Drop the edges from nodes without inputs and into nodes without outputs, in one pass."""
     graph = circuit.graph
     fed = {reader: graph.nodes_fed_by(reader) or ["output"] for reader in graph.readers}
     entered = {node for _, reader in circuit.edge_set for node in fed[reader]}
@@ -146,8 +146,8 @@ def mib_areas(
 ) -> Areas:
     """Measure the areas of one ranking; arguments and errors as for `measure_curve`.
 
-    Raises DataError if a prompt has no distractor, or the full model does no better than the empty
-    circuit.
+    Raises DataError if a prompt has no distractor, or if the full model's mean logit difference
+    equals the empty circuit's.
     """
     model.check_prompts(pairs)
     if not all(pair.distractor_ids for pair in pairs):
@@ -160,7 +160,10 @@ def mib_areas(
     )  # fmt: skip
     full, empty, *means = (each.logit_difference.double().mean().item() for each in measured)
     if full == empty:
-        raise DataError("the full model's logit difference is the empty circuit's, so none is kept")
+        raise DataError(
+            "the full model's mean logit difference equals the empty circuit's, so no faithfulness "
+            "is defined; give prompts on which they differ"
+        )
     faithfulness = tuple((mean - empty) / (full - empty) for mean in means)
     return Areas(tuple(map(len, circuits)), faithfulness)
 

@@ -15,40 +15,41 @@ from torch import Tensor
 from edgeprune.circuit import Circuit
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
+from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
-from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips
+from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips, without
 from edgeprune.graph import CircuitGraph
-from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example, measure
-from edgeprune.prompts import Batch, Pair, collate, iterate_batches
+from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example
+from edgeprune.prompts import Batch, Pair, iterate_batches
 from edgeprune.scores import EdgeScores
 from edgeprune.training.snapshots import Snapshots
 
 FORMAT = 2
-"""Number of the data's form; measurements in pages of another form are not used again."""
+"""Version of the data; measurements in pages of another version are not used again."""
 MAX_EDGES = 5_000
-"""Default number of edges that a page carries, the strongest of all."""
+"""Default number of edges in a page: the strongest."""
 UNCHOSEN_SIZE = 100
 """Size that is shown first where no circuit was chosen."""
 NUM_PROMPTS = 10
 """Default number of prompts, half of them typical and half the least faithful."""
 MAX_RANKED = 100
-"""Number of prompts among which these are found."""
+"""Maximum number of prompts among which these are found."""
 NUM_CUT_PROMPTS = 16
-"""Number of prompts on which the effects of cuts are measured."""
+"""Maximum number of prompts on which the effects of cuts are measured."""
 CUT_BUDGET = {"cpu": 2.5e12, "cuda": 1e15}
 """Operations that all cuts together may take, by device; about a minute on one core."""
 MAX_ATTENTION = 1_200_000
-"""Bytes of attention patterns in a page, before base64 makes four of three."""
+"""Maximum size of the attention patterns in a page, in bytes before base64."""
 MAX_RISES = 500
-"""Number of edges of which a page shows when they rose."""
+"""Maximum number of edges for which a page shows when they rose."""
 MAX_SIZES = 16
-"""Number of sizes at which answers are measured."""
+"""Maximum number of sizes at which answers are measured."""
 TOP = 5
 """Number of most likely tokens shown."""
 MAX_PREDICTED = 8
-"""Number of predicted tokens of a prompt that are shown."""
+"""Maximum number of predicted tokens shown per prompt."""
 MAX_TEXT = 400
-"""Number of characters of a token that are kept."""
+"""Maximum number of characters kept of a token."""
 
 Listener = Callable[[int, int], object]
 """Called with the number of passes done, and of all."""
@@ -104,7 +105,10 @@ def explained_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
     shown = ("rise", "num_flips", "num_tokens", "kinds", "changes", "prompts")
 
     def part(record: Mapping[str, Any]) -> dict[str, Any]:
-        effects = {of: {key: record[of][key] for key in shown} for of in ("in_circuit", "in_full")}
+        effects = {
+            effect: {key: record[effect][key] for key in shown}
+            for effect in ("in_circuit", "in_full")
+        }
         return {**effects, "pushed": record.get("pushed")}
 
     return {
@@ -185,7 +189,7 @@ def measured_data(
     Raises ValueError as `evaluate` does.
     """
     Circuit.check(circuit, model.graph)
-    if ablation.means is not None and ablation.per_position:  # which cover so many positions
+    if ablation.means is not None and ablation.per_position:  # leave out longer prompts
         known = ablation.means.residuals[0].shape[-2]
         pairs = [pair for pair in pairs if len(pair.clean_ids) <= known]
     model.check_prompts(pairs)
@@ -194,20 +198,25 @@ def measured_data(
     cut_pairs = pairs[:NUM_CUT_PROMPTS]
     cuts = cuts_of(circuit, ranking.tolist())[: _max_cuts(model, cut_pairs, num_cuts)]
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
-    batches = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
-    total, done = len(batches) + len(sizes) + len(cuts) + 2, 0
+    if not model.architecture.may_pad:
+        batch_size = 1
+    ranked = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
+    # batches, answers of the empty circuit and at each size, attention, and for the cuts the empty
+    # circuit, the whole one and one per cut
+    total, done = len(ranked) + (1 + len(sizes)) + 1 + (2 + len(cuts)), 0.0
 
-    def step() -> None:
+    def step(number: float = 1) -> None:
         nonlocal done
-        done += 1
-        listener(done, total)
+        done += number
+        listener(round(done), total)
 
-    selected = _select(model, chosen, batches, ablation, num_prompts, step)
+    selected = _select(model, chosen, ranked, ablation, num_prompts, step)
     prompts = [_prompt(model, pair, kind) for pair, kind in selected]
     shown = [pair for pair, _ in selected]
-    answers = _answers(model, ranking, sizes, shown, ablation, batch_size, step)
-    for prompt, found in zip(prompts, answers, strict=True):
-        prompt["answers"] = found
+    batches = list(iterate_batches(shown, batch_size))
+    answers = _answers(model, ranking, sizes, batches, ablation, step)
+    for pair, prompt in zip(shown, prompts, strict=True):
+        prompt["answers"] = answers[pair]
     heads, patterns = _attention(model, ranking, shown)
     step()
     for prompt, pattern in zip(prompts, patterns, strict=False):
@@ -218,7 +227,7 @@ def measured_data(
         "sizes": sizes,
         "prompts": prompts,
         "attention_heads": heads,
-        "cuts": _measure_cuts(model, chosen, cuts, cut_pairs, ablation, step),
+        "cuts": _measure_cuts(Bench(model, cut_pairs, ablation, batch_size, step), circuit, cuts),
     }
 
 
@@ -283,14 +292,11 @@ def _sizes(graph: CircuitGraph, curve: Curve | None, chosen: int, max_edges: int
 
 
 def _answers(
-    model: CircuitModel, ranking: Tensor, sizes: Sequence[int], pairs: Sequence[Pair],
-    ablation: Ablation, batch_size: int, step: Callable[[], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: CircuitModel, ranking: Tensor, sizes: Sequence[int], batches: Sequence[Batch],
+    ablation: Ablation, step: Callable[[], None],
+) -> dict[Pair, dict[str, Any]]:  # fmt: skip
     """Per pair, the answers of the full model, the empty circuit and the circuit of each size."""
     found: dict[Pair, dict[str, Any]] = {}
-    batches = [collate(pairs[i : i + batch_size]) for i in range(0, len(pairs), batch_size)]
-    if not model.architecture.may_pad:
-        batches = [collate([pair]) for pair in pairs]
     references = [_reference(model, batch, ablation) for batch in batches]
     for reference, _, batch in references:
         for pair, top in zip(batch.pairs, _top(model, batch, reference, reference), strict=True):
@@ -308,7 +314,7 @@ def _answers(
                 else:
                     found[pair]["empty"] = answer
         step()
-    return [found[pair] for pair in pairs]
+    return found
 
 
 def _top(
@@ -380,7 +386,7 @@ def _heads_by_strength(graph: CircuitGraph, ranking: Tensor) -> list[str]:
 
 
 def _max_cuts(model: CircuitModel, pairs: Sequence[Pair], asked: int | None) -> int:
-    """How many circuits may be measured on these prompts to see what cuts do."""
+    """The number asked for, or else how many cuts can be measured within `CUT_BUDGET`."""
     if asked is not None:
         return asked
     num_tokens = sum(len(pair.clean_ids) for pair in pairs)
@@ -389,34 +395,17 @@ def _max_cuts(model: CircuitModel, pairs: Sequence[Pair], asked: int | None) -> 
     return int(CUT_BUDGET["cuda" if model.device.type == "cuda" else "cpu"] / operations)
 
 
-def _measure_cuts(
-    model: CircuitModel, chosen: Tensor, cuts: Sequence[Cut], pairs: Sequence[Pair],
-    ablation: Ablation, step: Callable[[], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Per cut, [mean distance from the full model, prompts whose predictions change]."""
-    batches = [collate(pairs)] if model.architecture.may_pad else [collate([p]) for p in pairs]
-    references = [_reference(model, batch, ablation) for batch in batches]
+def _measure_cuts(bench: Bench, circuit: Circuit, cuts: Sequence[Cut]) -> dict[str, Any]:
+    """Per cut, [mean distance from the full model, number of prompts whose predictions change]."""
 
-    def examples(gates: Tensor) -> ExampleMetrics:
-        return ExampleMetrics.concatenate([
-            measure(batch, reference, model.run_circuit(batch, gates, values), model.output)
-            for reference, values, batch in references
-        ])  # fmt: skip
+    def distance(examples: ExampleMetrics) -> float | None:
+        return _rounded(max(bench.distance(examples).mean().item(), 0.0))
 
-    def distance(found: ExampleMetrics) -> float:
-        values = found.kl if model.output is Output.logits else found.error
-        return _rounded(max(values.mean().item(), 0.0))
-
-    before = examples(chosen)
-    step()
-    found: dict[str, Any] = {"prompts": len(pairs), "distance": distance(before)}
-    found |= {"nodes": {}, "edges": {}}
-    for cut in cuts:
-        gates = chosen.clone()
-        gates[cut.edges] = 0
-        after = examples(gates)
+    (before,) = bench.measure([circuit])
+    found = {"prompts": len(bench), "distance": distance(before), "nodes": {}, "edges": {}}
+    measured = bench.measure(without(circuit, cut.edges) for cut in cuts)
+    for cut, after in zip(cuts, measured, strict=True):
         found[f"{cut.kind}s"][cut.name] = [distance(after), num_flips(before, after)]
-        step()
     return found
 
 
@@ -424,7 +413,7 @@ def _measure_cuts(
 
 
 def _gates(model: CircuitModel, edges: Tensor | Sequence[int]) -> Tensor:
-    """Gates of 1 for edges given by number."""
+    """Gates of 1 for edges given by number, and of 0 for the others."""
     gates = torch.zeros(model.graph.num_edges, device=model.device)
     if len(edges):
         gates[edges] = 1
@@ -432,7 +421,7 @@ def _gates(model: CircuitModel, edges: Tensor | Sequence[int]) -> Tensor:
 
 
 def _rounded(value: float, digits: int = 4) -> float | None:
-    """A number with so many significant digits; None for NaN and infinity."""
+    """A number rounded to significant digits; None for NaN and infinity."""
     number = float(f"{value:.{digits}g}")
     if not math.isfinite(number):
         return None

@@ -1,11 +1,11 @@
 """Which training pairs pushed an edge up, and does it fall without them?
 
-A pair's push on an edge is minus the gradient of its own objective for the edge's score: how it
-would move the edge's own term of the score in a step of its own. It is taken at several snapshots
-of the run, with the gates of the step after each, so that all pairs are compared in the same
-circuits; in training, a pair is used only in a few steps, each with a circuit of another size. As
-in training, the gradients of a snapshot are scaled by their mean size, and weighted by the learning
-rate.
+A pair's push on an edge is minus the gradient of the pair's objective with respect to the edge's
+score: how the pair alone would move the edge's own term of the score in a step. It is measured at
+several snapshots of the run, with the gates of the step after each, so that all pairs are compared
+in the same circuits; in training, a pair is used only in a few steps, each with a circuit of
+another size. As in training, the gradients at a snapshot are divided by their mean size and
+weighted by the learning rate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.engine.gradient import StepInputs, differentiate
 from edgeprune.evaluation.finding import percent
-from edgeprune.evaluation.statistics import sign_test
+from edgeprune.evaluation.statistics import LEVEL, sign_test
 from edgeprune.evaluation.table import Table
 from edgeprune.methods.every_size import MIN_TOTAL_GRADIENT, EverySize, grad_scores
 from edgeprune.methods.method import learning_rate_factor
@@ -36,21 +36,19 @@ NORMAL = 1.4826
 FALSE_ALARMS = 0.05
 """Expected number of outliers per edge if its pushes were normal and no pair were special."""
 NUM_LISTED = 3
-"""Number of pairs listed per edge, those that push most and those that push least."""
+"""Number of pairs listed per edge that push it most, and of those that push it least."""
 MAX_ROWS = 10
 """Number of rows of the table in a terminal."""
 MAX_TEXT = 90
 """Number of characters of a prompt in a table."""
-LEVEL = 0.05
-"""Level of the verification's test."""
 
 
 def outliers(pushes: Tensor) -> Tensor:
-    """[pair], whether a push is an outlier among those of an edge, [pair].
+    """[pair], whether a push is an outlier among the pushes on an edge, [pair].
 
-    Outliers are farther from the median than z 1.4826 MAD, where z is such that `FALSE_ALARMS`
+    Outliers are farther from the median than z * 1.4826 * MAD, where z is such that `FALSE_ALARMS`
     outliers are expected among as many normal numbers: 3.7 for 200 pairs. Because the median and
-    the MAD are estimated, there are 0.06 of 1,600 normal numbers and 0.10 of 200.
+    the MAD are estimates, there are more: 0.06 among 1,600 normal numbers, 0.10 among 200.
     """
     z = NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * len(pushes)))
     median = pushes.median()
@@ -83,9 +81,9 @@ class Pushes:
 
     Attributes:
         pairs: the training pairs.
-        steps: of the snapshots.
+        steps: the steps of the snapshots.
         edges: numbers of the edges, in the order of the last axis of `values`.
-        values: [snapshot, pair, edge], weighted.
+        values: [snapshot, pair, edge], the weighted pushes.
     """
 
     pairs: tuple[Pair, ...]
@@ -176,13 +174,13 @@ def measure_pushes(
 ) -> Pushes:
     """Differentiate the objective of each pair alone, at several snapshots of a run.
 
-    A pair takes one pass of the full model, and at each snapshot a forward and a backward pass of
-    the circuit, in which it gets the gradient of all gates.
+    Each pair takes one pass of the full model, and at each snapshot a forward and a backward pass
+    of the circuit, which gives the gradients of all gates.
 
     Args:
-        edges: those whose pushes are kept.
-        num_snapshots: as many, spread over those before the last.
-        method: the arguments with which the run's `EverySize` was made, but for the graph.
+        edges: the edges whose pushes are kept.
+        num_snapshots: number of snapshots, which are spread over all but the last one.
+        method: the arguments with which the run's `EverySize` was made, except for the graph.
         listener: called with the number of passes done since the last call.
     """
     learner = EverySize(model.graph, **method)
@@ -228,14 +226,15 @@ class Retrained(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What training again gave.
+    """What training again without the pairs that pushed an edge most gave.
 
     With the same seed, all edges are compared with the same trainings on all pairs and without
     random ones, so only seeds are independent of each other.
 
     Attributes:
-        num_pairs, num_removed: of the training pairs, and of those that were left out.
-        ranks: of each edge with each seed.
+        num_pairs: number of training pairs.
+        num_removed: number of pairs that were left out.
+        ranks: the ranks of each edge with each seed.
     """
 
     num_pairs: int
@@ -244,7 +243,8 @@ class Verification:
 
     @property
     def falls(self) -> tuple[float, float]:
-        """By which factor ranks grow in the geometric mean without pushing and random pairs."""
+        """The factors by which ranks grow without the pushing and without random pairs, each the
+        geometric mean of the trainings."""
         logs = [
             [getattr(each, name) / each.with_all for each in self.ranks]
             for name in ("without_pushing", "without_random")

@@ -8,16 +8,16 @@ from edgeprune.circuit import Circuit
 from edgeprune.graph import CircuitGraph, Edge
 
 MAX_TRIES = 300
-"""Number of paths that may in turn fail to fit before the last ones are cut."""
+"""Number of paths in a row that may fail to fit before a circuit stays smaller than asked for."""
 
 
 class RandomPaths:
     """Draws paths from the input to the output, and circuits made of them.
 
-    A path starts at the output and goes backwards: to a writer drawn uniformly among those that a
-    reader sees through an edge that is not excluded, on to one of the readers that feed this
-    writer, and so on to an embedding. Where embeddings are no writers, they flow into every node,
-    and a path may also end at any node.
+    A path starts at the output and goes backwards: to a writer, drawn uniformly from those that the
+    reader sees through edges that are not excluded, on to one of the readers that feed this writer,
+    and so on to an embedding. Where embeddings are not writers, they flow into every node, so a
+    path may end at any node.
 
     Args:
         excluded: edges that no path uses.
@@ -53,8 +53,8 @@ class RandomPaths:
     def circuit(self, num_edges: int, seed: int) -> Circuit:
         """A circuit of paths, added until it has `num_edges` edges.
 
-        A path that would make it too large is drawn again. It may end up smaller if the graph has
-        too few paths that fit.
+        A path that would make the circuit too large is drawn again. The circuit is smaller if too
+        few paths fit (see `MAX_TRIES`).
         """
         rng, edges = random.Random(seed), set()
         failed = 0

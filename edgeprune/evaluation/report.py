@@ -1,4 +1,4 @@
-"""Sum up many runs: frontiers of size against faithfulness, and stability over seeds.
+"""Summarise many runs: frontiers of size against faithfulness, and stability over seeds.
 
 Runs with the same task, model and ablation form a group, which is one plot. Within a group, runs
 whose settings differ only in seed and in the choice of the circuit form a series. Within a series,
@@ -140,7 +140,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunRecord], split: str | None = None) -> list[Group]:
-    """Sort runs into groups, series and points; shows each group's most frequent split if None."""
+    """Sort runs into groups, series and points; without a split, each group's most frequent one."""
     members = defaultdict(list)
     for run in runs:
         names = (_title(run, "task"), _title(run, "model"), run.settings.get("ablation.kind", ""))
@@ -165,9 +165,7 @@ def _series(runs: Sequence[RunRecord], split: str | None) -> dict[str, list[Poin
     keys = sorted(key for key in keys if len({_setting(run, key) for run in runs}) > 1)
     members = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.settings.get("seed") or 0, run.name)):
-        own = (
-            key for key in keys if key in run.settings
-        )  # prune and attribute have different ones
+        own = [key for key in keys if key in run.settings]  # prune and attribute have others
         name = ", ".join(f"{key}={_setting(run, key)}" for key in own)
         members[name][tuple(map(run.settings.get, SIZE))].append(run)
     series = {}

@@ -1,4 +1,4 @@
-"""Everything a sceptic would ask about one circuit, as a list of findings."""
+"""All that a sceptic would ask about one circuit, as a list of findings."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -36,14 +36,14 @@ NUM_SIZES, SMALLEST_SHARE = 15, 0.001
 
 
 def curve(bench: Bench, scores: EdgeScores) -> Finding:
-    """Circuits of 15 sizes, with the area under each curve over the logarithm of the size.
+    """Measure circuits of up to 15 sizes, and the mean of each metric over log(size).
 
-    The area is a mean over the logarithm, in the unit of the metric. On a linear axis (CPR and CMD
-    of MIB, Mueller et al. 2025, arXiv:2504.13151) 95 % of it lies above 5 % of the edges, where
-    every method does well. Quantiles are over prompts.
+    The mean is the area under the metric's curve, divided by the width of the logarithmic axis, so
+    it has the metric's unit. On a linear axis (CPR and CMD of MIB, Mueller et al. 2025,
+    arXiv:2504.13151) 95 % of the area lies above 5 % of the edges, where every method does well.
+    Quantiles are over prompts.
     """
-    total = bench.graph.num_edges
-    sizes = log_sizes(max(1, round(SMALLEST_SHARE * total)), total, NUM_SIZES)
+    total, sizes = bench.graph.num_edges, curve_sizes(bench.graph.num_edges)
     found = bench.measure(scores.circuit(num_edges=size) for size in sizes)
     distances = torch.stack([bench.distance(each) for each in found])  # [size, example]
     points = []
@@ -55,34 +55,34 @@ def curve(bench: Bench, scores: EdgeScores) -> Finding:
         point["recovered"] = bench.recovered(each)
         point["recovered_interval"] = bench.recovered_interval(each)
         points.append(point)
-    weights = _log_weights(sizes)
-    distance = (weights[:, None] * distances).sum(0)  # [example]
-    matches = (weights[:, None] * torch.stack([each.exact_match for each in found])).sum(0)
-    recovered = sum(w * point["recovered"] for w, point in zip(weights, points, strict=True))
-    low, high = mean_interval(distance)
+    distance = _mean_over_log_sizes(distances, sizes)  # [example]
+    matches, recovered = (
+        _mean_over_log_sizes(torch.tensor([point[key] for point in points]), sizes).item()
+        for key in ("exact_match", "recovered")
+    )
+    interval = mean_interval(distance)
     empty, name = bench.distance(bench.empty).mean().item(), bench.distance_name
-    areas = {"distance": distance.mean().item(), "distance_interval": (low, high),
-             "exact_match": matches.mean().item(), "recovered": float(recovered)}  # fmt: skip
+    areas = {"distance": distance.mean().item(), "distance_interval": interval,
+             "exact_match": matches, "recovered": recovered}  # fmt: skip
     return Finding(
         "curve", f"{name} {brief(areas['distance'])}, averaged over sizes",
         f"empty circuit {brief(empty)}", None,
         f"Over circuits from {sizes[0]:,} to {total:,} edges, averaged on a logarithmic axis, the "
         f"{name} is {brief(areas['distance'])}, exact match {areas['exact_match']:.2f} and the "
         f"recovered {bench.score_name} {areas['recovered']:.2f}.",
-        (low, high), details={"areas": areas, "points": points, "empty": empty},
+        interval, details={"areas": areas, "points": points, "empty": empty},
     )  # fmt: skip
 
 
-def _log_weights(sizes: Sequence[int]) -> Tensor:
-    """[size], weights of the trapezoidal rule over the logarithm of the size; they sum to 1."""
+def curve_sizes(total: int) -> list[int]:
+    """The sizes of the curve in a graph of so many edges, ascending."""
+    return log_sizes(max(1, round(SMALLEST_SHARE * total)), total, NUM_SIZES)
+
+
+def _mean_over_log_sizes(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[size, ...] -> [...], the mean over the logarithm of the size, by the trapezoidal rule."""
     logs = torch.tensor(sizes, dtype=torch.float64).log()
-    if len(sizes) == 1:
-        return torch.ones(1, dtype=torch.float64)
-    steps = logs.diff()
-    weights = torch.zeros(len(sizes), dtype=torch.float64)
-    weights[:-1] += steps / 2
-    weights[1:] += steps / 2
-    return weights / steps.sum()
+    return torch.trapezoid(values.double(), logs, dim=0) / (logs[-1] - logs[0])
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
@@ -96,7 +96,7 @@ def faithfulness(bench: Bench, circuit: Circuit, own: ExampleMetrics) -> Finding
     """The circuit's distance from the full model: mean and quantiles over prompts."""
     found = _quantiles(bench.distance(own))
     empty, name = bench.distance(bench.empty).mean().item(), bench.distance_name
-    low, high = mean_interval(bench.distance(own))
+    interval = low, high = mean_interval(bench.distance(own))
     match, recovered = own.exact_match.mean().item(), bench.recovered(own)
     return Finding(
         "faithfulness", f"{name} {brief(found['mean'])}",
@@ -109,7 +109,7 @@ def faithfulness(bench: Bench, circuit: Circuit, own: ExampleMetrics) -> Finding
         f"ten, {brief(found['worst'])} on the worst), where the empty circuit's is "
         f"{brief(empty)}; it gives the full model's answer on {match:.0%} of the prompts and "
         f"recovers {percent(recovered)} of the {bench.score_name}.",
-        (low, high),
+        interval,
         details={**found, "empty": empty, "exact_match": match, "recovered": recovered,
                  "exact_match_interval": mean_interval(own.exact_match),
                  "recovered_interval": bench.recovered_interval(own)},
@@ -130,24 +130,17 @@ def node_circuit(circuit: Circuit) -> Circuit:
     return Circuit(circuit.graph, frozenset(kept))
 
 
-def ablation_choice(
-    benches: dict[str, Bench], circuit: Circuit
-) -> Finding:  # fmt: skip
-    """The circuit, and all edges between its nodes, under each kind of ablation.
+def ablation_choice(benches: dict[str, Bench], circuit: Circuit) -> Finding:
+    """Measure the circuit, and all edges between its nodes, under each kind of ablation.
 
-    Which values ablated edges carry, and whether edges or nodes are ablated, moves every measure
-    of faithfulness (Miller et al. 2024, arXiv:2407.08734).
+    All measures of faithfulness depend on the values that ablated edges carry, and on whether edges
+    or nodes are ablated (Miller et al. 2024, arXiv:2407.08734).
     """
     own, rows = node_circuit(circuit), {}
     for kind, bench in benches.items():
         for what, found in zip(("edges", "nodes"), bench.measure([circuit, own]), strict=True):
-            distance = bench.distance(found)
-            rows[f"{kind}, {what}"] = {
-                "distance": distance.mean().item(), "distance_interval": mean_interval(distance),
-                "exact_match": found.exact_match.mean().item(),
-                "recovered": bench.recovered(found),
-                "empty": bench.distance(bench.empty).mean().item(),
-            }  # fmt: skip
+            empty = bench.distance(bench.empty).mean().item()
+            rows[f"{kind}, {what}"] = {**bench.summary(found), "empty": empty}
     name = next(iter(benches.values())).distance_name
     matches = {key: row["exact_match"] for key, row in rows.items()}
     worst, best = min(matches, key=matches.get), max(matches, key=matches.get)
@@ -215,8 +208,10 @@ def _benches(bench: Bench, reference: Sequence[Pair] | None) -> dict[str, Bench]
             per_position = max(len(p.clean_ids) for p in pairs) >= max(
                 len(p.clean_ids) for p in bench.pairs
             )
-            ablation = Ablation(bench.model, kind, pairs, per_position=per_position)
             size = max(len(batch.pairs) for batch in bench.batches)
+            ablation = Ablation(
+                bench.model, kind, pairs, per_position=per_position, batch_size=size
+            )
             found[kind] = Bench(bench.model, bench.pairs, ablation, size, bench.listener)
     return {kind: found[kind] for kind in KINDS if kind in found}
 

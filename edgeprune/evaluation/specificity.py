@@ -78,19 +78,11 @@ def specificity(circuits: Mapping[str, Circuit], benches: Mapping[str, Bench]) -
         measured = dict(zip(circuits, zip(kept, cut, strict=True), strict=True))
         cells += [
             {"circuit": name, "prompts": task, "num_edges": len(circuits[name]),
-             "on": _summary(bench, on), "without": _summary(bench, without)}
+             "on": bench.summary(on), "without": bench.summary(without)}
             for name, (on, without) in measured.items()
         ]  # fmt: skip
         findings.append(_judge(task, bench, measured))
     return Specificity(cells, findings)
-
-
-def _summary(bench: Bench, examples: ExampleMetrics) -> dict[str, Any]:
-    distance = bench.distance(examples)
-    return {"exact_match": examples.exact_match.mean().item(),
-            "exact_match_interval": mean_interval(examples.exact_match),
-            "distance": distance.mean().item(), "distance_interval": mean_interval(distance),
-            "recovered": bench.recovered(examples)}  # fmt: skip
 
 
 def _judge(
@@ -98,7 +90,7 @@ def _judge(
 ) -> Finding:
     """Compare the task's own circuit with the others on the task's prompts."""
     own_on, own_cut = map(bench.score, measured[task])
-    better, worse = {}, {}  # intervals by how much the own circuit keeps and takes away more
+    better, worse = {}, {}  # intervals: how much more the own circuit keeps, and takes away
     for name, examples in measured.items():
         if name != task:
             on, cut = map(bench.score, examples)

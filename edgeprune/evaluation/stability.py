@@ -1,4 +1,4 @@
-"""Stability: how alike are the circuits when they are learned again?"""
+"""Stability: how similar are circuits that are learned again?"""
 
 from collections import Counter
 from collections.abc import Sequence, Set
@@ -13,9 +13,8 @@ from edgeprune.circuit import Circuit
 from edgeprune.errors import DataError
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
-from edgeprune.evaluation.curve import log_sizes
 from edgeprune.evaluation.finding import Finding, brief
-from edgeprune.evaluation.sceptic import NUM_SIZES, SMALLEST_SHARE
+from edgeprune.evaluation.sceptic import curve_sizes
 from edgeprune.evaluation.statistics import mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.prompts import Pair
@@ -28,17 +27,15 @@ STANDARD = 0.8
 def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], what: str) -> Finding:
     """Compare circuits cut from scores that were learned several times.
 
-    The Jaccard index (intersection over union) of each pair's edges, at many sizes, next to what is
-    expected of equally many edges drawn at random; in how many of the circuits each edge is; and
-    how good the consensus is, the edges that more than half of the circuits have.
+    Measures the Jaccard index (intersection over union) of each pair's edges, at many sizes, next
+    to what is expected of as many edges drawn at random; how many of the circuits have each edge;
+    and how good the consensus is, which has the edges of more than half of the circuits.
 
     Args:
         repeated: scores, at least two.
         what: what differed between them, such as "bootstrap samples".
     """
-    total = bench.graph.num_edges
-    smallest = max(1, round(SMALLEST_SHARE * total))
-    sizes = sorted({*log_sizes(smallest, total, NUM_SIZES)[:-1], len(circuit)})
+    sizes = sorted({*curve_sizes(bench.graph.num_edges)[:-1], len(circuit)})
     rows = []
     for size in sizes:
         pairs = combinations([scores.circuit(num_edges=size) for scores in repeated], 2)
@@ -66,29 +63,30 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
     }  # fmt: skip
     name = bench.distance_name
     return Finding(
-        "stability", f"Jaccard index {here['jaccard']:.2f}", f"chance {here['by_chance']:.3f}",
-        here["jaccard"] >= STANDARD,
+        "stability",
+        f"Jaccard index {here['jaccard']:.2f} ({here['lowest']:.2f} to {here['highest']:.2f})",
+        f"chance {here['by_chance']:.3f}", here["jaccard"] >= STANDARD,
         f"Of {len(repeated)} circuits of {len(circuit):,} edges learned from other {what}, two "
         f"share {here['jaccard']:.0%} of the edges that either has (by chance "
         f"{here['by_chance']:.1%}; less than {STANDARD:.0%} counts against them); "
         f"{counts[len(circuits)]:,} of {len(kept):,} edges are in all of them. Their {name} is "
-        f"{fmean(distances):.2g} on average, that of their consensus ({len(agreed):,} edges) "
-        f"{found['consensus'].mean():.2g}.",
-        (here["lowest"], here["highest"]), None, details,
+        f"{brief(fmean(distances))} on average, that of their consensus ({len(agreed):,} edges) "
+        f"{brief(found['consensus'].mean().item())}.",
+        details=details,
     )  # fmt: skip
 
 
 def other_templates(
     bench: Bench, circuits: Sequence[Circuit], unseen: Sequence[Set[Pair]]
 ) -> Finding:
-    """Compare how circuits do on prompts of templates that they were not and were learned from.
+    """Compare circuits on prompts of templates that they were learned from and of other templates.
 
-    Each prompt's mean distance over the circuits that have not seen its template is compared with
-    the mean over those that have; if a 95 % bootstrap interval of the difference lies above 0, it
-    counts against the circuits.
+    For each prompt, the mean distance of the circuits that have not seen its template is compared
+    with that of the circuits that have. A 95 % bootstrap interval of the difference that lies above
+    0 counts against the circuits.
 
     Args:
-        unseen: of each circuit, the prompts whose templates it was not learned from. Prompts that
+        unseen: for each circuit, the prompts whose templates it was not learned from. Prompts that
             are new to all circuits or to none are left out.
 
     Raises DataError if no prompt is left.

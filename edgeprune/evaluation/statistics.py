@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+LEVEL = 0.05
+"""Level of all tests: the largest p value at which a hypothesis is rejected."""
 RESAMPLES = 2000
 """Number of bootstrap samples of an interval."""
 PERMUTATIONS = 499
@@ -19,31 +21,25 @@ def bootstrap_interval(
     *,
     level: float = 0.95,
     num_samples: int = RESAMPLES,
-    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over resampled examples (Efron 1979).
 
     Args:
         statistic: maps indices of examples, [resample, count], to values, [resample].
         count: number of examples.
-        level: probability that the interval covers the true value, for many examples.
-        num_samples: number of times as many examples are drawn with replacement.
+        level: probability that the interval covers the true value if there are many examples.
+        num_samples: number of bootstrap samples.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = torch.randint(count, (num_samples, count), generator=generator)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = statistic(rows).double().quantile(tails).tolist()
     return low, high
 
 
-def mean_interval(
-    values: Tensor, *, level: float = 0.95, num_samples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean of [example]."""
-    return bootstrap_interval(
-        lambda rows: values[rows].mean(-1), len(values), level=level, num_samples=num_samples,
-        seed=seed,
-    )  # fmt: skip
+def mean_interval(values: Tensor, **options: Any) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean of [example], with its options."""
+    return bootstrap_interval(lambda rows: values[rows].mean(-1), len(values), **options)
 
 
 class Difference(NamedTuple):
@@ -59,10 +55,10 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(a: Tensor, b: Tensor, *, num_samples: int = RESAMPLES) -> Difference:
-    """The mean of a - b over prompts and its interval, of two models' [prompt] each."""
+def paired_bootstrap(a: Tensor, b: Tensor, **options: Any) -> Difference:
+    """The mean of a - b over prompts, [prompt] each, and its interval; options as above."""
     difference = a.double() - b.double()
-    return Difference(difference.mean().item(), *mean_interval(difference, num_samples=num_samples))
+    return Difference(difference.mean().item(), *mean_interval(difference, **options))
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:
@@ -79,9 +75,9 @@ def _binomial(k: int, n: int, p: float) -> float:
 def sign_test(wins: int, trials: int, margin: float = 0.0) -> float:
     """P value of the hypothesis that a win's probability is within `margin` of one half.
 
-    The binomial tail of the observed share at the nearest probability of the hypothesis; twice the
-    tail, and at most 1, if the margin is 0, where both sides count. Ties should be left out of
-    `trials`. 1 without any trial.
+    It is the binomial tail of the observed wins (or losses, if these are more) at probability
+    1/2 + margin; without a margin, twice the tail, because both sides count, and at most 1. Leave
+    ties out of `trials`. The p value of no trials is 1.
     """
     best = max(wins, trials - wins)  # by symmetry
     if margin:
@@ -101,15 +97,15 @@ class McNemar(NamedTuple):
 def mcnemar(a: Tensor, b: Tensor) -> McNemar:
     """Compare what two models get right on the same prompts; 1 is right and 0 wrong, [prompt] each.
 
-    If both are right equally often, each prompt that only one gets right is as likely to be either
-    one's: the sign test of these prompts.
+    If both are right equally often, a prompt that only one of them gets right is as likely to be
+    the first's as the second's. So this is the sign test of these prompts.
     """
     a, b = a > 0.5, b > 0.5
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return McNemar(only_a, only_b, sign_test(only_a, only_a + only_b))
 
 
-def hsic_test(kernel_a: Tensor, kernel_b: Tensor, *, seed: int = 0) -> tuple[float, float]:
+def hsic_test(kernel_a: Tensor, kernel_b: Tensor) -> tuple[float, float]:
     """Test whether two quantities are independent, by permutations.
 
     The Hilbert-Schmidt independence criterion, tr(K H L H) / n^2 with H = I - 1/n (Gretton et al.
@@ -127,7 +123,7 @@ def hsic_test(kernel_a: Tensor, kernel_b: Tensor, *, seed: int = 0) -> tuple[flo
     scale = (a.norm() * b.norm()).item()
     if scale <= 1e-12 * count**2:
         return 0.0, 1.0
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     observed, as_large = (a * b).sum().item() / scale, 0
     for _ in range(PERMUTATIONS):
         order = torch.randperm(count, generator=generator)
@@ -150,21 +146,21 @@ def gaussian_kernel(values: Tensor) -> Tensor:
 
 
 def rank_p_values(values: Tensor, reference: Tensor) -> Tensor:
-    """For each of [value], the p value of being no larger than numbers drawn as `reference` was.
+    """P values of the hypothesis that each value was drawn in the same way as the reference.
 
-    (1 + number of reference values at least as large) / (1 + number of reference values).
+    (1 + number of reference values at least as large) / (1 + number of reference values), [value].
     """
     at_least = (reference >= values[:, None]).sum(-1)
     return (1 + at_least).double() / (1 + len(reference))
 
 
-def benjamini_hochberg(p_values: Sequence[float] | Tensor, level: float = 0.05) -> list[bool]:
-    """Which hypotheses to reject, so that at most `level` of the rejections are expected to be
-    false (Benjamini and Hochberg 1995).
+def benjamini_hochberg(p_values: Sequence[float] | Tensor) -> list[bool]:
+    """Which hypotheses to reject, so that the expected share of false rejections is at most `LEVEL`
+    (Benjamini and Hochberg 1995).
     """
     p_values = torch.as_tensor(p_values, dtype=torch.float64)
     order, number = p_values.argsort(), len(p_values)
-    limits = level * torch.arange(1, number + 1, dtype=torch.float64) / number
+    limits = LEVEL * torch.arange(1, number + 1, dtype=torch.float64) / number
     within = (p_values[order] <= limits + 1e-12).nonzero()
     rejected = torch.zeros(number, dtype=torch.bool)
     if len(within):

@@ -1,6 +1,8 @@
 """What `edgeprune tokens` and the page show of attributions to tokens: tables, words and data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 from edgeprune.config import TOKEN_TARGETS
@@ -8,48 +10,44 @@ from edgeprune.evaluation.table import Table
 from edgeprune.evaluation.tokens import TokenAttributions
 
 MAX_ROWS = 10
-"""Number of kinds of tokens, and of nodes, in tables."""
+"""Maximum number of kinds of tokens, and of nodes, in tables."""
 SMALLEST_SHOWN = 0.02
-"""Conductances below this fraction of the effect are left out of the page."""
+"""Conductances whose magnitude is at most this fraction of the effect are not on the page."""
 
 
 def token_tables(result: TokenAttributions, title: str) -> list[Table]:
-    """What tokens, and nodes at tokens, are attributed on average."""
+    """Mean attributions of tokens, and mean conductances of nodes at tokens."""
     models = result.models()
     by_label = {model: result.by_label(model) for model in models}
-    labels = sorted(by_label[models[0]], key=lambda label: -_mean(by_label[models[0]][label]))
-    rows = []
-    for label in labels[:MAX_ROWS]:
-        row = [label]
-        for model in models:
-            mean = _mean(by_label[model][label])
-            row += [f"{mean:+.3g}", f"{result.leaders(model)[label]:.0%}"]
-        rows.append(row)
+    leads = {model: result.leaders(model) for model in models}
+    labels = sorted(by_label[models[0]], key=lambda label: -fmean(by_label[models[0]][label]))
+    rows = [
+        [label, *chain(*((f"{fmean(by_label[model][label]):+.3g}", f"{leads[model][label]:.0%}")
+                         for model in models))]
+        for label in labels[:MAX_ROWS]
+    ]  # fmt: skip
     columns = [f"{model}:\n{name}" for model in models for name in ("attribution", "leads in")]
     tokens = Table(["", *columns], rows, title)
-    ranked = {
-        model: [item for item in result.by_node(model).items() if not item[0][0].endswith("embeds")]
+    cells = [
+        [(f"{node} at {label}", f"{mean:+.3g}")
+         for (node, label), mean in result.by_node(model).items() if not node.endswith("embeds")]
         for model in models
-    }  # fmt: skip
-    rows = [
-        [text for model in models for (node, label), mean in [ranked[model][i]]
-         for text in (f"{node} at {label}", f"{mean:+.3g}")]
-        for i in range(min(MAX_ROWS, *(len(items) for items in ranked.values())))
     ]  # fmt: skip
+    rows = [[*chain(*row)] for row in zip(*cells, strict=True)][:MAX_ROWS]
     columns = [text for model in models for text in ("", f"{model}:\nconductance")]
     return [tokens, Table(columns, rows, "Through which nodes, at which tokens")]
 
 
-def conclude(result: TokenAttributions) -> str:
+def in_words(result: TokenAttributions) -> str:
     """What was found, in a few sentences."""
     answers, sentences = result.answers, []
     for model in result.models():
-        ends = (_mean([getattr(a.through[model], end)[result.target] for a in answers])
-                for end in ("corrupted", "clean"))  # fmt: skip
-        start, stop = ends
+        through = [answer.through[model] for answer in answers]
+        start = fmean(each.corrupted[result.target] for each in through)
+        stop = fmean(each.clean[result.target] for each in through)
         leads = result.leaders(model)
         first = max(leads, key=leads.__getitem__)
-        worst = max(answer.through[model].error for answer in answers)
+        worst = max(each.error for each in through)
         sentences.append(
             f"Through the {model}, {TOKEN_TARGETS[result.target]} goes from {start:.3g} on the "
             f"corrupted prompts to {stop:.3g} on the clean ones; {first} has the largest "
@@ -63,12 +61,8 @@ def conclude(result: TokenAttributions) -> str:
     return " ".join(sentences)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def tokens_data(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a tokens.json: conductances by node, [position, value] where large."""
+    """What the page shows of a tokens.json; of conductances only large ones, [position, value]."""
 
     def rows(through: Mapping[str, Any]) -> dict[str, list]:
         least = SMALLEST_SHOWN * abs(through["effect"])

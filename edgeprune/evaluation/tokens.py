@@ -1,8 +1,8 @@
 """Which tokens of the prompt an answer is due to, through the full model and through a circuit.
 
-The token embeddings go from the corrupted prompt's to the clean prompt's in a straight line, while
-closed edges keep their ablation values. The answer's score F changes on the way by its effect,
-F(clean) - F(corrupted), and
+The token embeddings move in a straight line from the corrupted prompt's to the clean prompt's,
+while closed edges keep their ablation values. On the way the answer's score F changes by the
+effect, F(clean) - F(corrupted), and
 
     attribution of a token = integral of dF/d(its embedding) . d(its embedding)
 
@@ -12,12 +12,13 @@ effect. A token that is the same in both prompts has none, and neither have posi
     conductance of a node at a token = integral of dF/d(its output there) . d(its output there)
 
 is how much of the effect passes through what the node writes at that token (Dhamdhere et al. 2018,
-arXiv:1805.12233). The embedding's is the attribution. Nodes of different layers lie on the same
-paths, so theirs do not add up; those of nodes through which every path leads exactly once do.
+arXiv:1805.12233). An embedding's conductance is its attribution. Nodes of different layers lie on
+the same paths, so the conductances of all nodes do not add up to the effect; those of a set of
+nodes do if every path goes through exactly one of them.
 
-Both integrals are sums over equal steps: gradients are taken in the middle of each, and an output's
-change over it is that from its beginning to its end. The effect is measured as well, so the error
-of the sum is known.
+Both integrals are sums over equal steps. Gradients are taken in the middle of a step, and the
+change of an output is the one from the step's beginning to its end. The effect is measured as well,
+so the error of the sum is known.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from edgeprune.prompts import Batch, Pair, collate
 log = logging.getLogger("edgeprune")
 
 TOLERANCE = 0.01
-"""Error of the sum, as a fraction of the effect, down to which steps are made smaller."""
+"""Largest error of the sum, as a fraction of the effect, for which no smaller steps are tried."""
 STEPS = (8, 16, 32, 64)
 """Numbers of steps, which are tried in turn until the error is small enough."""
 
@@ -69,12 +70,12 @@ class Attribution:
 
     @property
     def effect(self) -> float:
-        """By how much the target changes from the corrupted prompt to the clean one."""
+        """The change of the target from the corrupted prompt to the clean one."""
         return self.clean[self.target] - self.corrupted[self.target]
 
     @property
     def error(self) -> float:
-        """Difference of the tokens' sum from the effect, as a fraction of the effect."""
+        """The difference between the tokens' sum and the effect, as a fraction of the effect."""
         difference = abs(self.tokens.sum().item() - self.effect)
         return 0.0 if not difference else difference / max(abs(self.effect), 1e-12)
 
@@ -85,9 +86,9 @@ class Answer:
 
     Attributes:
         pair: the prompt, with this one token to predict.
-        tokens, corrupted: texts of the prompts' tokens.
-        text: the answers, and `distractor` what they are compared with, "" for none.
-        step: which of the prompt's predicted tokens it is.
+        tokens, corrupted: texts of the clean and of the corrupted prompt's tokens.
+        text, distractor: texts of the right and of the wrong answers, separated by slashes.
+        step: index of the token among those that are predicted after the prompt.
         labels: short names of tokens by position: the task's marks, or the order of the tokens
             that differ from the corrupted prompt.
         through: the attributions, by "full model" and, if one was given, "circuit".
@@ -144,7 +145,7 @@ class TokenAttributions:
         return found
 
     def leaders(self, model: str) -> dict[str, float]:
-        """Per label, in which fraction of the answers its attribution is the largest."""
+        """Per label, the fraction of the answers in which it has the largest attribution."""
         leads = dict.fromkeys(self.by_label(model), 0.0)
         for answer in self.answers:
             changed = [position for position in answer.labels if answer.differs(position)]
@@ -154,8 +155,11 @@ class TokenAttributions:
         return {label: count / len(self.answers) for label, count in leads.items()}
 
     def by_node(self, model: str) -> dict[tuple[str, str], float]:
-        """Mean conductance per node and label of tokens, the largest magnitude first; tokens
-        without a label are together "other"."""
+        """Per node and label, the conductance of all tokens with this label in an answer.
+
+        This is the mean over all answers, the largest magnitude first. Tokens without a label have
+        the label "other".
+        """
         sums: dict[str, Tensor] = {}
         for answer in self.answers:
             attribution = answer.through[model]
@@ -173,12 +177,12 @@ class TokenAttributions:
     def to_dict(self) -> dict[str, Any]:
         """JSON values: per answer, attributions by token, and by node and token."""
 
-        def attribution(of: Attribution) -> dict[str, Any]:
+        def record(one: Attribution) -> dict[str, Any]:
             return {
-                "effect": of.effect, "error": of.error, "steps": of.steps,
-                "clean": dict(of.clean), "corrupted": dict(of.corrupted),
-                "tokens": of.tokens.tolist(),
-                "nodes": [[float(f"{x:.4g}") for x in row] for row in of.nodes.tolist()],
+                "effect": one.effect, "error": one.error, "steps": one.steps,
+                "clean": dict(one.clean), "corrupted": dict(one.corrupted),
+                "tokens": one.tokens.tolist(),
+                "nodes": [[float(f"{x:.4g}") for x in row] for row in one.nodes.tolist()],
             }  # fmt: skip
 
         return json_values({
@@ -192,7 +196,7 @@ class TokenAttributions:
                     "distractor": answer.distractor,
                     "distractor_ids": answer.pair.distractor_ids,
                     "step": answer.step, "labels": {str(i): x for i, x in answer.labels.items()},
-                    "through": {name: attribution(of) for name, of in answer.through.items()},
+                    "through": {name: record(one) for name, one in answer.through.items()},
                 }
                 for answer in self.answers
             ],
@@ -215,13 +219,14 @@ def attribute_tokens(
     """Attribute answers to the tokens of their prompts, through the full model and a circuit.
 
     Args:
-        pairs: prompts; if several tokens are predicted, each is attributed, or with
-            `target="contrast"` the one at which answer and distractor differ.
+        pairs: prompts. If several tokens are predicted, each is attributed; with
+            `target="contrast"`, only the one at which answer and distractor differ.
         target: one of `TOKEN_TARGETS`; None: the contrast if every pair has a distractor, else the
             logit.
-        steps: number of steps of the integrals; None: as many of `STEPS` as bring the sum of every
-            answer's attributions within `TOLERANCE` of the effect.
-        ablation: what closed edges carry; embeddings come from the corrupted prompts under any.
+        steps: number of steps of the integrals; None: for each answer, the first of `STEPS` that
+            brings the sum of its attributions within `TOLERANCE` of the effect.
+        ablation: what closed edges carry. Embeddings start from the corrupted prompts' under every
+            kind of ablation.
         marks: positions of tokens by name, such as "IO", of prompts that mark their words.
         batch_size: prompts per forward and backward pass.
         listener: called with the number of answers done through each model, and of all.
@@ -258,10 +263,14 @@ def attribute_tokens(
             lambda done, offset=offset: listener(offset + done, len(gates) * len(answers)),
         )  # fmt: skip
     model.release()
+
+    def texts(ids: Sequence[int]) -> tuple[str, ...]:
+        return tuple(map(model.token_text, ids))
+
     result = TokenAttributions(target, ablation.kind, model.graph.writers, tuple(
         Answer(
-            one, _texts(model, one.clean_ids), _texts(model, one.corrupted_ids),
-            _text(model, one.answer_ids), _text(model, one.distractor_ids), step,
+            one, texts(one.clean_ids), texts(one.corrupted_ids),
+            "/".join(texts(one.answer_ids)), "/".join(texts(one.distractor_ids)), step,
             _labels(one, (marks or {}).get(pair)),
             {name: attributions[i] for name, attributions in found.items()},
         )
@@ -294,7 +303,7 @@ def _checked(model: CircuitModel, pairs: Sequence[Pair], target: str | None) -> 
 
 
 def _single_answers(pair: Pair) -> list[tuple[int, Pair]]:
-    """A pair as one per token that it predicts and that is known, and which token it is."""
+    """A pair for each token that a pair predicts and that is known, with the token's index."""
     start, found = len(pair.clean_ids) - len(pair.target_ids) + 1, []
     for step, token in enumerate(pair.target_ids):
         is_contrast = step == pair.contrast
@@ -316,7 +325,7 @@ def _attribute(
     model: CircuitModel, pairs: Sequence[Pair], gates: Tensor, ablation: Ablation, target: str,
     numbers: Sequence[int], batch_size: int, listener: Callable[[int], object],
 ) -> list[Attribution]:  # fmt: skip
-    """Attribute each answer, in more steps while its error is above `TOLERANCE` and falls.
+    """Attribute each answer, with more steps as long as its error is above `TOLERANCE` and falls.
 
     In 16 bits more steps may not help.
     """
@@ -341,7 +350,7 @@ def _attribute(
 def _integrate(
     model: CircuitModel, batch: Batch, gates: Tensor, ablation: Ablation, target: str, steps: int
 ) -> list[Attribution]:
-    """The sums over the steps, for each example of a batch."""
+    """Sum over the steps, for each example of a batch."""
     line = _Line(model, batch, gates, ablation)
     corrupted, before = line.run(0.0)
     tokens = nodes = 0.0  # [batch, pos], [writer, batch, pos]
@@ -388,7 +397,8 @@ class _Line:
         self.change = self.end.float() - self.start.float()
 
     def _run(self, fraction: float, with_gradient: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Embeddings at a fraction of the way, logits, [predicted, vocabulary], and deltas."""
+        """The embeddings at a fraction of the way, the logits, [predicted, vocabulary], and the
+        deltas that the nodes write."""
         written: list[Tensor] = []
         embeddings = torch.lerp(self.start, self.end, fraction).requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
@@ -419,18 +429,8 @@ class _Line:
         return whole
 
 
-def _texts(model: CircuitModel, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token."""
-    return tuple(map(model.token_text, ids))
-
-
-def _text(model: CircuitModel, ids: Sequence[int]) -> str:
-    """Tokens as text, alternatives separated by slashes."""
-    return "/".join(map(model.token_text, ids))
-
-
 def _labels(pair: Pair, marks: Mapping[str, int] | None) -> dict[int, str]:
-    """Short names by position: of marked tokens, else of those that differ; and the last token."""
+    """Short names by position: of marked tokens, of others that differ, and of the last token."""
     both = enumerate(zip(pair.clean_ids, pair.corrupted_ids, strict=True))
     changed = [position for position, (clean, corrupted) in both if clean != corrupted]
     labels = {position: f"changed {n}" for n, position in enumerate(changed, 1)}

@@ -5,23 +5,25 @@ the same) gives every edge a score and a flag `in_graph`. Its graph is that of a
 `embedding_writers=tokens` and `split_kv_readers=true`: circuits and scores of such a model are
 translated edge by edge, without loss. Other graphs of ours differ from it:
 
-- `input` is the token embedding alone. A GPT-2's positions are in no node and always flow. Where
-  they are a writer of ours, its edges are not written; when read, they are all kept, with scores of
-  0. Under interchange ablation they have no effect, since clean and corrupted prompts have the same
-  positions. Where no embedding is a writer, all `input` edges are in the graph, with the largest
-  score; when read, they are ignored.
-- Every query head has its own key and value. An edge into one that heads share is written, with its
-  score, for every query head of its group; when read, it is kept if any of them is, with the score
-  of largest magnitude, so that what is written is read. (Attribution scores of shared readers are
-  the sums of those of their heads; split readers have the heads' own.)
+- `input` is the token embedding alone. GPT-2's position embedding belongs to no node and always
+  flows. If it is a writer in our graph, its edges are not written; when a file is read, they are
+  all kept, with scores of 0. Under interchange ablation they have no effect, since clean and
+  corrupted prompts have the same positions. If no embedding is a writer in our graph, all `input`
+  edges are written as part of the circuit, with the largest score; when a file is read, they are
+  ignored.
+- Every query head has its own key and value. An edge into a key or value that heads share is
+  written, with its score, for every query head of its group; when a file is read, it is kept if any
+  of these edges is, with the score of largest magnitude, so that what is written is read. (The
+  attribution score of a shared reader is the sum over its heads; split readers have one each.)
 - Flags of nodes are written but not read: EAP-IG too derives them from the edges. Circuits of
   single neurons are refused.
 
-Under interchange ablation a circuit gives the same logits here and there. Under zero ablation it
-does so only in models without position embeddings and biases of the attention's output projection:
-there these are in no node and always flow. Here a closed edge from a head carries nothing of the
-head's share of the bias, as published with Edge Pruning, and a closed edge from the position
-embedding nothing of it (with `embedding_writers=tokens` it flows here too).
+Under interchange ablation a circuit gives the same logits in EAP-IG and in edgeprune. Under zero
+ablation it does so only in models without position embeddings and without biases of the attention's
+output projection: in EAP-IG and MIB, these belong to no node and always flow. In edgeprune, as
+published with Edge Pruning, a closed edge from a head does not carry the head's share of the bias,
+and a closed edge from the position embedding carries nothing (with `embedding_writers=tokens`, the
+position embedding always flows here as well).
 
 Our graph, circuit and exact scores are stored under our own key, which other programs ignore. They
 are read back exactly, unless another program has changed the flags or the scores.
@@ -47,20 +49,20 @@ log = logging.getLogger("edgeprune")
 
 INPUT, LOGITS = "input", "logits"
 OWN_KEY = "edgeprune"
-"""Key of what the format cannot represent."""
+"""Key below which we store what the format cannot represent."""
 
 EXACT = "model.embedding_writers=tokens model.split_kv_readers=true"
 INEXACT = (
     "differ in this model, whose query heads share keys and values, or whose embeddings always "
     f"flow; {EXACT} reads it exactly"
 )
-"""The end of notes."""
+"""End of the notes that tell what could not be translated exactly."""
 
 ZERO_ABLATION = (
     "under zero ablation, EAP-IG and MIB measure something else if the model has position "
     "embeddings or biases of the attention's output: there these always flow"
 )
-"""A warning for circuits that are measured here and there; see above."""
+"""Warning for circuits under zero ablation; see above."""
 
 
 def their_graph(graph: CircuitGraph) -> CircuitGraph:
@@ -88,10 +90,11 @@ def _cells(theirs: CircuitGraph) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
-    """[pair] each: indices of an edge of ours and one of the format's that stand for each other."""
+    """[pair] each: the numbers of an edge of ours and of a corresponding edge of the format."""
     theirs = their_graph(graph)
     writers = dict(zip(graph.writers, graph.writers, strict=True))
-    writers |= dict.fromkeys(graph.embedding_writers) | dict.fromkeys(_input(graph), INPUT)
+    writers |= dict.fromkeys(graph.embedding_writers)  # None: in no node of the format
+    writers |= dict.fromkeys(graph.embedding_writers[:1], INPUT)  # the token embedding
     readers = {reader: [reader] for reader in graph.readers}
     for reader in graph.readers:
         if "." in reader:  # a shared key or value becomes those of its query heads
@@ -105,18 +108,13 @@ def _pairs(graph: CircuitGraph) -> tuple[Tensor, Tensor]:
     return torch.tensor(pairs).unbind(1)
 
 
-def _input(graph: CircuitGraph) -> tuple[str, ...]:
-    """The writer for which `input` stands: the token embedding, unless it always flows."""
-    return graph.embedding_writers[:1]
-
-
 def _translate(
     values: Tensor, source: Tensor, target: Tensor, graph: CircuitGraph, unpaired: float
 ) -> Tensor:
     """[edge] of a graph, from one number per edge of the other graph.
 
-    Where several edges stand for one, the number of largest magnitude; `unpaired` where none does.
-    `source` and `target` are the columns of `_pairs`.
+    If several edges correspond to one, it gets the number of largest magnitude; if none does, it
+    gets `unpaired`. `source` and `target` are the columns of `_pairs`.
     """
     start, values = values.new_full((graph.num_edges,), unpaired), values[source]
     high = start.scatter_reduce(0, target, values, "amax", include_self=False)
@@ -125,12 +123,12 @@ def _translate(
 
 
 def _is_close(scores: Tensor, others: Tensor) -> Tensor:
-    """[edge], whether scores are the same up to the rounding of a file."""
+    """[edge], whether scores are equal up to the rounding of a file."""
     return torch.isclose(scores, others, rtol=1e-6, atol=1e-30)
 
 
 def load_tensors(data: bytes) -> Any:
-    """The content of a .pt file, which cannot run code."""
+    """The content of a .pt file; code in it is not run."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # depends on how the file is damaged
@@ -140,7 +138,7 @@ def load_tensors(data: bytes) -> Any:
 def read(
     content: dict[str, Any], graph: CircuitGraph, own_graph: CircuitGraph | None, name: str
 ) -> CircuitFile:
-    """The circuit and scores in the given graph; `own_graph` is the one under our own key.
+    """Read circuit and scores in the given graph; `own_graph` is the one below our own key.
 
     Raises ValueError with a message, or whatever error damaged content leads to.
     """
@@ -187,9 +185,9 @@ def read(
 def _kept(
     in_graph: Tensor, pairs: tuple[Tensor, Tensor], graph: CircuitGraph, own: dict[str, Any] | None
 ) -> tuple[Tensor, list[str]]:
-    """[edge] of ours, 1 where kept, given the format's flags; and notes of what was not exact.
+    """[edge] of ours, 1 where kept, given the format's flags; and notes of what is not exact.
 
-    `own` is what we wrote under our own key, if it is of this graph.
+    `own` is the content of our own key, if it is of this graph.
     """
     theirs, (ours, paired) = their_graph(graph), pairs
     if own is not None and "kept" in own:  # older files have something else
@@ -210,7 +208,7 @@ def _kept(
 
 
 def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
-    """[edge] each: in_graph, where the file lists the edge; and scores if all are numbers."""
+    """[edge] each: in_graph, False for edges that the file lacks; and scores if all are numbers."""
     nodes = [n for n in content.get("nodes", {}).values() if isinstance(n, dict)]  # or bare flags
     _check_neurons(any(n.get("in_graph") and not all(n.get("neurons") or ()) for n in nodes))
     edges, names = content["edges"], _their_edges(theirs)
@@ -296,7 +294,7 @@ def _write_pt(
 
 
 def _nodes(theirs: CircuitGraph, in_graph: Tensor) -> dict[str, bool]:
-    """Whether each node of the format's graph is in it: nodes that both read and write."""
+    """Whether each node of the format is in the circuit: it has edges into it and out of it."""
     circuit = Circuit.from_mask(theirs, in_graph.tolist())
     writes = {writer for writer, _ in circuit.edge_set}
     reads = {node for _, reader in circuit.edge_set for node in theirs.nodes_fed_by(reader)}

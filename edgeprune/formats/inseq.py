@@ -1,9 +1,9 @@
 """Attributions as a JSON file that Inseq (Sarti et al. 2023, arXiv:2302.13942) loads.
 
 `inseq.FeatureAttributionOutput.load` restores the classes that the file names, and tensors from
-safetensors in base64. As Inseq has it for decoders, a sequence's `target` is the prompt followed by
-the tokens that are predicted, and `target_attributions` are [token, predicted], NaN for tokens that
-the prediction does not see. Tested with version 0.7.1.
+safetensors in base64. As for all decoders in Inseq, a sequence's `target` is the prompt followed by
+the predicted tokens, and `target_attributions` are [token, predicted], NaN for tokens that the
+prediction does not see. Tested with version 0.7.1.
 """
 
 import base64
@@ -24,8 +24,8 @@ def inseq_json(data: Mapping[str, Any], model: str) -> dict[str, Any]:
     """JSON values of a `FeatureAttributionOutput`: a sequence per prompt, through each model.
 
     Args:
-        data: as `TokenAttributions.to_dict` has them.
-        model: its name.
+        data: the result of `TokenAttributions.to_dict`.
+        model: the model's name.
     """
     prompts: list[list[Mapping[str, Any]]] = []  # the answers of each
     for answer in data["answers"]:
