@@ -290,6 +290,7 @@ def test_the_verification_says_whether_its_claim_holds():
     # Edges of one seed share trainings, so 8 edges and 2 seeds are two observations.
     assert verified(*[(10, 40, 10)] * 16, num_seeds=2).wins == (2, 2)
     assert verified((1, 8, 1), (1, 1, 4), num_seeds=1).wins == (1, 1)  # ratios of 8 and 1/4
+    assert verified((1, 49, 1), (1, 1, 49), num_seeds=1).wins == (0, 0)  # also in floating point
 
 
 # ---------------------------------------------------------------------------------------- command

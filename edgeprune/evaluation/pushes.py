@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
+from statistics import NormalDist, geometric_mean
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -228,8 +228,8 @@ class Retrained(NamedTuple):
 class Verification:
     """What training again without the pairs that pushed an edge most gave.
 
-    With the same seed, all edges are compared with the same trainings on all pairs and without
-    random ones, so only seeds are independent of each other.
+    All edges are compared with the same trainings on all pairs and without random pairs, one of
+    each per seed, so only seeds are independent of each other.
 
     Attributes:
         num_pairs: number of training pairs.
@@ -245,28 +245,24 @@ class Verification:
     def falls(self) -> tuple[float, float]:
         """The factors by which ranks grow without the pushing and without random pairs, each the
         geometric mean of the trainings."""
-        logs = [
-            [getattr(each, name) / each.with_all for each in self.ranks]
-            for name in ("without_pushing", "without_random")
-        ]
-        pushing, random = (torch.tensor(x).log().mean().exp().item() for x in logs)
+        pushing = geometric_mean(each.without_pushing / each.with_all for each in self.ranks)
+        random = geometric_mean(each.without_random / each.with_all for each in self.ranks)
         return pushing, random
 
     @property
     def wins(self) -> tuple[int, int]:
-        """In how many seeds the edges rank lower without the pushing pairs, and how many differ.
-
-        By the geometric mean over the edges.
-        """
-        ratios: dict[int, float] = {}
+        """With how many seeds the edges rank lower without the pushing pairs than without random
+        ones, in the geometric mean over the edges; and with how many seeds the two differ."""
+        products: dict[int, tuple[int, int]] = {}  # by seed; integers, so that ties are exact
         for each in self.ranks:
-            ratio = each.without_pushing / each.without_random
-            ratios[each.seed] = ratios.get(each.seed, 1.0) * ratio
-        return sum(r > 1 for r in ratios.values()), sum(r != 1 for r in ratios.values())
+            pushing, random = products.get(each.seed, (1, 1))
+            products[each.seed] = pushing * each.without_pushing, random * each.without_random
+        both = products.values()
+        return sum(a > b for a, b in both), sum(a != b for a, b in both)
 
     @property
     def p(self) -> float:
-        """P value of a sign test over seeds: that it does not matter which pairs are left out.
+        """P value of the sign test over seeds, that it does not matter which pairs are left out.
 
         With fewer than 6 seeds it cannot be below .05.
         """
