@@ -114,9 +114,9 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
     result = comparison.compare(circuits, None if reference is None else labels[reference])
     for label, source in zip(labels, sources, strict=True):
         result["circuits"][label] = {"path": str(source.path), **result["circuits"][label]}
-    labels = next(filter(None, (head_labels(source.path.parent) for source in sources)), {})
-    if labels:
-        result["kinds_of_heads"] = comparison.kinds_of_heads(labels, circuits)
+    kinds = next(filter(None, (head_labels(source.path.parent) for source in sources)), None)
+    if kinds is not None:
+        result["kinds_of_heads"] = comparison.kinds_of_heads(kinds, circuits)
     parts = comparison.parts(circuits)
     origin = _shared_origin(sources)
     title = ", ".join(dict.fromkeys(filter(None, (source.title for source in sources))))
