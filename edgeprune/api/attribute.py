@@ -62,7 +62,7 @@ def attribute(
         steps: number of points over which a method integrates.
         batch_size: pairs run at a time.
         threshold: for `acdc`, by how much the metric must get worse for an edge to stay.
-        circuit: for `exact` and `acdc`, whose edges alone are cut; None: all.
+        circuit: for `exact` and `acdc`: the circuit whose edges alone are cut; None: all edges.
         model, pairs, validation, progress and the others: as for `prune`. Without a size, `acdc`
             gives the circuit of its threshold.
 
@@ -77,6 +77,8 @@ def attribute(
         "min_exact_match": min_exact_match, "cleanup": cleanup,
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
+    if circuit is not None:
+        config.check_cuts()
     score = partial(_score, circuit=circuit)
     return find_circuit(model, pairs, validation, config, ablation, score, progress=progress)
 

@@ -129,6 +129,11 @@ to_dict = dataclasses.asdict
 """A settings object as JSON values, as written to config.yaml."""
 
 
+def is_given(value: Any) -> bool:
+    """Whether a setting whose default is null or false has another value; 0 is one."""
+    return value is not None and value is not False
+
+
 def given_size(settings: Settings) -> tuple[str, float] | None:
     """The one of `SIZES` that is set, and its value; None if none is."""
     given = [(name, getattr(settings, name, None)) for name in SIZES]
