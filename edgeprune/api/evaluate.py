@@ -56,7 +56,7 @@ class Case(NamedTuple):
         reference: the prompts over which mean ablation averages.
         data_digest: SHA-256 of the prompts' file.
         is_own_data: whether the circuit was found on this file.
-        is_own: whether model, prompts and ablation are those with which it was found.
+        is_own: whether circuit, model, prompts and ablation are those of a run or of the folder.
     """
 
     model: CircuitModel
@@ -97,17 +97,17 @@ def load_case(
     is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
     return Case(
         model, file, pairs, reference, ablation, batch_size or MAX_EVALUATION_BATCH, digest,
-        is_own_data, is_own and source.path.name in (layout.CIRCUIT, layout.EDGES),
+        is_own_data, is_own and source.path.name in layout.CHOSEN,
         f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
     )  # fmt: skip
 
 
-def scores_of(source: Source, case: Case) -> EdgeScores | None:
-    """The scores from which the circuit was cut: those of its run or its file, if any."""
-    if case.file.scores is not None or source.run is None:
-        return case.file.scores
+def scores_of(source: Source, file: CircuitFile) -> EdgeScores | None:
+    """The scores from which a circuit was cut: those of its file or else of its run, if any."""
+    if file.scores is not None or source.run is None:
+        return file.scores
     scores = source.run.scores()
-    return scores if scores.graph == case.model.graph else None
+    return scores if scores.graph == file.circuit.graph else None
 
 
 def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pair]:

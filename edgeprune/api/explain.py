@@ -63,7 +63,7 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     count = num_circuits(case.file.circuit, config.edges)
     with measuring(case, pairs, count, "cutting: circuit") as bench:
         explanation = explain_on(
-            bench, case.file.circuit, scores=scores_of(source, case), snapshots=snapshots,
+            bench, case.file.circuit, scores=scores_of(source, case.file), snapshots=snapshots,
             max_edges=config.edges, seed=config.seed,
         )  # fmt: skip
     if unable and run and config.pairs:

@@ -149,8 +149,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
         raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
-    chosen = (layout.EDGES, layout.CIRCUIT)
-    named = [path.parent if path.name in chosen else path for path in whole]
+    named = [path.parent if path.name in layout.CHOSEN else path for path in whole]
     for length in range(1, max(len(path.parts) for path in named)):
         labels = [re.sub(r"[^\w.=+-]", "-", "-".join(path.parts[-length:])) for path in named]
         if len(set(labels)) == len(labels):

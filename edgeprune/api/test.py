@@ -87,7 +87,7 @@ def _measure(
     source: Source, case: Case, pairs: Sequence[Pair], repeated: Repeated | None, config: TestConfig
 ) -> Tested:
     """Measure everything and write what was found."""
-    circuit, scores = case.file.circuit, scores_of(source, case)
+    circuit, scores = case.file.circuit, scores_of(source, case.file)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
     with measuring(case, pairs, count, "testing: circuit") as bench:
         findings = all_findings(

@@ -67,7 +67,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         if not world.is_rank_zero:
             return None
         is_own = (
-            source is not None and source.run is not None
+            source is not None and source.run is not None and source.path.name in layout.CHOSEN
             and config.task is None and config.ablation is None
             and model.fingerprint() == source.digest("model")
         )  # fmt: skip
