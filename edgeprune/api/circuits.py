@@ -53,6 +53,7 @@ class Drawn(NamedTuple):
 
 def draw(config: DrawConfig) -> Drawn:
     """Draw a circuit with Graphviz; raises GraphvizMissing without `dot`, writing its source."""
+    output = None if config.output is None else _drawing_stem(config.output)
     from_scores = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
@@ -68,15 +69,10 @@ def draw(config: DrawConfig) -> Drawn:
         source = find(config.circuit)
         labels = head_labels(source.path.parent)
         circuit = read(source, graph_of(source, config.model)).circuit
-        is_chosen = source.path.name in (layout.CIRCUIT, layout.EDGES)
+        is_chosen = source.path.name in layout.CHOSEN
         stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
         title = source.title
-    if config.output is not None:
-        stem = Path(config.output) / (layout.DRAWING if config.output.endswith("/") else "")
-        stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
-        if stem.name in ("", ".."):
-            raise ConfigError(f"output={config.output} has no file name, such as pictures/circuit")
-        check_output(stem, is_file=False)
+    stem = output or stem
     shown = circuit if config.dangling else circuit.without_dangling()
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
     for path in paths:
@@ -84,6 +80,16 @@ def draw(config: DrawConfig) -> Drawn:
             shown, path, title=title if config.title is None else config.title, kinds=labels
         )
     return Drawn(shown, len(circuit) - len(shown), paths)
+
+
+def _drawing_stem(output: str) -> Path:
+    """The path without a suffix that `output=` names; raises ConfigError if it is unusable."""
+    stem = Path(output) / (layout.DRAWING if output.endswith("/") else "")
+    stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
+    if stem.name in ("", ".."):
+        raise ConfigError(f"output={output} has no file name, such as pictures/circuit")
+    check_output(stem, is_file=False)
+    return stem
 
 
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
