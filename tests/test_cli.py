@@ -236,17 +236,26 @@ def test_export_evaluate_and_draw(copied, tmp_path, command):
 
 
 def test_a_circuit_cut_from_an_exported_graph_equals_one_cut_from_the_run(
-    copied, tmp_path, command
+    copied, tmp_path, command, refused
 ):
     command("export", copied, "num_edges=110", f"output={tmp_path / 'whole.json'}")
     for format, name in (("eap_json", "g.json"), ("eap_pt", "g.pt")):
         command("export", copied, f"format={format}", f"output={tmp_path / name}")
         command("export", tmp_path / name, "num_edges=110", f"output={tmp_path / 'cut.json'}")
         assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+    for given in ("cleanup=0", "checkpoint=0"):
+        refused("export", tmp_path / name, "num_edges=9", given, f"output={tmp_path / 'no.json'}")
+    assert not (tmp_path / "no.json").exists()
+    command("compare", copied, tmp_path / "cut.json", "formats=[dot]", f"output={tmp_path / 'c'}")
+    command("export", tmp_path / "c/union", f"output={tmp_path / 'union.json'}")
+    both = [json.loads((copied / "edges.json").read_text())]
+    both.append(json.loads((tmp_path / "cut.json").read_text()))
+    union = json.loads((tmp_path / "union.json").read_text())
+    assert set(map(tuple, union)) == {tuple(edge) for edges in both for edge in edges}
 
 
 def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the_run(
-    copied, tmp_path, command
+    copied, tmp_path, command, refused, monkeypatch
 ):
     command("evaluate", copied)
     own = (copied / "evaluation-test.json").read_text()
@@ -259,12 +268,19 @@ def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the
     ):
         command("evaluate", copied, *other)
         assert (copied / "evaluation-test.json").read_text() == own
-        assert set(copied.iterdir()) == before
         output = tmp_path / "other.json"
         command("evaluate", copied, *other, f"output={output}")
         written = json.loads(output.read_text())
         assert written["edges_sha256"] == json.loads(own)["edges_sha256"]
         assert written["circuit"] != json.loads(own)["circuit"]
+    command("mib", copied, *other)
+    assert "learned with" in refused("test", copied, *other, "repeat=seeds:2")
+    command("export", copied, "num_edges=9", "format=eap_json")
+    before.add(copied / "graph.json")
+    monkeypatch.chdir(tmp_path)
+    command("tokens", copied / "graph.json", "prompts=2")
+    assert (tmp_path / "tokens/tokens.json").exists()
+    assert set(copied.iterdir()) == before
 
 
 def test_a_bare_list_of_edges_needs_its_model_and_task(finished, tmp_path, command, refused):
@@ -631,6 +647,8 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["prune", "trainer=paper", "trainer.warmup=logarithmic",
           "trainer.target_node_sparsity=1.5"], ["1.5"]),
         (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0.1"],
+         ["launcher.shard=true", "cleanup="]),
+        (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0"],
          ["launcher.shard=true", "cleanup="]),
         (["prune", "experiment=ioi", "task.train=0"], ["task.train=0"]),
         (["prune", "experiment=ioi", "run_dir="], ["run_dir"]),

@@ -69,7 +69,7 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     if unable and run and config.pairs:
         log.info(f"no pushes of training pairs are measured: {unable}")
     elif run and config.pairs:
-        train = pairs_of_run(run, case)
+        train = pairs_of_run(run, case.model)
         pushes, seconds = _pushes(run, case, train, explanation, snapshots, config)
         explanation = replace(explanation, pushes=pushes)
         if config.verify:
@@ -154,7 +154,7 @@ def _verify(
         for without in [set(), others, *pushing]:
             kept = [pair for place, pair in enumerate(train) if place not in without]
             digest = hashlib.sha256(repr(sorted(without)).encode()).hexdigest()[:12]
-            scores = learn_again(run, case, f"without-{digest}-seed-{seed}", kept, seed)
+            scores = learn_again(run, case.model, f"without-{digest}-seed-{seed}", kept, seed)
             orders.append(scores.ranking().argsort().tolist())  # [edge], ranks from 0
             done += 1
             remaining = (time.perf_counter() - started) / done * (total - done)

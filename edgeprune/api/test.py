@@ -79,7 +79,7 @@ def _test_one(source: Source, config: TestConfig) -> Tested | None:
         case = load_case(source, config, device=world.device)
         pairs, repeated = drawn(case.pairs, config), None
         if config.repeat:
-            repeated = repeat(source.run, case, *config.repeats, pairs, world)
+            repeated = repeat(source.run, case.model, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
 
 
