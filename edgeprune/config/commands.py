@@ -249,7 +249,7 @@ class AblateConfig(Settings):
     """null: the run's."""
     task: TaskConfig | None = None
     """null: the run's."""
-    ablation: AblationConfig = setting(AblationConfig)
+    ablation: AblationConfig = setting(partial(AblationConfig, kind="zero"))
     """What takes the place of the nodes' outputs. Means are over the training prompts; tokens that
     are generated get the mean over all positions."""
     split: str = setting("test", choices=SPLITS)
