@@ -174,11 +174,11 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     for name, schema in TRAINERS.items():
         store.store(group="trainer", name=f"{name}_schema", node=schema)
-    resolvers = {
-        "title": lambda name, path: os.path.basename(path) if path and name == CUSTOM else name,
-    }
-    for name, function in resolvers.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
+
+    def title(name: str, path: str | None) -> str:
+        return os.path.basename(path) if path and name == CUSTOM else name
+
+    OmegaConf.register_new_resolver("title", title, replace=True)
 
 
 def _run(command: str, given: "Namespace") -> None:

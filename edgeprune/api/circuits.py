@@ -181,9 +181,12 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
     if config.output:
         check_output(output, is_file=False)
-    found = (manifest.parent for manifest in folder.rglob(layout.MANIFEST))
-    paths = sorted(path for path in found if is_run(path) and not path.name.startswith("."))
-    records = [record for path in paths if (record := _record(path, folder))]
+    names = sorted(file.parent.relative_to(folder) for file in folder.rglob(layout.MANIFEST))
+    records = [
+        record for name in names
+        if not any(part.startswith(".") for part in name.parts)  # being set up or replaced
+        and is_run(folder / name) and (record := _record(folder / name, str(name)))
+    ]  # fmt: skip
     if not records:
         raise ConfigError(
             f"no finished run below {folder}; make some, for instance with `edgeprune prune "
@@ -229,10 +232,10 @@ def _write_pages(groups: Sequence[Group], folder: Path) -> None:
             log.warning(f"there is no page of {group.title}: {error}")
 
 
-def _record(path: Path, folder: Path) -> RunRecord | None:
+def _record(path: Path, name: str) -> RunRecord | None:
     """What a report needs of a run; None, with a warning, for an unfinished or damaged one."""
     try:
-        return Run.open(path).record(str(path.relative_to(folder)))
+        return Run.open(path).record(name)
     except (ConfigError, CircuitError) as error:
         log.warning(f"{path} is left out: {error}")
         return None

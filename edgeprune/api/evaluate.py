@@ -35,7 +35,7 @@ from edgeprune.runs.data import (
 )
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import counting
+from edgeprune.training.progress import counting, duration
 
 log = logging.getLogger("edgeprune")
 
@@ -130,9 +130,10 @@ def measuring(case: Case, pairs: Sequence[Pair], count: int, unit: str) -> Itera
         bench = bench_of(case, pairs)
         start = time.perf_counter()
         bench.measure([case.file.circuit])
-        seconds = max(1, round(count * (time.perf_counter() - start)))
+        seconds = count * (time.perf_counter() - start)
         log.info(
-            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about {seconds:,} s"
+            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
+            f"{duration(seconds)}"
         )
         bench.listener = listen
         yield bench

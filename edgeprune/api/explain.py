@@ -31,7 +31,7 @@ from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import find
-from edgeprune.training.progress import counting
+from edgeprune.training.progress import counting, duration
 from edgeprune.training.snapshots import Snapshots
 from edgeprune.training.trainer import objective_of
 
@@ -98,10 +98,6 @@ def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> 
     return None
 
 
-def _about(seconds: float) -> str:
-    return f"about {max(1, round(seconds)):,} s"
-
-
 def _pushes(
     run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, snapshots: Snapshots,
     config: ExplainConfig,
@@ -125,7 +121,8 @@ def _pushes(
     total = num_pairs * config.snapshots
     seconds = (time.perf_counter() - started) / 4
     log.info(
-        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, {_about(seconds * total)}"
+        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, about "
+        f"{duration(seconds * total)}"
     )
     with counting(total, "differentiating: pair") as listen:
         return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
@@ -146,7 +143,7 @@ def _verify(
         pushing.append({places[pushes.pairs[i]] for i in most})
     total = config.verify * (2 + len(pushing))
     at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
-    log.info(f"verifying: {total} trainings, at most {_about(at_most)}")
+    log.info(f"verifying: {total} trainings, at most about {duration(at_most)}")
     started, done, ranks = time.perf_counter(), 0, []
     for seed in range(run.config.seed, run.config.seed + config.verify):
         orders = []
@@ -158,7 +155,7 @@ def _verify(
             orders.append(scores.ranking().argsort().tolist())  # [edge], ranks from 0
             done += 1
             remaining = (time.perf_counter() - started) / done * (total - done)
-            log.info(f"training {done}/{total}, {_about(remaining)} left")
+            log.info(f"training {done}/{total}, about {duration(remaining)} left")
         for edge, order in zip(edges, orders[2:], strict=True):
             found = (1 + each[edge.index] for each in (orders[0], order, orders[1]))
             ranks.append(Retrained(edge.title, seed, *found))

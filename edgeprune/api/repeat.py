@@ -15,6 +15,7 @@ from edgeprune.prompts import Pair, read_records
 from edgeprune.runs.run import Run
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import duration
 
 log = logging.getLogger("edgeprune")
 
@@ -67,7 +68,7 @@ def repeat(
             run, model, names[index], samples[index], seeds[index], progress=world.is_rank_zero
         )
         seconds = (time.perf_counter() - start) * (len(mine) - count)
-        log.info(f"{kind} {index + 1}/{number}: about {seconds:.0f} s left")
+        log.info(f"{kind} {index + 1}/{number}: about {duration(seconds)} left")
     world.any(False)  # waits for the others
     if run.config.start:
         log.warning("all repetitions begin with the scores of start=, which makes them more alike")

@@ -1,6 +1,5 @@
 """Testing circuits as a sceptic would: one circuit thoroughly, or several on each other's tasks."""
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +34,6 @@ from edgeprune.runs import layout
 from edgeprune.runs.source import Source, find, head_labels
 from edgeprune.scale.world import World
 from edgeprune.training.progress import counting
-
-log = logging.getLogger("edgeprune")
 
 
 class Tested(NamedTuple):
@@ -73,8 +70,6 @@ def _test_one(source: Source, config: TestConfig) -> Tested | None:
     with World.join(model.device, config.launcher.timeout) as world:
         if world.count > 1 and not config.repeat:
             raise ConfigError("several processes share the repetitions of repeat=; start one")
-        if not world.is_rank_zero:
-            log.setLevel(logging.ERROR)
         world.check_same("the settings", str(config))
         case = load_case(source, config, device=world.device)
         pairs, repeated = drawn(case.pairs, config), None

@@ -46,6 +46,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
     if config.output:
         check_output(Path(config.output), is_file=False)
     with World.join(model_config.device, config.launcher.timeout) as world:
+        world.check_same("the settings", str(config))
         if config.launcher.shard:
             model = load_sharded_model_of(model_config, config.launcher, world)
         else:
