@@ -165,7 +165,7 @@ def _quote(text: str, mark: str = "'") -> str:
 
 
 def register() -> None:
-    """Make the settings classes and the default run_dir of conf/prune.yaml known to Hydra."""
+    """Make the settings classes known to Hydra, and `title`, which the default run_dir uses."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

@@ -69,7 +69,7 @@ def export(config: ExportConfig) -> Exported:
 
 
 class Measuring(NamedTuple):
-    """What measuring circuits of a run takes: its own model, prompts and ablation."""
+    """What is needed to measure circuits of a run: its own model, prompts and ablation."""
 
     model: CircuitModel
     train: PairDataset

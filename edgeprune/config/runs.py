@@ -222,7 +222,8 @@ class ExportConfig(Settings):
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
     the validation prompts. Without any of these four settings: as the run asked for."""
     threshold: bool = False
-    """Find a threshold by binary search, for gates of the published method or of trainer=tracr."""
+    """Choose by a threshold: with trainer=paper or tracr one that is found by binary search and
+    makes the circuit as sparse as the gates, with method=acdc the run's own."""
     choose: str = setting("best", choices=("best", "greedy"))
     """best: the edges of the highest scores; greedy: grow the circuit from the output, adding the
     best edge into a node that already has an edge to follow, as EAP-IG and MIB do."""

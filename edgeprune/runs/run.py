@@ -71,13 +71,13 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """Open an existing run; raises ConfigError if it is none, or damaged."""
+        """Open an existing run; raises ConfigError if the directory is not a run, or damaged."""
         path = Path(path)
         require_utf8(path)
         if not is_run(path):
             raise ConfigError(
                 f"{path} is not a run directory (it has no {layout.MANIFEST}); give the run_dir of "
-                "an `edgeprune prune` or `attribute`"
+                "`edgeprune prune` or `edgeprune attribute`"
             )
         file = path / layout.CONFIG
         try:
@@ -217,7 +217,7 @@ class Run:
             is_asked = file.origin.get("chosen_by") == chosen_by(config.choice)
         if not is_asked or self.is_unfinished(file.origin.get("scores", {})):
             raise ConfigError(
-                "its circuit is unfinished, or was chosen otherwise than it asked for; let the run "
+                "its circuit is unfinished, or was not chosen as its settings ask; let the run "
                 f"end (its command, with resume=auto), then `edgeprune export {self.path}` and "
                 "evaluate"
             )
