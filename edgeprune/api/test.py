@@ -56,23 +56,19 @@ def test(config: TestConfig) -> Tested | None:
         raise ConfigError("got no circuit; expected edgeprune test RUN, or RUN RUN ...")
     if len(sources) > 1 and config.task is not None:
         raise ConfigError("task= takes one circuit; several are measured on their own tasks")
-    if len(sources) > 1:
-        return _test_several(sources, config)
-    return _test_one(sources[0], config)
-
-
-def _test_one(source: Source, config: TestConfig) -> Tested | None:
     if config.output:
         check_output(Path(config.output), is_file=False)
     if config.repeat:
-        check_learned(source.run, "repeat=", source.path)
-    model = source.model(config.model)
-    with World.join(model.device, config.launcher.timeout) as world:
+        check_learned(sources[0].run, "repeat=", sources[0].path)
+    with World.join(sources[0].model(config.model).device, config.launcher.timeout) as world:
         if world.count > 1 and not config.repeat:
             raise ConfigError("several processes share the repetitions of repeat=; start one")
         world.check_same("the settings", str(config))
+        if len(sources) > 1:
+            return _test_several(sources, config)
+        source, repeated = sources[0], None
         case = load_case(source, config, device=world.device)
-        pairs, repeated = drawn(case.pairs, config), None
+        pairs = drawn(case.pairs, config)
         if config.repeat:
             repeated = repeat(source.run, case.model, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
