@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import ablation_of, check_output, load_model_of, prompts_file, read
+from edgeprune.api.shared import (
+    ablation_of,
+    check_output,
+    load_model_of,
+    prompts_file,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
@@ -86,11 +93,8 @@ def load_case(
     model = model or load_model_of(replace(model_config, device=device or model_config.device))
     file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
-    if config.model is None and not is_own_model:
-        log.warning(
-            f"{model.name} differs from the model in which the circuit was found, in its weights, "
-            "configuration or tokenizer"
-        )
+    if config.model is None:
+        warn_if_changed(model, source.digest("model"))
     pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     is_own_data = digest == source.digest("data")

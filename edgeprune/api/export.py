@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of
-from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
+from edgeprune.api.shared import (
+    ablation_of,
+    check_output,
+    graph_of,
+    load_model_of,
+    own_data,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import SIZES, ExportConfig, given_size, is_given
 from edgeprune.engine.ablation import Ablation
@@ -43,7 +51,7 @@ def export(config: ExportConfig) -> Exported:
         return _convert(config, form)
     run = Run.open(config.run)
     if config.output is not None:
-        check_output(Path(config.output))
+        check_output(Path(config.output), [run.data_path])
     by_threshold = ("threshold", None) if config.threshold else None
     choice = given_size(config) or by_threshold or run.config.choice
     measuring = cache(lambda: Measuring.of(run))
@@ -81,6 +89,7 @@ class Measuring(NamedTuple):
         """Load them."""
         config = run.config
         model = load_model_of(config.model)
+        warn_if_changed(model, run.digests["model"])
         path = own_data(run.data_path, run.digests["data"])
         train, held_out = (
             load_pairs(path, config.task, model, split)

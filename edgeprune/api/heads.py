@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import check_output, load_model_of, prompts_file, read
+from edgeprune.api.shared import (
+    check_output,
+    load_model_of,
+    named_by,
+    prompts_file,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import HeadsConfig, TaskConfig
 from edgeprune.drawing import draw_heads
@@ -18,7 +25,6 @@ from edgeprune.prompts import Pair, marked_tokens, read_records
 from edgeprune.prompts.tasks import MARKS
 from edgeprune.runs import layout
 from edgeprune.runs.data import load_pairs
-from edgeprune.runs.source import find
 
 log = logging.getLogger("edgeprune")
 
@@ -34,12 +40,12 @@ class FoundHeads(NamedTuple):
 
 def find_heads(config: HeadsConfig) -> FoundHeads:
     """Score the heads of a model that settings or a run name, and write what was found."""
-    source = find(config.run) if config.run else None
-    model_config = config.model if source is None else source.model(config.model)
-    task = config.task if source is None else source.task(config.task)
+    source, model_config, task = named_by(config)
     if config.output:
         check_output(Path(config.output), is_file=False)
     model = load_model_of(model_config)
+    if source is not None and config.model is None:
+        warn_if_changed(model, source.digest("model"))
     is_own = source is not None and model.fingerprint() == source.digest("model")
     pairs, marks = [], {}
     if task is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.api.evaluate import load_prompts, scores_of
-from edgeprune.api.shared import check_output, load_model_of, read
+from edgeprune.api.shared import check_output, load_model_of, read, warn_if_changed
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, MibConfig
 from edgeprune.engine.circuit_model import CircuitModel
@@ -65,6 +65,8 @@ def benchmark(config: MibConfig) -> Benchmarked:
         paths = [source.path, model_config.path, task.path, config.truth]
         check_output(output, paths, is_file=False)
     model = load_model_of(model_config)
+    if config.model is None:
+        warn_if_changed(model, source.digest("model"))
     truth = _truth(config, source, model)
     scores = scores_of(source, read(source, model.graph))
     if scores is None:
