@@ -262,7 +262,7 @@ def _run_job(command: str, settings: "DictConfig", earlier: list[str] | None) ->
 
 
 def _name_of(settings: "DictConfig") -> str:
-    """How a run of a sweep is called in messages: its run_dir, or else its overrides."""
+    """The name of a sweep's run in messages: its run_dir, or its overrides if that is not known."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
 

@@ -164,6 +164,8 @@ def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
     command("heads", copied, "prompts=4", "random_prompts=2", "length=5", f"output={known}")
     scores = f"scores={known / 'heads.json'}"
     command("ablate", copied, "heads=first_token:2", scores, *few)
+    taken = f"output={known / 'heads.json'}"
+    assert taken in refused("ablate", copied, "heads=first_token:2", scores, taken)
     (known / "heads.json").write_text("{}")
     assert "heads.json" in refused("ablate", copied, "heads=first_token:2", scores, *few)
     assert "previous_token" in refused("ablate", copied, "heads=inductoin:3", *few)
@@ -274,12 +276,14 @@ def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the
         assert written["edges_sha256"] == json.loads(own)["edges_sha256"]
         assert written["circuit"] != json.loads(own)["circuit"]
     command("mib", copied, *other)
-    assert "learned with" in refused("test", copied, *other, "repeat=seeds:2")
+    assert str(copied) in refused("test", copied, *other, "repeat=seeds:2")
     command("export", copied, "num_edges=9", "format=eap_json")
     before.add(copied / "graph.json")
     monkeypatch.chdir(tmp_path)
     command("tokens", copied / "graph.json", "prompts=2")
     assert (tmp_path / "tokens/tokens.json").exists()
+    command("heads", copied, "task=greater_than", *sizes, "random_prompts=2", "length=5")
+    assert (tmp_path / "heads/heads.json").exists()
     assert set(copied.iterdir()) == before
 
 

@@ -57,8 +57,8 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
         num_random=config.random_prompts, batch_size=config.batch_size,
     )  # fmt: skip
     circuit = read(source, model.graph).circuit if is_own else None
-    own_folder = source.path.parent if is_own and source.run is not None else Path("heads")
-    folder = Path(config.output) if config.output else own_folder
+    is_of_run = is_own and source.run is not None and config.task is None
+    folder = Path(config.output or (source.path.parent if is_of_run else "heads"))
     title = model_config.title if task is None else f"{model_config.title}, {task.title}"
     record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}
     return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))

@@ -219,8 +219,8 @@ class HeadsConfig(Settings):
     batch_size: int = setting(16, at_least=1)
     """Prompts per forward pass."""
     output: str | None = None
-    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if the model is
-    its own, else `heads`."""
+    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if model and task
+    are its own, else `heads`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
