@@ -133,6 +133,8 @@ def test_heads_need_no_run(command, refused, tmp_path):
     command("heads", "model=embedded", "task=greater_than", *few, f"output={output}")
     found = json.loads((output / "heads.json").read_text())
     assert {score["prompts"] for score in found["scores"]} == {"random tokens", "greater_than"}
+    data = write_jsonl(tmp_path / "sums.jsonl", GOOD)  # without the names that the task marks
+    command("heads", "model=embedded", "task=ioi", f"task.path={data}", *few, f"output={output}")
     assert "model=" in refused("heads", "task=ioi")
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,14 +68,16 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
 def marks_of(
     path: Path, task: TaskConfig, model: CircuitModel, pairs: Sequence[Pair]
 ) -> dict[Pair, dict[str, int]]:
-    """Where the marked words are in each prompt of a file, if the task marks any."""
+    """Where the marked words are in the prompts of a file, if the task marks any."""
     if task.name not in MARKS:
         return {}
-    records = {record.get("clean"): record for record in read_records(path)}
-    return {
-        pair: marked_tokens(model.tokenizer, record, pair, MARKS[task.name](record))
-        for pair in pairs for record in [records[pair.text]]
-    }  # fmt: skip
+    records, found = {record.get("clean"): record for record in read_records(path)}, {}
+    for pair in pairs:
+        with suppress(KeyError, ValueError):  # the user's own prompts need not be like the task's
+            record = records[pair.text]
+            ends = MARKS[task.name](record)
+            found[pair] = marked_tokens(model.tokenizer, record, pair, ends)
+    return found
 
 
 def _write(scores: HeadScores, record: dict[str, Any], folder: Path, title: str) -> list[Path]:
