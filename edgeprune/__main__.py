@@ -136,7 +136,7 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
         if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
-    is_given = name in keys.values()
+    is_given = name in {keys[argument] for argument in others}
     needs_path = needs_path and command not in help.OPTIONAL
     is_right = len(paths) == 1 or (paths and command in help.SEVERAL) or not (paths or needs_path)
     if name is None and paths:
@@ -341,7 +341,10 @@ def _explain_hydra(command: str, error: Exception) -> str:
         own = own if group in ("model", "task") else ""
         return f"unknown {group} {name!r}; choose {', '.join(help.choices_of(group))}{own}"
     if "Unexpected type for root: NoneType" in str(error):
-        return "a part of the run's model or task cannot change alone; give model= or task= as well"
+        return (
+            "a part of the run's model, task or ablation cannot change alone; give model=, task= or "
+            "ablation= as well"
+        )
     if hasattr(error, "override"):
         return _explain_override(error.override, text)
     lines = [line.strip() for line in str(error.__cause__ or text).splitlines() if line.strip()]

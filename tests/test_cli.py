@@ -679,6 +679,7 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["export", "nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere"]),
         (["compare", "nowhere"], ["nowhere"]),
+        (["test", "x", "launcher.processes=2"], ["launcher.processes=2", "repeat="]),
         (["report", "nowhere"], ["nowhere"]),
     ],
 )  # fmt: skip
@@ -749,7 +750,7 @@ def test_a_quoted_value_may_contain_what_the_grammar_uses(composed):
 
 def test_paths_may_have_any_name(tmp_path, monkeypatch, command, finished):
     monkeypatch.chdir(tmp_path)
-    for name in ("a=b", "it's \\ here", "é 東 (1), 98 % [x]: {y}"):
+    for name in ("a=b", "circuit", "it's \\ here", "é 東 (1), 98 % [x]: {y}"):
         shutil.copytree(finished, tmp_path / name)
         command("draw", name, "formats=[dot]")
         assert (tmp_path / name / "circuit.dot").exists()

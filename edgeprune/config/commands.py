@@ -92,6 +92,11 @@ class TestConfig(Settings):
                 raise ConfigError("repeat=templates measures the run's own prompts; omit task=")
         if self.launcher.shard:
             raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
+        if self.launcher.processes != 1 and self.repeat is None:
+            raise ConfigError(
+                f"launcher.processes={self.launcher.processes} needs repeat=: several processes can "
+                "only share its repetitions; add it, or use one process"
+            )
 
     @property
     def repeats(self) -> tuple[str, int]:
