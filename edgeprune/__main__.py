@@ -342,8 +342,8 @@ def _explain_hydra(command: str, error: Exception) -> str:
         return f"unknown {group} {name!r}; choose {', '.join(help.choices_of(group))}{own}"
     if "Unexpected type for root: NoneType" in str(error):
         return (
-            "a part of the run's model, task or ablation cannot change alone; give model=, task= or "
-            "ablation= as well"
+            "a part of the run's model, task or ablation cannot change alone; give model=, task= "
+            "or ablation= as well"
         )
     if hasattr(error, "override"):
         return _explain_override(error.override, text)

@@ -232,6 +232,8 @@ def test_no_output_goes_into_a_run_directory_or_replaces_an_input(
         (("report", ".."), "report"),
         (("compare", ".", graph), "both"),
         (("export", graph, "num_edges=9"), graph),
+        (("tokens", "."), "."),
+        (("heads", "."), run_dir),
     ):
         code, _, err = call(capsys, monkeypatch, *arguments, f"output={output}")
         assert code == 2, err

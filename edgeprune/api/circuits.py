@@ -53,7 +53,7 @@ class Drawn(NamedTuple):
 
 def draw(config: DrawConfig) -> Drawn:
     """Draw a circuit with Graphviz; raises GraphvizMissing without `dot`, writing its source."""
-    output = None if config.output is None else _drawing_stem(config.output)
+    output = None if config.output is None else _drawing_stem(config)
     from_scores = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
@@ -74,7 +74,7 @@ def draw(config: DrawConfig) -> Drawn:
         title = source.title
     stem = output or stem
     shown = circuit if config.dangling else circuit.without_dangling()
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
+    paths = _drawings(stem, config)
     for path in paths:
         draw_circuit(
             shown, path, title=title if config.title is None else config.title, kinds=labels
@@ -82,14 +82,20 @@ def draw(config: DrawConfig) -> Drawn:
     return Drawn(shown, len(circuit) - len(shown), paths)
 
 
-def _drawing_stem(output: str) -> Path:
-    """The path without a suffix that `output=` names; raises ConfigError if it is unusable."""
+def _drawing_stem(config: DrawConfig) -> Path:
+    """The path without a suffix that `output=` names; raises ConfigError if it may not be used."""
+    output = config.output
     stem = Path(output) / (layout.DRAWING if output.endswith("/") else "")
     stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
     if stem.name in ("", ".."):
         raise ConfigError(f"output={output} has no file name, such as pictures/circuit")
-    check_output(stem, is_file=False)
+    for path in _drawings(stem, config):
+        check_output(path)
     return stem
+
+
+def _drawings(stem: Path, config: DrawConfig) -> list[Path]:
+    return [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
 
 
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:

@@ -123,10 +123,14 @@ def check_output(
     is not UTF-8.
     """
     require_utf8(output.absolute())
-    is_taken = is_file and output.exists() and not output.is_file()
-    if is_taken or any(parent.is_file() for parent in output.parents):
-        raise ConfigError(f"output={output} leads through a file or to a folder; choose another")
-    run = run_of(output)
+    file = output if is_file else output / "file"
+    is_taken = file.exists() and not file.is_file()
+    if is_taken or any(parent.is_file() for parent in file.parents):
+        raise ConfigError(
+            f"output={output} is a folder where a file is written, or a file where a folder is; "
+            "choose another"
+        )
+    run = run_of(file)
     if run is not None:
         raise ConfigError(
             f"output={output} lies in the run directory {run}, which only its own run writes to; "

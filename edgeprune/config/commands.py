@@ -94,8 +94,8 @@ class TestConfig(Settings):
             raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
         if self.launcher.processes != 1 and self.repeat is None:
             raise ConfigError(
-                f"launcher.processes={self.launcher.processes} needs repeat=: several processes can "
-                "only share its repetitions; add it, or use one process"
+                f"launcher.processes={self.launcher.processes} needs repeat=: several processes "
+                "can only share its repetitions; add it, or use one process"
             )
 
     @property
