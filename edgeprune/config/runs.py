@@ -18,7 +18,6 @@ from edgeprune.config.settings import (
     DEFAULT_CHOICE,
     FREE,
     MAX_EVALUATION_BATCH,
-    SIZES,
     Settings,
     given_size,
     is_given,
@@ -242,6 +241,6 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        if self.threshold and given:
-            raise ConfigError(f"threshold=true finds the size itself; leave out {given[0]}")
+        size = given_size(self)
+        if self.threshold and size:
+            raise ConfigError(f"threshold=true finds the size itself; leave out {size[0]}")
