@@ -256,6 +256,11 @@ def test_a_circuit_cut_from_an_exported_graph_equals_one_cut_from_the_run(
     both.append(json.loads((tmp_path / "cut.json").read_text()))
     union = json.loads((tmp_path / "union.json").read_text())
     assert set(map(tuple, union)) == {tuple(edge) for edges in both for edge in edges}
+    marks = tmp_path / "marks.json"  # whose scores only tell the edges of the circuit from others
+    command("export", tmp_path / "union.json", f"output={marks}", "format=eap_json",
+            "model=embedded")  # fmt: skip
+    _, err = command("export", marks, "num_edges=9", f"output={tmp_path / 'cut.json'}")
+    assert f"{len(union)} edges have the same score" in err
 
 
 def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the_run(

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of
+from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of, cut
 from edgeprune.api.shared import (
     ablation_of,
     check_output,
@@ -161,7 +161,7 @@ def _convert(config: ExportConfig, form: str) -> Exported:
                 "num_edges= need; give a run directory, or a graph of EAP-IG or MIB with scores"
             )
         ranked = file.scores.greedy() if config.choose == "greedy" else file.scores
-        circuit = ranked.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
+        circuit = cut(ranked, sparsity=config.sparsity, num_edges=config.num_edges)
     d_model = file.d_model or (source.run and source.run.manifest["model"].get("d_model"))
     write_circuit(circuit, output, form, scores=file.scores, d_model=d_model, origin=source.origin)
     return Exported(circuit, output, {})
