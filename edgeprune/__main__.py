@@ -136,7 +136,7 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
         if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
-    is_given = name in keys.values()
+    is_given = name in {keys[argument] for argument in others}
     needs_path = needs_path and command not in help.OPTIONAL
     is_right = len(paths) == 1 or (paths and command in help.SEVERAL) or not (paths or needs_path)
     if name is None and paths:
@@ -165,7 +165,7 @@ def _quote(text: str, mark: str = "'") -> str:
 
 
 def register() -> None:
-    """Make the settings classes and the default run_dir of conf/prune.yaml known to Hydra."""
+    """Make the settings classes known to Hydra, and `title`, which the default run_dir uses."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -174,11 +174,11 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     for name, schema in TRAINERS.items():
         store.store(group="trainer", name=f"{name}_schema", node=schema)
-    resolvers = {
-        "title": lambda name, path: os.path.basename(path) if path and name == CUSTOM else name,
-    }
-    for name, function in resolvers.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
+
+    def title(name: str, path: str | None) -> str:
+        return os.path.basename(path) if path and name == CUSTOM else name
+
+    OmegaConf.register_new_resolver("title", title, replace=True)
 
 
 def _run(command: str, given: "Namespace") -> None:
@@ -262,7 +262,7 @@ def _run_job(command: str, settings: "DictConfig", earlier: list[str] | None) ->
 
 
 def _name_of(settings: "DictConfig") -> str:
-    """How a run of a sweep is called in messages: its run_dir, or else its overrides."""
+    """The name of a sweep's run in messages: its run_dir, or its overrides if that is not known."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
 
@@ -341,7 +341,10 @@ def _explain_hydra(command: str, error: Exception) -> str:
         own = own if group in ("model", "task") else ""
         return f"unknown {group} {name!r}; choose {', '.join(help.choices_of(group))}{own}"
     if "Unexpected type for root: NoneType" in str(error):
-        return "a part of the run's model or task cannot change alone; give model= or task= as well"
+        return (
+            "a part of the run's model, task or ablation cannot change alone; give model=, task= "
+            "or ablation= as well"
+        )
     if hasattr(error, "override"):
         return _explain_override(error.override, text)
     lines = [line.strip() for line in str(error.__cause__ or text).splitlines() if line.strip()]

@@ -199,6 +199,8 @@ def test_exact_scores_are_what_cutting_each_edge_does():
         outside = [scores[edge] for edge in graph.edges if edge not in circuit]
         assert max(outside, default=-1.0) < min(scores[edge] for edge in circuit)
         assert found.circuit.edge_set == CIRCUIT
+    with pytest.raises(ConfigError, match="circuit="):  # these score all edges
+        attribute(model, pairs, method="eap_ig", circuit=whole, progress=False)
 
 
 def acdc_by_hand(model, pairs, threshold: float) -> set:

@@ -133,6 +133,8 @@ def test_heads_need_no_run(command, refused, tmp_path):
     command("heads", "model=embedded", "task=greater_than", *few, f"output={output}")
     found = json.loads((output / "heads.json").read_text())
     assert {score["prompts"] for score in found["scores"]} == {"random tokens", "greater_than"}
+    data = write_jsonl(tmp_path / "sums.jsonl", GOOD)  # without the names that the task marks
+    command("heads", "model=embedded", "task=ioi", f"task.path={data}", *few, f"output={output}")
     assert "model=" in refused("heads", "task=ioi")
 
 
@@ -164,6 +166,8 @@ def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
     command("heads", copied, "prompts=4", "random_prompts=2", "length=5", f"output={known}")
     scores = f"scores={known / 'heads.json'}"
     command("ablate", copied, "heads=first_token:2", scores, *few)
+    taken = f"output={known / 'heads.json'}"
+    assert taken in refused("ablate", copied, "heads=first_token:2", scores, taken)
     (known / "heads.json").write_text("{}")
     assert "heads.json" in refused("ablate", copied, "heads=first_token:2", scores, *few)
     assert "previous_token" in refused("ablate", copied, "heads=inductoin:3", *few)
@@ -236,17 +240,31 @@ def test_export_evaluate_and_draw(copied, tmp_path, command):
 
 
 def test_a_circuit_cut_from_an_exported_graph_equals_one_cut_from_the_run(
-    copied, tmp_path, command
+    copied, tmp_path, command, refused
 ):
     command("export", copied, "num_edges=110", f"output={tmp_path / 'whole.json'}")
     for format, name in (("eap_json", "g.json"), ("eap_pt", "g.pt")):
         command("export", copied, f"format={format}", f"output={tmp_path / name}")
         command("export", tmp_path / name, "num_edges=110", f"output={tmp_path / 'cut.json'}")
         assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+    for given in ("cleanup=0", "checkpoint=0"):
+        refused("export", tmp_path / name, "num_edges=9", given, f"output={tmp_path / 'no.json'}")
+    assert not (tmp_path / "no.json").exists()
+    command("compare", copied, tmp_path / "cut.json", "formats=[dot]", f"output={tmp_path / 'c'}")
+    command("export", tmp_path / "c/union", f"output={tmp_path / 'union.json'}")
+    both = [json.loads((copied / "edges.json").read_text())]
+    both.append(json.loads((tmp_path / "cut.json").read_text()))
+    union = json.loads((tmp_path / "union.json").read_text())
+    assert set(map(tuple, union)) == {tuple(edge) for edges in both for edge in edges}
+    marks = tmp_path / "marks.json"  # whose scores only tell the edges of the circuit from others
+    command("export", tmp_path / "union.json", f"output={marks}", "format=eap_json",
+            "model=embedded")  # fmt: skip
+    _, err = command("export", marks, "num_edges=9", f"output={tmp_path / 'cut.json'}")
+    assert f"{len(union)} edges have the same score" in err
 
 
 def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the_run(
-    copied, tmp_path, command
+    copied, tmp_path, command, refused, monkeypatch
 ):
     command("evaluate", copied)
     own = (copied / "evaluation-test.json").read_text()
@@ -259,12 +277,21 @@ def test_only_measurements_of_the_runs_own_circuit_prompts_and_model_go_into_the
     ):
         command("evaluate", copied, *other)
         assert (copied / "evaluation-test.json").read_text() == own
-        assert set(copied.iterdir()) == before
         output = tmp_path / "other.json"
         command("evaluate", copied, *other, f"output={output}")
         written = json.loads(output.read_text())
         assert written["edges_sha256"] == json.loads(own)["edges_sha256"]
         assert written["circuit"] != json.loads(own)["circuit"]
+    command("mib", copied, *other)
+    assert str(copied) in refused("test", copied, *other, "repeat=seeds:2")
+    command("export", copied, "num_edges=9", "format=eap_json")
+    before.add(copied / "graph.json")
+    monkeypatch.chdir(tmp_path)
+    command("tokens", copied / "graph.json", "prompts=2")
+    assert (tmp_path / "tokens/tokens.json").exists()
+    command("heads", copied, "task=greater_than", *sizes, "random_prompts=2", "length=5")
+    assert (tmp_path / "heads/heads.json").exists()
+    assert set(copied.iterdir()) == before
 
 
 def test_a_bare_list_of_edges_needs_its_model_and_task(finished, tmp_path, command, refused):
@@ -632,6 +659,8 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
           "trainer.target_node_sparsity=1.5"], ["1.5"]),
         (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0.1"],
          ["launcher.shard=true", "cleanup="]),
+        (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0"],
+         ["launcher.shard=true", "cleanup="]),
         (["prune", "experiment=ioi", "task.train=0"], ["task.train=0"]),
         (["prune", "experiment=ioi", "run_dir="], ["run_dir"]),
         (["prune", "task=custom", "sparsity=0.9"], ["task.path"]),
@@ -655,6 +684,7 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["export", "nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere"]),
         (["compare", "nowhere"], ["nowhere"]),
+        (["test", "x", "launcher.processes=2"], ["launcher.processes=2", "repeat="]),
         (["report", "nowhere"], ["nowhere"]),
     ],
 )  # fmt: skip
@@ -725,7 +755,7 @@ def test_a_quoted_value_may_contain_what_the_grammar_uses(composed):
 
 def test_paths_may_have_any_name(tmp_path, monkeypatch, command, finished):
     monkeypatch.chdir(tmp_path)
-    for name in ("a=b", "it's \\ here", "é 東 (1), 98 % [x]: {y}"):
+    for name in ("a=b", "circuit", "it's \\ here", "é 東 (1), 98 % [x]: {y}"):
         shutil.copytree(finished, tmp_path / name)
         command("draw", name, "formats=[dot]")
         assert (tmp_path / name / "circuit.dot").exists()

@@ -110,6 +110,12 @@ def test_circuits_that_cannot_be_compared_are_errors():
         consensus([circuit(), other])
     with pytest.raises(KeyError, match="'c'"):
         compare({"a": circuit(), "b": circuit()}, reference="c")
+    for function, none in ((compare, {}), (consensus, [])):
+        with pytest.raises(ValueError, match="no circuits"):
+            function(none)
+    for function, wrong in ((compare, [circuit()]), (compare, {"a": "b"}), (consensus, ["a"])):
+        with pytest.raises(TypeError, match="expected"):
+            function(wrong)
 
 
 @settings(deadline=None)
@@ -151,8 +157,8 @@ def test_command_compare_writes_measures_draws_and_parts(tmp_path, capsys, monke
     for name, edges in parts.items():
         written = json.loads((output / name / "edges.json").read_text())
         assert set(map(tuple, written)) == edges
-    origin = json.loads((output / "union/circuit.json").read_text())["origin"]
-    assert origin["chosen_by"] == "union of a, b"
+        origin = json.loads((output / name / "circuit.json").read_text())["origin"]
+        assert origin["chosen_by"] == f"{name} of a, b"
     dot = (output / "comparison.dot").read_text()  # ONE is connected only in a
     assert "shared" not in dot
     assert "only a (2)" in dot and "only b (2)" in dot

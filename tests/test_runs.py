@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import assert_refused, call, run_cli, run_here, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from edgeprune import Run, load_circuit
+from edgeprune.config import AttributeConfig, ModelConfig, TaskConfig
 from edgeprune.paths import EMBEDDED_MODEL
+from edgeprune.runs.run import claim
+from edgeprune.scale.world import World
 from edgeprune.training.trainer import Trainer
 
 SMALL = (
@@ -188,12 +192,25 @@ def test_overwriting_replaces_a_run_as_a_whole(a_run, tmp_path, prune):
     assert Run.open(run_dir).manifest["data"]["path"] == str(run_dir / "data.jsonl")
 
 
-def test_overwriting_does_not_delete_the_prompts_to_be_read(a_run, tmp_path, prune):
+@pytest.mark.parametrize("reads", ["task.path={}/data.jsonl", "start={}"])
+def test_overwriting_does_not_delete_what_is_read(a_run, tmp_path, prune, reads):
     run_dir = shutil.copytree(a_run, tmp_path / "run")
-    code, err = prune(f"task.path={run_dir / 'data.jsonl'}", "num_edges=60", "trainer.steps=2",
+    code, err = prune(reads.format(run_dir), "num_edges=60", "trainer.steps=2",
                       f"run_dir={run_dir}", "overwrite=true")  # fmt: skip
-    assert (code, str(run_dir / "data.jsonl") in err) == (2, True)
+    assert (code, reads.format(run_dir) in err) == (2, True)
     assert contents(run_dir) == contents(a_run)
+
+
+def test_paths_of_a_run_are_valid_from_any_directory(a_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(a_run.parent)
+    config = AttributeConfig(
+        model=ModelConfig(path=str(EMBEDDED_MODEL)), task=TaskConfig(path=f"{a_run.name}/run.json"),
+        method="exact", circuit=a_run.name, run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    with claim(config, World()) as run:
+        settings = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert settings["circuit"] == str(a_run)
+    assert settings["task"]["path"] == str(a_run / "run.json")
 
 
 def test_no_output_goes_into_a_run_directory_or_replaces_an_input(
@@ -215,6 +232,8 @@ def test_no_output_goes_into_a_run_directory_or_replaces_an_input(
         (("report", ".."), "report"),
         (("compare", ".", graph), "both"),
         (("export", graph, "num_edges=9"), graph),
+        (("tokens", "."), "."),
+        (("heads", "."), run_dir),
     ):
         code, _, err = call(capsys, monkeypatch, *arguments, f"output={output}")
         assert code == 2, err

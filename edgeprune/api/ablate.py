@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.api.heads import marks_of
-from edgeprune.api.shared import check_output, load_model_of, prompts_file
+from edgeprune.api.shared import (
+    check_output,
+    load_model_of,
+    named_by,
+    prompts_file,
+    warn_if_changed,
+)
 from edgeprune.config import AblateConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -35,12 +41,13 @@ class AblatedNodes(NamedTuple):
 
 def ablate_nodes(config: AblateConfig) -> AblatedNodes:
     """Ablate the nodes that settings name, and write what was measured."""
-    source = find(config.run) if config.run else None
-    model_config = config.model if source is None else source.model(config.model)
-    task = config.task if source is None else source.task(config.task)
+    source, model_config, task = named_by(config)
     if config.output:
-        check_output(Path(config.output), [model_config.path, task.path])
+        reads = [source and source.path, model_config.path, task.path]
+        check_output(Path(config.output), [*reads, config.scores, config.circuit])
     model = load_model_of(model_config)
+    if source is not None and config.model is None:
+        warn_if_changed(model, source.digest("model"))
     with prompts_file(source, config.task, model) as path:
         pairs = load_pairs(path, task, model, config.split)[: config.prompts]
         train = load_pairs(path, task, model, first_split(path, "train"))

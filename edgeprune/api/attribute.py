@@ -25,6 +25,7 @@ from edgeprune.scale.memory import MemoryPlan, plan_memory
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.attributor import Attributor
+from edgeprune.training.progress import duration
 from edgeprune.training.progress import progress as progress_bar
 from edgeprune.training.trainer import StepMetrics, objective_of, train
 
@@ -62,7 +63,7 @@ def attribute(
         steps: number of points over which a method integrates.
         batch_size: pairs run at a time.
         threshold: for `acdc`, by how much the metric must get worse for an edge to stay.
-        circuit: for `exact` and `acdc`, whose edges alone are cut; None: all.
+        circuit: for `exact` and `acdc`: the circuit whose edges alone are cut; None: all edges.
         model, pairs, validation, progress and the others: as for `prune`. Without a size, `acdc`
             gives the circuit of its threshold.
 
@@ -77,6 +78,8 @@ def attribute(
         "min_exact_match": min_exact_match, "cleanup": cleanup,
         "model": {"path": model.name}, "run_dir": "none",
     })  # fmt: skip
+    if circuit is not None:
+        config.check_cuts()
     score = partial(_score, circuit=circuit)
     return find_circuit(model, pairs, validation, config, ablation, score, progress=progress)
 
@@ -120,7 +123,7 @@ def _score(
         if seconds is not None and seconds > LONG:
             log.info(
                 f"{config.method} runs the model once per edge and batch: at most about "
-                f"{in_words(seconds)} in all"
+                f"{duration(seconds)} in all"
             )
         show = stack.enter_context(progress_bar(attributor.steps, "step", enabled=progress))
         listeners = [history.append, lambda metrics: show(metrics.step, metrics)]
@@ -159,14 +162,6 @@ def _attribution(
         threshold=config.threshold, circuit=circuit,
     )  # fmt: skip
     return attribution, config.metric if name != "unexplained" else name
-
-
-def in_words(seconds: float) -> str:
-    """A duration for people."""
-    for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} seconds"
 
 
 def _plan(

@@ -73,7 +73,7 @@ def choose(
         found = {"edge_threshold": thresholds["edge"], "node_threshold": thresholds.get("node")}
         return circuit, {**origin, **found}, None
     if name not in RULES:
-        return scores.circuit(**{name: value}), origin, None
+        return cut(scores, **{name: value}), origin, None
     rule = RULES[name](value)
     curve = measure(None)
     full = curve.points[curve.num_edges]
@@ -87,6 +87,20 @@ def choose(
     if size == curve.num_edges:
         log.warning(f"no measured circuit meets {describe_choice(choice)}, so all edges are kept")
     return scores.circuit(num_edges=size), origin, curve
+
+
+def cut(scores: EdgeScores, **size: float | None) -> Circuit:
+    """`scores.circuit`; warns if edges are left out whose score is that of the last one kept."""
+    circuit = scores.circuit(**size)
+    ordered = scores.importance().sort(descending=True).values
+    last = len(circuit) - 1
+    if 0 <= last < len(ordered) - 1 and ordered[last] == ordered[last + 1]:
+        num_same = int((ordered == ordered[last]).sum())
+        log.warning(
+            f"{num_same:,} edges have the same score, {ordered[last]:g}; those of them among the "
+            f"{len(circuit):,} kept are the first in the graph's order"
+        )
+    return circuit
 
 
 def describe_choice(choice: Choice) -> str:

@@ -53,6 +53,7 @@ class Drawn(NamedTuple):
 
 def draw(config: DrawConfig) -> Drawn:
     """Draw a circuit with Graphviz; raises GraphvizMissing without `dot`, writing its source."""
+    output = None if config.output is None else _drawing_stem(config)
     from_scores = (config.checkpoint, config.sparsity, config.num_edges) != (None, None, None)
     folder = Path(config.circuit)
     if is_run(folder) and (from_scores or not (folder / layout.CIRCUIT).exists()):
@@ -68,22 +69,33 @@ def draw(config: DrawConfig) -> Drawn:
         source = find(config.circuit)
         labels = head_labels(source.path.parent)
         circuit = read(source, graph_of(source, config.model)).circuit
-        is_chosen = source.path.name in (layout.CIRCUIT, layout.EDGES)
+        is_chosen = source.path.name in layout.CHOSEN
         stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
         title = source.title
-    if config.output is not None:
-        stem = Path(config.output) / (layout.DRAWING if config.output.endswith("/") else "")
-        stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
-        if stem.name in ("", ".."):
-            raise ConfigError(f"output={config.output} has no file name, such as pictures/circuit")
-        check_output(stem, is_file=False)
+    stem = output or stem
     shown = circuit if config.dangling else circuit.without_dangling()
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
+    paths = _drawings(stem, config)
     for path in paths:
         draw_circuit(
             shown, path, title=title if config.title is None else config.title, kinds=labels
         )
     return Drawn(shown, len(circuit) - len(shown), paths)
+
+
+def _drawing_stem(config: DrawConfig) -> Path:
+    """The path without a suffix that `output=` names; raises ConfigError if it may not be used."""
+    output = config.output
+    stem = Path(output) / (layout.DRAWING if output.endswith("/") else "")
+    stem = stem.with_suffix("") if stem.suffix.removeprefix(".") in DRAWINGS else stem
+    if stem.name in ("", ".."):
+        raise ConfigError(f"output={output} has no file name, such as pictures/circuit")
+    for path in _drawings(stem, config):
+        check_output(path)
+    return stem
+
+
+def _drawings(stem: Path, config: DrawConfig) -> list[Path]:
+    return [stem.with_name(f"{stem.name}.{suffix}") for suffix in config.formats]
 
 
 def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
@@ -175,9 +187,12 @@ def report(config: ReportConfig) -> tuple[list[Group], Path]:
         raise ConfigError(f"no such folder: {folder}; give one with run directories in it")
     if config.output:
         check_output(output, is_file=False)
-    found = (manifest.parent for manifest in folder.rglob(layout.MANIFEST))
-    paths = sorted(path for path in found if is_run(path) and not path.name.startswith("."))
-    records = [record for path in paths if (record := _record(path, folder))]
+    names = sorted(file.parent.relative_to(folder) for file in folder.rglob(layout.MANIFEST))
+    records = [
+        record for name in names
+        if not any(part.startswith(".") for part in name.parts)  # being set up or replaced
+        and is_run(folder / name) and (record := _record(folder / name, str(name)))
+    ]  # fmt: skip
     if not records:
         raise ConfigError(
             f"no finished run below {folder}; make some, for instance with `edgeprune prune "
@@ -223,10 +238,10 @@ def _write_pages(groups: Sequence[Group], folder: Path) -> None:
             log.warning(f"there is no page of {group.title}: {error}")
 
 
-def _record(path: Path, folder: Path) -> RunRecord | None:
+def _record(path: Path, name: str) -> RunRecord | None:
     """What a report needs of a run; None, with a warning, for an unfinished or damaged one."""
     try:
-        return Run.open(path).record(str(path.relative_to(folder)))
+        return Run.open(path).record(name)
     except (ConfigError, CircuitError) as error:
         log.warning(f"{path} is left out: {error}")
         return None

@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import ablation_of, check_output, load_model_of, prompts_file, read
+from edgeprune.api.shared import (
+    ablation_of,
+    check_output,
+    load_model_of,
+    prompts_file,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
@@ -35,7 +42,7 @@ from edgeprune.runs.data import (
 )
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import counting
+from edgeprune.training.progress import counting, duration
 
 log = logging.getLogger("edgeprune")
 
@@ -56,7 +63,7 @@ class Case(NamedTuple):
         reference: the prompts over which mean ablation averages.
         data_digest: SHA-256 of the prompts' file.
         is_own_data: whether the circuit was found on this file.
-        is_own: whether model, prompts and ablation are those with which it was found.
+        is_own: whether circuit, model, prompts and ablation are those of a run or of the folder.
     """
 
     model: CircuitModel
@@ -86,28 +93,25 @@ def load_case(
     model = model or load_model_of(replace(model_config, device=device or model_config.device))
     file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
-    if config.model is None and not is_own_model:
-        log.warning(
-            f"{model.name} differs from the model in which the circuit was found, in its weights, "
-            "configuration or tokenizer"
-        )
+    if config.model is None:
+        warn_if_changed(model, source.digest("model"))
     pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     is_own_data = digest == source.digest("data")
     is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
     return Case(
         model, file, pairs, reference, ablation, batch_size or MAX_EVALUATION_BATCH, digest,
-        is_own_data, is_own and source.path.name in (layout.CIRCUIT, layout.EDGES),
+        is_own_data, is_own and source.path.name in layout.CHOSEN,
         f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
     )  # fmt: skip
 
 
-def scores_of(source: Source, case: Case) -> EdgeScores | None:
-    """The scores from which the circuit was cut: those of its run or its file, if any."""
-    if case.file.scores is not None or source.run is None:
-        return case.file.scores
+def scores_of(source: Source, file: CircuitFile) -> EdgeScores | None:
+    """The scores from which a circuit was cut: those of its file or else of its run, if any."""
+    if file.scores is not None or source.run is None:
+        return file.scores
     scores = source.run.scores()
-    return scores if scores.graph == case.model.graph else None
+    return scores if scores.graph == file.circuit.graph else None
 
 
 def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pair]:
@@ -130,9 +134,10 @@ def measuring(case: Case, pairs: Sequence[Pair], count: int, unit: str) -> Itera
         bench = bench_of(case, pairs)
         start = time.perf_counter()
         bench.measure([case.file.circuit])
-        seconds = max(1, round(count * (time.perf_counter() - start)))
+        seconds = count * (time.perf_counter() - start)
         log.info(
-            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about {seconds:,} s"
+            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
+            f"{duration(seconds)}"
         )
         bench.listener = listen
         yield bench

@@ -31,7 +31,7 @@ from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import find
-from edgeprune.training.progress import counting
+from edgeprune.training.progress import counting, duration
 from edgeprune.training.snapshots import Snapshots
 from edgeprune.training.trainer import objective_of
 
@@ -63,13 +63,13 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     count = num_circuits(case.file.circuit, config.edges)
     with measuring(case, pairs, count, "cutting: circuit") as bench:
         explanation = explain_on(
-            bench, case.file.circuit, scores=scores_of(source, case), snapshots=snapshots,
+            bench, case.file.circuit, scores=scores_of(source, case.file), snapshots=snapshots,
             max_edges=config.edges, seed=config.seed,
         )  # fmt: skip
     if unable and run and config.pairs:
         log.info(f"no pushes of training pairs are measured: {unable}")
     elif run and config.pairs:
-        train = pairs_of_run(run, case)
+        train = pairs_of_run(run, case.model)
         pushes, seconds = _pushes(run, case, train, explanation, snapshots, config)
         explanation = replace(explanation, pushes=pushes)
         if config.verify:
@@ -98,10 +98,6 @@ def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> 
     return None
 
 
-def _about(seconds: float) -> str:
-    return f"about {max(1, round(seconds)):,} s"
-
-
 def _pushes(
     run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, snapshots: Snapshots,
     config: ExplainConfig,
@@ -125,7 +121,8 @@ def _pushes(
     total = num_pairs * config.snapshots
     seconds = (time.perf_counter() - started) / 4
     log.info(
-        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, {_about(seconds * total)}"
+        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, about "
+        f"{duration(seconds * total)}"
     )
     with counting(total, "differentiating: pair") as listen:
         return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
@@ -146,7 +143,7 @@ def _verify(
         pushing.append({places[pushes.pairs[i]] for i in most})
     total = config.verify * (2 + len(pushing))
     at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
-    log.info(f"verifying: {total} trainings, at most {_about(at_most)}")
+    log.info(f"verifying: {total} trainings, at most about {duration(at_most)}")
     started, done, ranks = time.perf_counter(), 0, []
     for seed in range(run.config.seed, run.config.seed + config.verify):
         orders = []
@@ -154,11 +151,11 @@ def _verify(
         for without in [set(), others, *pushing]:
             kept = [pair for place, pair in enumerate(train) if place not in without]
             digest = hashlib.sha256(repr(sorted(without)).encode()).hexdigest()[:12]
-            scores = learn_again(run, case, f"without-{digest}-seed-{seed}", kept, seed)
+            scores = learn_again(run, case.model, f"without-{digest}-seed-{seed}", kept, seed)
             orders.append(scores.ranking().argsort().tolist())  # [edge], ranks from 0
             done += 1
             remaining = (time.perf_counter() - started) / done * (total - done)
-            log.info(f"training {done}/{total}, {_about(remaining)} left")
+            log.info(f"training {done}/{total}, about {duration(remaining)} left")
         for edge, order in zip(edges, orders[2:], strict=True):
             found = (1 + each[edge.index] for each in (orders[0], order, orders[1]))
             ranks.append(Retrained(edge.title, seed, *found))

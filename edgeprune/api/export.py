@@ -6,10 +6,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of
-from edgeprune.api.shared import ablation_of, check_output, graph_of, load_model_of, own_data, read
+from edgeprune.api.choose import Choice, choose, cleaned_up, curve_of, cut
+from edgeprune.api.shared import (
+    ablation_of,
+    check_output,
+    graph_of,
+    load_model_of,
+    own_data,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
-from edgeprune.config import SIZES, ExportConfig, given_size
+from edgeprune.config import SIZES, ExportConfig, given_size, is_given
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -18,7 +26,7 @@ from edgeprune.formats import write_circuit
 from edgeprune.prompts import PairDataset
 from edgeprune.runs import layout
 from edgeprune.runs.data import first_split, load_pairs
-from edgeprune.runs.run import Run
+from edgeprune.runs.run import Run, is_run
 from edgeprune.runs.source import find
 from edgeprune.scores import EdgeScores
 
@@ -34,16 +42,16 @@ class Exported(NamedTuple):
 
 
 def export(config: ExportConfig) -> Exported:
-    """Choose a circuit from a run's scores, or convert a circuit file.
+    """Choose a circuit from a run's scores, or convert a circuit outside of a run.
 
     Raises ConfigError if the size is out of range, or the output lies in a run directory.
     """
     form = config.format or ("eap_pt" if (config.output or "").endswith(".pt") else "edges")
-    if Path(config.run).is_file():
+    if not is_run(Path(config.run)):
         return _convert(config, form)
     run = Run.open(config.run)
     if config.output is not None:
-        check_output(Path(config.output))
+        check_output(Path(config.output), [run.data_path])
     by_threshold = ("threshold", None) if config.threshold else None
     choice = given_size(config) or by_threshold or run.config.choice
     measuring = cache(lambda: Measuring.of(run))
@@ -69,7 +77,7 @@ def export(config: ExportConfig) -> Exported:
 
 
 class Measuring(NamedTuple):
-    """What measuring circuits of a run takes: its own model, prompts and ablation."""
+    """What is needed to measure circuits of a run: its own model, prompts and ablation."""
 
     model: CircuitModel
     train: PairDataset
@@ -81,6 +89,7 @@ class Measuring(NamedTuple):
         """Load them."""
         config = run.config
         model = load_model_of(config.model)
+        warn_if_changed(model, run.digests["model"])
         path = own_data(run.data_path, run.digests["data"])
         train, held_out = (
             load_pairs(path, config.task, model, split)
@@ -110,7 +119,6 @@ def choose_from(
             "threshold=true needs gates or method=acdc, but the run has other scores; give "
             f"{', '.join(f'{name}=' for name in SIZES)} or none"
         )
-
     if choice[0] == "threshold" and greedy:
         raise ConfigError(
             "choose=greedy adds edges up to a size, not to a threshold; give "
@@ -133,15 +141,16 @@ def choose_from(
 
 
 def _convert(config: ExportConfig, form: str) -> Exported:
-    """From one circuit file to another; from scores in it, also to another size."""
+    """Write a circuit file in another format; from scores in it, also a circuit of another size."""
+    source = find(config.run)
     for name in ("checkpoint", "max_kl", "min_exact_match", "threshold", "cleanup"):
-        if getattr(config, name) not in (None, False):
-            raise ConfigError(f"{name}= needs a run directory; {config.run} is a file")
+        if is_given(getattr(config, name)):
+            raise ConfigError(f"{name}= needs a run directory, which {config.run} is not")
     if config.choose == "greedy" and (config.sparsity, config.num_edges) == (None, None):
         raise ConfigError("choose=greedy needs sparsity= or num_edges= to cut the file's scores")
     if config.output is None:
         raise ConfigError(f"say where to write the circuit of {config.run}: output=FILE")
-    source, output = find(config.run), Path(config.output)
+    output = Path(config.output)
     check_output(output, reads=[source.path])
     file = read(source, graph_of(source, config.model))
     circuit = file.circuit
@@ -152,7 +161,7 @@ def _convert(config: ExportConfig, form: str) -> Exported:
                 "num_edges= need; give a run directory, or a graph of EAP-IG or MIB with scores"
             )
         ranked = file.scores.greedy() if config.choose == "greedy" else file.scores
-        circuit = ranked.circuit(sparsity=config.sparsity, num_edges=config.num_edges)
+        circuit = cut(ranked, sparsity=config.sparsity, num_edges=config.num_edges)
     d_model = file.d_model or (source.run and source.run.manifest["model"].get("d_model"))
     write_circuit(circuit, output, form, scores=file.scores, d_model=d_model, origin=source.origin)
     return Exported(circuit, output, {})

@@ -4,10 +4,18 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeprune.api.shared import check_output, load_model_of, prompts_file, read
+from edgeprune.api.shared import (
+    check_output,
+    load_model_of,
+    named_by,
+    prompts_file,
+    read,
+    warn_if_changed,
+)
 from edgeprune.circuit import Circuit
 from edgeprune.config import HeadsConfig, TaskConfig
 from edgeprune.drawing import draw_heads
@@ -18,7 +26,6 @@ from edgeprune.prompts import Pair, marked_tokens, read_records
 from edgeprune.prompts.tasks import MARKS
 from edgeprune.runs import layout
 from edgeprune.runs.data import load_pairs
-from edgeprune.runs.source import find
 
 log = logging.getLogger("edgeprune")
 
@@ -34,12 +41,12 @@ class FoundHeads(NamedTuple):
 
 def find_heads(config: HeadsConfig) -> FoundHeads:
     """Score the heads of a model that settings or a run name, and write what was found."""
-    source = find(config.run) if config.run else None
-    model_config = config.model if source is None else source.model(config.model)
-    task = config.task if source is None else source.task(config.task)
+    source, model_config, task = named_by(config)
     if config.output:
         check_output(Path(config.output), is_file=False)
     model = load_model_of(model_config)
+    if source is not None and config.model is None:
+        warn_if_changed(model, source.digest("model"))
     is_own = source is not None and model.fingerprint() == source.digest("model")
     pairs, marks = [], {}
     if task is not None:
@@ -51,8 +58,8 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
         num_random=config.random_prompts, batch_size=config.batch_size,
     )  # fmt: skip
     circuit = read(source, model.graph).circuit if is_own else None
-    own_folder = source.path.parent if is_own and source.run is not None else Path("heads")
-    folder = Path(config.output) if config.output else own_folder
+    is_of_run = is_own and source.run is not None and config.task is None
+    folder = Path(config.output or (source.path.parent if is_of_run else "heads"))
     title = model_config.title if task is None else f"{model_config.title}, {task.title}"
     record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}
     return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))
@@ -61,14 +68,16 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
 def marks_of(
     path: Path, task: TaskConfig, model: CircuitModel, pairs: Sequence[Pair]
 ) -> dict[Pair, dict[str, int]]:
-    """Where the marked words are in each prompt of a file, if the task marks any."""
+    """Where the marked words are in the prompts of a file, if the task marks any."""
     if task.name not in MARKS:
         return {}
-    records = {record.get("clean"): record for record in read_records(path)}
-    return {
-        pair: marked_tokens(model.tokenizer, record, pair, MARKS[task.name](record))
-        for pair in pairs for record in [records[pair.text]]
-    }  # fmt: skip
+    records, found = {record.get("clean"): record for record in read_records(path)}, {}
+    for pair in pairs:
+        with suppress(KeyError, ValueError):  # the user's own prompts need not be like the task's
+            record = records[pair.text]
+            ends = MARKS[task.name](record)
+            found[pair] = marked_tokens(model.tokenizer, record, pair, ends)
+    return found
 
 
 def _write(scores: HeadScores, record: dict[str, Any], folder: Path, title: str) -> list[Path]:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeprune.api.evaluate import Case
 from edgeprune.api.prune import learn
 from edgeprune.api.shared import ablation_of, own_data
-from edgeprune.config import SIZES, PruneConfig
+from edgeprune.config import PruneConfig
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.prompts import Pair
 from edgeprune.runs import layout
@@ -24,24 +24,35 @@ def check_learned(run: Run | None, asks: str, source: object) -> None:
         raise ConfigError(f"{asks} learns again, so it needs a run of prune, not {run.path}")
 
 
-def pairs_of_run(run: Run, case: Case) -> list[Pair]:
-    """The prompts from which the run learned."""
+def pairs_of_run(run: Run, model: CircuitModel) -> list[Pair]:
+    """The prompts from which the run learned.
+
+    Raises ConfigError if they have changed, or the model is not the run's.
+    """
+    if model.fingerprint() != run.digests["model"]:
+        raise ConfigError(
+            f"{run.path} learned with another model than {model.name}, or with other weights; give "
+            "the run's own"
+        )
     path = own_data(run.data_path, run.digests["data"])
-    return list(load_pairs(path, run.config.task, case.model, "train"))
+    return list(load_pairs(path, run.config.task, model, "train"))
 
 
 def learn_again(
-    run: Run, case: Case, name: str, pairs: Sequence[Pair], seed: int, *, progress: bool = True
+    run: Run,
+    model: CircuitModel,
+    name: str,
+    pairs: Sequence[Pair],
+    seed: int,
+    *,
+    progress: bool = True,
 ) -> EdgeScores:
     """Scores learned with the run's settings, or read if some of this name were learned before."""
     path = _path(run, name)
     if not path.exists():
-        config, size = run.config, {}
-        if (config.sparsity, config.num_edges) == (None, None):
-            size = {**dict.fromkeys(SIZES), "num_edges": len(case.file.circuit)}
-        config = replace(config, seed=seed, **size)
-        ablation = ablation_of(case.model, config.ablation, pairs, config.evaluation_batch_size)
-        learn(case.model, pairs, config, ablation, progress=progress).scores.save(path)
+        config = replace(run.config, seed=seed)
+        ablation = ablation_of(model, config.ablation, pairs, config.evaluation_batch_size)
+        learn(model, pairs, config, ablation, progress=progress).scores.save(path)
     return learned(run, name)
 
 

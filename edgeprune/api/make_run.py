@@ -171,8 +171,6 @@ def make_run(config: RunConfig, score: Scorer, plan: Planner) -> Finished | None
     Under several processes all call this; rank 0 writes the files and gets the result.
     """
     with World.join(config.model.device, config.launcher.timeout) as world:
-        if not world.is_rank_zero:
-            log.setLevel(logging.ERROR)
         world.check_same("the settings", str(config))
         with claim(config, world) as run:
             model, pairs, split, held_out = _load(run, world, plan)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.evaluate import load_prompts
-from edgeprune.api.shared import check_output, load_model_of, read
+from edgeprune.api.evaluate import load_prompts, scores_of
+from edgeprune.api.shared import check_output, load_model_of, read, warn_if_changed
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, MibConfig
 from edgeprune.engine.circuit_model import CircuitModel
@@ -65,8 +65,14 @@ def benchmark(config: MibConfig) -> Benchmarked:
         paths = [source.path, model_config.path, task.path, config.truth]
         check_output(output, paths, is_file=False)
     model = load_model_of(model_config)
+    if config.model is None:
+        warn_if_changed(model, source.digest("model"))
     truth = _truth(config, source, model)
-    scores = _scores(source, model)
+    scores = scores_of(source, read(source, model.graph))
+    if scores is None:
+        raise ConfigError(
+            f"{source.path} has no scores; give a run directory, or a graph of EAP-IG with scores"
+        )
     theirs, ours = eap.their_graph(model.graph).num_edges, model.graph.num_edges
     if theirs != ours and model.output is Output.logits:
         log.warning(
@@ -89,7 +95,9 @@ def benchmark(config: MibConfig) -> Benchmarked:
                 )  # fmt: skip
             records[name] |= areas[name].to_dict()
     outputs = []
-    if source.run is not None and digest == source.digest("data"):
+    digests = {"data": digest, "model": model.fingerprint()}
+    is_own = source.run is not None and source.path.name in layout.CHOSEN
+    if is_own and digests == source.run.digests:
         path = source.run.path / layout.mib(config.split)
         write_json(path, {"data": pairs.name, "graph_edges": model.graph.num_edges, **records})
         outputs.append(path)
@@ -104,15 +112,6 @@ def _truth(config: MibConfig, source: Source, model: CircuitModel) -> Circuit | 
     if config.truth is not None:
         return read(find(config.truth), model.graph).circuit
     return tracr.true_circuit(model, source.ablation().kind)
-
-
-def _scores(source: Source, model: CircuitModel) -> EdgeScores:
-    scores = source.run.scores() if source.run is not None else read(source, model.graph).scores
-    if scores is None:
-        raise ConfigError(
-            f"{source.path} has no scores; give a run directory, or a graph of EAP-IG with scores"
-        )
-    return scores
 
 
 def _submit(scores: EdgeScores, model: CircuitModel, output: Path, name: str) -> list[Path]:

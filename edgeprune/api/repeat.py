@@ -8,13 +8,14 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.evaluate import Case
 from edgeprune.api.learn_again import learn_again, learned, pairs_of_run
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.prompts import Pair, read_records
 from edgeprune.runs.run import Run
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
+from edgeprune.training.progress import duration
 
 log = logging.getLogger("edgeprune")
 
@@ -34,7 +35,7 @@ class Repeated(NamedTuple):
 
 
 def repeat(
-    run: Run, case: Case, kind: str, number: int, pairs: Sequence[Pair], world: World
+    run: Run, model: CircuitModel, kind: str, number: int, pairs: Sequence[Pair], world: World
 ) -> Repeated:
     """Learn again as the run did; what was learned earlier is read from the run.
 
@@ -44,9 +45,9 @@ def repeat(
         kind: what differs: "bootstrap", "seeds" or "templates".
         pairs: the prompts to be measured.
 
-    Raises ConfigError for prompts without templates.
+    Raises ConfigError for prompts without templates, and as `pairs_of_run` does.
     """
-    path, train = run.data_path, pairs_of_run(run, case)
+    path, train = run.data_path, pairs_of_run(run, model)
     names = [f"{kind}-{index}" for index in range(number)]
     seeds, samples, unseen = [run.config.seed] * number, [train] * number, None
     if kind == "seeds":
@@ -64,10 +65,10 @@ def repeat(
     for count, index in enumerate(mine, 1):
         start = time.perf_counter()
         learn_again(
-            run, case, names[index], samples[index], seeds[index], progress=world.is_rank_zero
+            run, model, names[index], samples[index], seeds[index], progress=world.is_rank_zero
         )
         seconds = (time.perf_counter() - start) * (len(mine) - count)
-        log.info(f"{kind} {index + 1}/{number}: about {seconds:.0f} s left")
+        log.info(f"{kind} {index + 1}/{number}: about {duration(seconds)} left")
     world.any(False)  # waits for the others
     if run.config.start:
         log.warning("all repetitions begin with the scores of start=, which makes them more alike")

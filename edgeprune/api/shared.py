@@ -8,7 +8,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgeprune.config import AblationConfig, LauncherConfig, ModelConfig, TaskConfig
+from edgeprune.config import (
+    AblateConfig,
+    AblationConfig,
+    HeadsConfig,
+    LauncherConfig,
+    ModelConfig,
+    TaskConfig,
+    TokensConfig,
+)
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
@@ -20,7 +28,7 @@ from edgeprune.prompts import Pair
 from edgeprune.runs import layout
 from edgeprune.runs.data import data_of
 from edgeprune.runs.run import run_of
-from edgeprune.runs.source import Source
+from edgeprune.runs.source import Source, find
 from edgeprune.scale.world import World
 
 log = logging.getLogger("edgeprune")
@@ -37,6 +45,25 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
         embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+
+
+def named_by(
+    config: HeadsConfig | AblateConfig | TokensConfig,
+) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
+    """The source that `run=` names, if any; and model and task: the given ones or else its own."""
+    if not config.run:
+        return None, config.model, config.task
+    source = find(config.run)
+    return source, source.model(config.model), source.task(config.task)
+
+
+def warn_if_changed(model: CircuitModel, digest: str) -> None:
+    """Warn if a model is not that of a run or circuit, whose fingerprint is given."""
+    if model.fingerprint() != digest:
+        log.warning(
+            f"{model.name} differs from the model in which the circuit was found, in its weights, "
+            "configuration or tokenizer"
+        )
 
 
 def load_meta_model_of(config: ModelConfig) -> CircuitModel:
@@ -96,10 +123,14 @@ def check_output(
     is not UTF-8.
     """
     require_utf8(output.absolute())
-    is_taken = is_file and output.exists() and not output.is_file()
-    if is_taken or any(parent.is_file() for parent in output.parents):
-        raise ConfigError(f"output={output} leads through a file or to a folder; choose another")
-    run = run_of(output)
+    file = output if is_file else output / "file"
+    is_taken = file.exists() and not file.is_file()
+    if is_taken or any(parent.is_file() for parent in file.parents):
+        raise ConfigError(
+            f"output={output} is a folder where a file is written, or a file where a folder is; "
+            "choose another"
+        )
+    run = run_of(file)
     if run is not None:
         raise ConfigError(
             f"output={output} lies in the run directory {run}, which only its own run writes to; "
@@ -149,8 +180,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
         raise ConfigError(f"a path is given twice among {', '.join(map(str, paths))}")
-    chosen = (layout.EDGES, layout.CIRCUIT)
-    named = [path.parent if path.name in chosen else path for path in whole]
+    named = [path.parent if path.name in layout.CHOSEN else path for path in whole]
     for length in range(1, max(len(path.parts) for path in named)):
         labels = [re.sub(r"[^\w.=+-]", "-", "-".join(path.parts[-length:])) for path in named]
         if len(set(labels)) == len(labels):

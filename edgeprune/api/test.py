@@ -1,6 +1,5 @@
 """Testing circuits as a sceptic would: one circuit thoroughly, or several on each other's tasks."""
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +35,6 @@ from edgeprune.runs.source import Source, find, head_labels
 from edgeprune.scale.world import World
 from edgeprune.training.progress import counting
 
-log = logging.getLogger("edgeprune")
-
 
 class Tested(NamedTuple):
     """Tables and words for people, and the files that were written."""
@@ -59,27 +56,21 @@ def test(config: TestConfig) -> Tested | None:
         raise ConfigError("got no circuit; expected edgeprune test RUN, or RUN RUN ...")
     if len(sources) > 1 and config.task is not None:
         raise ConfigError("task= takes one circuit; several are measured on their own tasks")
-    if len(sources) > 1:
-        return _test_several(sources, config)
-    return _test_one(sources[0], config)
-
-
-def _test_one(source: Source, config: TestConfig) -> Tested | None:
     if config.output:
         check_output(Path(config.output), is_file=False)
     if config.repeat:
-        check_learned(source.run, "repeat=", source.path)
-    model = source.model(config.model)
-    with World.join(model.device, config.launcher.timeout) as world:
+        check_learned(sources[0].run, "repeat=", sources[0].path)
+    with World.join(sources[0].model(config.model).device, config.launcher.timeout) as world:
         if world.count > 1 and not config.repeat:
             raise ConfigError("several processes share the repetitions of repeat=; start one")
-        if not world.is_rank_zero:
-            log.setLevel(logging.ERROR)
         world.check_same("the settings", str(config))
+        if len(sources) > 1:
+            return _test_several(sources, config)
+        source, repeated = sources[0], None
         case = load_case(source, config, device=world.device)
-        pairs, repeated = drawn(case.pairs, config), None
+        pairs = drawn(case.pairs, config)
         if config.repeat:
-            repeated = repeat(source.run, case, *config.repeats, pairs, world)
+            repeated = repeat(source.run, case.model, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
 
 
@@ -87,7 +78,7 @@ def _measure(
     source: Source, case: Case, pairs: Sequence[Pair], repeated: Repeated | None, config: TestConfig
 ) -> Tested:
     """Measure everything and write what was found."""
-    circuit, scores = case.file.circuit, scores_of(source, case)
+    circuit, scores = case.file.circuit, scores_of(source, case.file)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
     with measuring(case, pairs, count, "testing: circuit") as bench:
         findings = all_findings(

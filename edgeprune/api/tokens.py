@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.heads import marks_of, prompts_file
+from edgeprune.api.heads import marks_of
 from edgeprune.api.shared import (
     ablation_of,
     check_output,
     load_model_of,
     load_sharded_model_of,
+    named_by,
+    prompts_file,
     read,
+    warn_if_changed,
 )
 from edgeprune.config import AblationConfig, TokensConfig
 from edgeprune.drawing.tokens import render_tokens
@@ -19,7 +22,6 @@ from edgeprune.files import write_json, write_text
 from edgeprune.formats.inseq import inseq_json
 from edgeprune.runs import layout
 from edgeprune.runs.data import first_split, load_pairs
-from edgeprune.runs.source import find
 from edgeprune.scale.world import World
 from edgeprune.training.progress import progress
 
@@ -37,19 +39,20 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
 
     Under several processes all call this, with a sharded model; rank 0 writes and gets the result.
     """
-    source = find(config.run) if config.run else None
-    model_config = config.model if source is None else source.model(config.model)
-    task = config.task if source is None else source.task(config.task)
+    source, model_config, task = named_by(config)
     ablation = config.ablation or AblationConfig()
     if source is not None:
         ablation = source.ablation(config.ablation)
     if config.output:
         check_output(Path(config.output), is_file=False)
     with World.join(model_config.device, config.launcher.timeout) as world:
+        world.check_same("the settings", str(config))
         if config.launcher.shard:
             model = load_sharded_model_of(model_config, config.launcher, world)
         else:
             model = load_model_of(model_config)
+        if source is not None and config.model is None:
+            warn_if_changed(model, source.digest("model"))
         circuit = None if source is None else read(source, model.graph, ablation).circuit
         with prompts_file(source, config.task, model) as path:
             pairs = load_pairs(path, task, model, config.split)[: config.prompts]
@@ -67,7 +70,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         if not world.is_rank_zero:
             return None
         is_own = (
-            source is not None and source.run is not None
+            source is not None and source.run is not None and source.path.name in layout.CHOSEN
             and config.task is None and config.ablation is None
             and model.fingerprint() == source.digest("model")
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -38,6 +39,17 @@ def print_log() -> None:
 def print_result(text: str) -> None:
     """Print a line on standard output; never read as markup."""
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_paths(paths: Sequence[Path], what: str = "FILE") -> None:
+    """Print where a result was written, or why nowhere; `what` is what output= would name."""
+    if paths:
+        print_result(f"-> {', '.join(map(str, paths))}")
+    else:
+        print_result(
+            "Nothing was written: circuit, model, prompts or ablation are not those of a run; "
+            f"output={what} writes the result."
+        )
 
 
 def print_shaded(tokens: Sequence[tuple[str, tuple[int, int, int], str]]) -> None:

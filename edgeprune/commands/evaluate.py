@@ -1,6 +1,6 @@
 """`edgeprune evaluate`."""
 
-from edgeprune.commands.console import print_result, print_table
+from edgeprune.commands.console import print_paths, print_result, print_table
 from edgeprune.config import EvaluateConfig
 
 
@@ -17,10 +17,4 @@ def evaluate(config: EvaluateConfig) -> None:
         f"The least faithful prompt is {worst.text!r}, where the full model predicts "
         f"{worst.full_prediction!r} and the circuit {worst.circuit_prediction!r}."
     )
-    if done.output is None:
-        print_result(
-            "Nothing was written: circuit, model, prompts or ablation are not those of a run; "
-            "output=FILE writes the result."
-        )
-    else:
-        print_result(f"-> {done.output}")
+    print_paths([] if done.output is None else [done.output])

@@ -1,6 +1,6 @@
 """`edgeprune explain`."""
 
-from edgeprune.commands.console import print_result, print_table
+from edgeprune.commands.console import print_paths, print_result, print_table
 from edgeprune.config import ExplainConfig
 
 
@@ -13,12 +13,6 @@ def explain(config: ExplainConfig) -> None:
     for table in explanation_tables(done.explanation, done.title):
         print_table(table)
     print_result(in_words(done.explanation))
-    if done.output is None:
-        print_result(
-            "Nothing was written: circuit, model, prompts or ablation are not those of a run; "
-            "output=FILE writes the result."
-        )
-        return
-    print_result(f"-> {done.output}")
-    if config.output is None:
+    print_paths([] if done.output is None else [done.output])
+    if done.output is not None and config.output is None:
         print_result(f"`edgeprune page {done.output.parent}` shows it on the page.")

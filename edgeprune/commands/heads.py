@@ -1,6 +1,6 @@
 """`edgeprune heads`."""
 
-from edgeprune.commands.console import print_result, print_table
+from edgeprune.commands.console import print_paths, print_table
 from edgeprune.config import HeadsConfig
 
 
@@ -14,4 +14,4 @@ def heads(config: HeadsConfig) -> None:
     if done.circuit is not None:
         for table in circuit_tables(done.scores.labels, done.circuit):
             print_table(table)
-    print_result(f"-> {', '.join(map(str, done.paths))}")
+    print_paths(done.paths)

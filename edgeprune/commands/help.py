@@ -18,6 +18,7 @@ from edgeprune.config import (
     TrainerConfig,
     dataclass_of,
     each_setting,
+    to_dict,
 )
 from edgeprune.paths import CONF
 
@@ -145,14 +146,16 @@ def _described(
     hints, docs = get_type_hints(config), _field_docs(config)
     for field in fields(config):
         name, part = f"{prefix}{field.name}", dataclass_of(hints[field.name])
+        value = field.default_factory() if field.default is MISSING else field.default
         if part is TrainerConfig:
             values = yaml.safe_load((CONF / f"trainer/{trainer}.yaml").read_text())
             part = TRAINERS[values.pop("defaults")[0].removesuffix("_schema")]
             rows += _described(part, f"{name}.", trainer, values)
         elif part is not None:
-            rows += _described(part, f"{name}.", trainer)
+            if field.name in docs:
+                rows.append((f"{name}=null" if value is None else name, docs[field.name]))
+            rows += _described(part, f"{name}.", trainer, value and to_dict(value))
         elif name != "trainer.method" and not field.metadata.get("hidden"):
-            value = field.default_factory() if field.default is MISSING else field.default
             value = (given or {}).get(field.name, value)
             rows.append((f"{name}={_as_text(value)}", docs.get(field.name, "")))
     return rows

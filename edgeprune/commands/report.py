@@ -14,4 +14,5 @@ def report(config: ReportConfig) -> None:
         for series in group.series:
             print_table(frontier_table(group, series))
     number = sum(len(point.runs) for group in groups for point in group.points)
-    print_result(f"{number} runs -> {folder}/report.html, plots, CSV files, consensus circuits")
+    runs = f"{number:,} run{'s' if number > 1 else ''}"
+    print_result(f"{runs} -> {folder}/report.html, plots, CSV files, consensus circuits")

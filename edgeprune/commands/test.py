@@ -1,6 +1,6 @@
 """`edgeprune test`."""
 
-from edgeprune.commands.console import print_result, print_table
+from edgeprune.commands.console import print_paths, print_result, print_table
 from edgeprune.commands.run import start_processes
 from edgeprune.config import TestConfig
 
@@ -17,10 +17,4 @@ def test(config: TestConfig) -> None:
     for table in done.tables:
         print_table(table)
     print_result(done.words)
-    if done.paths:
-        print_result(f"-> {', '.join(map(str, done.paths))}")
-    else:
-        print_result(
-            "Nothing was written: circuit, model, prompts or ablation are not those of a run; "
-            "output=FOLDER writes the result."
-        )
+    print_paths(done.paths, "FOLDER")

@@ -1,6 +1,6 @@
 """`edgeprune tokens`."""
 
-from edgeprune.commands.console import print_result, print_shaded, print_table
+from edgeprune.commands.console import print_paths, print_result, print_shaded, print_table
 from edgeprune.commands.run import start_processes
 from edgeprune.config import TokensConfig
 
@@ -9,7 +9,7 @@ SHOWN = 3
 
 
 def tokens(config: TokensConfig) -> None:
-    """Find out to which tokens of the prompt answers are due."""
+    """Attribute answers to the tokens of their prompts."""
     if start_processes("tokens", config.launcher):
         return
     from edgeprune.api.tokens import find_tokens
@@ -32,4 +32,4 @@ def tokens(config: TokensConfig) -> None:
     for table in token_tables(done.result, f"{done.title}: {data['target']}"):
         print_table(table)
     print_result(in_words(done.result))
-    print_result(f"-> {', '.join(map(str, done.paths))}")
+    print_paths(done.paths)

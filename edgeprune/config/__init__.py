@@ -56,6 +56,7 @@ from edgeprune.config.settings import (
     SPLITS,
     TOKEN_TARGETS,
     given_size,
+    is_given,
     to_dict,
 )
 
@@ -102,6 +103,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "given_size",
+    "is_given",
     "settings_with",
     "to_dict",
 ]  # fmt: skip

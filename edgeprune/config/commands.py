@@ -47,8 +47,8 @@ class TestConfig(Settings):
     """Test a circuit as a sceptic would; several circuits: each on the others' prompts."""
 
     circuits: list[str] = setting(list)
-    """Run directory or circuit file; with several of one model, each circuit is measured on, and
-    cut out of the model on, the prompts of every other."""
+    """Run directories or circuit files. Several circuits of one model are measured on each other's
+    prompts, and cut out of the model there."""
     model: ModelConfig | None = None
     """null: the model in which the circuit was found."""
     task: TaskConfig | None = None
@@ -92,6 +92,11 @@ class TestConfig(Settings):
                 raise ConfigError("repeat=templates measures the run's own prompts; omit task=")
         if self.launcher.shard:
             raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
+        if self.launcher.processes != 1 and self.repeat is None:
+            raise ConfigError(
+                f"launcher.processes={self.launcher.processes} needs repeat=: several processes "
+                "can only share its repetitions; add it, or use one process"
+            )
 
     @property
     def repeats(self) -> tuple[str, int]:
@@ -119,17 +124,17 @@ class ExplainConfig(Settings):
     edges: int | None = setting(None, at_least=1)
     """Number of edges, and of nodes, to cut, the highest-ranked first; null: all of the circuit."""
     pairs: int = setting(200, at_least=0)
-    """Number of training pairs, drawn at random, whose pushes on the edges are measured, in a run
-    with trainer=every_size; 0: none."""
+    """Number of training pairs, drawn at random, for which it is measured how they push the scores
+    of the edges; only for runs with trainer=every_size. 0: none."""
     snapshots: int = setting(10, at_least=2)
-    """Number of the run's snapshots at which they are measured; each pair takes a forward and a
-    backward pass at each."""
+    """Number of the run's snapshots at which these pushes are measured; each pair takes a forward
+    and a backward pass per snapshot."""
     verify: int = setting(0, at_least=0)
     """Number of seeds with which the run is trained again, without the training pairs that pushed
     an edge most and without as many random ones, to see whether the edge falls; 0: none. A verdict
     takes at least 6. All training pairs are then measured."""
     verify_edges: int = setting(5, at_least=1)
-    """Number of edges for which this is tried, those whose cut does most; one training each."""
+    """Number of edges to verify, those whose cut changes most; each takes a training per seed."""
     verify_share: float = setting(0.25, above=0, at_most=0.9)
     """Share of the training pairs that are left out."""
     batch_size: int | None = setting(None, at_least=1)
@@ -211,7 +216,7 @@ class HeadsConfig(Settings):
     split: str = setting("test", choices=SPLITS)
     """Which of the task's prompts."""
     prompts: int = setting(100, at_least=1)
-    """Number of the task's prompts to average over."""
+    """Number of the task's prompts to average over, the first of the split."""
     random_prompts: int = setting(50, at_least=1)
     """Number of prompts of repeated random tokens."""
     length: int = setting(50, at_least=2)
@@ -219,8 +224,8 @@ class HeadsConfig(Settings):
     batch_size: int = setting(16, at_least=1)
     """Prompts per forward pass."""
     output: str | None = None
-    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if the model is
-    its own, else `heads`."""
+    """Folder for heads.json, heads.csv and heads.png; null: the run's directory if model and task
+    are its own, else `heads`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,26 +243,27 @@ class AblateConfig(Settings):
     """KIND:N, the N heads with the highest score of a kind: induction:16, previous_token:8,
     duplicate_token:4, name_mover:9, ...; see `edgeprune heads`."""
     scores: str | None = None
-    """heads.json of `edgeprune heads`, for heads=; null: the run's, or scores made anew."""
+    """For heads=: a heads.json of `edgeprune heads`. null: the run's if it has one; otherwise the
+    heads are scored first."""
     nodes: list[str] = setting(list)
-    """Or nodes by name, such as [a5.h1,m3]."""
+    """Instead of heads=: nodes by name, such as [a5.h1,m3]."""
     circuit: str | None = None
-    """Or the heads and MLPs of a circuit: a run directory or a circuit file."""
+    """Instead of heads=: the heads and MLPs of a circuit, a run directory or circuit file."""
     complement: bool = False
     """Ablate all other heads and MLPs instead."""
     model: ModelConfig | None = None
     """null: the run's."""
     task: TaskConfig | None = None
     """null: the run's."""
-    ablation: AblationConfig = setting(AblationConfig)
+    ablation: AblationConfig = setting(partial(AblationConfig, kind="zero"))
     """What takes the place of the nodes' outputs. Means are over the training prompts; tokens that
     are generated get the mean over all positions."""
     split: str = setting("test", choices=SPLITS)
     """Which of the task's prompts."""
     prompts: int = setting(200, at_least=2)
-    """Number of prompts."""
+    """Number of prompts, the first of the split."""
     generate: int = setting(0, at_least=0)
-    """Number of tokens to generate after each prompt; right are texts that contain an answer."""
+    """Number of tokens to generate after each prompt; a text is right if it contains an answer."""
     random_sets: int = setting(20, at_least=0)
     """Number of random sets with as many heads in each layer."""
     batch_size: int = setting(32, at_least=1)
@@ -282,7 +288,7 @@ class AblateConfig(Settings):
 
 @dataclass
 class TokensConfig(Settings):
-    """Find out to which tokens of the prompt answers are due, through model and circuit."""
+    """Attribute answers to the tokens of their prompts, through the model and the circuit."""
 
     run: str = ""
     """Run directory or circuit file, whose model, task, ablation and circuit are used; or give
@@ -304,7 +310,7 @@ class TokensConfig(Settings):
     split: str = setting("test", choices=SPLITS)
     """Which of the task's prompts."""
     prompts: int = setting(20, at_least=1)
-    """Number of prompts."""
+    """Number of prompts, the first of the split."""
     batch_size: int = setting(8, at_least=1)
     """Prompts per forward and backward pass."""
     output: str | None = None
@@ -377,10 +383,10 @@ class PrepareConfig(Settings):
     model: ModelConfig = setting(ModelConfig)
     """Its tokenizer decides which prompts fit."""
     counterfactual: str | None = None
-    """With task.path: make prompts of rows of a dataset of the MIB benchmark, a JSONL file, or a
-    folder with train.jsonl, validation.jsonl and test.jsonl, of which the first (task.train etc.)
-    are kept. This is the column with the corrupted prompts; null: s2_io_flip_counterfactual,
-    symbol_counterfactual or random_counterfactual, as in the benchmark."""
+    """Where task.path has rows of a dataset of the MIB benchmark (a JSONL file, or a folder with
+    train.jsonl, validation.jsonl and test.jsonl, of which the first task.train etc. are used): the
+    column with the corrupted prompts. null: s2_io_flip_counterfactual, symbol_counterfactual or
+    random_counterfactual, as in the benchmark."""
     output: str | None = None
     """File to write; null: TASK.jsonl."""
 

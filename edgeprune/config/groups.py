@@ -137,8 +137,8 @@ class TrainerConfig(Settings):
     batch_size: int = setting(16, at_least=1)
     """Pairs per step."""
     learning_rate: float = setting(0.3, above=0)
-    """Largest learning rate; in the end it falls linearly to 0. With trainer=every_size, fewer
-    steps need a larger one (0.8 for 100), because scores have the same way to go."""
+    """Largest learning rate, which falls linearly to 0 at the end. With trainer=every_size, fewer
+    steps need a larger one (0.8 for 100 steps), because the scores have to move as far."""
     objective: str = setting("kl", choices=OBJECTIVES)
     """What is minimised: kl, the KL divergence from the full model (or where outputs are values,
     the unexplained variance); logit_difference, the squared error of the logit difference between
@@ -182,7 +182,8 @@ class EverySizeConfig(TrainerConfig):
 
     method: str = "every_size"
     temperature: float = setting(0.5, above=0)
-    """How gradually gates close with falling scores, at the end; four times that at the start."""
+    """Temperature at the end: how gradually gates close as scores fall. It starts at four times
+    this."""
     smallest: float = setting(0.005, above=0, at_most=0.5)
     """Smallest size that is trained, as a share of the edges; smaller circuits are not ranked."""
 
@@ -254,7 +255,7 @@ class PricedConfig(HardConcreteConfig):
 
     method: str = "priced"
     adam_epsilon: float = setting(1e-8, above=0)
-    """Adam divides a gradient by its size plus this; gradients far below it move slowly."""
+    """Adam divides gradients by their size plus this, so gradients far below it move little."""
     edge_price: float = setting(0.01, above=0)
     """What each edge that is expected to be open adds to the loss."""
 

@@ -18,9 +18,9 @@ from edgeprune.config.settings import (
     DEFAULT_CHOICE,
     FREE,
     MAX_EVALUATION_BATCH,
-    SIZES,
     Settings,
     given_size,
+    is_given,
     setting,
 )
 from edgeprune.errors import ConfigError
@@ -101,7 +101,7 @@ class PruneConfig(RunConfig):
             "cleanup=": self.cleanup, "trainer.cuda_graph=": self.trainer.cuda_graph,
             "model.fused=": self.model.fused, "model.bits=": self.model.bits,
         }  # fmt: skip
-        given = [name for name, value in one_process.items() if value not in (None, False)]
+        given = [name for name, value in one_process.items() if is_given(value)]
         if self.launcher.shard and given:
             raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
 
@@ -167,10 +167,15 @@ class AttributeConfig(RunConfig):
                 f"method={self.method} with metric=kl scores all edges 0, since the KL has no "
                 "gradient at the clean prompts; give metric=logit_difference or method=eap_ig"
             )
-        if self.circuit is not None and self.method not in CUTTING:
-            raise ConfigError(f"circuit= is for method={' and '.join(CUTTING)}, got {self.method}")
+        if self.circuit is not None:
+            self.check_cuts()
         if self.launcher.shard:
             raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
+
+    def check_cuts(self) -> None:
+        """Raise ConfigError unless the method cuts edges, as `circuit` requires."""
+        if self.method not in CUTTING:
+            raise ConfigError(f"circuit= is for method={' and '.join(CUTTING)}, got {self.method}")
 
     @property
     def default_choice(self) -> tuple[str, float | None]:
@@ -216,7 +221,8 @@ class ExportConfig(Settings):
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
     the validation prompts. Without any of these four settings: as the run asked for."""
     threshold: bool = False
-    """Find a threshold by binary search, for gates of the published method or of trainer=tracr."""
+    """Choose by a threshold: with trainer=paper or tracr one that is found by binary search and
+    makes the circuit as sparse as the gates, with method=acdc the run's own."""
     choose: str = setting("best", choices=("best", "greedy"))
     """best: the edges of the highest scores; greedy: grow the circuit from the output, adding the
     best edge into a node that already has an edge to follow, as EAP-IG and MIB do."""
@@ -235,6 +241,6 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        if self.threshold and given:
-            raise ConfigError(f"threshold=true finds the size itself; leave out {given[0]}")
+        size = given_size(self)
+        if self.threshold and size:
+            raise ConfigError(f"threshold=true finds the size itself; leave out {size[0]}")

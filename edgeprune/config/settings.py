@@ -65,9 +65,9 @@ def setting(default: Any, **metadata: Any) -> Any:
         default: its default value; a class or function is called to make one.
         metadata: `resumable=True` if a run may be resumed with another value;
             `distinguishes=False` if runs with different values are the same experiment in a report;
-            `digest` ("model" or "data") if that digest of the run identifies the value, wherever it
-            lies; `hidden=True` if users do not set it; the bounds `at_least`, `at_most`, `above`;
-            and the `choices` of a value.
+            `digest` ("model" or "data") if the value is a path, whose content this digest of the
+            run identifies wherever it lies; `hidden=True` if users do not set it; the bounds
+            `at_least`, `at_most`, `above`; and the `choices` of a value.
     """
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -127,6 +127,11 @@ def _expand(value: Any) -> Any:
 
 to_dict = dataclasses.asdict
 """A settings object as JSON values, as written to config.yaml."""
+
+
+def is_given(value: Any) -> bool:
+    """Whether a setting whose default is null or false has another value; 0 is one."""
+    return value is not None and value is not False
 
 
 def given_size(settings: Settings) -> tuple[str, float] | None:

@@ -127,9 +127,16 @@ class CircuitModel:
         return next(self.architecture.body.parameters()).device
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Raises DataError if there are no prompts, or one does not fit the model."""
+        """Raises DataError if there are no prompts, or one does not fit the model; TypeError for
+        something else than prompts."""
         if not len(pairs):
             raise DataError("got no prompts; give at least one pair, from load_dataset")
+        for pair in pairs:
+            if not isinstance(pair, Pair):
+                raise TypeError(
+                    f"got a {type(pair).__name__} as a prompt, expected a Pair, from load_dataset "
+                    "or encode_pair"
+                )
         longest = max(len(pair.clean_ids) for pair in pairs)
         if longest > self.max_length:
             raise DataError(

@@ -1,7 +1,7 @@
 """Compare circuits: shared edges and nodes, agreement with a reference, and a consensus."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import reduce
 from itertools import combinations
 from operator import and_, or_, sub
@@ -67,7 +67,8 @@ def times_kept(circuits: Sequence[Circuit]) -> dict[Edge, int]:
 
 
 def consensus(circuits: Sequence[Circuit]) -> Circuit:
-    """The edges that more than half of the circuits have."""
+    """The edges that more than half of the circuits have; errors as for `compare`."""
+    _check(circuits)
     kept = {edge for edge, count in times_kept(circuits).items() if 2 * count > len(circuits)}
     return Circuit(circuits[0].graph, frozenset(kept))
 
@@ -78,8 +79,12 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     The entries `connected` compare the circuits without their dangling edges. An edge can dangle in
     one circuit and not in another, so they cannot be derived from the other entries.
 
-    Raises KeyError if no circuit has the reference's name, ValueError if the graphs differ.
+    Raises KeyError if no circuit has the reference's name, ValueError if there are no circuits or
+    the graphs differ, TypeError if `circuits` are not circuits by name.
     """
+    if not isinstance(circuits, Mapping):
+        raise TypeError(f"got a {type(circuits).__name__}, expected circuits by name: {{'a': ...}}")
+    _check(circuits.values())
     connected = {name: circuit.without_dangling() for name, circuit in circuits.items()}
     whole, alive = parts(circuits), parts(connected)
     result: dict[str, Any] = {
@@ -109,6 +114,14 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
         result["reference"] = reference
         result["agreement"] = {n: {"edges": edges[n], "nodes": nodes[n]} for n in others}
     return result
+
+
+def _check(circuits: Collection[Circuit]) -> None:
+    """Raise ValueError if there are no circuits, TypeError if something else is among them."""
+    if not circuits:
+        raise ValueError("got no circuits; give at least one")
+    for circuit in circuits:
+        Circuit.check(circuit)
 
 
 def kinds_of_heads(

@@ -137,7 +137,7 @@ class AtPoints(_Gradients):
             return open_pass.differentiate(self.objective, points)
 
     def _rules(self) -> AbstractContextManager[None]:
-        """By which the method differentiates, if not by the gradient."""
+        """The method's backward rules; none if it takes the gradient."""
         return backward_rules(self.model, self.method) if self.method in RULES else nullcontext()
 
 

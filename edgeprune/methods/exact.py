@@ -21,7 +21,7 @@ CHUNK = 8
 
 
 class _Cutting(Attribution):
-    """What cutting edges takes."""
+    """Measures circuits with and without some edges, from the edges' layer on."""
 
     @cached_property
     def _kept(self) -> Tensor:

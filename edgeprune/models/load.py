@@ -187,6 +187,7 @@ def pick_device(device: str) -> str:
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices = ["cuda", *devices, "cpu"] if devices else ["cpu"]
     devices += ["mps"] if torch.backends.mps.is_available() else []
+    device = "cpu" if device == "cpu:0" else device
     if device not in ("auto", *devices):
         raise ModelError(
             f"there is no device {device!r} on this machine; choose auto or {', '.join(devices)}"

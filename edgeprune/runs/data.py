@@ -43,7 +43,7 @@ def data_of(task: TaskConfig, tokenizer: Any) -> Iterator[Path]:
 
 
 def load_pairs(path: Path, task: TaskConfig, model: CircuitModel, split: str) -> PairDataset:
-    """One split of a task's file, as far as its prompts are short enough."""
+    """The pairs of one split of a task's file whose prompts are short enough."""
     limit = min(model.max_length, task.max_length or model.max_length)
     pairs = load_dataset(path, model.tokenizer, split, max_length=limit)
     model.check_prompts(pairs)

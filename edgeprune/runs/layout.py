@@ -21,6 +21,8 @@ CIRCUIT = "circuit.json"
 """The chosen circuit with its graph and origin."""
 EDGES = "edges.json"
 """The chosen circuit as a bare list of [writer, reader] pairs."""
+CHOSEN = (CIRCUIT, EDGES)
+"""The files of the chosen circuit; others in a run directory may hold other circuits."""
 GRAPH_JSON, GRAPH_PT = "graph.json", "graph.pt"
 """The chosen circuit as a graph of EAP-IG and MIB."""
 TESTS, TESTS_PLOT = "test.json", "test.png"

@@ -53,6 +53,9 @@ from edgeprune.training.snapshots import Snapshots
 
 log = logging.getLogger("edgeprune")
 
+PATHS = ("task.path", "model.path", "start", "circuit")
+"""The settings that are paths of what a run reads."""
+
 
 class Run:
     """A run directory.
@@ -68,13 +71,13 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """Open an existing run; raises ConfigError if it is none, or damaged."""
+        """Open an existing run; raises ConfigError if the directory is not a run, or damaged."""
         path = Path(path)
         require_utf8(path)
         if not is_run(path):
             raise ConfigError(
                 f"{path} is not a run directory (it has no {layout.MANIFEST}); give the run_dir of "
-                "an `edgeprune prune` or `attribute`"
+                "`edgeprune prune` or `edgeprune attribute`"
             )
         file = path / layout.CONFIG
         try:
@@ -191,7 +194,8 @@ class Run:
         for split in SPLITS:
             path = self.path / layout.evaluation(split)
             try:
-                found |= {split: dict(json.loads(path.read_bytes()))} if path.exists() else {}
+                if path.exists():
+                    found[split] = dict(json.loads(path.read_bytes()))
             except (OSError, ValueError, TypeError) as error:
                 log.warning(f"{path} is damaged and left out ({error}); evaluate again")
         return found
@@ -213,7 +217,7 @@ class Run:
             is_asked = file.origin.get("chosen_by") == chosen_by(config.choice)
         if not is_asked or self.is_unfinished(file.origin.get("scores", {})):
             raise ConfigError(
-                "its circuit is unfinished, or was chosen otherwise than it asked for; let the run "
+                "its circuit is unfinished, or was not chosen as its settings ask; let the run "
                 f"end (its command, with resume=auto), then `edgeprune export {self.path}` and "
                 "evaluate"
             )
@@ -258,8 +262,8 @@ class Run:
         """The lines of metrics.jsonl, up to one that a crash or a full disk damaged."""
         file, read = self.path / layout.METRICS, []
         with suppress(OSError, ValueError, LookupError, TypeError):
-            for line in file.read_text("utf-8", "replace").splitlines():
-                read.append({**json.loads(line), "step": int(json.loads(line)["step"])})
+            for line in map(json.loads, file.read_text("utf-8", "replace").splitlines()):
+                read.append({**line, "step": int(line["step"])})
         return read
 
     def truncate_log(self, step: int) -> None:
@@ -361,7 +365,9 @@ def _lock(folder: Path) -> FileLock:
 def _check_claim(place: Path, config: RunConfig) -> None:
     """Raise ConfigError unless a run may replace or continue the one in a directory."""
     if config.overwrite:
-        for name, path in (("task.path", config.task.path), ("model.path", config.model.path)):
+        settings = flatten(to_dict(config))
+        for name in PATHS:
+            path = settings.get(name)
             if path and Path(path).resolve().is_relative_to(place.resolve()):
                 raise ConfigError(
                     f"{name}={path} would be deleted with the earlier run in {place}; copy it "
@@ -390,9 +396,10 @@ def _check_claim(place: Path, config: RunConfig) -> None:
 def _portable(config: RunConfig) -> dict[str, Any]:
     """The settings as JSON values, with paths that are valid from any directory."""
     settings = to_dict(config)
-    for part in (settings["task"], settings["model"]):
-        if part["path"] and Path(part["path"]).exists():  # not a hub name
-            part["path"] = str(Path(part["path"]).absolute())
+    for group, _, name in (path.rpartition(".") for path in PATHS):
+        part = settings[group] if group else settings
+        if part.get(name) and Path(part[name]).exists():  # not a hub name
+            part[name] = str(Path(part[name]).absolute())
     return settings
 
 

@@ -88,12 +88,12 @@ def find(given: str | Path) -> Source:
             "circuit.json, or a graph of EAP-IG or MIB"
         )
     if path.is_dir():
-        names = [n for n in (layout.CIRCUIT, layout.EDGES) if (path / n).is_file()]
+        names = [n for n in layout.CHOSEN if (path / n).is_file()]
         path = path / names[0] if names else Run.open(path).circuit_path
     run = Run.open(path.parent) if is_run(path.parent) else None
     origin, graph = (run.origin, run.graph) if run else ({}, None)
     note = path.with_name(layout.CIRCUIT)
-    if path.name in (layout.CIRCUIT, layout.EDGES) and note.is_file():
+    if path.name in layout.CHOSEN and note.is_file():
         found = read_circuit(note)
         origin, graph = {**origin, **found.origin}, found.circuit.graph
     elif run is None:

@@ -5,6 +5,7 @@ runs its part of the batch, and sums its gradients with those of the others. All
 take the same step, which is the step of a single process. Rank 0 alone writes files.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -46,9 +47,9 @@ class World:
     def join(cls, device: str, timeout: int) -> Self:
         """Join the processes that `accelerate launch`, `torchrun` or run_scripts/ have started.
 
-        A process stops waiting for another after `timeout` minutes.
+        A process stops waiting for another after `timeout` minutes. All but rank 0 log errors only.
         """
-        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        on_cpu = device.startswith("cpu") or not torch.cuda.is_available()
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else it waits for dead processes
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         try:
@@ -62,6 +63,8 @@ class World:
             ) from None
         if expected == 1:
             return cls(device=device)
+        if state.process_index > 0:  # rank 0 speaks for all
+            logging.getLogger("edgeprune").setLevel(logging.ERROR)
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"model.device={device} is one device, for {expected} processes")
         return cls(expected, state.process_index, "cpu" if on_cpu else str(state.device))

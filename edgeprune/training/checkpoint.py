@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     path = checkpoint_path(folder, checkpoint.step)
     try:
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         hint = "Remove the cause and continue with resume=auto; earlier checkpoints are intact"
         raise CheckpointError(f"cannot save {path}: {error}. {hint}") from None
 

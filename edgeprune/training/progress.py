@@ -56,6 +56,14 @@ def counting(total: int, unit: str) -> Iterator[Callable[[float], None]]:
         yield add
 
 
+def duration(seconds: float) -> str:
+    """A duration in words, such as "3 minutes"; "90 s" if it is less than two minutes."""
+    for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(1, round(seconds))} s"
+
+
 @contextmanager
 def open_tracker(
     project: str, run_dir: Path, settings: dict[str, Any]

@@ -23,11 +23,12 @@ from edgeprune.errors import CheckpointError
 from edgeprune.files import write_atomically
 
 NUM_SNAPSHOTS = 50
-"""Most snapshots of a run after its start; runs of less than a thousand steps have fewer."""
+"""Maximum number of snapshots after the start of a run; runs of less than a thousand steps have
+fewer."""
 
 
 def is_due(step: int, steps: int) -> bool:
-    """Whether a run of so many steps takes a snapshot after a step, from 1; always at its end."""
+    """Whether a run of `steps` steps takes a snapshot after `step` of them; always at its end."""
     reached, before = (isqrt(NUM_SNAPSHOTS**2 * done // steps) for done in (step, step - 1))
     return reached > before
 
@@ -45,8 +46,10 @@ class Snapshots:
     scores: Tensor
 
     def with_snapshot(self, step: int, scores: Tensor) -> Snapshots:
-        """The snapshots before a step, and one after it, of [edge]; those of later steps, from
-        before the run was resumed, go."""
+        """The snapshots before a step, and a new one of `scores`, [edge], after it.
+
+        Those of later steps, which a run took before it was resumed, are dropped.
+        """
         known = self.steps < step
         steps = torch.cat([self.steps[known], torch.tensor([step])])
         return Snapshots(steps, torch.cat([self.scores[known], scores.cpu().float()[None]]))
