@@ -12,7 +12,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY) dot ## discover, evaluate and draw a circuit of the embedded model
-	$(BIN)/edgeprune prune experiment=ioi run_dir=runs/demo overwrite=true
+	$(BIN)/edgeprune prune experiment=ioi task.test=300 run_dir=runs/demo overwrite=true
 	$(BIN)/edgeprune evaluate runs/demo head_permuted=1
 	$(BIN)/edgeprune draw runs/demo
 	@echo "look into the circuit: runs/demo/page.html; its picture: runs/demo/circuit.pdf (.png, .svg)"
