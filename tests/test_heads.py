@@ -187,6 +187,7 @@ def test_kinds_in_a_circuit():
     circuit = Circuit.from_edges(graph, edges)
     labels = {"a0.h0": ["previous token"], "a1.h0": ["induction", "copying"],
               "a0.h1": ["induction"]}  # fmt: skip
+    assert circuit_tables({}, circuit) == []
     kinds, between = circuit_tables(labels, circuit)
     assert ["induction", "2", "1"] in kinds.rows  # a0.h1 dangles
     assert ["previous token", "1", "1"] in kinds.rows

@@ -439,7 +439,7 @@ def circuit_tables(labels: Mapping[str, Sequence[str]], circuit: Circuit) -> lis
     """How many heads of each kind a circuit has, and how many of its edges join the kinds.
 
     Only edges on a path from the input to the output count. A head of several kinds counts for each
-    of them, its edges for the first only.
+    of them, its edges for the first only. Tables without rows are left out.
     """
     circuit = circuit.without_dangling()
     kind_of = {head: kinds[0] for head, kinds in labels.items()}
@@ -454,10 +454,11 @@ def circuit_tables(labels: Mapping[str, Sequence[str]], circuit: Circuit) -> lis
         if writer in kind_of:
             between.update((kind_of[writer], target) for target in into)
     edges = [[*pair, str(count)] for pair, count in between.most_common()]
-    return [
+    tables = [
         Table(["", "heads in\nthe model", "in the\ncircuit"], rows, "kinds of heads"),
         Table(["", "into", "edges"], edges, "edges between heads of these kinds"),
     ]
+    return [table for table in tables if table.rows]
 
 
 def _short(head: str) -> str:
