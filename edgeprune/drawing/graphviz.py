@@ -30,7 +30,7 @@ FILL = {
 """Box colour per kind of node: light, and distinguishable for colour-blind readers."""
 LINE = {"q": "#2F6FB7", "k": "#C0473B", "v": "#7A4BAA", "mlp": "#B07A0C", "output": "#4A4E57"}
 """Edge colour per kind of reader."""
-KINDS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP", "output": "output"}
+READER_KINDS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP", "output": "output"}
 """Kinds of readers, as named in the legend."""
 NAMES = {
     "tok_embeds": "Token embedding", "pos_embeds": "Position embedding", "embeds": "Embedding",
@@ -227,7 +227,7 @@ def _caption(
     title: str, edges: list[Edge], num_nodes: int, num_arrows: int, groups: Sequence[EdgeGroup]
 ) -> str:
     """Title, numbers of edges and nodes, and the meaning of the colours, as an HTML-like label."""
-    entries = [(LINE[kind], text) for kind, text in KINDS.items()]
+    entries = [(LINE[kind], text) for kind, text in READER_KINDS.items()]
     if groups:
         counts = [(group, len(set(edges) & set(group.edges))) for group in groups]
         entries = [(group.color, f"{group.name} ({count:,})") for group, count in counts if count]

@@ -21,7 +21,7 @@ from edgeprune.prompts import Batch, Pair, iterate_batches
 
 log = logging.getLogger("edgeprune")
 
-KINDS = ("interchange", "zero", "mean")
+ABLATIONS = ("interchange", "zero", "mean")
 """The supported kinds of ablation."""
 
 
@@ -51,8 +51,8 @@ class Ablation:
         per_position: bool = True,
         batch_size: int = 64,
     ) -> None:
-        if kind not in KINDS:
-            raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(KINDS)}")
+        if kind not in ABLATIONS:
+            raise ConfigError(f"unknown ablation {kind!r}; choose {', '.join(ABLATIONS)}")
         self.kind, self.per_position = kind, per_position
         self.needs_corrupted = kind == "interchange"
         num_same = sum(pair.clean_ids == pair.corrupted_ids for pair in reference_set)

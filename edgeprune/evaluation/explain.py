@@ -32,7 +32,7 @@ NUM_CONTROLS = 20
 """Number of random edges outside of the circuit that are cut from the full model."""
 NUM_CHANGES, NUM_PROMPTS = 8, 3
 """Maximum number of changes listed per cut, and of the prompts that need the edge most."""
-KINDS = {
+FLIPS = {
     "full": "full\nmodel's", "distractor": "dis-\ntractor",
     "empty": "empty\ncircuit's", "corrupted": "corrupted\nprompt's", "other": "another",
 }  # fmt: skip
@@ -74,7 +74,7 @@ class Effect:
         rise: of the mean distance from the full model (KL in nats, or the error of values).
         num_flips: number of prompts of which a prediction changes.
         num_tokens: number of predicted tokens that change; the shares below are of these.
-        kinds: share of each of `KINDS` among what they become.
+        kinds: share of each of `FLIPS` among what they become.
         changes: the most frequent changes, such as "a → b".
         prompts: the prompts that need the part most.
     """
@@ -309,14 +309,14 @@ def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effe
     worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
     return Effect(
         paired_bootstrap(*distances), num_flips(before, after), total,
-        {kind: kinds[kind] / total for kind in KINDS if kinds[kind]},
+        {kind: kinds[kind] / total for kind in FLIPS if kinds[kind]},
         tuple(Change(text, n / total, n) for text, n in changes.most_common(NUM_CHANGES)),
         tuple(_example(bench, i, rises[i].item(), before, after) for i in worst if rises[i] > 0),
     )  # fmt: skip
 
 
 def _kind(bench: Bench, index: int, place: int, token: float) -> str:
-    """Which of `KINDS` a flipped prediction has become."""
+    """Which of `FLIPS` a flipped prediction has become."""
     pair = bench.pairs[index]
     if abs(token - bench.full.predicted[index][place].item()) <= SAME_NUMBER:
         return "full"

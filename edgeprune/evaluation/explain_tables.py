@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from edgeprune.evaluation.explain import KINDS, Effect, Explained, Explanation
+from edgeprune.evaluation.explain import FLIPS, Effect, Explained, Explanation
 from edgeprune.evaluation.finding import brief, percent
 from edgeprune.evaluation.table import Table
 
@@ -50,12 +50,12 @@ def _flips_table(edges: Sequence[Explained]) -> Table:
     """What is predicted instead, in the circuit or, if nothing flips there, in the full model."""
     effects = [(e.title, e.in_circuit if e.in_circuit.num_tokens else e.in_full) for e in edges]
     effects = [(title, effect) for title, effect in effects if effect.num_tokens][:MAX_ROWS]
-    kinds = [kind for kind in KINDS if any(kind in effect.kinds for _, effect in effects)]
+    kinds = [kind for kind in FLIPS if any(kind in effect.kinds for _, effect in effects)]
     rows = [
         [title, *(percent(effect.kinds.get(kind, 0.0)) for kind in kinds), _most_frequent(effect)]
         for title, effect in effects
     ]
-    columns = ["", *(KINDS[kind] for kind in kinds), ""]
+    columns = ["", *(FLIPS[kind] for kind in kinds), ""]
     if not any(row[-1] for row in rows):
         rows, columns = [row[:-1] for row in rows], columns[:-1]
     return Table(columns, rows, "what the flipped predictions become, and the most frequent change")

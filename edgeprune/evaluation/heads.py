@@ -45,7 +45,7 @@ from edgeprune.evaluation.table import Table
 from edgeprune.metrics import Output
 from edgeprune.prompts import Pair
 
-KINDS = ("previous token", "duplicate token", "induction", "first token", "S-inhibition",
+HEAD_KINDS = ("previous token", "duplicate token", "induction", "first token", "S-inhibition",
          "name mover", "copying")  # fmt: skip
 """Scores by which heads are of a kind, in the order in which they are shown."""
 MARKED = {"S-inhibition": ("end", "S2"), "name mover": ("end", "IO")}
@@ -65,7 +65,7 @@ class Score:
     """One score of every head; tensors are [layer, head].
 
     Attributes:
-        name: one of `KINDS`, or "entropy".
+        name: one of `HEAD_KINDS`, or "entropy".
         prompts: on which it was measured: `RANDOM` or the name of the task.
         value: a fraction, or nats.
         chance: the score of shuffled attention.
@@ -310,7 +310,7 @@ class _Totals:
         """The means over the prompts."""
         z = NormalDist().inv_cdf(1 - FALSE_ALARMS / (self.shape[0] * self.shape[1]))
         found = []
-        for name in (*KINDS, "entropy"):
+        for name in (*HEAD_KINDS, "entropy"):
             if name in self.sums:
                 count = self.counts[name]
                 value, chance = self.sums[name][0] / count, self.chances[name] / count

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.circuit import Circuit
-from edgeprune.engine.ablation import KINDS, Ablation
+from edgeprune.engine.ablation import ABLATIONS, Ablation
 from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.curve import log_sizes
 from edgeprune.evaluation.finding import Finding, brief, interval_text, percent
@@ -201,7 +201,7 @@ def all_findings(
 def _benches(bench: Bench, reference: Sequence[Pair] | None) -> dict[str, Bench]:
     """A bench for each kind of ablation under which the prompts can be measured."""
     found = {bench.ablation.kind: bench}
-    for kind in KINDS:
+    for kind in ABLATIONS:
         can_be = kind != "interchange" or any(p.clean_ids != p.corrupted_ids for p in bench.pairs)
         if kind not in found and can_be:
             pairs = bench.pairs if reference is None or kind != "mean" else reference
@@ -213,7 +213,7 @@ def _benches(bench: Bench, reference: Sequence[Pair] | None) -> dict[str, Bench]
                 bench.model, kind, pairs, per_position=per_position, batch_size=size
             )
             found[kind] = Bench(bench.model, bench.pairs, ablation, size, bench.listener)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+    return {kind: found[kind] for kind in ABLATIONS if kind in found}
 
 
 def num_circuits(circuit: Circuit, num_random: int, *, has_scores: bool) -> int:
@@ -222,5 +222,5 @@ def num_circuits(circuit: Circuit, num_random: int, *, has_scores: bool) -> int:
     steps = min(GREEDY_STEPS, max(1, nodes // 2))
     return (
         1 + NUM_SIZES * has_scores + 4 * num_random + 3 + min(len(circuit), MAX_EDGES)
-        + 2 * (NUM_NODE_SETS + steps * min(GREEDY_TRIES, nodes)) + 2 * len(KINDS) + 2
+        + 2 * (NUM_NODE_SETS + steps * min(GREEDY_TRIES, nodes)) + 2 * len(ABLATIONS) + 2
     )  # fmt: skip
