@@ -124,7 +124,7 @@ def _pushes(
         f"{num_pairs:,} training pairs at {config.snapshots} snapshots, about "
         f"{duration(seconds * total)}"
     )
-    with counting(total, "differentiating: pair") as listen:
+    with counting(total, "differentiating: pass") as listen:
         return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
 
 
