@@ -51,7 +51,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
             model = load_sharded_model_of(model_config, config.launcher, world)
         else:
             model = load_model_of(model_config)
-        if source is not None and config.model is None:
+        if world.is_rank_zero and source is not None and config.model is None:
             warn_if_changed(model, source.digest("model"))
         circuit = None if source is None else read(source, model.graph, ablation).circuit
         with prompts_file(source, config.task, model) as path:
