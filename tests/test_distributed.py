@@ -80,6 +80,21 @@ def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tupl
     return [(p.returncode, *t) for p, t in zip(processes, texts, strict=True)]
 
 
+@pytest.mark.slow
+def test_the_command_tokens_with_a_sharded_model_finds_what_one_process_finds(
+    one_process, tmp_path
+):
+    found = []
+    for name, settings in (("one", ()), ("two", ("launcher.shard=true", "launcher.processes=2"))):
+        done = run_cli("tokens", one_process, "prompts=2", f"output={tmp_path / name}", *settings)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / name / "tokens.json").read_text())["answers"])
+    for one, two in zip(*found, strict=True):
+        for through, values in one["through"].items():
+            attributions = two["through"][through]["tokens"]
+            assert attributions == pytest.approx(values["tokens"], abs=1e-4)
+
+
 def test_heads_of_a_sharded_model():
     """Read, changed, scored and ablated as those of the whole model; and tokens are attributed."""
     worker = Path(__file__).with_name("heads_worker.py")
