@@ -3,13 +3,14 @@
 #
 #   run_scripts/smollm2.sh                      # model from the hub; some hours on a CPU
 #   run_scripts/smollm2.sh path/to/model.gguf   # model from a file
+#   run_scripts/smollm2.sh path/to/model.gguf model.dtype=bfloat16   # faster with AVX512-BF16
 #
 # Runs are written to runs/smollm2/. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 edgeprune=.venv/bin/edgeprune
 model=()
-[ $# = 0 ] || model=("model.path=$1")
+[ $# = 0 ] || model=("model.path=$1" "${@:2}")
 
 circuit() { # arguments: name of the run, experiment, settings
   local run=runs/smollm2/$1
@@ -20,7 +21,9 @@ circuit() { # arguments: name of the run, experiment, settings
 for seed in 0 1 2; do
   circuit "ioi-$seed" ioi "seed=$seed"
 done
-circuit ioi-800 ioi trainer.steps=800 trainer.learning_rate=0.15 task.train=6400
+long=(trainer.steps=800 trainer.learning_rate=0.15 task.train=6400 task.validation=50)
+circuit ioi-800 ioi "${long[@]}"
+circuit induction_list-800 induction_list "${long[@]}"
 for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
   .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
