@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeprune.files import write_atomically
@@ -30,6 +31,8 @@ STYLE = {
 """Settings of matplotlib: text is never parsed as TeX, and the same plot gives the same file."""
 ROUNDING = 1e-6
 """KL divergences below this are rounding errors, which may be negative."""
+LABEL_WIDTH = 24
+"""Number of characters after which a y axis' label is broken into lines."""
 
 
 class Line(NamedTuple):
@@ -235,7 +238,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             xytext=(3 if is_left else 0, 2), textcoords="offset points",
             ha="left" if is_left else "right", va="bottom", fontsize=8, color=GREY,
         )  # fmt: skip
-    ax.set_ylabel(panel.label)
+    ax.set_ylabel(fill(panel.label, LABEL_WIDTH))
     _size_axis(ax, sorted({x for line in panel.lines for x in line.num_edges}, reverse=True))
     if panel.log:
         _log_axis(ax, drawn)
