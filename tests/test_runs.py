@@ -515,7 +515,7 @@ def test_an_unfinished_run_is_left_out_of_reports(a_run, tmp_path, capsys, monke
     assert code == 0, err
     assert "4 of 40 steps" in err
     code, out, err = call(capsys, monkeypatch, "report", tmp_path / "runs")
-    assert (code, "1 runs" in out, str(run_dir) in err) == (0, True, True)
+    assert (code, "1 run " in out, str(run_dir) in err) == (0, True, True)
 
 
 # ---------------------------------------------------------------------------- data that goes wrong
