@@ -28,6 +28,8 @@ for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
   .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
 done
+.venv/bin/python run_scripts/curves.py runs/smollm2/induction_list-800.png 150 \
+  "800 steps of 8 pairs=runs/smollm2/induction_list-800"
 .venv/bin/python run_scripts/curves.py data/curves_smollm2.png 150 \
   "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
   "800 steps of 8 pairs=runs/smollm2/ioi-800" attribution
