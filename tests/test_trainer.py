@@ -352,8 +352,12 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_continues(model, number,
         if metrics.step == last:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted) as caught:
-        train(trainer(model, method, of_trainer=every), store=store, listeners=[interrupt])
+    inherited = signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
+    try:
+        with pytest.raises(Interrupted) as caught:
+            train(trainer(model, method, of_trainer=every), store=store, listeners=[interrupt])
+    finally:
+        signal.signal(number, inherited)
     assert caught.value.exit_code == 128 + number
     assert [checkpoint.step for checkpoint in store.saved][-1] == last
     store.saved.pop()  # as if the machine had crashed before
