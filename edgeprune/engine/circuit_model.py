@@ -119,7 +119,7 @@ class CircuitModel:
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
     def token_text(self, token: int) -> str:
-        """A token for display: its text, or its number if there is no tokenizer."""
+        """How a token is displayed: as its text or, without a tokenizer, as its number."""
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
 
     @property
@@ -127,8 +127,8 @@ class CircuitModel:
         return next(self.architecture.body.parameters()).device
 
     def check_prompts(self, pairs: Sequence[Pair]) -> None:
-        """Raises DataError if there are no prompts, or one does not fit the model; TypeError for
-        something else than prompts."""
+        """Raises DataError if there are no prompts or one does not fit the model, and TypeError if
+        one is not a Pair."""
         if not len(pairs):
             raise DataError("got no prompts; give at least one pair, from load_dataset")
         for pair in pairs:

@@ -79,8 +79,8 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
     The entries `connected` compare the circuits without their dangling edges. An edge can dangle in
     one circuit and not in another, so they cannot be derived from the other entries.
 
-    Raises KeyError if no circuit has the reference's name, ValueError if there are no circuits or
-    the graphs differ, TypeError if `circuits` are not circuits by name.
+    Raises KeyError if no circuit has the reference's name, ValueError if `circuits` is empty or the
+    graphs differ, and TypeError if it does not map names to circuits.
     """
     if not isinstance(circuits, Mapping):
         raise TypeError(f"got a {type(circuits).__name__}, expected circuits by name: {{'a': ...}}")
@@ -117,7 +117,7 @@ def compare(circuits: Mapping[str, Circuit], reference: str | None = None) -> di
 
 
 def _check(circuits: Collection[Circuit]) -> None:
-    """Raise ValueError if there are no circuits, TypeError if something else is among them."""
+    """Raise ValueError if there are none, and TypeError if one of them is not a circuit."""
     if not circuits:
         raise ValueError("got no circuits; give at least one")
     for circuit in circuits:

@@ -56,7 +56,7 @@ class Example:
 
     Attributes:
         prompt: its text.
-        rise: of the distance from the full model if the edge is cut.
+        rise: how much the distance from the full model rises if the edge is cut.
         before, after: what is predicted with and without the edge.
     """
 
@@ -121,7 +121,7 @@ class Explanation:
     """What the parts of a circuit do.
 
     Attributes:
-        parts: nodes and edges; those come first whose cut raises the circuit's distance most.
+        parts: nodes and edges, in descending order of how much a cut raises the distance.
         num_edges: size of the circuit.
         num_prompts: number of prompts on which it was cut.
         distance_name: "KL" or "error".

@@ -75,7 +75,7 @@ def curve(bench: Bench, scores: EdgeScores) -> Finding:
 
 
 def curve_sizes(total: int) -> list[int]:
-    """The sizes of the curve in a graph of so many edges, ascending."""
+    """The sizes that the curve measures, in ascending order, for a graph with `total` edges."""
     return log_sizes(max(1, round(SMALLEST_SHARE * total)), total, NUM_SIZES)
 
 

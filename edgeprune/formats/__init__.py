@@ -65,7 +65,7 @@ def write_circuit(
         origin: how the circuit was found, as JSON values. 'circuit' records it, 'eap_json' and
             'eap_pt' warn if its `ablation` is zero, see `eap.py`.
 
-    Raises ValueError for an unknown format, TypeError for something else than a circuit.
+    Raises ValueError for an unknown format, TypeError if it is not a circuit.
     """
     Circuit.check(circuit)
     path = Path(path)
