@@ -199,6 +199,19 @@ def test_a_launched_run_equals_that_of_one_process(one_process, tmp_path, launch
     assert names == {str(path.relative_to(one_process)) for path in one_process.rglob("*")}
 
 
+@pytest.mark.slow
+def test_launched_processes_fail_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "prune", "task.path=missing.jsonl", "model=embedded",
+         f"run_dir={tmp_path / 'run'}", "launcher.processes=2"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "missing.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():

@@ -46,7 +46,7 @@ def launch_processes(command: str, count: int | None, overrides: Sequence[str]) 
 
         count = max(1, torch.cuda.device_count())
     arguments = [
-        sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={count}",
+        sys.executable, "-m", __name__, f"--num_processes={count}",
         "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
         *(["--multi_gpu", "--main_process_port=0"] if count > 1 else []),
         "--module", "edgeprune", command, *overrides,
@@ -67,3 +67,18 @@ def launch_processes(command: str, count: int | None, overrides: Sequence[str]) 
             "continues with the same command and resume=auto",
             received[0] if received else None,
         )
+
+
+def main() -> None:
+    """`accelerate launch`, but no traceback if a process fails: it has reported the reason."""
+    from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        accelerate_launch()
+    except ChildFailedError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
