@@ -33,7 +33,9 @@ done
 .venv/bin/python run_scripts/curves.py data/curves_smollm2.png 150 \
   "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
   "800 steps of 8 pairs=runs/smollm2/ioi-800" attribution
-"$edgeprune" export runs/smollm2/ioi-0 sparsity=0.98
-"$edgeprune" evaluate runs/smollm2/ioi-0 head_permuted=5
-"$edgeprune" draw runs/smollm2/ioi-0 num_edges=150 output=runs/smollm2/strongest
-"$edgeprune" heads runs/smollm2/ioi-0
+for run in ioi-2 greater_than-0; do
+  "$edgeprune" export "runs/smollm2/$run" sparsity=0.98
+  "$edgeprune" evaluate "runs/smollm2/$run" head_permuted=3
+done
+"$edgeprune" heads runs/smollm2/ioi-2
+"$edgeprune" draw runs/smollm2/ioi-2 num_edges=100 output=runs/smollm2/strongest
