@@ -67,7 +67,7 @@ def ablate_nodes(config: AblateConfig) -> AblatedNodes:
             model, nodes, pairs, kind=ablation.kind, per_position=ablation.per_position,
             scores=None if score is None else score.by_head(), num_random=config.random_sets,
             generate=config.generate, answers=answers, reference_set=train, seed=config.seed,
-            batch_size=config.batch_size, listener=lambda done: show(done, ""),
+            batch_size=config.batch_size, listener=show,
         )  # fmt: skip
     if config.output:
         record = {

@@ -135,7 +135,7 @@ def curve_of(
     with progress_bar(len(pairs), "measuring circuits: prompt", enabled=progress) as show:
         return measure_curve(
             model, scores, pairs, ablation=ablation, batch_size=batch_size, sizes=sizes,
-            listener=lambda done: show(done, ""),
+            listener=show,
         )  # fmt: skip
 
 

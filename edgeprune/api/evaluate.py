@@ -1,10 +1,7 @@
 """Measuring circuits that are named by their run directory or file."""
 
-import logging
 import random
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +24,8 @@ from edgeprune.config import (
     TestConfig,
     to_dict,
 )
+from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
 from edgeprune.files import file_digest, write_json
 from edgeprune.formats import CircuitFile
@@ -42,9 +39,6 @@ from edgeprune.runs.data import (
 )
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import counting, duration
-
-log = logging.getLogger("edgeprune")
 
 
 class Measured(NamedTuple):
@@ -76,6 +70,9 @@ class Case(NamedTuple):
     is_own_data: bool
     is_own: bool
     title: str
+
+    def make_ablation(self) -> Ablation:
+        return ablation_of(self.model, self.ablation, self.reference, self.batch_size)
 
 
 def load_case(
@@ -121,28 +118,6 @@ def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pai
     return random.Random(config.seed).sample(list(pairs), config.prompts)
 
 
-def bench_of(case: Case, pairs: Sequence[Pair]) -> Bench:
-    """Where circuits are measured on some of a case's prompts."""
-    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
-    return Bench(case.model, pairs, ablation, case.batch_size)
-
-
-@contextmanager
-def measuring(case: Case, pairs: Sequence[Pair], count: int, unit: str) -> Iterator[Bench]:
-    """A bench that shows the progress of about `count` circuits, after an estimate of the time."""
-    with counting(count, unit) as listen:
-        bench = bench_of(case, pairs)
-        start = time.perf_counter()
-        bench.measure([case.file.circuit])
-        seconds = count * (time.perf_counter() - start)
-        log.info(
-            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
-            f"{duration(seconds)}"
-        )
-        bench.listener = listen
-        yield bench
-
-
 def case_record(
     source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig | ExplainConfig
 ) -> dict[str, Any]:
@@ -178,7 +153,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
     model, circuit, pairs = case.model, case.file.circuit, case.pairs
     evaluation = evaluate(
         model, circuit, pairs, batch_size=case.batch_size, head_permuted=config.head_permuted,
-        ablation=ablation_of(model, case.ablation, case.reference, case.batch_size),
+        ablation=case.make_ablation(),
     )  # fmt: skip
     if output is None and case.is_own:
         output = source.path.with_name(layout.evaluation(config.split))

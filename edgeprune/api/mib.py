@@ -90,9 +90,8 @@ def benchmark(config: MibConfig) -> Benchmarked:
         if truth is None or model.output is Output.logits:  # others have no logit differences
             with progress(len(pairs), f"{name}: prompt") as show:
                 areas[name] = mib_areas(
-                    model, ranked, pairs, batch_size=config.batch_size,
-                    listener=lambda done, show=show: show(done, ""),
-                )  # fmt: skip
+                    model, ranked, pairs, batch_size=config.batch_size, listener=show
+                )
             records[name] |= areas[name].to_dict()
     outputs = []
     digests = {"data": digest, "model": model.fingerprint()}

@@ -285,7 +285,7 @@ def _measure(
     with progress_bar(100, "measuring for the page: percent", enabled=is_shown) as show:
         return page_data.measured_data(
             model, scores, circuit, pairs, ablation=ablation, curve=curve, batch_size=batch_size,
-            listener=lambda done, total: show(100 * done // total, ""), **options,
+            listener=lambda done, total: show(100 * done // total), **options,
         )  # fmt: skip
 
 

@@ -8,11 +8,9 @@ from typing import NamedTuple
 from edgeprune.api.circuits import labels_of
 from edgeprune.api.evaluate import (
     Case,
-    bench_of,
     case_record,
     drawn,
     load_case,
-    measuring,
     scores_of,
 )
 from edgeprune.api.learn_again import check_learned
@@ -80,7 +78,8 @@ def _measure(
     """Measure everything and write what was found."""
     circuit, scores = case.file.circuit, scores_of(source, case.file)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
-    with measuring(case, pairs, count, "testing: circuit") as bench:
+    with counting(count, "testing: circuit") as listen:
+        bench = Bench(case.model, pairs, case.make_ablation(), case.batch_size, listen)
         findings = all_findings(
             bench, circuit, scores, num_random=config.random_circuits, reference=case.reference,
             labels=head_labels(source.path.parent), seed=config.seed,
@@ -182,10 +181,12 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
         cases[label] = load_case(source, config, known)
     circuits: dict[str, Circuit] = {label: case.file.circuit for label, case in cases.items()}
     with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
-        benches = {}
-        for label, case in cases.items():
-            benches[label] = bench_of(case, drawn(case.pairs, config))
-            benches[label].listener = listen
+        benches = {
+            label: Bench(
+                case.model, drawn(case.pairs, config), case.make_ablation(), case.batch_size, listen
+            )
+            for label, case in cases.items()
+        }
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
     words = in_words(found.findings, "The circuits pass")

@@ -65,7 +65,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
                 model, pairs, circuit, target=config.target, steps=config.steps, marks=marks,
                 ablation=ablation_of(model, ablation, reference, config.batch_size),
                 batch_size=config.batch_size,
-                listener=lambda done, total: show(100 * done // total, ""),
+                listener=lambda done, total: show(100 * done // total),
             )  # fmt: skip
         if not world.is_rank_zero:
             return None

@@ -203,23 +203,7 @@ def explain(
     Raises CircuitError if no edge lies on a path from the input to the output, and ValueError as
     `evaluate` does.
     """
-    bench = Bench(model, pairs, ablation, batch_size, listener)
-    return explain_on(
-        bench, circuit, scores=scores, snapshots=snapshots, max_edges=max_edges, seed=seed
-    )
-
-
-def explain_on(
-    bench: Bench,
-    circuit: Circuit,
-    *,
-    scores: EdgeScores | None = None,
-    snapshots: Snapshots | None = None,
-    max_edges: int | None = None,
-    seed: int = 0,
-) -> Explanation:
-    """`explain` on a bench's model, prompts and ablation."""
-    graph = bench.graph
+    graph = model.graph
     Circuit.check(circuit, graph)
     ranking = list(range(graph.num_edges)) if scores is None else scores.ranking().tolist()
     cuts = cuts_to_explain(circuit, ranking, max_edges)
@@ -228,6 +212,7 @@ def explain_on(
             f"none of the circuit's {len(circuit):,} edges lies on a path from the input to the "
             "output, so there is nothing to explain; choose a larger circuit"
         )
+    bench = Bench(model, pairs, ablation, batch_size, listener)
     leaving: dict[str, list[int]] = defaultdict(list)  # per writer, all its edges
     for edge, (writer, _) in enumerate(graph.edges):
         leaving[writer].append(edge)
