@@ -1,42 +1,34 @@
 """Measuring circuits that are named by their run directory or file."""
 
-import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeprune.api.shared import (
     ablation_of,
     check_output,
-    load_model_of,
-    prompts_file,
+    load_named_model,
+    load_prompts,
     read,
-    warn_if_changed,
 )
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
     AblationConfig,
+    CircuitConfig,
     EvaluateConfig,
     ExplainConfig,
-    TaskConfig,
     TestConfig,
     to_dict,
 )
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
-from edgeprune.files import file_digest, write_json
+from edgeprune.files import write_json
 from edgeprune.formats import CircuitFile
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import (
-    first_split,
-    kind_of_prompts,
-    load_pairs,
-    warn_if_none_held_out,
-)
+from edgeprune.runs.data import kind_of_prompts
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
 
@@ -77,7 +69,7 @@ class Case(NamedTuple):
 
 def load_case(
     source: Source,
-    config: EvaluateConfig | TestConfig | ExplainConfig,
+    config: CircuitConfig,
     model: CircuitModel | None = None,
     device: str | None = None,
 ) -> Case:
@@ -87,12 +79,12 @@ def load_case(
     """
     model_config, ablation = source.model(config.model), source.ablation(config.ablation)
     source.task(config.task)  # raises before the model is loaded
-    model = model or load_model_of(replace(model_config, device=device or model_config.device))
+    model = model or load_named_model(source, config.model, device)
     file = read(source, model.graph, ablation)
     is_own_model = model.fingerprint() == source.digest("model")
-    if config.model is None:
-        warn_if_changed(model, source.digest("model"))
-    pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
+    pairs, reference, digest = load_prompts(
+        source, config.task, model, config.split, with_training=ablation.kind == "mean"
+    )
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
     is_own_data = digest == source.digest("data")
     is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
@@ -109,13 +101,6 @@ def scores_of(source: Source, file: CircuitFile) -> EdgeScores | None:
         return file.scores
     scores = source.run.scores()
     return scores if scores.graph == file.circuit.graph else None
-
-
-def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pair]:
-    """As many of the prompts as asked for, or all if there are fewer."""
-    if len(pairs) <= config.prompts:
-        return list(pairs)
-    return random.Random(config.seed).sample(list(pairs), config.prompts)
 
 
 def case_record(
@@ -164,28 +149,6 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
         )  # fmt: skip
         write_json(output, {"circuit_file": str(source.path), **record})
     return Measured(evaluation, circuit, case.title, output)
-
-
-def load_prompts(
-    source: Source,
-    ablation: AblationConfig,
-    model: CircuitModel,
-    given: TaskConfig | None,
-    split: str,
-) -> tuple[PairDataset, PairDataset, str]:
-    """A split's prompts, those over which means are taken, and the SHA-256 of their file.
-
-    `given` is the task of which they are; None: the source's own.
-    """
-    task = source.task(given)
-    with prompts_file(source, given, model) as path:
-        pairs = reference = load_pairs(path, task, model, split)
-        if ablation.kind == "mean":
-            reference = load_pairs(path, task, model, first_split(path, "train"))
-        digest = file_digest(path)
-    if digest == source.digest("data"):
-        warn_if_none_held_out(pairs)
-    return pairs, reference, digest
 
 
 def evaluation_record(

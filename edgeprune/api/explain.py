@@ -13,7 +13,6 @@ from edgeprune.api.evaluate import (
     Case,
     case_record,
     checked_output,
-    drawn,
     load_case,
     scores_of,
 )
@@ -25,7 +24,7 @@ from edgeprune.evaluation.explain import Explanation, explain, num_circuits
 from edgeprune.evaluation.pushes import Pushes, Retrained, Verification, measure_pushes
 from edgeprune.files import write_json
 from edgeprune.metrics import Output
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, draw_pairs
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import find
@@ -51,7 +50,7 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     if config.verify:
         check_learned(source.run, "verify=", source.path)
     case = load_case(source, config)
-    pairs = drawn(case.pairs, config)
+    pairs = draw_pairs(case.pairs, config.prompts, config.seed)
     is_own = case.model.fingerprint() == source.digest("model")
     run = source.run if is_own else None
     snapshots = run.snapshots() if run else None
@@ -103,12 +102,11 @@ def _pushes(
 ) -> Pushes:  # fmt: skip
     """The pushes on all edges that were cut, and on those outside."""
     settings = run.config
-    num_pairs = len(train) if config.verify else min(config.pairs, len(train))
-    pairs = random.Random(config.seed).sample(list(train), num_pairs)
+    pairs = draw_pairs(train, len(train) if config.verify else config.pairs, config.seed)
     edges = [part.index for part in explanation.of_kind("edge")] + [*explanation.control_edges]
     _, objective = objective_of(settings.trainer.objective, case.model.output, train)
     ablation = ablation_of(case.model, settings.ablation, train, settings.evaluation_batch_size)
-    with counting(num_pairs * config.snapshots, "differentiating: pass") as listen:
+    with counting(len(pairs) * config.snapshots, "differentiating: pass") as listen:
         return measure_pushes(
             case.model, pairs, edges, snapshots, num_snapshots=config.snapshots,
             method={"seed": settings.seed, "device": case.model.device,

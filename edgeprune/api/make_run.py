@@ -16,9 +16,8 @@ from edgeprune.api.evaluate import evaluation_record
 from edgeprune.api.page import page, write_run_page
 from edgeprune.api.shared import (
     ablation_of,
+    load_in,
     load_meta_model_of,
-    load_model_of,
-    load_sharded_model_of,
 )
 from edgeprune.circuit import Circuit
 from edgeprune.config import LESS_MEMORY, RunConfig
@@ -225,11 +224,9 @@ def _load(
         f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training and "
         f"{len(held_out):,} {split} prompts, {config.method_name}{several}"
     )
-    if config.launcher.shard:
-        model = load_sharded_model_of(config.model, config.launcher, world)
-        return model, pairs, split, held_out
-    model = load_model_of(replace(config.model, device=world.device))
-    world.check_same("the models", model.fingerprint())
+    model = load_in(world, config.model, config.launcher)
+    if not config.launcher.shard:  # shards have no fingerprint
+        world.check_same("the models", model.fingerprint())
     return model, pairs, split, held_out
 
 

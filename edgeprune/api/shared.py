@@ -2,20 +2,19 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeprune.config import (
-    AblateConfig,
     AblationConfig,
-    HeadsConfig,
+    InspectConfig,
     LauncherConfig,
     ModelConfig,
     TaskConfig,
-    TokensConfig,
 )
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
@@ -24,9 +23,9 @@ from edgeprune.files import file_digest
 from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import require_utf8
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import data_of
+from edgeprune.runs.data import data_of, first_split, load_pairs, warn_if_none_held_out
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source, find
 from edgeprune.scale.world import World
@@ -47,14 +46,26 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     )  # fmt: skip
 
 
-def named_by(
-    config: HeadsConfig | AblateConfig | TokensConfig,
-) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
+def named_by(config: InspectConfig) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
     """The source that `run=` names, if any; and model and task: the given ones or else its own."""
     if not config.run:
         return None, config.model, config.task
     source = find(config.run)
     return source, source.model(config.model), source.task(config.task)
+
+
+def load_named_model(
+    source: Source | None, given: ModelConfig | None, device: str | None = None
+) -> CircuitModel:
+    """Load the given model or else the source's, which should not have changed.
+
+    `device` is where to load it; None: where its settings say.
+    """
+    config = given or source.model()
+    model = load_model_of(replace(config, device=device or config.device))
+    if given is None:
+        warn_if_changed(model, source.digest("model"))
+    return model
 
 
 def warn_if_changed(model: CircuitModel, digest: str) -> None:
@@ -77,13 +88,12 @@ def load_meta_model_of(config: ModelConfig) -> CircuitModel:
     )  # fmt: skip
 
 
-def load_sharded_model_of(
-    config: ModelConfig, launcher: LauncherConfig, world: World
-) -> CircuitModel:
-    """Load the model that settings name, split over the processes."""
-    meta = load_meta_model_of(config)
+def load_in(world: World, config: ModelConfig, launcher: LauncherConfig) -> CircuitModel:
+    """Load the model that settings name in each process, or split it over them if asked."""
+    if not launcher.shard:
+        return load_model_of(replace(config, device=world.device))
     load = partial(load_model_of, replace(config, device="cpu"))
-    return world.shard(load, meta, offload=launcher.offload)
+    return world.shard(load, load_meta_model_of(config), offload=launcher.offload)
 
 
 def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
@@ -156,23 +166,42 @@ def own_data(path: Path, digest: str) -> Path:
     return path
 
 
-@contextmanager
-def prompts_file(
-    source: Source | None, given: TaskConfig | None, model: CircuitModel
-) -> Iterator[Path]:
-    """The file of the given task's prompts, or else of the source's, which must not have changed.
+class Prompts(NamedTuple):
+    """A split of a task's prompts.
 
-    What is generated is deleted at the end.
+    Attributes:
+        reference: the training prompts if they were asked for, else `pairs`.
+        digest: SHA-256 of the file of all splits.
     """
+
+    pairs: PairDataset
+    reference: PairDataset
+    digest: str
+
+
+def load_prompts(
+    source: Source | None, given: TaskConfig | None, model: CircuitModel, split: str, *,
+    with_training: bool = False,
+) -> Prompts:  # fmt: skip
+    """Load a split of the given task's prompts, or else of the source's.
+
+    Raises ConfigError if the source's file is gone or has changed.
+    """
+    task = given if source is None else source.task(given)
     with ExitStack() as stack:
-        if given is None and source is not None and source.run is not None:
+        if given is None and source.run is not None:
             path = source.run.data_path
         else:
-            task = given if source is None else source.task(given)
             path = stack.enter_context(data_of(task, model.tokenizer))
-        if given is None and source is not None:
+        if given is None:
             own_data(path, source.digest("data"))
-        yield path
+        pairs = reference = load_pairs(path, task, model, split)
+        if with_training:
+            reference = load_pairs(path, task, model, first_split(path, "train"))
+        digest = file_digest(path)
+    if source is not None and digest == source.digest("data"):
+        warn_if_none_held_out(pairs)
+    return Prompts(pairs, reference, digest)
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

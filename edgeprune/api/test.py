@@ -9,7 +9,6 @@ from edgeprune.api.circuits import labels_of
 from edgeprune.api.evaluate import (
     Case,
     case_record,
-    drawn,
     load_case,
     scores_of,
 )
@@ -27,7 +26,7 @@ from edgeprune.evaluation.specificity import specificity
 from edgeprune.evaluation.stability import other_templates, stability, stability_table
 from edgeprune.evaluation.table import Table
 from edgeprune.files import replace_folder, write_json
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, draw_pairs
 from edgeprune.runs import layout
 from edgeprune.runs.source import Source, find, head_labels
 from edgeprune.scale.world import World
@@ -66,7 +65,7 @@ def test(config: TestConfig) -> Tested | None:
             return _test_several(sources, config)
         source, repeated = sources[0], None
         case = load_case(source, config, device=world.device)
-        pairs = drawn(case.pairs, config)
+        pairs = draw_pairs(case.pairs, config.prompts, config.seed)
         if config.repeat:
             repeated = repeat(source.run, case.model, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
@@ -181,12 +180,10 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
         cases[label] = load_case(source, config, known)
     circuits: dict[str, Circuit] = {label: case.file.circuit for label, case in cases.items()}
     with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
-        benches = {
-            label: Bench(
-                case.model, drawn(case.pairs, config), case.make_ablation(), case.batch_size, listen
-            )
-            for label, case in cases.items()
-        }
+        benches = {}
+        for label, case in cases.items():
+            pairs = draw_pairs(case.pairs, config.prompts, config.seed)
+            benches[label] = Bench(case.model, pairs, case.make_ablation(), case.batch_size, listen)
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
     words = in_words(found.findings, "The circuits pass")

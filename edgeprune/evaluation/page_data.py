@@ -20,7 +20,7 @@ from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
 from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips, without
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example
-from edgeprune.prompts import Batch, Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, draw_pairs, iterate_batches
 from edgeprune.scores import EdgeScores
 from edgeprune.training.snapshots import Snapshots
 
@@ -195,12 +195,13 @@ def measured_data(
     model.check_prompts(pairs)
     ranking = scores.ranking().to(model.device)
     chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
-    cut_pairs = pairs[:NUM_CUT_PROMPTS]
+    cut_pairs = draw_pairs(pairs, NUM_CUT_PROMPTS)
     cuts = cuts_of(circuit, ranking.tolist())[: _max_cuts(model, cut_pairs, num_cuts)]
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
     if not model.architecture.may_pad:
         batch_size = 1
-    ranked = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
+    some = draw_pairs([*dict.fromkeys(pairs)], MAX_RANKED)
+    ranked = list(iterate_batches(some, batch_size))
     # batches, answers of the empty circuit and at each size, attention, and for the cuts the empty
     # circuit, the whole one and one per cut
     total, done = len(ranked) + (1 + len(sizes)) + 1 + (2 + len(cuts)), 0.0
