@@ -1,6 +1,5 @@
 """Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence, Set
 from functools import cache
@@ -31,7 +30,7 @@ from edgeprune.evaluation.report import (
     write_report,
 )
 from edgeprune.evaluation.specificity import Specificity
-from edgeprune.files import replace_folder, write_json
+from edgeprune.files import read_if_intact, replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.prompts import mib
 from edgeprune.prompts.tasks import generate_records
@@ -211,19 +210,23 @@ def _specificities(folder: Path, circuits: Set[str]) -> dict[str, Specificity]:
     """What `edgeprune test` found of several runs together, if their circuits are still these."""
     found = {}
     for path in sorted(folder.rglob(layout.TESTS)):
-        try:
-            record = json.loads(path.read_bytes())
-            if "cells" not in record:  # of a single circuit
-                continue
-            measured = record["circuits"].values()
-            if not {each["edges_sha256"] for each in measured} <= circuits:
+        several = read_if_intact(path, _of_several, "run edgeprune test again")
+        if several is not None:
+            model, digests, specificity = several
+            if digests <= circuits:
+                found[f"circuits in {model} ({path.parent.name})"] = specificity
+            else:
                 log.warning(f"{path} is left out: it is not of these runs' circuits; test again")
-                continue
-            model = next(each["model"] for each in measured)
-            found[f"circuits in {model} ({path.parent.name})"] = Specificity.from_dict(record)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning(f"{path} is damaged and left out ({error}); run edgeprune test again")
     return found
+
+
+def _of_several(record: Mapping[str, Any]) -> tuple[str, set[str], Specificity] | None:
+    """Model, digests of the circuits, and what was found; None for a test of a single circuit."""
+    if "cells" not in record:
+        return None
+    measured = record["circuits"].values()
+    digests = {each["edges_sha256"] for each in measured}
+    return next(each["model"] for each in measured), digests, Specificity.from_dict(record)
 
 
 def _write_pages(groups: Sequence[Group], folder: Path) -> None:

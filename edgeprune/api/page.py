@@ -21,7 +21,7 @@ from edgeprune.errors import CircuitError, ConfigError, DataError
 from edgeprune.evaluation import page_data
 from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.token_tables import tokens_data
-from edgeprune.files import file_digest, write_text
+from edgeprune.files import file_digest, read_if_intact, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
@@ -266,14 +266,11 @@ def _found(
     run: Run, circuit: Circuit, name: str, to_data: Callable[[dict], dict[str, Any]]
 ) -> dict[str, Any] | None:
     """What `edgeprune explain` or `tokens` has found about the run's circuit, if anything."""
-    path = run.path / name
-    try:
-        record = json.loads(path.read_bytes()) if path.exists() else {}
-        is_own = record.get("edges_sha256") == circuit.digest()
-        return to_data(record) if is_own else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune {path.stem} again")
-        return None
+    path, digest = run.path / name, circuit.digest()
+    return read_if_intact(
+        path, lambda record: to_data(record) if record.get("edges_sha256") == digest else None,
+        f"run edgeprune {path.stem} again",
+    )  # fmt: skip
 
 
 def _measure(

@@ -1,7 +1,5 @@
 """Which run, model, data and ablation a circuit that the user names belongs to."""
 
-import json
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,11 @@ from typing import Any
 from edgeprune.circuit import Circuit
 from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict
 from edgeprune.errors import CircuitError, ConfigError
+from edgeprune.files import read_if_intact
 from edgeprune.formats import CircuitFile, read_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run, is_run
-
-log = logging.getLogger("edgeprune")
 
 EXAMPLES = {
     "model": "model=embedded, or model.path=... with a folder or a hub name",
@@ -106,11 +103,8 @@ def find(given: str | Path) -> Source:
 def head_labels(folder: Path) -> dict[str, list[str]]:
     """The kinds of heads, by head, that `edgeprune heads` found; empty if it wrote nothing."""
     path = folder / layout.HEADS
-    try:
-        return dict(json.loads(path.read_bytes())["labels"]) if path.exists() else {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune heads again")
-        return {}
+    found = read_if_intact(path, lambda record: dict(record["labels"]), "run edgeprune heads again")
+    return found or {}
 
 
 def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit:
