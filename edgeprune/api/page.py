@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from edgeprune.api.choose import RULES
+from edgeprune.api.choose import RULES, Pruned
 from edgeprune.api.export import Measuring
 from edgeprune.api.shared import check_output, labels_of
 from edgeprune.circuit import Circuit
@@ -53,17 +53,6 @@ DEFAULTS = {
 NOTHING_MEASURED = {**DEFAULTS, "num_prompts": 0}
 
 
-@runtime_checkable
-class Result(Protocol):
-    """What `prune` returns, as far as the page needs it."""
-
-    circuit: Circuit
-    scores: EdgeScores
-    curve: Curve
-    ablation: Ablation
-    origin: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Page:
     """A page of circuits, which a notebook shows.
@@ -83,7 +72,7 @@ class Page:
 
 
 def page(
-    *shown: Run | Result | EdgeScores | Circuit | Path | str,
+    *shown: Run | Pruned | EdgeScores | Circuit | Path | str,
     model: CircuitModel | None = None,
     pairs: Sequence[Pair] | None = None,
     title: str | None = None,
@@ -188,7 +177,7 @@ def _check_graph(graph: CircuitGraph, first: CircuitGraph) -> None:
 
 
 def _of_result(
-    shown: Result | EdgeScores | Circuit, model: CircuitModel | None,
+    shown: Pruned | EdgeScores | Circuit, model: CircuitModel | None,
     pairs: Sequence[Pair] | None, options: Mapping[str, Any],
 ) -> Part:  # fmt: skip
     """The part of what was made in Python."""
@@ -203,7 +192,7 @@ def _of_result(
             "name": name,
             **page_data.scores_data(shown, None, None, max_edges),
         }
-    if not isinstance(shown, Result):
+    if not isinstance(shown, Pruned):
         raise TypeError(
             f"got a {type(shown).__name__}, expected a run directory, what `prune` returns, "
             "EdgeScores or a Circuit"
