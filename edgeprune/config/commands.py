@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from edgeprune.config.groups import AblationConfig, LauncherConfig, ModelConfig, TaskConfig
-from edgeprune.config.runs import AttributeConfig, ExportConfig, PruneConfig
+from edgeprune.config.runs import AttributeConfig, ExportConfig, PruneConfig, SizeConfig
 from edgeprune.config.settings import (
     DRAWINGS,
     MAX_EVALUATION_BATCH,
@@ -182,7 +182,7 @@ class MibConfig(PromptsConfig):
 
 
 @dataclass
-class DrawConfig(Settings):
+class DrawConfig(SizeConfig):
     """Draw a circuit with Graphviz."""
 
     circuit: str = ""
@@ -190,10 +190,6 @@ class DrawConfig(Settings):
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the run's circuit, or else the last. Without a
     size, circuits are measured to choose one."""
-    sparsity: float | None = setting(None, at_least=0, at_most=1)
-    """Draw the circuit with exactly this fraction of the edges removed."""
-    num_edges: int | None = setting(None, at_least=0)
-    """Draw the circuit with exactly this many edges."""
     formats: list[str] = setting(lambda: [*DRAWINGS], choices=DRAWINGS)
     """Files to write."""
     output: str | None = None
