@@ -107,18 +107,11 @@ def case_record(
     source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig | ExplainConfig
 ) -> dict[str, Any]:
     """What was tested, as JSON values."""
-    return {
-        "circuit_file": str(source.path),
-        "edges_sha256": case.file.circuit.digest(),
-        "model": case.model.name,
-        "model_sha256": case.model.fingerprint(),
-        "data": case.pairs.name,
-        "data_sha256": case.data_digest,
-        "split": config.split,
-        "num_prompts": len(pairs),
-        "seed": config.seed,
-        "ablation": to_dict(case.ablation),
-    }
+    measured = _measured(
+        case.model, case.file.circuit, case.pairs, config.split, case.ablation, case.data_digest
+    )
+    own = {"num_prompts": len(pairs), "seed": config.seed}
+    return {"circuit_file": str(source.path), **measured, **own}
 
 
 def checked_output(config: EvaluateConfig | ExplainConfig, source: Source) -> Path | None:
@@ -166,14 +159,19 @@ def evaluation_record(
 
     `data_digest` is that of the prompts' file, `is_own` whether the circuit was found on it.
     """
+    is_training = is_own and kind_of_prompts(split, pairs) == "training"
+    measured = _measured(model, circuit, pairs, split, ablation, data_digest)
+    return {**measured, "training_prompts": is_training, **evaluation.to_dict()}
+
+
+def _measured(
+    model: CircuitModel, circuit: Circuit, pairs: PairDataset, split: str, ablation: AblationConfig,
+    data_digest: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Which circuit was measured, and on what, as JSON values."""
     return {
         "edges_sha256": circuit.digest(),
-        "model": model.name,
-        "model_sha256": model.fingerprint(),
-        "data": pairs.name,
-        "data_sha256": data_digest,
-        "split": split,
-        "training_prompts": is_own and kind_of_prompts(split, pairs) == "training",
+        "model": model.name, "model_sha256": model.fingerprint(),
+        "data": pairs.name, "data_sha256": data_digest, "split": split,
         "ablation": to_dict(ablation),
-        **evaluation.to_dict(),
-    }
+    }  # fmt: skip

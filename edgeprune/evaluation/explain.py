@@ -288,7 +288,7 @@ def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effe
     for index, flags in enumerate(changed):
         for place in flags.nonzero()[:, 0].tolist():
             old, new = (each.predicted[index][place].item() for each in (before, after))
-            changes[" → ".join(_text(bench.model, token) for token in (old, new))] += 1
+            changes[" → ".join(bench.model.text_of([token]) for token in (old, new))] += 1
             kinds[_kind(bench, index, place, new)] += 1
     total = sum(kinds.values())
     worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
@@ -314,16 +314,8 @@ def _kind(bench: Bench, index: int, place: int, token: float) -> str:
     return "corrupted" if is_token and token in pair.corrupted_ids else "other"
 
 
-def _text(model: CircuitModel, token: float) -> str:
-    """A predicted token, or a number, for display."""
-    return f"{token:.3g}" if model.output is Output.number else model.token_text(token)
-
-
 def _example(
     bench: Bench, index: int, rise: float, before: ExampleMetrics, after: ExampleMetrics
 ) -> Example:
-    texts = [
-        " ".join(_text(bench.model, token) for token in each.predicted[index].tolist())
-        for each in (before, after)
-    ]
+    texts = (bench.model.text_of(each.predicted[index].tolist()) for each in (before, after))
     return Example(bench.pairs[index].text, rise, *texts)

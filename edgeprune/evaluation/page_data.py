@@ -326,7 +326,7 @@ def _top(
     The full model's answer, the best of `reference`, follows them if it is not among them.
     """
     if model.output is Output.number:
-        rows = [[[f"{number:.4g}", _rounded(number)]] for number in outputs[:, 0].tolist()]
+        rows = [[[model.text_of([number]), _rounded(number)]] for number in outputs[:, 0].tolist()]
     else:
         is_logits = model.output is Output.logits
         shares = outputs.float().softmax(-1) if is_logits else outputs.float()
@@ -336,7 +336,7 @@ def _top(
         rows = []
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
             best = dict(zip(row_ids, row_values, strict=True))  # each token once
-            rows.append([[model.token_text(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
+            rows.append([[model.text_of([i])[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
     remaining = iter(rows)
     return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 

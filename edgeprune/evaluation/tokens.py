@@ -268,7 +268,7 @@ def attribute_tokens(
     model.release()
 
     def texts(ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(map(model.token_text, ids))
+        return tuple(model.text_of([token]) for token in ids)
 
     result = TokenAttributions(target, ablation.kind, model.graph.writers, tuple(
         Answer(
