@@ -68,8 +68,7 @@ def draw(config: DrawConfig) -> Drawn:
         source = find(config.circuit)
         labels = head_labels(source.path.parent)
         circuit = read(source, graph_of(source, config.model)).circuit
-        is_chosen = source.path.name in layout.CHOSEN
-        stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
+        stem = source.path.with_name(layout.DRAWING if source.is_chosen else source.path.stem)
         title = source.title
     stem = output or stem
     shown = circuit if config.dangling else circuit.without_dangling()

@@ -81,16 +81,13 @@ def load_case(
     source.task(config.task)  # raises before the model is loaded
     model = model or load_named_model(source, config.model, device)
     file = read(source, model.graph, ablation)
-    is_own_model = model.fingerprint() == source.digest("model")
     pairs, reference, digest = load_prompts(
         source, config.task, model, config.split, with_training=ablation.kind == "mean"
     )
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
-    is_own_data = digest == source.digest("data")
-    is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
     return Case(
         model, file, pairs, reference, ablation, batch_size or MAX_EVALUATION_BATCH, digest,
-        is_own_data, is_own and source.path.name in layout.CHOSEN,
+        digest == source.digest("data"), source.is_chosen and source.is_of(model, digest, ablation),
         f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
     )  # fmt: skip
 

@@ -43,18 +43,19 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
     if config.output:
         check_output(Path(config.output), is_file=False)
     model = load_named_model(source, config.model)
-    is_own = source is not None and model.fingerprint() == source.digest("model")
-    pairs, marks = [], {}
+    pairs, marks, digest = [], {}, ""
     if task is not None:
-        data = load_prompts(source, config.task, model, config.split).pairs
+        data, _, digest = load_prompts(source, config.task, model, config.split)
         pairs = draw_pairs(data, config.prompts, config.seed)
         marks = find_marks(task, model, data, pairs)
     scores = score_heads(
         model, pairs, task=task.title if task else "", marks=marks, length=config.length,
         num_random=config.random_prompts, batch_size=config.batch_size, seed=config.seed,
     )  # fmt: skip
-    circuit = read(source, model.graph).circuit if is_own else None
-    is_of_run = is_own and source.run is not None and config.task is None
+    circuit = None
+    if source is not None and model.fingerprint() == source.digest("model"):
+        circuit = read(source, model.graph).circuit
+    is_of_run = source is not None and source.run is not None and source.is_of(model, digest)
     folder = Path(config.output or (source.path.parent if is_of_run else "heads"))
     title = model_config.title if task is None else f"{model_config.title}, {task.title}"
     record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}

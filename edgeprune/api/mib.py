@@ -91,9 +91,7 @@ def benchmark(config: MibConfig) -> Benchmarked:
                 )
             records[name] |= areas[name].to_dict()
     outputs = []
-    digests = {"data": digest, "model": model.fingerprint()}
-    is_own = source.run is not None and source.path.name in layout.CHOSEN
-    if is_own and digests == source.run.digests:
+    if source.run is not None and source.is_chosen and source.is_of(model, digest):
         path = source.run.path / layout.mib(config.split)
         write_json(path, {"data": pairs.name, "graph_edges": model.graph.num_edges, **records})
         outputs.append(path)

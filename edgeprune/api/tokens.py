@@ -50,7 +50,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         if world.is_rank_zero and config.model is None:  # shards have no fingerprint
             warn_if_changed(model, source.digest("model"))
         circuit = None if source is None else read(source, model.graph, ablation).circuit
-        data, reference, _ = load_prompts(
+        data, reference, digest = load_prompts(
             source, config.task, model, config.split, with_training=ablation.kind == "mean"
         )
         pairs = draw_pairs(data, config.prompts, config.seed)
@@ -65,9 +65,8 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         if not world.is_rank_zero:
             return None
         is_own = (
-            source is not None and source.run is not None and source.path.name in layout.CHOSEN
-            and config.task is None and config.ablation is None
-            and model.fingerprint() == source.digest("model")
+            source is not None and source.run is not None and source.is_chosen
+            and source.is_of(model, digest, ablation)
         )  # fmt: skip
         folder = Path(config.output or (source.path.parent if is_own else "tokens"))
         title = f"{model_config.title}, {task.title}, {len(pairs):,} {config.split} prompts"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict
+from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict, to_dict
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError, ConfigError
 from edgeprune.files import read_if_intact
 from edgeprune.formats import CircuitFile, read_circuit
@@ -60,6 +61,19 @@ class Source:
     def ablation(self, given: AblationConfig | None = None) -> AblationConfig:
         """The given settings, or those with which the circuit was found, or interchange."""
         return given or from_dict(AblationConfig, self.origin.get("ablation") or {})
+
+    def is_of(
+        self, model: CircuitModel, data_digest: str, ablation: AblationConfig | None = None
+    ) -> bool:
+        """Whether a model, the file of prompts of this SHA-256 and an ablation, if any, are its."""
+        is_own_ablation = ablation is None or to_dict(ablation) == self.origin.get("ablation")
+        digests = model.fingerprint(), data_digest
+        return is_own_ablation and digests == (self.digest("model"), self.digest("data"))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it is a chosen circuit, of a run or in a folder of its own."""
+        return self.path.name in layout.CHOSEN
 
     @property
     def title(self) -> str | None:
