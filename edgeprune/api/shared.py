@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgeprune.config import (
     AblationConfig,
@@ -38,12 +38,8 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     from edgeprune.models.load import load_model, pick_device  # transformers takes a second
 
     device = pick_device(config.device)
-    return load_model(
-        config.path, device=device, dtype=config.dtype, attention=config.attention,
-        bits=config.bits, fused=config.fused and device.startswith("cuda"),
-        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    fused = config.fused and device.startswith("cuda")
+    return load_model(config.path, device=device, fused=fused, **_loaded_with(config))
 
 
 def named_by(config: InspectConfig) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
@@ -81,11 +77,14 @@ def load_meta_model_of(config: ModelConfig) -> CircuitModel:
     """The model that settings name, without weights."""
     from edgeprune.models.load import load_meta_model
 
-    return load_meta_model(
-        config.path, dtype=config.dtype, bits=config.bits, attention=config.attention,
-        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    return load_meta_model(config.path, **_loaded_with(config))
+
+
+def _loaded_with(config: ModelConfig) -> dict[str, Any]:
+    """The settings that apply with and without weights."""
+    names = ("dtype", "attention", "bits", "embedding_writers", "split_kv_readers",
+             "trust_remote_code")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
 
 
 def load_in(world: World, config: ModelConfig, launcher: LauncherConfig) -> CircuitModel:
