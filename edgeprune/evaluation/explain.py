@@ -9,7 +9,7 @@ of the circuit are cut from the full model. When each edge rose is read from a r
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips, without
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips, without, without_nodes
 from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.files import json_values
@@ -213,29 +213,21 @@ def explain(
             "output, so there is nothing to explain; choose a larger circuit"
         )
     bench = Bench(model, pairs, ablation, batch_size, listener)
-    leaving: dict[str, list[int]] = defaultdict(list)  # per writer, all its edges
-    for edge, (writer, _) in enumerate(graph.edges):
-        leaving[writer].append(edge)
-    kept = {*map(graph.edge_index, circuit.edge_set)}
-    outside = [edge for edge in range(graph.num_edges) if edge not in kept]
+    outside = [index for index, edge in enumerate(graph.edges) if edge not in circuit.edge_set]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
     (own,) = bench.measure([circuit])
     in_circuit = bench.measure(without(circuit, cut.edges) for cut in cuts)
     in_full = bench.measure(
-        without(bench.whole, leaving[cut.name] if cut.kind == "node" else cut.edges) for cut in cuts
-    )
+        without_nodes(bench.whole, [cut.name]) if cut.kind == "node"
+        else without(bench.whole, cut.edges) for cut in cuts
+    )  # fmt: skip
     of_controls = bench.measure(without(bench.whole, [edge]) for edge in controls)
     rank_of = {} if scores is None else {edge: rank for rank, edge in enumerate(ranking, 1)}
-    ranks_of: dict[int, list[int]] = {}  # at each snapshot
-    steps: tuple[int, ...] = ()
-    if snapshots is not None and len(snapshots.steps):
-        steps = tuple(snapshots.steps.tolist())
-        edges = [cut.edges[0] for cut in cuts if cut.kind == "edge"]
-        ranks_of = dict(zip(edges, snapshots.ranks(edges).T.tolist(), strict=True))
+    steps, ranks_of = _rises(snapshots, [cut.edges[0] for cut in cuts if cut.kind == "edge"])
     parts = []
     for cut, a, b in zip(cuts, in_circuit, in_full, strict=True):
         edge = cut.edges[0] if cut.kind == "edge" else None
-        ranks = tuple(ranks_of.get(edge, ()))
+        ranks = ranks_of.get(edge, ())
         parts.append(Explained(
             cut.kind, cut.name, edge, _effect(bench, own, a), _effect(bench, bench.full, b),
             rank_of.get(edge), ranks, _since(steps, ranks, len(circuit)),
@@ -263,6 +255,16 @@ def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:
     """Number of circuits that `explain` measures, at most."""
     cuts = cuts_to_explain(circuit, range(circuit.graph.num_edges), max_edges)
     return 1 + 2 * len(cuts) + NUM_CONTROLS
+
+
+def _rises(
+    snapshots: Snapshots | None, edges: Sequence[int]
+) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+    """The steps of the snapshots, if there are any, and the ranks of each edge at them."""
+    if snapshots is None or not len(snapshots.steps):
+        return (), {}
+    ranks = map(tuple, snapshots.ranks(edges).T.tolist())
+    return tuple(snapshots.steps.tolist()), dict(zip(edges, ranks, strict=True))
 
 
 def _since(steps: Sequence[int], ranks: Sequence[int], size: int) -> int | None:
