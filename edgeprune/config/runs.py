@@ -100,6 +100,11 @@ class RunConfig(ChoiceConfig):
         """Name for people, such as 'ioi in embedded'."""
         return f"{self.task.title} in {self.model.title}"
 
+    @property
+    def label(self) -> str:
+        """What the run is called in pictures."""
+        return f"{self.title}, {self.variant}"
+
 
 @dataclass
 class PruneConfig(RunConfig):
@@ -138,11 +143,6 @@ class PruneConfig(RunConfig):
     def method_name(self) -> str:
         """The method that scores the edges."""
         return self.trainer.method
-
-    @property
-    def label(self) -> str:
-        """What the run is called in pictures."""
-        return f"{self.title}, seed {self.seed}"
 
     @property
     def variant(self) -> str:
@@ -210,11 +210,6 @@ class AttributeConfig(RunConfig):
     def method_name(self) -> str:
         """The method that scores the edges."""
         return self.method
-
-    @property
-    def label(self) -> str:
-        """What the run is called in pictures."""
-        return f"{self.title}, {self.method}"
 
     @property
     def variant(self) -> str:
