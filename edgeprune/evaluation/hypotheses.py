@@ -184,9 +184,11 @@ def independence(bench: Bench, circuit: Circuit) -> Finding:
     the answer itself.
     """
     without, empty = bench.outputs([bench.whole - circuit, bench.whole - bench.whole])
-    added = (without - empty)[:MAX_HSIC]  # [example, feature]
+    rows = random.Random(0).sample(range(len(bench)), min(MAX_HSIC, len(bench)))
+    rows.sort()  # those of the bench lie in the order of their lengths
+    added = (without - empty)[rows]  # [example, feature]
     added = torch.where(added.abs() <= SAME, 0.0, added)
-    answers = bench.answers()[:MAX_HSIC]
+    answers = bench.answers()[rows]
     same = (answers[:, None] - answers).abs() <= SAME_NUMBER  # [example, example, token]
     same = same.double().mean(-1)
     apart = same[~torch.eye(len(same), dtype=torch.bool)]
