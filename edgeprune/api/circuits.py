@@ -101,19 +101,7 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
 
     Returns the result of `evaluation.compare.compare`, and the names of the parts.
     """
-    sources = [find(name) for name in config.circuits]
-    reference = None
-    if config.reference is not None:
-        known = find(config.reference)
-        paths = [source.path.resolve() for source in sources]
-        if known.path.resolve() not in paths:
-            sources.append(known)
-        reference = [*paths, known.path.resolve()].index(known.path.resolve())
-    if len(sources) < 2:
-        raise ConfigError(
-            f"got {len(sources)} circuit, expected two or more: edgeprune compare PATH PATH ..., "
-            "or one and reference=PATH"
-        )
+    sources, reference = _find_all(config)
     folder = Path(config.output)
     check_output(folder, is_file=False)
     for source in sources:
@@ -138,6 +126,23 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
         write_json(new / "comparison.json", result)
         _draw_comparison(circuits, new, config.formats, title)
     return result, list(parts)
+
+
+def _find_all(config: CompareConfig) -> tuple[list[Source], int | None]:
+    """The circuits to compare, and the place of the reference among them, if there is one."""
+    sources, reference = [find(name) for name in config.circuits], None
+    if config.reference is not None:
+        known = find(config.reference)
+        paths = [source.path.resolve() for source in sources]
+        if known.path.resolve() not in paths:
+            sources.append(known)
+        reference = [*paths, known.path.resolve()].index(known.path.resolve())
+    if len(sources) < 2:
+        raise ConfigError(
+            f"got {len(sources)} circuit, expected two or more: edgeprune compare PATH PATH ..., "
+            "or one and reference=PATH"
+        )
+    return sources, reference
 
 
 def _read_all(sources: Sequence[Source], config: CompareConfig) -> list[Circuit]:
