@@ -18,6 +18,7 @@ from edgeprune.api.shared import (
     ablation_of,
     load_in,
     load_meta_model_of,
+    optional,
 )
 from edgeprune.config import LESS_MEMORY, RunConfig
 from edgeprune.drawing import draw_frontier
@@ -204,10 +205,6 @@ def _check_memory(config: RunConfig, plan: MemoryPlan, world: World) -> None:
 
 
 def _plot_curve(run: Run, curve: Curve) -> None:
-    """Plot the curve; a failure costs nothing else."""
-    path = run.path / layout.CURVE_PLOT
-    try:
-        title = f"{run.config.label}, {curve.prompts} prompts"
+    path, title = run.path / layout.CURVE_PLOT, f"{run.config.label}, {curve.prompts} prompts"
+    with optional(path):
         draw_frontier(curve_panels({"": [curve]}), path, title=title, all_edges=curve.num_edges)
-    except Exception as error:
-        log.warning(f"{path} is not drawn: {error}")

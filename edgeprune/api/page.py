@@ -1,7 +1,6 @@
 """The page: look into the circuits of one or several runs at every size."""
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from edgeprune.api.choose import RULES, Pruned
 from edgeprune.api.export import Measuring
-from edgeprune.api.shared import check_output, labels_of
+from edgeprune.api.shared import check_output, labels_of, optional
 from edgeprune.circuit import Circuit
 from edgeprune.config import MAX_EVALUATION_BATCH, SPLITS, PageConfig, chosen_by
 from edgeprune.drawing.page import data_of_page, in_frame, render
@@ -30,8 +29,6 @@ from edgeprune.runs.run import Run
 from edgeprune.runs.source import head_labels
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
-
-log = logging.getLogger("edgeprune")
 
 LIMITS = (
     ("max_kl", 1.0, "KL ≤ 1"),
@@ -134,19 +131,14 @@ def page_of_runs(runs: Sequence[Run], title: str, options: Mapping[str, Any] | N
 
 
 def write_run_page(run: Run, model: CircuitModel | None, ablation: Ablation) -> None:
-    """Write the page of a run that has just ended; `model` None: without measurements.
-
-    A failure costs nothing else.
-    """
+    """Write the page of a run that has just ended; `model` None: without measurements."""
     path = run.path / layout.PAGE
-    try:
+    with optional(path):
         if model is None:
             part = _of_run(run, NOTHING_MEASURED)
         else:
             part = _of_run(run, DEFAULTS, loaded=(model, ablation))
         _page([part], run.config.title).save(path)
-    except Exception as error:
-        log.warning(f"{path} is not written: {error}; edgeprune page {run.path} tries again")
 
 
 Part = tuple[CircuitGraph, dict[str, Any]]

@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -201,6 +201,18 @@ def load_prompts(
     if source is not None and digest == source.digest("data"):
         warn_if_none_held_out(pairs)
     return Prompts(pairs, reference, digest)
+
+
+@contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Write a picture or page whose failure must neither hide how a run ended nor cost its circuit.
+
+    The failure is reported.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning(f"{path} is not written: {error}")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
