@@ -3,16 +3,21 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from edgeprune.errors import ConfigError
+
+T = TypeVar("T")
+
+log = logging.getLogger("edgeprune")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,6 +34,18 @@ def json_values(value: Any) -> Any:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_if_intact(path: Path, parse: Callable[[Any], T], again: str) -> T | None:
+    """What `parse` makes of a JSON file's content; None if there is no file, or it is damaged.
+
+    The warning of a damaged one says with `again` how to get an intact one.
+    """
+    try:
+        return parse(json.loads(path.read_bytes())) if path.exists() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning(f"{path} is damaged and left out ({type(error).__name__}: {error}); {again}")
+        return None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -58,9 +59,13 @@ def logit_differences(batch: Batch, logits: Tensor) -> Tensor:
     Both are compared at the token where they differ. NaN for examples without distractors.
     """
     at_contrast = logits[batch.contrasts].float()  # [batch, vocabulary]
-    return _log_sum_exp(at_contrast, batch.answer_ids) - _log_sum_exp(
-        at_contrast, batch.distractor_ids
-    )
+    return _minus_distractors(batch, partial(_log_sum_exp, at_contrast))
+
+
+def _minus_distractors(batch: Batch, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """[batch], the score of the answers' ids minus the distractors'; NaN without distractors."""
+    difference = score(batch.answer_ids) - score(batch.distractor_ids)
+    return torch.where((batch.distractor_ids >= 0).any(-1), difference, math.nan)
 
 
 def _log_sum_exp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -77,11 +82,10 @@ def answer_scores(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
     """
     at_contrast = logits[batch.contrasts].float()  # [batch, vocabulary]
     log_p = torch.log_softmax(at_contrast, -1)
-    has_distractors = (batch.distractor_ids >= 0).any(-1)
     return {
         "logit": _log_sum_exp(at_contrast, batch.answer_ids),
         "probability": _log_sum_exp(log_p, batch.answer_ids).exp(),
-        "contrast": torch.where(has_distractors, logit_differences(batch, logits), math.nan),
+        "contrast": logit_differences(batch, logits),
     }
 
 
@@ -234,10 +238,7 @@ def _log_probabilities(batch: Batch, logits: Tensor) -> Tensor:
 def _probability_differences(batch: Batch, logits: Tensor) -> Tensor:
     """[batch], probability of the answers minus that of the distractors; NaN without any."""
     log_p = torch.log_softmax(logits[batch.contrasts].float(), -1)
-    answers, distractors = (
-        _log_sum_exp(log_p, ids).exp() for ids in (batch.answer_ids, batch.distractor_ids)
-    )
-    return torch.where((batch.distractor_ids >= 0).any(-1), answers - distractors, math.nan)
+    return _minus_distractors(batch, lambda ids: _log_sum_exp(log_p, ids).exp())
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def test_bootstrap_by_hand():
     assert paired_bootstrap(ones, 0 * ones) == (1, 1, 1)
     assert paired_bootstrap(ones, ones) == (0, 0, 0)
     a = torch.tensor([0.0, 1.0] * 200)  # mean .5, standard error .5 / 20
-    found = paired_bootstrap(a, 0 * a, num_samples=20_000)
+    found = paired_bootstrap(a, 0 * a)
     assert found.mean == 0.5
-    assert found.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.003)
-    assert found.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.003)
+    assert found.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
+    assert found.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
     # Pairing removes what both share.
     shared = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 100
     paired = paired_bootstrap(shared + a, shared)

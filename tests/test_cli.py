@@ -122,7 +122,7 @@ def test_heads_of_a_run_are_named_in_it_and_shown_by_other_commands(copied, comm
     command("compare", copied, other, f"output={tmp_path / 'comparison'}", "formats=[dot]")
     compared = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     kinds = compared["kinds_of_heads"]["induction"]
-    assert kinds["model"] == 64 > kinds["all"] == kinds["other"] > 0
+    assert kinds["model"] == 64 > kinds["all"] == kinds["circuits"]["other"] > 0
     (copied / "heads.json").write_text("{")
     assert "heads.json" in command("draw", copied, "formats=[dot]")[1]
 

@@ -14,6 +14,7 @@ from edgeprune.evaluation.compare import (
     compare,
     comparison_tables,
     consensus,
+    kinds_of_heads,
     overlap,
     parts,
     times_kept,
@@ -100,6 +101,15 @@ def test_three_circuits_by_hand():
         "a": 0, "b": 1, "c": 1,
     }  # fmt: skip
     assert comparison_tables(result)[-1].rows[0][:4] == ["a", "1.000", "0.667", "0.800"]
+
+
+def test_kinds_of_heads_are_counted_whatever_the_circuits_are_called():
+    circuits = {"model": circuit(ONE, TWO), "all": circuit(THREE, FOUR)}
+    labels = {"a0.h1": ["induction", "copying"], "a1.h0": ["induction"]}
+    result = compare(circuits) | {"kinds_of_heads": kinds_of_heads(labels, circuits)}
+    assert comparison_tables(result)[-1].rows == [
+        ["induction", "2", "1", "0", "0"], ["copying", "1", "1", "0", "0"]
+    ]  # fmt: skip
 
 
 def test_circuits_that_cannot_be_compared_are_errors():

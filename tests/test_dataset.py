@@ -23,6 +23,7 @@ from edgeprune.errors import DataError, MisfitError, NoneUsableError
 from edgeprune.prompts import (
     SPLITS,
     collate,
+    draw_pairs,
     encode_pair,
     iterate_batches,
     load_dataset,
@@ -393,6 +394,14 @@ def test_evaluation_sees_every_example_once():
     pairs = random_pairs(7, length=4) + random_pairs(6, length=6, seed=1)
     seen = [pair for batch in iterate_batches(pairs[::2] + pairs[1::2], 4) for pair in batch.pairs]
     assert Counter(seen) == Counter(pairs)
+
+
+def test_prompts_are_drawn_from_the_whole_file_and_follow_from_the_seed():
+    pairs = random_pairs(50)
+    some = draw_pairs(pairs, 10, seed=1)
+    assert len({*some}) == 10 and {*some} <= {*pairs} and some != pairs[:10]
+    assert some == draw_pairs(pairs, 10, seed=1) != draw_pairs(pairs, 10, seed=2)
+    assert draw_pairs(pairs, 60, seed=1) == pairs
 
 
 def test_training_batches_follow_from_seed_and_step():

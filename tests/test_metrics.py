@@ -86,9 +86,10 @@ def measure_each(*logits: list[float]) -> list[ExampleMetrics]:
 
 
 def test_examples_without_distractors_do_not_count_where_these_are_needed():
-    batch = collate([pair((1,)), pair((1,), (1,), (2,))])
-    logits = torch.tensor([[0.0, 1, 0], [0.0, 1, 0]])
+    batch = collate([pair((1,)), pair((1,), (1, 0)), pair((1,), (1,), (2,))])
+    logits = torch.tensor([[0.0, 1, 0]] * 3)
     examples = measure(batch, logits, logits)
+    assert examples.logit_difference.isnan().tolist() == [True, True, False]
     metrics = Metrics.of(examples, examples, examples)
     assert (metrics.accuracy, metrics.two_way_accuracy, metrics.logit_difference) == (1, 1, 1)
 

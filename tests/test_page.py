@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import torch
 from conftest import call, random_gpt2, random_pairs, run_here
 
 import edgeprune
+from edgeprune.api.choose import Pruned
 from edgeprune.api.page import page as make_page
 from edgeprune.circuit import Circuit
 from edgeprune.drawing.page import data_of_page, render
@@ -47,16 +49,16 @@ def small():
     ablation = Ablation(model, "interchange", pairs)
     curve = measure_curve(model, scores, pairs, sizes=[20, 60, 100])
     circuit = scores.circuit(num_edges=60)
-    return SimpleNamespace(
-        model=model, pairs=pairs, scores=scores, circuit=circuit, curve=curve, ablation=ablation,
-        origin={"chosen_by": "num_edges=60"},
-    )  # fmt: skip
+    origin = {"chosen_by": "num_edges=60"}
+    result = Pruned(circuit, scores, curve, [], ablation, origin)
+    return SimpleNamespace(model=model, pairs=pairs, result=result, **vars(result))
 
 
 @pytest.fixture(scope="module")
 def measured(small):
     """The data of a page with everything in it."""
-    return data_of_page(make_page(small, model=small.model, pairs=small.pairs, prompts=6).html)
+    page = make_page(small.result, model=small.model, pairs=small.pairs, prompts=6)
+    return data_of_page(page.html)
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -204,7 +206,7 @@ def test_what_cannot_be_shown_is_refused(small):
 
 
 def test_notebooks_show_results_in_a_frame(small):
-    for shown in (small.circuit, small.scores, edgeprune.page(small)):
+    for shown in (small.circuit, small.scores, edgeprune.page(small.result)):
         frame = shown._repr_html_()
         assert frame.startswith("<iframe srcdoc=")
         assert "<script" not in frame  # escaped: it runs in the frame only
@@ -417,8 +419,7 @@ def test_slider_and_keys_change_the_size(show, measured):
 
 def test_a_clean_up_is_shown_edge_by_edge(show, small):
     cleaned = Circuit(GRAPH, frozenset(small.circuit.edges[::2]))
-    result = SimpleNamespace(**{**vars(small), "circuit": cleaned})
-    page = show(make_page(result).html)
+    page = show(make_page(replace(small.result, circuit=cleaned)).html)
     assert "cleaned up" in page.locator("#summary").inner_text()
     assert json.loads(save(page, "edges.json")) == [list(edge) for edge in cleaned.edges]
 
@@ -513,7 +514,7 @@ def focused(page) -> str:
 
 
 def test_controls_keep_the_focus(show, measured, small):
-    html = make_page(small, random_scores(GRAPH, seed=1), edges=GRAPH.num_edges).html
+    html = make_page(small.result, random_scores(GRAPH, seed=1), edges=GRAPH.num_edges).html
     page = show(html)
     chip = page.locator("#rules button:enabled").last
     controls = [
@@ -672,7 +673,7 @@ def test_text_never_becomes_markup(show, measured):
 
 def test_tokens_are_shown_as_shaded_text(show, small):
     found = attribute_tokens(small.model, small.pairs[:2], small.circuit, steps=2)
-    data = data_of_page(make_page(small).html)
+    data = data_of_page(make_page(small.result).html)
     data["runs"][0]["tokens"] = tokens_data({"split": "test", **found.to_dict()})
     page = show(render(data), "tab=tokens")
     lines = page.locator("#panel .shaded")
@@ -741,7 +742,7 @@ def test_a_phone_shows_everything(show, measured, scheme):
 
 
 def test_a_notebooks_frame_works(show, measured, small):
-    page = show(f"<!DOCTYPE html><body>{edgeprune.page(small)._repr_html_()}</body>")
+    page = show(f"<!DOCTYPE html><body>{edgeprune.page(small.result)._repr_html_()}</body>")
     frame = page.frame_locator("iframe")
     frame.locator("#number").fill("33")
     frame.locator("#number").press("Enter")

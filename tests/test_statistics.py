@@ -42,7 +42,6 @@ def test_bootstrap_interval_of_a_constant_and_of_few_values():
     assert mean_interval(torch.full((10,), 3.0)) == (3, 3)
     # The mean of two resampled values is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4.
     assert mean_interval(torch.tensor([0.0, 1.0])) == (0, 1)
-    assert mean_interval(torch.tensor([0.0, 1.0]), level=0.4) == (0.5, 0.5)
 
 
 def test_bootstrap_intervals_cover_the_truth():

@@ -202,6 +202,16 @@ def test_every_predicted_token_is_an_answer():
         assert values[stop:, column].isnan().all()
 
 
+def test_inseq_has_one_sequence_per_prompt_even_if_one_prompt_continues_another():
+    model = wrap_model(random_gpt2())
+    first = Pair((1, 2, 3), (1, 6, 3), (4,), (4,), (11,))
+    second = Pair((1, 2, 3, 4), (1, 6, 3, 4), (4, 5), (5,), (11,), 1)  # differs at its second token
+    result = attribute_tokens(model, [first, second], steps=2).to_dict()
+    assert [answer["step"] for answer in result["answers"]] == [0, 1]
+    sequences = inseq_json(result, "m")["attributes"]["sequence_attributions"]
+    assert [len(each["attributes"]["target"]) for each in sequences] == [4, 5]
+
+
 def test_prompts_of_different_lengths_do_not_disturb_each_other():
     model = wrap_model(random_gpt2())
     pairs = [*random_pairs(2, length=5), *random_pairs(2, length=9, seed=3)]

@@ -5,24 +5,22 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.heads import marks_of
+from edgeprune.api.heads import find_marks
 from edgeprune.api.shared import (
     check_output,
-    load_model_of,
+    load_named_model,
+    load_prompts,
     named_by,
-    prompts_file,
-    warn_if_changed,
 )
-from edgeprune.config import AblateConfig
+from edgeprune.config import AblateConfig, TaskConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.ablate import NodeAblation, ablate
 from edgeprune.evaluation.heads import HeadScores, Score, score_heads
 from edgeprune.files import write_json
-from edgeprune.prompts import read_records
+from edgeprune.prompts import PairDataset, draw_pairs
 from edgeprune.prompts.schema import read_options, split_prompt
 from edgeprune.runs import layout
-from edgeprune.runs.data import first_split, load_pairs
 from edgeprune.runs.source import Source, find
 from edgeprune.training.progress import progress
 
@@ -45,29 +43,21 @@ def ablate_nodes(config: AblateConfig) -> AblatedNodes:
     if config.output:
         reads = [source and source.path, model_config.path, task.path]
         check_output(Path(config.output), [*reads, config.scores, config.circuit])
-    model = load_model_of(model_config)
-    if source is not None and config.model is None:
-        warn_if_changed(model, source.digest("model"))
-    with prompts_file(source, config.task, model) as path:
-        pairs = load_pairs(path, task, model, config.split)[: config.prompts]
-        train = load_pairs(path, task, model, first_split(path, "train"))
-        answers = _answers(path)
-        score = None
-        if config.heads is not None:
-            scores = _known_scores(model, source, config.scores)
-            if scores is None:
-                few = train[:SCORING_PROMPTS]
-                marks = marks_of(path, task, model, few)
-                scores = score_heads(model, few, marks=marks, num_random=SCORING_PROMPTS)
-            score = scores.score(config.heads.partition(":")[0])
+    model = load_named_model(source, config.model)
+    data, train, _ = load_prompts(source, config.task, model, config.split, with_training=True)
+    pairs = draw_pairs(data, config.prompts, config.seed)
+    score = None
+    if config.heads is not None:
+        scores = _known_scores(model, source, config.scores) or _score(model, task, train, config)
+        score = scores.score(config.heads.partition(":")[0])
     nodes = _nodes(model, config, score)
     ablation = config.ablation
     with progress(len(pairs), "ablating: prompt") as show:
         result = ablate(
             model, nodes, pairs, kind=ablation.kind, per_position=ablation.per_position,
             scores=None if score is None else score.by_head(), num_random=config.random_sets,
-            generate=config.generate, answers=answers, reference_set=train, seed=config.seed,
-            batch_size=config.batch_size, listener=lambda done: show(done, ""),
+            generate=config.generate, answers=_answers(data), reference_set=train,
+            seed=config.seed, batch_size=config.batch_size, listener=show,
         )  # fmt: skip
     if config.output:
         record = {
@@ -106,6 +96,15 @@ def _known_scores(
     return scores if is_of_model else None
 
 
+def _score(
+    model: CircuitModel, task: TaskConfig, train: PairDataset, config: AblateConfig
+) -> HeadScores:
+    """Score the heads on random tokens and on some training prompts."""
+    few = draw_pairs(train, SCORING_PROMPTS, config.seed)
+    marks = find_marks(task, model, train, few)
+    return score_heads(model, few, marks=marks, num_random=SCORING_PROMPTS, seed=config.seed)
+
+
 def _nodes(model: CircuitModel, config: AblateConfig, score: Score | None) -> list[str]:
     """The nodes to ablate, in the order in which they write."""
     every = [node for node in model.graph.writers if node[0] in "am"]
@@ -134,12 +133,11 @@ def _nodes(model: CircuitModel, config: AblateConfig, score: Score | None) -> li
     return [node for node in every if (node in named) != config.complement]
 
 
-def _answers(path: Path) -> dict[str, list[str]]:
+def _answers(data: PairDataset) -> dict[str, list[str]]:
     """The right answers as text, by the text of the clean prompt."""
     answers = {}
-    for record in read_records(path):
-        if "clean" in record and "clean_ids" not in record:
+    for text, record in data.records.items():
+        if "clean_ids" not in record:
             prompt, prediction = split_prompt(record, "clean")
-            others = read_options(record, "answers", prompt, prediction)
-            answers[record["clean"]] = [prediction, *others]
+            answers[text] = [prediction, *read_options(record, "answers", prompt, prediction)]
     return answers

@@ -3,10 +3,13 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import edgeprune
 from edgeprune.circuit import Circuit
 from edgeprune.config import chosen_by
 from edgeprune.engine.ablation import Ablation
@@ -19,6 +22,7 @@ from edgeprune.metrics import Metrics
 from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
+from edgeprune.training.trainer import StepMetrics
 
 log = logging.getLogger("edgeprune")
 
@@ -34,6 +38,31 @@ RULES: dict[str, Callable[[float], Rule]] = {
     "max_share_lost": lambda limit: lambda circuit, empty: share_lost(circuit, empty) <= limit,
 }
 """Condition per name of a choice by how good a circuit is."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning, or an attribution, found.
+
+    Attributes:
+        circuit: the circuit that was chosen, cleaned up if that was asked for.
+        scores: of all edges; `scores.circuit(num_edges=...)` gives circuits of other sizes.
+        curve: metrics of circuits of many sizes.
+        history: one entry per step.
+        ablation: what closed edges carried, for `evaluate` and `clean_up`.
+        origin: how the circuit was chosen, as JSON values.
+    """
+
+    circuit: Circuit
+    scores: EdgeScores = field(repr=False)
+    curve: Curve = field(repr=False)
+    history: list[StepMetrics] = field(repr=False)
+    ablation: Ablation = field(repr=False)
+    origin: Mapping[str, Any] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, in a frame."""
+        return edgeprune.page(self)._repr_html_()
 
 
 def share_lost(circuit: Metrics, empty: Metrics) -> float:
@@ -92,14 +121,15 @@ def choose(
 def cut(scores: EdgeScores, **size: float | None) -> Circuit:
     """`scores.circuit`; warns if edges are left out whose score is that of the last one kept."""
     circuit = scores.circuit(**size)
-    ordered = scores.importance().sort(descending=True).values
-    last = len(circuit) - 1
-    if 0 <= last < len(ordered) - 1 and ordered[last] == ordered[last + 1]:
-        num_same = int((ordered == ordered[last]).sum())
-        log.warning(
-            f"{num_same:,} edges have the same score, {ordered[last]:g}; those of them among the "
-            f"{len(circuit):,} kept are the first in the graph's order"
-        )
+    importance, kept = scores.importance(), torch.tensor(circuit.mask())
+    if len(circuit):
+        lowest = importance[kept].min()
+        tied = importance == lowest
+        if (tied & ~kept).any():
+            log.warning(
+                f"{int(tied.sum()):,} edges have the same score, {lowest:g}; those of them among "
+                f"the {len(circuit):,} kept are the first in the graph's order"
+            )
     return circuit
 
 
@@ -135,7 +165,7 @@ def curve_of(
     with progress_bar(len(pairs), "measuring circuits: prompt", enabled=progress) as show:
         return measure_curve(
             model, scores, pairs, ablation=ablation, batch_size=batch_size, sizes=sizes,
-            listener=lambda done: show(done, ""),
+            listener=show,
         )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Drawing circuits, comparing them, summarising many runs, and preparing prompts."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence, Set
 from functools import cache
@@ -31,7 +30,7 @@ from edgeprune.evaluation.report import (
     write_report,
 )
 from edgeprune.evaluation.specificity import Specificity
-from edgeprune.files import replace_folder, write_json
+from edgeprune.files import read_if_intact, replace_folder, write_json
 from edgeprune.formats import write_circuit
 from edgeprune.prompts import mib
 from edgeprune.prompts.tasks import generate_records
@@ -69,8 +68,7 @@ def draw(config: DrawConfig) -> Drawn:
         source = find(config.circuit)
         labels = head_labels(source.path.parent)
         circuit = read(source, graph_of(source, config.model)).circuit
-        is_chosen = source.path.name in layout.CHOSEN
-        stem = source.path.with_name(layout.DRAWING if is_chosen else source.path.stem)
+        stem = source.path.with_name(layout.DRAWING if source.is_chosen else source.path.stem)
         title = source.title
     stem = output or stem
     shown = circuit if config.dangling else circuit.without_dangling()
@@ -103,19 +101,7 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
 
     Returns the result of `evaluation.compare.compare`, and the names of the parts.
     """
-    sources = [find(name) for name in config.circuits]
-    reference = None
-    if config.reference is not None:
-        known = find(config.reference)
-        paths = [source.path.resolve() for source in sources]
-        if known.path.resolve() not in paths:
-            sources.append(known)
-        reference = [*paths, known.path.resolve()].index(known.path.resolve())
-    if len(sources) < 2:
-        raise ConfigError(
-            f"got {len(sources)} circuit, expected two or more: edgeprune compare PATH PATH ..., "
-            "or one and reference=PATH"
-        )
+    sources, reference = _find_all(config)
     folder = Path(config.output)
     check_output(folder, is_file=False)
     for source in sources:
@@ -140,6 +126,23 @@ def compare(config: CompareConfig) -> tuple[dict[str, Any], list[str]]:
         write_json(new / "comparison.json", result)
         _draw_comparison(circuits, new, config.formats, title)
     return result, list(parts)
+
+
+def _find_all(config: CompareConfig) -> tuple[list[Source], int | None]:
+    """The circuits to compare, and the place of the reference among them, if there is one."""
+    sources, reference = [find(name) for name in config.circuits], None
+    if config.reference is not None:
+        known = find(config.reference)
+        paths = [source.path.resolve() for source in sources]
+        if known.path.resolve() not in paths:
+            sources.append(known)
+        reference = [*paths, known.path.resolve()].index(known.path.resolve())
+    if len(sources) < 2:
+        raise ConfigError(
+            f"got {len(sources)} circuit, expected two or more: edgeprune compare PATH PATH ..., "
+            "or one and reference=PATH"
+        )
+    return sources, reference
 
 
 def _read_all(sources: Sequence[Source], config: CompareConfig) -> list[Circuit]:
@@ -211,19 +214,23 @@ def _specificities(folder: Path, circuits: Set[str]) -> dict[str, Specificity]:
     """What `edgeprune test` found of several runs together, if their circuits are still these."""
     found = {}
     for path in sorted(folder.rglob(layout.TESTS)):
-        try:
-            record = json.loads(path.read_bytes())
-            if "cells" not in record:  # of a single circuit
-                continue
-            measured = record["circuits"].values()
-            if not {each["edges_sha256"] for each in measured} <= circuits:
+        several = read_if_intact(path, _of_several, "run edgeprune test again")
+        if several is not None:
+            model, digests, specificity = several
+            if digests <= circuits:
+                found[f"circuits in {model} ({path.parent.name})"] = specificity
+            else:
                 log.warning(f"{path} is left out: it is not of these runs' circuits; test again")
-                continue
-            model = next(each["model"] for each in measured)
-            found[f"circuits in {model} ({path.parent.name})"] = Specificity.from_dict(record)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning(f"{path} is damaged and left out ({error}); run edgeprune test again")
     return found
+
+
+def _of_several(record: Mapping[str, Any]) -> tuple[str, set[str], Specificity] | None:
+    """Model, digests of the circuits, and what was found; None for a test of a single circuit."""
+    if "cells" not in record:
+        return None
+    measured = record["circuits"].values()
+    digests = {each["edges_sha256"] for each in measured}
+    return next(each["model"] for each in measured), digests, Specificity.from_dict(record)
 
 
 def _write_pages(groups: Sequence[Group], folder: Path) -> None:

@@ -1,50 +1,36 @@
 """Measuring circuits that are named by their run directory or file."""
 
-import logging
-import random
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeprune.api.shared import (
     ablation_of,
     check_output,
-    load_model_of,
-    prompts_file,
+    load_named_model,
+    load_prompts,
     read,
-    warn_if_changed,
 )
 from edgeprune.circuit import Circuit
 from edgeprune.config import (
     MAX_EVALUATION_BATCH,
     AblationConfig,
+    CircuitConfig,
     EvaluateConfig,
     ExplainConfig,
-    TaskConfig,
     TestConfig,
     to_dict,
 )
+from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
-from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.evaluate import Evaluation, evaluate
-from edgeprune.files import file_digest, write_json
+from edgeprune.files import write_json
 from edgeprune.formats import CircuitFile
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import (
-    first_split,
-    kind_of_prompts,
-    load_pairs,
-    warn_if_none_held_out,
-)
+from edgeprune.runs.data import kind_of_prompts
 from edgeprune.runs.source import Source, find
 from edgeprune.scores import EdgeScores
-from edgeprune.training.progress import counting, duration
-
-log = logging.getLogger("edgeprune")
 
 
 class Measured(NamedTuple):
@@ -77,10 +63,13 @@ class Case(NamedTuple):
     is_own: bool
     title: str
 
+    def make_ablation(self) -> Ablation:
+        return ablation_of(self.model, self.ablation, self.reference, self.batch_size)
+
 
 def load_case(
     source: Source,
-    config: EvaluateConfig | TestConfig | ExplainConfig,
+    config: CircuitConfig,
     model: CircuitModel | None = None,
     device: str | None = None,
 ) -> Case:
@@ -90,18 +79,15 @@ def load_case(
     """
     model_config, ablation = source.model(config.model), source.ablation(config.ablation)
     source.task(config.task)  # raises before the model is loaded
-    model = model or load_model_of(replace(model_config, device=device or model_config.device))
+    model = model or load_named_model(source, config.model, device)
     file = read(source, model.graph, ablation)
-    is_own_model = model.fingerprint() == source.digest("model")
-    if config.model is None:
-        warn_if_changed(model, source.digest("model"))
-    pairs, reference, digest = load_prompts(source, ablation, model, config.task, config.split)
+    pairs, reference, digest = load_prompts(
+        source, config.task, model, config.split, with_training=ablation.kind == "mean"
+    )
     batch_size = config.batch_size or source.origin.get("evaluation_batch_size")
-    is_own_data = digest == source.digest("data")
-    is_own = is_own_model and is_own_data and to_dict(ablation) == source.origin.get("ablation")
     return Case(
         model, file, pairs, reference, ablation, batch_size or MAX_EVALUATION_BATCH, digest,
-        is_own_data, is_own and source.path.name in layout.CHOSEN,
+        digest == source.digest("data"), source.is_chosen and source.is_of(model, digest, ablation),
         f"{model_config.title}, {pairs.name}, {ablation.kind} ablation",
     )  # fmt: skip
 
@@ -114,51 +100,15 @@ def scores_of(source: Source, file: CircuitFile) -> EdgeScores | None:
     return scores if scores.graph == file.circuit.graph else None
 
 
-def drawn(pairs: Sequence[Pair], config: TestConfig | ExplainConfig) -> list[Pair]:
-    """As many of the prompts as asked for, or all if there are fewer."""
-    if len(pairs) <= config.prompts:
-        return list(pairs)
-    return random.Random(config.seed).sample(list(pairs), config.prompts)
-
-
-def bench_of(case: Case, pairs: Sequence[Pair]) -> Bench:
-    """Where circuits are measured on some of a case's prompts."""
-    ablation = ablation_of(case.model, case.ablation, case.reference, case.batch_size)
-    return Bench(case.model, pairs, ablation, case.batch_size)
-
-
-@contextmanager
-def measuring(case: Case, pairs: Sequence[Pair], count: int, unit: str) -> Iterator[Bench]:
-    """A bench that shows the progress of about `count` circuits, after an estimate of the time."""
-    with counting(count, unit) as listen:
-        bench = bench_of(case, pairs)
-        start = time.perf_counter()
-        bench.measure([case.file.circuit])
-        seconds = count * (time.perf_counter() - start)
-        log.info(
-            f"{case.title}: about {count:,} circuits on {len(pairs):,} prompts, about "
-            f"{duration(seconds)}"
-        )
-        bench.listener = listen
-        yield bench
-
-
 def case_record(
     source: Source, case: Case, pairs: Sequence[Pair], config: TestConfig | ExplainConfig
 ) -> dict[str, Any]:
     """What was tested, as JSON values."""
-    return {
-        "circuit_file": str(source.path),
-        "edges_sha256": case.file.circuit.digest(),
-        "model": case.model.name,
-        "model_sha256": case.model.fingerprint(),
-        "data": case.pairs.name,
-        "data_sha256": case.data_digest,
-        "split": config.split,
-        "num_prompts": len(pairs),
-        "seed": config.seed,
-        "ablation": to_dict(case.ablation),
-    }
+    measured = _measured(
+        case.model, case.file.circuit, case.pairs, config.split, case.ablation, case.data_digest
+    )
+    own = {"num_prompts": len(pairs), "seed": config.seed}
+    return {"circuit_file": str(source.path), **measured, **own}
 
 
 def checked_output(config: EvaluateConfig | ExplainConfig, source: Source) -> Path | None:
@@ -178,7 +128,7 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
     model, circuit, pairs = case.model, case.file.circuit, case.pairs
     evaluation = evaluate(
         model, circuit, pairs, batch_size=case.batch_size, head_permuted=config.head_permuted,
-        ablation=ablation_of(model, case.ablation, case.reference, case.batch_size),
+        ablation=case.make_ablation(),
     )  # fmt: skip
     if output is None and case.is_own:
         output = source.path.with_name(layout.evaluation(config.split))
@@ -189,28 +139,6 @@ def evaluate_circuit(config: EvaluateConfig) -> Measured:
         )  # fmt: skip
         write_json(output, {"circuit_file": str(source.path), **record})
     return Measured(evaluation, circuit, case.title, output)
-
-
-def load_prompts(
-    source: Source,
-    ablation: AblationConfig,
-    model: CircuitModel,
-    given: TaskConfig | None,
-    split: str,
-) -> tuple[PairDataset, PairDataset, str]:
-    """A split's prompts, those over which means are taken, and the SHA-256 of their file.
-
-    `given` is the task of which they are; None: the source's own.
-    """
-    task = source.task(given)
-    with prompts_file(source, given, model) as path:
-        pairs = reference = load_pairs(path, task, model, split)
-        if ablation.kind == "mean":
-            reference = load_pairs(path, task, model, first_split(path, "train"))
-        digest = file_digest(path)
-    if digest == source.digest("data"):
-        warn_if_none_held_out(pairs)
-    return pairs, reference, digest
 
 
 def evaluation_record(
@@ -228,14 +156,19 @@ def evaluation_record(
 
     `data_digest` is that of the prompts' file, `is_own` whether the circuit was found on it.
     """
+    is_training = is_own and kind_of_prompts(split, pairs) == "training"
+    measured = _measured(model, circuit, pairs, split, ablation, data_digest)
+    return {**measured, "training_prompts": is_training, **evaluation.to_dict()}
+
+
+def _measured(
+    model: CircuitModel, circuit: Circuit, pairs: PairDataset, split: str, ablation: AblationConfig,
+    data_digest: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Which circuit was measured, and on what, as JSON values."""
     return {
         "edges_sha256": circuit.digest(),
-        "model": model.name,
-        "model_sha256": model.fingerprint(),
-        "data": pairs.name,
-        "data_sha256": data_digest,
-        "split": split,
-        "training_prompts": is_own and kind_of_prompts(split, pairs) == "training",
+        "model": model.name, "model_sha256": model.fingerprint(),
+        "data": pairs.name, "data_sha256": data_digest, "split": split,
         "ablation": to_dict(ablation),
-        **evaluation.to_dict(),
-    }
+    }  # fmt: skip

@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,20 +13,18 @@ from edgeprune.api.evaluate import (
     Case,
     case_record,
     checked_output,
-    drawn,
     load_case,
-    measuring,
     scores_of,
 )
 from edgeprune.api.learn_again import check_learned, learn_again, pairs_of_run
 from edgeprune.api.shared import ablation_of
 from edgeprune.config import ExplainConfig, PruneConfig
 from edgeprune.errors import ConfigError
-from edgeprune.evaluation.explain import Explanation, explain_on, num_circuits
+from edgeprune.evaluation.explain import Explanation, explain, num_circuits
 from edgeprune.evaluation.pushes import Pushes, Retrained, Verification, measure_pushes
 from edgeprune.files import write_json
 from edgeprune.metrics import Output
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, draw_pairs
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run
 from edgeprune.runs.source import find
@@ -53,7 +50,7 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     if config.verify:
         check_learned(source.run, "verify=", source.path)
     case = load_case(source, config)
-    pairs = drawn(case.pairs, config)
+    pairs = draw_pairs(case.pairs, config.prompts, config.seed)
     is_own = case.model.fingerprint() == source.digest("model")
     run = source.run if is_own else None
     snapshots = run.snapshots() if run else None
@@ -61,19 +58,20 @@ def explain_circuit(config: ExplainConfig) -> ExplainedCircuit:
     if config.verify and unable:
         raise ConfigError(f"verify= leaves out pairs by their pushes, but {unable}")
     count = num_circuits(case.file.circuit, config.edges)
-    with measuring(case, pairs, count, "cutting: circuit") as bench:
-        explanation = explain_on(
-            bench, case.file.circuit, scores=scores_of(source, case.file), snapshots=snapshots,
-            max_edges=config.edges, seed=config.seed,
+    with counting(count, "cutting: circuit") as listen:
+        explanation = explain(
+            case.model, case.file.circuit, pairs, scores=scores_of(source, case.file),
+            snapshots=snapshots, ablation=case.make_ablation(), max_edges=config.edges,
+            batch_size=case.batch_size, seed=config.seed, listener=listen,
         )  # fmt: skip
     if unable and run and config.pairs:
         log.info(f"no pushes of training pairs are measured: {unable}")
     elif run and config.pairs:
         train = pairs_of_run(run, case.model)
-        pushes, seconds = _pushes(run, case, train, explanation, snapshots, config)
+        pushes = _pushes(run, case, train, explanation, snapshots, config)
         explanation = replace(explanation, pushes=pushes)
         if config.verify:
-            found = _verify(run, case, train, explanation, seconds, config)
+            found = _verify(run, case, train, explanation, config)
             explanation = replace(explanation, verification=found)
     if output is None and case.is_own:
         output = source.path.with_name(layout.EXPLANATION)
@@ -101,39 +99,26 @@ def _why_no_pushes(run: Run | None, case: Case, snapshots: Snapshots | None) -> 
 def _pushes(
     run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, snapshots: Snapshots,
     config: ExplainConfig,
-) -> tuple[Pushes, float]:  # fmt: skip
-    """The pushes on all edges that were cut and on those outside; and the seconds per pass."""
+) -> Pushes:  # fmt: skip
+    """The pushes on all edges that were cut, and on those outside."""
     settings = run.config
-    num_pairs = len(train) if config.verify else min(config.pairs, len(train))
-    pairs = random.Random(config.seed).sample(list(train), num_pairs)
+    pairs = draw_pairs(train, len(train) if config.verify else config.pairs, config.seed)
     edges = [part.index for part in explanation.of_kind("edge")] + [*explanation.control_edges]
     _, objective = objective_of(settings.trainer.objective, case.model.output, train)
-    measure = partial(
-        measure_pushes, case.model, edges=edges, snapshots=snapshots, objective=objective,
-        method={"seed": settings.seed, "device": case.model.device,
-                **settings.trainer.method_settings(None)},
-        ablation=ablation_of(
-            case.model, settings.ablation, train, settings.evaluation_batch_size
-        ),
-    )  # fmt: skip
-    started = time.perf_counter()
-    measure(pairs[:2], num_snapshots=2)
-    total = num_pairs * config.snapshots
-    seconds = (time.perf_counter() - started) / 4
-    log.info(
-        f"{num_pairs:,} training pairs at {config.snapshots} snapshots, about "
-        f"{duration(seconds * total)}"
-    )
-    with counting(total, "differentiating: pass") as listen:
-        return measure(pairs, num_snapshots=config.snapshots, listener=listen), seconds
+    ablation = ablation_of(case.model, settings.ablation, train, settings.evaluation_batch_size)
+    with counting(len(pairs) * config.snapshots, "differentiating: pass") as listen:
+        return measure_pushes(
+            case.model, pairs, edges, snapshots, num_snapshots=config.snapshots,
+            method={"seed": settings.seed, "device": case.model.device,
+                    **settings.trainer.method_settings(None)},
+            objective=objective, ablation=ablation, listener=listen,
+        )  # fmt: skip
 
 
 def _verify(
-    run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, seconds: float,
-    config: ExplainConfig,
-) -> Verification:  # fmt: skip
+    run: Run, case: Case, train: Sequence[Pair], explanation: Explanation, config: ExplainConfig
+) -> Verification:
     """Train again without the pairs that pushed an edge most, and without as many random ones."""
-    trainer = run.config.trainer
     pushes, edges = explanation.pushes, explanation.of_kind("edge")[: config.verify_edges]
     count = max(1, round(config.verify_share * len(train)))
     pushing: list[set[int]] = []  # per edge, the pairs to leave out
@@ -142,8 +127,6 @@ def _verify(
         most = pushes.on(edge.index).argsort(descending=True)[:count].tolist()
         pushing.append({places[pushes.pairs[i]] for i in most})
     total = config.verify * (2 + len(pushing))
-    at_most = total * trainer.steps * min(trainer.batch_size, len(train)) * seconds
-    log.info(f"verifying: {total} trainings, at most about {duration(at_most)}")
     started, done, ranks = time.perf_counter(), 0, []
     for seed in range(run.config.seed, run.config.seed + config.verify):
         orders = []

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from edgeprune.api.shared import (
     check_output,
-    load_model_of,
+    load_named_model,
+    load_prompts,
     named_by,
-    prompts_file,
     read,
-    warn_if_changed,
 )
 from edgeprune.circuit import Circuit
 from edgeprune.config import HeadsConfig, TaskConfig
@@ -22,10 +21,9 @@ from edgeprune.drawing import draw_heads
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.evaluation.heads import HeadScores, score_heads
 from edgeprune.files import write_json, write_text
-from edgeprune.prompts import Pair, marked_tokens, read_records
+from edgeprune.prompts import Pair, PairDataset, draw_pairs, marked_tokens
 from edgeprune.prompts.tasks import MARKS
 from edgeprune.runs import layout
-from edgeprune.runs.data import load_pairs
 
 log = logging.getLogger("edgeprune")
 
@@ -44,37 +42,36 @@ def find_heads(config: HeadsConfig) -> FoundHeads:
     source, model_config, task = named_by(config)
     if config.output:
         check_output(Path(config.output), is_file=False)
-    model = load_model_of(model_config)
-    if source is not None and config.model is None:
-        warn_if_changed(model, source.digest("model"))
-    is_own = source is not None and model.fingerprint() == source.digest("model")
-    pairs, marks = [], {}
+    model = load_named_model(source, config.model)
+    pairs, marks, digest = [], {}, ""
     if task is not None:
-        with prompts_file(source, config.task, model) as path:
-            pairs = load_pairs(path, task, model, config.split)[: config.prompts]
-            marks = marks_of(path, task, model, pairs)
+        data, _, digest = load_prompts(source, config.task, model, config.split)
+        pairs = draw_pairs(data, config.prompts, config.seed)
+        marks = find_marks(task, model, data, pairs)
     scores = score_heads(
         model, pairs, task=task.title if task else "", marks=marks, length=config.length,
-        num_random=config.random_prompts, batch_size=config.batch_size,
+        num_random=config.random_prompts, batch_size=config.batch_size, seed=config.seed,
     )  # fmt: skip
-    circuit = read(source, model.graph).circuit if is_own else None
-    is_of_run = is_own and source.run is not None and config.task is None
+    circuit = None
+    if source is not None and model.fingerprint() == source.digest("model"):
+        circuit = read(source, model.graph).circuit
+    is_of_run = source is not None and source.run is not None and source.is_of(model, digest)
     folder = Path(config.output or (source.path.parent if is_of_run else "heads"))
     title = model_config.title if task is None else f"{model_config.title}, {task.title}"
     record = {"model": model.name, "model_sha256": model.fingerprint(), **scores.to_dict()}
     return FoundHeads(scores, circuit, title, _write(scores, record, folder, title))
 
 
-def marks_of(
-    path: Path, task: TaskConfig, model: CircuitModel, pairs: Sequence[Pair]
+def find_marks(
+    task: TaskConfig, model: CircuitModel, data: PairDataset, pairs: Sequence[Pair]
 ) -> dict[Pair, dict[str, int]]:
-    """Where the marked words are in the prompts of a file, if the task marks any."""
+    """Where the marked words are in some of a task's prompts, if the task marks any."""
+    found = {}
     if task.name not in MARKS:
-        return {}
-    records, found = {record.get("clean"): record for record in read_records(path)}, {}
+        return found
     for pair in pairs:
         with suppress(KeyError, ValueError):  # the user's own prompts need not be like the task's
-            record = records[pair.text]
+            record = data.records[pair.text]
             ends = MARKS[task.name](record)
             found[pair] = marked_tokens(model.tokenizer, record, pair, ends)
     return found

@@ -5,22 +5,21 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
-from edgeprune.api.choose import check_choice, choose, cleaned_up, curve_of
+from edgeprune.api.choose import Pruned, check_choice, choose, cleaned_up, curve_of
 from edgeprune.api.evaluate import evaluation_record
-from edgeprune.api.page import page, write_run_page
+from edgeprune.api.page import write_run_page
 from edgeprune.api.shared import (
     ablation_of,
+    load_in,
     load_meta_model_of,
-    load_model_of,
-    load_sharded_model_of,
+    optional,
 )
-from edgeprune.circuit import Circuit
 from edgeprune.config import LESS_MEMORY, RunConfig
 from edgeprune.drawing import draw_frontier
 from edgeprune.engine.ablation import Ablation
@@ -42,31 +41,6 @@ from edgeprune.training.trainer import StepMetrics
 log = logging.getLogger("edgeprune")
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What pruning, or an attribution, found.
-
-    Attributes:
-        circuit: the circuit that was chosen, cleaned up if that was asked for.
-        scores: of all edges; `scores.circuit(num_edges=...)` gives circuits of other sizes.
-        curve: metrics of circuits of many sizes.
-        history: one entry per step.
-        ablation: what closed edges carried, for `evaluate` and `clean_up`.
-        origin: how the circuit was chosen, as JSON values.
-    """
-
-    circuit: Circuit
-    scores: EdgeScores = field(repr=False)
-    curve: Curve = field(repr=False)
-    history: list[StepMetrics] = field(repr=False)
-    ablation: Ablation = field(repr=False)
-    origin: Mapping[str, Any] = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        """In a notebook: the page, in a frame."""
-        return page(self)._repr_html_()
-
-
 class Scored(NamedTuple):
     """The scores, the state of the method that made them, and one entry per step."""
 
@@ -75,22 +49,11 @@ class Scored(NamedTuple):
     history: list[StepMetrics]
 
 
-class Scorer(Protocol):
-    """How edges are scored."""
+Scorer = Callable[..., Scored]
+"""(model, prompts, settings, ablation, and by name: run, world, progress) -> the scores.
 
-    def __call__(
-        self,
-        model: CircuitModel,
-        pairs: Sequence[Pair],
-        config: RunConfig,
-        ablation: Ablation,
-        *,
-        run: Run | None = None,
-        world: World | None = None,
-        progress: bool = True,
-    ) -> Scored:
-        """Score the edges; checkpoints and metrics go into the run."""
-
+Checkpoints and metrics go into the run, if there is one.
+"""
 
 Planner = Callable[[CircuitModel, Sequence[Pair], World], MemoryPlan]
 """(model without weights, prompts, processes) -> the memory per process; raises ConfigError if the
@@ -103,7 +66,7 @@ def find_circuit(
     validation: Sequence[Pair] | None,
     config: RunConfig,
     ablation: Ablation | str,
-    score: Callable[..., Scored],
+    score: Scorer,
     *,
     progress: bool,
 ) -> Pruned:
@@ -111,7 +74,6 @@ def find_circuit(
 
     Args:
         validation: prompts on which circuits are measured; None: the training prompts.
-        score: a `Scorer`.
     """
     held_out = pairs if validation is None else validation
     model.check_prompts(pairs)
@@ -225,11 +187,9 @@ def _load(
         f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training and "
         f"{len(held_out):,} {split} prompts, {config.method_name}{several}"
     )
-    if config.launcher.shard:
-        model = load_sharded_model_of(config.model, config.launcher, world)
-        return model, pairs, split, held_out
-    model = load_model_of(replace(config.model, device=world.device))
-    world.check_same("the models", model.fingerprint())
+    model = load_in(world, config.model, config.launcher)
+    if not config.launcher.shard:  # shards have no fingerprint
+        world.check_same("the models", model.fingerprint())
     return model, pairs, split, held_out
 
 
@@ -245,10 +205,6 @@ def _check_memory(config: RunConfig, plan: MemoryPlan, world: World) -> None:
 
 
 def _plot_curve(run: Run, curve: Curve) -> None:
-    """Plot the curve; a failure costs nothing else."""
-    path = run.path / layout.CURVE_PLOT
-    try:
-        title = f"{run.config.label}, {curve.prompts} prompts"
+    path, title = run.path / layout.CURVE_PLOT, f"{run.config.label}, {curve.prompts} prompts"
+    with optional(path):
         draw_frontier(curve_panels({"": [curve]}), path, title=title, all_edges=curve.num_edges)
-    except Exception as error:
-        log.warning(f"{path} is not drawn: {error}")

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.evaluate import load_prompts, scores_of
-from edgeprune.api.shared import check_output, load_model_of, read, warn_if_changed
+from edgeprune.api.evaluate import scores_of
+from edgeprune.api.shared import check_output, load_named_model, load_prompts, read
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig, MibConfig
+from edgeprune.config import MibConfig
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError
 from edgeprune.evaluation.mib import (
@@ -64,9 +64,7 @@ def benchmark(config: MibConfig) -> Benchmarked:
     if output:
         paths = [source.path, model_config.path, task.path, config.truth]
         check_output(output, paths, is_file=False)
-    model = load_model_of(model_config)
-    if config.model is None:
-        warn_if_changed(model, source.digest("model"))
+    model = load_named_model(source, config.model)
     truth = _truth(config, source, model)
     scores = scores_of(source, read(source, model.graph))
     if scores is None:
@@ -79,8 +77,7 @@ def benchmark(config: MibConfig) -> Benchmarked:
             f"the benchmark's graph of {model.name} has {theirs:,} edges, this one {ours:,}; to "
             f"compare with its numbers, score the edges with {eap.EXACT}"
         )
-    ablation = AblationConfig(kind="interchange")
-    pairs, _, digest = load_prompts(source, ablation, model, config.task, config.split)
+    pairs, _, digest = load_prompts(source, config.task, model, config.split)
     areas, recovered, records = {}, {}, {}
     for name, by_magnitude in (("by |score|", True), ("by score", False)):
         ranked, records[name] = EdgeScores(scores.graph, scores.magnitudes(), by_magnitude), {}
@@ -90,14 +87,11 @@ def benchmark(config: MibConfig) -> Benchmarked:
         if truth is None or model.output is Output.logits:  # others have no logit differences
             with progress(len(pairs), f"{name}: prompt") as show:
                 areas[name] = mib_areas(
-                    model, ranked, pairs, batch_size=config.batch_size,
-                    listener=lambda done, show=show: show(done, ""),
-                )  # fmt: skip
+                    model, ranked, pairs, batch_size=config.batch_size, listener=show
+                )
             records[name] |= areas[name].to_dict()
     outputs = []
-    digests = {"data": digest, "model": model.fingerprint()}
-    is_own = source.run is not None and source.path.name in layout.CHOSEN
-    if is_own and digests == source.run.digests:
+    if source.run is not None and source.is_chosen and source.is_of(model, digest):
         path = source.run.path / layout.mib(config.split)
         write_json(path, {"data": pairs.name, "graph_edges": model.graph.num_edges, **records})
         outputs.append(path)

@@ -1,17 +1,16 @@
 """The page: look into the circuits of one or several runs at every size."""
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from edgeprune.api.choose import RULES
+from edgeprune.api.choose import RULES, Pruned
 from edgeprune.api.export import Measuring
-from edgeprune.api.shared import check_output, labels_of
+from edgeprune.api.shared import check_output, labels_of, optional
 from edgeprune.circuit import Circuit
 from edgeprune.config import MAX_EVALUATION_BATCH, SPLITS, PageConfig, chosen_by
 from edgeprune.drawing.page import data_of_page, in_frame, render
@@ -21,7 +20,7 @@ from edgeprune.errors import CircuitError, ConfigError, DataError
 from edgeprune.evaluation import page_data
 from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.token_tables import tokens_data
-from edgeprune.files import file_digest, write_text
+from edgeprune.files import file_digest, read_if_intact, write_text
 from edgeprune.graph import CircuitGraph
 from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
@@ -30,8 +29,6 @@ from edgeprune.runs.run import Run
 from edgeprune.runs.source import head_labels
 from edgeprune.scores import EdgeScores
 from edgeprune.training.progress import progress as progress_bar
-
-log = logging.getLogger("edgeprune")
 
 LIMITS = (
     ("max_kl", 1.0, "KL ≤ 1"),
@@ -53,17 +50,6 @@ DEFAULTS = {
 NOTHING_MEASURED = {**DEFAULTS, "num_prompts": 0}
 
 
-@runtime_checkable
-class Result(Protocol):
-    """What `prune` returns, as far as the page needs it."""
-
-    circuit: Circuit
-    scores: EdgeScores
-    curve: Curve
-    ablation: Ablation
-    origin: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Page:
     """A page of circuits, which a notebook shows.
@@ -83,7 +69,7 @@ class Page:
 
 
 def page(
-    *shown: Run | Result | EdgeScores | Circuit | Path | str,
+    *shown: Run | Pruned | EdgeScores | Circuit | Path | str,
     model: CircuitModel | None = None,
     pairs: Sequence[Pair] | None = None,
     title: str | None = None,
@@ -145,19 +131,14 @@ def page_of_runs(runs: Sequence[Run], title: str, options: Mapping[str, Any] | N
 
 
 def write_run_page(run: Run, model: CircuitModel | None, ablation: Ablation) -> None:
-    """Write the page of a run that has just ended; `model` None: without measurements.
-
-    A failure costs nothing else.
-    """
+    """Write the page of a run that has just ended; `model` None: without measurements."""
     path = run.path / layout.PAGE
-    try:
+    with optional(path):
         if model is None:
             part = _of_run(run, NOTHING_MEASURED)
         else:
             part = _of_run(run, DEFAULTS, loaded=(model, ablation))
         _page([part], run.config.title).save(path)
-    except Exception as error:
-        log.warning(f"{path} is not written: {error}; edgeprune page {run.path} tries again")
 
 
 Part = tuple[CircuitGraph, dict[str, Any]]
@@ -188,7 +169,7 @@ def _check_graph(graph: CircuitGraph, first: CircuitGraph) -> None:
 
 
 def _of_result(
-    shown: Result | EdgeScores | Circuit, model: CircuitModel | None,
+    shown: Pruned | EdgeScores | Circuit, model: CircuitModel | None,
     pairs: Sequence[Pair] | None, options: Mapping[str, Any],
 ) -> Part:  # fmt: skip
     """The part of what was made in Python."""
@@ -203,7 +184,7 @@ def _of_result(
             "name": name,
             **page_data.scores_data(shown, None, None, max_edges),
         }
-    if not isinstance(shown, Result):
+    if not isinstance(shown, Pruned):
         raise TypeError(
             f"got a {type(shown).__name__}, expected a run directory, what `prune` returns, "
             "EdgeScores or a Circuit"
@@ -266,14 +247,11 @@ def _found(
     run: Run, circuit: Circuit, name: str, to_data: Callable[[dict], dict[str, Any]]
 ) -> dict[str, Any] | None:
     """What `edgeprune explain` or `tokens` has found about the run's circuit, if anything."""
-    path = run.path / name
-    try:
-        record = json.loads(path.read_bytes()) if path.exists() else {}
-        is_own = record.get("edges_sha256") == circuit.digest()
-        return to_data(record) if is_own else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune {path.stem} again")
-        return None
+    path, digest = run.path / name, circuit.digest()
+    return read_if_intact(
+        path, lambda record: to_data(record) if record.get("edges_sha256") == digest else None,
+        f"run edgeprune {path.stem} again",
+    )  # fmt: skip
 
 
 def _measure(
@@ -285,7 +263,7 @@ def _measure(
     with progress_bar(100, "measuring for the page: percent", enabled=is_shown) as show:
         return page_data.measured_data(
             model, scores, circuit, pairs, ablation=ablation, curve=curve, batch_size=batch_size,
-            listener=lambda done, total: show(100 * done // total, ""), **options,
+            listener=lambda done, total: show(100 * done // total), **options,
         )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Pruning: from a model and prompts to scores and a circuit, and with a run directory to a run."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from edgeprune.api.make_run import Finished, Pruned, Scored, find_circuit, make_run
+from edgeprune.api.shared import optional
 from edgeprune.config import PruneConfig, TrainerConfig, from_dict, to_dict
 from edgeprune.drawing import Ranks, draw_training
 from edgeprune.engine.ablation import Ablation
@@ -27,8 +27,6 @@ from edgeprune.training.progress import open_tracker
 from edgeprune.training.progress import progress as progress_bar
 from edgeprune.training.snapshots import is_due
 from edgeprune.training.trainer import StepMetrics, Trainer, train
-
-log = logging.getLogger("edgeprune")
 
 NUM_RANKED = 50
 """Number of edges whose ranks over the steps are plotted."""
@@ -164,13 +162,10 @@ def _recorder(run: Run, trainer: Trainer) -> Callable[[StepMetrics], None]:
 
 
 def _plot(run: Run) -> None:
-    """Plot the training. A failure here must neither hide how it ended nor cost the circuit."""
-    try:
+    path = run.path / layout.PLOT
+    with optional(path):
         if metrics := run.metrics():
-            title = run.config.label
-            draw_training(metrics, run.path / layout.PLOT, title=title, ranks=_ranks(run))
-    except Exception as error:
-        log.warning(f"{run.path / layout.PLOT} is not drawn: {error}")
+            draw_training(metrics, path, title=run.config.label, ranks=_ranks(run))
 
 
 def _ranks(run: Run) -> Ranks | None:

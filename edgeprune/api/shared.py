@@ -7,15 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from edgeprune.config import (
-    AblateConfig,
     AblationConfig,
-    HeadsConfig,
+    InspectConfig,
     LauncherConfig,
     ModelConfig,
     TaskConfig,
-    TokensConfig,
 )
 from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
@@ -24,9 +23,9 @@ from edgeprune.files import file_digest
 from edgeprune.formats import CircuitFile, eap
 from edgeprune.graph import CircuitGraph
 from edgeprune.paths import require_utf8
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, PairDataset
 from edgeprune.runs import layout
-from edgeprune.runs.data import data_of
+from edgeprune.runs.data import data_of, first_split, load_pairs, warn_if_none_held_out
 from edgeprune.runs.run import run_of
 from edgeprune.runs.source import Source, find
 from edgeprune.scale.world import World
@@ -39,22 +38,30 @@ def load_model_of(config: ModelConfig) -> CircuitModel:
     from edgeprune.models.load import load_model, pick_device  # transformers takes a second
 
     device = pick_device(config.device)
-    return load_model(
-        config.path, device=device, dtype=config.dtype, attention=config.attention,
-        bits=config.bits, fused=config.fused and device.startswith("cuda"),
-        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    fused = config.fused and device.startswith("cuda")
+    return load_model(config.path, device=device, fused=fused, **_loaded_with(config))
 
 
-def named_by(
-    config: HeadsConfig | AblateConfig | TokensConfig,
-) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
+def named_by(config: InspectConfig) -> tuple[Source | None, ModelConfig, TaskConfig | None]:
     """The source that `run=` names, if any; and model and task: the given ones or else its own."""
     if not config.run:
         return None, config.model, config.task
     source = find(config.run)
     return source, source.model(config.model), source.task(config.task)
+
+
+def load_named_model(
+    source: Source | None, given: ModelConfig | None, device: str | None = None
+) -> CircuitModel:
+    """Load the given model or else the source's, which should not have changed.
+
+    `device` is where to load it; None: where its settings say.
+    """
+    config = given or source.model()
+    model = load_model_of(replace(config, device=device or config.device))
+    if given is None:
+        warn_if_changed(model, source.digest("model"))
+    return model
 
 
 def warn_if_changed(model: CircuitModel, digest: str) -> None:
@@ -70,20 +77,22 @@ def load_meta_model_of(config: ModelConfig) -> CircuitModel:
     """The model that settings name, without weights."""
     from edgeprune.models.load import load_meta_model
 
-    return load_meta_model(
-        config.path, dtype=config.dtype, bits=config.bits, attention=config.attention,
-        embedding_writers=config.embedding_writers, split_kv_readers=config.split_kv_readers,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    return load_meta_model(config.path, **_loaded_with(config))
 
 
-def load_sharded_model_of(
-    config: ModelConfig, launcher: LauncherConfig, world: World
-) -> CircuitModel:
-    """Load the model that settings name, split over the processes."""
-    meta = load_meta_model_of(config)
+def _loaded_with(config: ModelConfig) -> dict[str, Any]:
+    """The settings that apply with and without weights."""
+    names = ("dtype", "attention", "bits", "embedding_writers", "split_kv_readers",
+             "trust_remote_code")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def load_in(world: World, config: ModelConfig, launcher: LauncherConfig) -> CircuitModel:
+    """Load the model that settings name in each process, or split it over them if asked."""
+    if not launcher.shard:
+        return load_model_of(replace(config, device=world.device))
     load = partial(load_model_of, replace(config, device="cpu"))
-    return world.shard(load, meta, offload=launcher.offload)
+    return world.shard(load, load_meta_model_of(config), offload=launcher.offload)
 
 
 def graph_of(source: Source, model: ModelConfig | None) -> CircuitGraph | None:
@@ -156,23 +165,54 @@ def own_data(path: Path, digest: str) -> Path:
     return path
 
 
-@contextmanager
-def prompts_file(
-    source: Source | None, given: TaskConfig | None, model: CircuitModel
-) -> Iterator[Path]:
-    """The file of the given task's prompts, or else of the source's, which must not have changed.
+class Prompts(NamedTuple):
+    """A split of a task's prompts.
 
-    What is generated is deleted at the end.
+    Attributes:
+        reference: the training prompts if they were asked for, else `pairs`.
+        digest: SHA-256 of the file of all splits.
     """
+
+    pairs: PairDataset
+    reference: PairDataset
+    digest: str
+
+
+def load_prompts(
+    source: Source | None, given: TaskConfig | None, model: CircuitModel, split: str, *,
+    with_training: bool = False,
+) -> Prompts:  # fmt: skip
+    """Load a split of the given task's prompts, or else of the source's.
+
+    Raises ConfigError if the source's file is gone or has changed.
+    """
+    task = given if source is None else source.task(given)
     with ExitStack() as stack:
-        if given is None and source is not None and source.run is not None:
+        if given is None and source.run is not None:
             path = source.run.data_path
         else:
-            task = given if source is None else source.task(given)
             path = stack.enter_context(data_of(task, model.tokenizer))
-        if given is None and source is not None:
+        if given is None:
             own_data(path, source.digest("data"))
-        yield path
+        pairs = reference = load_pairs(path, task, model, split)
+        if with_training:
+            reference = load_pairs(path, task, model, first_split(path, "train"))
+        digest = file_digest(path)
+    if source is not None and digest == source.digest("data"):
+        warn_if_none_held_out(pairs)
+    return Prompts(pairs, reference, digest)
+
+
+@contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Write a picture or page whose failure must neither hide how a run ended nor cost its circuit.
+
+    The failure is reported.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning(f"{path} is not written: {error}")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

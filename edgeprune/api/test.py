@@ -8,11 +8,8 @@ from typing import NamedTuple
 from edgeprune.api.circuits import labels_of
 from edgeprune.api.evaluate import (
     Case,
-    bench_of,
     case_record,
-    drawn,
     load_case,
-    measuring,
     scores_of,
 )
 from edgeprune.api.learn_again import check_learned
@@ -29,7 +26,7 @@ from edgeprune.evaluation.specificity import specificity
 from edgeprune.evaluation.stability import other_templates, stability, stability_table
 from edgeprune.evaluation.table import Table
 from edgeprune.files import replace_folder, write_json
-from edgeprune.prompts import Pair
+from edgeprune.prompts import Pair, draw_pairs
 from edgeprune.runs import layout
 from edgeprune.runs.source import Source, find, head_labels
 from edgeprune.scale.world import World
@@ -68,7 +65,7 @@ def test(config: TestConfig) -> Tested | None:
             return _test_several(sources, config)
         source, repeated = sources[0], None
         case = load_case(source, config, device=world.device)
-        pairs = drawn(case.pairs, config)
+        pairs = draw_pairs(case.pairs, config.prompts, config.seed)
         if config.repeat:
             repeated = repeat(source.run, case.model, *config.repeats, pairs, world)
     return _measure(source, case, pairs, repeated, config) if world.is_rank_zero else None
@@ -80,7 +77,8 @@ def _measure(
     """Measure everything and write what was found."""
     circuit, scores = case.file.circuit, scores_of(source, case.file)
     count = num_circuits(circuit, config.random_circuits, has_scores=scores is not None)
-    with measuring(case, pairs, count, "testing: circuit") as bench:
+    with counting(count, "testing: circuit") as listen:
+        bench = Bench(case.model, pairs, case.make_ablation(), case.batch_size, listen)
         findings = all_findings(
             bench, circuit, scores, num_random=config.random_circuits, reference=case.reference,
             labels=head_labels(source.path.parent), seed=config.seed,
@@ -184,8 +182,8 @@ def _test_several(sources: Sequence[Source], config: TestConfig) -> Tested:
     with counting(2 * len(cases) ** 2, "testing: circuit") as listen:
         benches = {}
         for label, case in cases.items():
-            benches[label] = bench_of(case, drawn(case.pairs, config))
-            benches[label].listener = listen
+            pairs = draw_pairs(case.pairs, config.prompts, config.seed)
+            benches[label] = Bench(case.model, pairs, case.make_ablation(), case.batch_size, listen)
         found = specificity(circuits, benches)
     model = next(iter(cases.values())).model.name
     words = in_words(found.findings, "The circuits pass")

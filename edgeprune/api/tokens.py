@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune.api.heads import marks_of
+from edgeprune.api.heads import find_marks
 from edgeprune.api.shared import (
     ablation_of,
     check_output,
-    load_model_of,
-    load_sharded_model_of,
+    load_in,
+    load_prompts,
     named_by,
-    prompts_file,
     read,
     warn_if_changed,
 )
@@ -20,8 +19,8 @@ from edgeprune.evaluation.token_tables import in_words
 from edgeprune.evaluation.tokens import TokenAttributions, attribute_tokens
 from edgeprune.files import write_json, write_text
 from edgeprune.formats.inseq import inseq_json
+from edgeprune.prompts import draw_pairs
 from edgeprune.runs import layout
-from edgeprune.runs.data import first_split, load_pairs
 from edgeprune.scale.world import World
 from edgeprune.training.progress import progress
 
@@ -47,32 +46,27 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
         check_output(Path(config.output), is_file=False)
     with World.join(model_config.device, config.launcher.timeout) as world:
         world.check_same("the settings", str(config))
-        if config.launcher.shard:
-            model = load_sharded_model_of(model_config, config.launcher, world)
-        else:
-            model = load_model_of(model_config)
-        if world.is_rank_zero and source is not None and config.model is None:
+        model = load_in(world, model_config, config.launcher)
+        if world.is_rank_zero and config.model is None:  # shards have no fingerprint
             warn_if_changed(model, source.digest("model"))
         circuit = None if source is None else read(source, model.graph, ablation).circuit
-        with prompts_file(source, config.task, model) as path:
-            pairs = load_pairs(path, task, model, config.split)[: config.prompts]
-            reference = pairs
-            if ablation.kind == "mean":
-                reference = load_pairs(path, task, model, first_split(path, "train"))
-            marks = marks_of(path, task, model, pairs)
+        data, reference, digest = load_prompts(
+            source, config.task, model, config.split, with_training=ablation.kind == "mean"
+        )
+        pairs = draw_pairs(data, config.prompts, config.seed)
         with progress(100, "attributing: percent", enabled=world.is_rank_zero) as show:
             result = attribute_tokens(
-                model, pairs, circuit, target=config.target, steps=config.steps, marks=marks,
+                model, pairs, circuit, target=config.target, steps=config.steps,
+                marks=find_marks(task, model, data, pairs),
                 ablation=ablation_of(model, ablation, reference, config.batch_size),
                 batch_size=config.batch_size,
-                listener=lambda done, total: show(100 * done // total, ""),
+                listener=lambda done, total: show(100 * done // total),
             )  # fmt: skip
         if not world.is_rank_zero:
             return None
         is_own = (
-            source is not None and source.run is not None and source.path.name in layout.CHOSEN
-            and config.task is None and config.ablation is None
-            and model.fingerprint() == source.digest("model")
+            source is not None and source.run is not None and source.is_chosen
+            and source.is_of(model, digest, ablation)
         )  # fmt: skip
         folder = Path(config.output or (source.path.parent if is_own else "tokens"))
         title = f"{model_config.title}, {task.title}, {len(pairs):,} {config.split} prompts"

@@ -108,7 +108,10 @@ def command_help(command: str, arguments: Sequence[str] = ()) -> str:
     trainer = given[-1] if given and given[-1] in choices_of("trainer") else "every_size"
     config = COMMANDS[command]
     lines = [f"usage: {usage(command)}", "", _summary(config), "", "Settings:"]
-    for name, text in _described(config, "", trainer):
+    settings = _described(config, "", trainer)
+    path = f"{POSITIONAL.get(command)}="
+    settings.sort(key=lambda row: not row[0].startswith(path))  # the path comes first
+    for name, text in settings:
         lines += [f"  {name}", textwrap.indent(text, "      ")]
     groups = [g for g in GROUPS if g in setting_names(command) and (CONF / g).is_dir()]
     if groups:

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from edgeprune.config.groups import AblationConfig, LauncherConfig, ModelConfig, TaskConfig
-from edgeprune.config.runs import AttributeConfig, ExportConfig, PruneConfig
+from edgeprune.config.runs import AttributeConfig, ExportConfig, PruneConfig, SizeConfig
 from edgeprune.config.settings import (
     DRAWINGS,
     MAX_EVALUATION_BATCH,
@@ -19,21 +20,50 @@ from edgeprune.errors import ConfigError
 
 
 @dataclass
-class EvaluateConfig(Settings):
+class PromptsConfig(Settings):
+    """A model, and a split of a task's prompts."""
+
+    model: ModelConfig | None = None
+    """null: that of the run or circuit."""
+    task: TaskConfig | None = None
+    """null: that of the run or circuit."""
+    split: str = setting("test", choices=SPLITS)
+    """Which of the task's prompts."""
+
+
+@dataclass
+class CircuitConfig(PromptsConfig):
+    """How the circuits of a run or file are measured."""
+
+    ablation: AblationConfig | None = None
+    """null: the ablation with which the circuit was found, or interchange."""
+    batch_size: int | None = setting(None, at_least=1)
+    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
+
+
+@dataclass
+class InspectConfig(PromptsConfig):
+    """Look into a model, which is named by itself or through a run."""
+
+    needs_task: ClassVar[bool] = True
+
+    run: str = ""
+    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
+    seed: int = setting(0, at_least=0)
+    """Seed of what is drawn at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run and (self.model is None or (self.needs_task and self.task is None)):
+            raise ConfigError("give a run directory, or model= and task=")
+
+
+@dataclass
+class EvaluateConfig(CircuitConfig):
     """Measure a circuit, the full model and the empty circuit on the same prompts."""
 
     circuit: str = ""
     """Run directory or circuit file."""
-    model: ModelConfig | None = None
-    """null: the model in which the circuit was found."""
-    task: TaskConfig | None = None
-    """null: the task on which it was found."""
-    ablation: AblationConfig | None = None
-    """null: the ablation with which it was found, or interchange."""
-    split: str = setting("test", choices=SPLITS)
-    """Which prompts."""
-    batch_size: int | None = setting(None, at_least=1)
-    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     head_permuted: int = setting(0, at_least=0)
     """Number of head-permuted circuits to measure for comparison: the heads of each layer are
     shuffled, so they have equally many edges and are equally well connected."""
@@ -43,20 +73,12 @@ class EvaluateConfig(Settings):
 
 
 @dataclass
-class TestConfig(Settings):
+class TestConfig(CircuitConfig):
     """Test a circuit as a sceptic would; several circuits: each on the others' prompts."""
 
     circuits: list[str] = setting(list)
     """Run directories or circuit files. Several circuits of one model are measured on each other's
     prompts, and cut out of the model there."""
-    model: ModelConfig | None = None
-    """null: the model in which the circuit was found."""
-    task: TaskConfig | None = None
-    """null: the task on which it was found."""
-    ablation: AblationConfig | None = None
-    """null: the ablation with which it was found, or interchange."""
-    split: str = setting("test", choices=SPLITS)
-    """Which prompts."""
     prompts: int = setting(100, at_least=2)
     """Number of prompts, drawn at random; more make intervals narrower and tests more powerful."""
     random_circuits: int = setting(100, at_least=1)
@@ -68,8 +90,6 @@ class TestConfig(Settings):
     What has been learned is kept in the run."""
     launcher: LauncherConfig = setting(partial(LauncherConfig, timeout=24 * 60))
     """Several processes share the repetitions."""
-    batch_size: int | None = setting(None, at_least=1)
-    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     seed: int = 0
     """Seed of the prompts that are drawn, the random circuits and the random sets of nodes."""
     output: str | None = None
@@ -106,19 +126,11 @@ class TestConfig(Settings):
 
 
 @dataclass
-class ExplainConfig(Settings):
+class ExplainConfig(CircuitConfig):
     """Find out what each edge of a circuit is for, and how it got there."""
 
     circuit: str = ""
     """Run directory or circuit file."""
-    model: ModelConfig | None = None
-    """null: the model in which the circuit was found."""
-    task: TaskConfig | None = None
-    """null: the task on which it was found."""
-    ablation: AblationConfig | None = None
-    """null: the ablation with which it was found, or interchange."""
-    split: str = setting("test", choices=SPLITS)
-    """On which prompts edges are cut."""
     prompts: int = setting(100, at_least=2)
     """Number of prompts, drawn at random."""
     edges: int | None = setting(None, at_least=1)
@@ -137,8 +149,6 @@ class ExplainConfig(Settings):
     """Number of edges to verify, those whose cut changes most; each takes a training per seed."""
     verify_share: float = setting(0.25, above=0, at_most=0.9)
     """Share of the training pairs that are left out."""
-    batch_size: int | None = setting(None, at_least=1)
-    """Pairs per forward pass; null: twice as many as in the run's training, or 64."""
     seed: int = 0
     """Seed of the prompts and training pairs that are drawn, and of the random edges."""
     output: str | None = None
@@ -155,17 +165,11 @@ class ExplainConfig(Settings):
 
 
 @dataclass
-class MibConfig(Settings):
+class MibConfig(PromptsConfig):
     """Measure scores as the MIB benchmark does: CPR, CMD and ten faithfulness values."""
 
     scores: str = ""
     """Run directory, or a graph of EAP-IG or MIB with scores."""
-    model: ModelConfig | None = None
-    """null: the model whose edges were scored."""
-    task: TaskConfig | None = None
-    """null: the task for which they were scored."""
-    split: str = setting("test", choices=SPLITS)
-    """Which prompts; all need a distractor."""
     batch_size: int = setting(MAX_EVALUATION_BATCH, at_least=1)
     """Pairs per forward pass."""
     output: str | None = None
@@ -178,7 +182,7 @@ class MibConfig(Settings):
 
 
 @dataclass
-class DrawConfig(Settings):
+class DrawConfig(SizeConfig):
     """Draw a circuit with Graphviz."""
 
     circuit: str = ""
@@ -186,10 +190,6 @@ class DrawConfig(Settings):
     checkpoint: int | None = None
     """Step of the run's checkpoint to draw; null: the run's circuit, or else the last. Without a
     size, circuits are measured to choose one."""
-    sparsity: float | None = setting(None, at_least=0, at_most=1)
-    """Draw the circuit with exactly this fraction of the edges removed."""
-    num_edges: int | None = setting(None, at_least=0)
-    """Draw the circuit with exactly this many edges."""
     formats: list[str] = setting(lambda: [*DRAWINGS], choices=DRAWINGS)
     """Files to write."""
     output: str | None = None
@@ -204,19 +204,14 @@ class DrawConfig(Settings):
 
 
 @dataclass
-class HeadsConfig(Settings):
+class HeadsConfig(InspectConfig):
     """Find out what each attention head attends to, and name the kinds of heads."""
 
-    run: str = ""
-    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
-    model: ModelConfig | None = None
-    """null: the run's."""
-    task: TaskConfig | None = None
-    """null: the run's, or without a run only random tokens."""
-    split: str = setting("test", choices=SPLITS)
-    """Which of the task's prompts."""
+    needs_task = False
+
     prompts: int = setting(100, at_least=1)
-    """Number of the task's prompts to average over, the first of the split."""
+    """Number of the task's prompts, drawn at random; without a run and a task, only random tokens
+    are used."""
     random_prompts: int = setting(50, at_least=1)
     """Number of prompts of repeated random tokens."""
     length: int = setting(50, at_least=2)
@@ -227,18 +222,11 @@ class HeadsConfig(Settings):
     """Folder for heads.json, heads.csv and heads.png; null: the run's directory if model and task
     are its own, else `heads`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.run and self.model is None:
-            raise ConfigError("give a run directory, or model= and, for its prompts, task=")
-
 
 @dataclass
-class AblateConfig(Settings):
+class AblateConfig(InspectConfig):
     """Ablate heads or other nodes of a model, and measure whether they matter more than others."""
 
-    run: str = ""
-    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
     heads: str | None = None
     """KIND:N, the N heads with the highest score of a kind: induction:16, previous_token:8,
     duplicate_token:4, name_mover:9, ...; see `edgeprune heads`."""
@@ -251,32 +239,22 @@ class AblateConfig(Settings):
     """Instead of heads=: the heads and MLPs of a circuit, a run directory or circuit file."""
     complement: bool = False
     """Ablate all other heads and MLPs instead."""
-    model: ModelConfig | None = None
-    """null: the run's."""
-    task: TaskConfig | None = None
-    """null: the run's."""
     ablation: AblationConfig = setting(partial(AblationConfig, kind="zero"))
     """What takes the place of the nodes' outputs. Means are over the training prompts; tokens that
     are generated get the mean over all positions."""
-    split: str = setting("test", choices=SPLITS)
-    """Which of the task's prompts."""
     prompts: int = setting(200, at_least=2)
-    """Number of prompts, the first of the split."""
+    """Number of prompts, drawn at random."""
     generate: int = setting(0, at_least=0)
     """Number of tokens to generate after each prompt; a text is right if it contains an answer."""
     random_sets: int = setting(20, at_least=0)
     """Number of random sets with as many heads in each layer."""
     batch_size: int = setting(32, at_least=1)
     """Prompts of equal length per forward pass."""
-    seed: int = setting(0, at_least=0)
-    """Seed of the random sets."""
     output: str | None = "ablation.json"
     """JSON file to write; null: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.run and (self.model is None or self.task is None):
-            raise ConfigError("give a run directory, or model= and task=")
         given = [name for name in ("heads", "nodes", "circuit") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(
@@ -287,18 +265,11 @@ class AblateConfig(Settings):
 
 
 @dataclass
-class TokensConfig(Settings):
+class TokensConfig(InspectConfig):
     """Attribute answers to the tokens of their prompts, through the model and the circuit."""
 
-    run: str = ""
-    """Run directory or circuit file, whose model, task, ablation and circuit are used; or give
-    model= and task= for the full model alone."""
-    model: ModelConfig | None = None
-    """null: the run's."""
-    task: TaskConfig | None = None
-    """null: the run's."""
     ablation: AblationConfig | None = None
-    """null: the run's, or interchange."""
+    """null: the run's, or interchange. Without a run, only the full model is looked into."""
     launcher: LauncherConfig = setting(LauncherConfig)
     """Several processes share one model: launcher.shard=true launcher.processes=2."""
     target: str | None = setting(None, choices=(*TOKEN_TARGETS,))
@@ -307,10 +278,8 @@ class TokensConfig(Settings):
     steps: int | None = setting(None, at_least=1)
     """Steps between the corrupted and the clean prompt. null: 8 to 64, as many as bring the sum of
     the attributions within 1 % of the effect."""
-    split: str = setting("test", choices=SPLITS)
-    """Which of the task's prompts."""
     prompts: int = setting(20, at_least=1)
-    """Number of prompts, the first of the split."""
+    """Number of prompts, drawn at random."""
     batch_size: int = setting(8, at_least=1)
     """Prompts per forward and backward pass."""
     output: str | None = None
@@ -319,8 +288,6 @@ class TokensConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.run and (self.model is None or self.task is None):
-            raise ConfigError("give a run directory, or model= and task=")
         if self.launcher.processes != 1 and not self.launcher.shard:
             raise ConfigError(
                 f"launcher.processes={self.launcher.processes} needs launcher.shard=true: several "

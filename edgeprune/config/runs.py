@@ -18,6 +18,7 @@ from edgeprune.config.settings import (
     DEFAULT_CHOICE,
     FREE,
     MAX_EVALUATION_BATCH,
+    SIZES,
     Settings,
     given_size,
     is_given,
@@ -27,28 +28,51 @@ from edgeprune.errors import ConfigError
 
 
 @dataclass
-class RunConfig(Settings):
-    """What makes a run: `prune` and `attribute` differ in how edges are scored."""
+class SizeConfig(Settings):
+    """The size of a circuit that is cut from scores. At most one of `SIZES` is given."""
 
-    model: ModelConfig = setting(ModelConfig)
-    task: TaskConfig = setting(TaskConfig)
-    ablation: AblationConfig = setting(AblationConfig)
-    launcher: LauncherConfig = setting(LauncherConfig)
     sparsity: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the edges to remove, exactly."""
     num_edges: int | None = setting(None, at_least=0)
     """Number of edges to keep, exactly."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = {name: getattr(self, name, None) for name in SIZES}
+        given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"got {' and '.join(given)}; give only one; where an experiment sets the other, "
+                f"add {given[0].split('=')[0]}=null"
+            )
+
+
+@dataclass
+class ChoiceConfig(SizeConfig):
+    """How a circuit is chosen from scores."""
+
     max_kl: float | None = setting(None, above=0)
     """Choose the smallest circuit whose KL on the validation prompts is at most this, in nats; a
     clean-up comes later and may add to it."""
     min_exact_match: float | None = setting(None, above=0, at_most=1)
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
     the validation prompts. Without any of these four settings: the smallest circuit whose KL is at
-    most 5 % of the empty circuit's; with trainer=paper or tracr one as sparse as the gates."""
+    most 5 % of the empty circuit's; with trainer=paper or tracr one as sparse as the gates; for
+    export, as the run asked for."""
     cleanup: float | None = setting(None, at_least=0)
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
     error where outputs are values. null: no clean-up."""
+
+
+@dataclass
+class RunConfig(ChoiceConfig):
+    """What makes a run: `prune` and `attribute` differ in how edges are scored."""
+
+    model: ModelConfig = setting(ModelConfig)
+    task: TaskConfig = setting(TaskConfig)
+    ablation: AblationConfig = setting(AblationConfig)
+    launcher: LauncherConfig = setting(LauncherConfig)
     run_dir: str = setting("", **FREE)
     """Directory of the run: absent, empty, or with resume=auto or overwrite=true an earlier run."""
     resume: str = setting("never", **FREE, choices=("never", "auto"))
@@ -75,6 +99,11 @@ class RunConfig(Settings):
     def title(self) -> str:
         """Name for people, such as 'ioi in embedded'."""
         return f"{self.task.title} in {self.model.title}"
+
+    @property
+    def label(self) -> str:
+        """What the run is called in pictures."""
+        return f"{self.title}, {self.variant}"
 
 
 @dataclass
@@ -114,11 +143,6 @@ class PruneConfig(RunConfig):
     def method_name(self) -> str:
         """The method that scores the edges."""
         return self.trainer.method
-
-    @property
-    def label(self) -> str:
-        """What the run is called in pictures."""
-        return f"{self.title}, seed {self.seed}"
 
     @property
     def variant(self) -> str:
@@ -188,11 +212,6 @@ class AttributeConfig(RunConfig):
         return self.method
 
     @property
-    def label(self) -> str:
-        """What the run is called in pictures."""
-        return f"{self.title}, {self.method}"
-
-    @property
     def variant(self) -> str:
         """How the run differs from others of its task and model."""
         return f"{self.method} by {self.metric}"
@@ -204,32 +223,19 @@ class AttributeConfig(RunConfig):
 
 
 @dataclass
-class ExportConfig(Settings):
+class ExportConfig(ChoiceConfig):
     """Choose a circuit from a run's scores and write it as edges.json or as an EAP-IG graph."""
 
     run: str = ""
     """Run directory; or a circuit file, to convert it, or to cut another size from its scores."""
     checkpoint: int | None = None
     """Step of the checkpoint; null: the last."""
-    sparsity: float | None = setting(None, at_least=0, at_most=1)
-    """Fraction of the edges to remove, exactly."""
-    num_edges: int | None = setting(None, at_least=0)
-    """Number of edges to keep, exactly."""
-    max_kl: float | None = setting(None, above=0)
-    """Choose the smallest circuit whose KL on the run's validation prompts is at most this."""
-    min_exact_match: float | None = setting(None, above=0, at_most=1)
-    """Choose the smallest circuit that gives the full model's answer on at least this fraction of
-    the validation prompts. Without any of these four settings: as the run asked for."""
     threshold: bool = False
     """Choose by a threshold: with trainer=paper or tracr one that is found by binary search and
     makes the circuit as sparse as the gates, with method=acdc the run's own."""
     choose: str = setting("best", choices=("best", "greedy"))
     """best: the edges of the highest scores; greedy: grow the circuit from the output, adding the
     best edge into a node that already has an edge to follow, as EAP-IG and MIB do."""
-    cleanup: float | None = setting(None, at_least=0)
-    """Then remove edges as long as all removals together move the circuit, on the training prompts,
-    no farther from the full model than this: KL in nats above its own, or an absolute error where
-    outputs are values. null: no clean-up."""
     format: str | None = setting(None, choices=("edges", "circuit", "eap_json", "eap_pt"))
     """edges: [writer, reader] pairs; circuit: these with graph and origin; eap_json, eap_pt: the
     graphs of EAP-IG and MIB; null: eap_pt where output ends in .pt, else edges."""

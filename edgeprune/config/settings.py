@@ -104,13 +104,6 @@ class Settings:
                 broken = [rule for rule, holds in rules.items() if not holds]
                 if broken:
                     raise ConfigError(f"{self.prefix}{entry.name}={value} must be {broken[0]}")
-        sizes = {name: getattr(self, name, None) for name in SIZES}
-        given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
-        if len(given) > 1:
-            raise ConfigError(
-                f"got {' and '.join(given)}; give only one; where an experiment sets the other, "
-                f"add {given[0].split('=')[0]}=null"
-            )
 
     def require_path(self) -> None:
         """Raise ConfigError where settings name the user's own model or data but not its place."""

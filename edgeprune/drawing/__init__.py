@@ -11,8 +11,3 @@ from edgeprune.drawing.plots import (
     draw_training,
 )
 from edgeprune.drawing.report import render_report
-
-__all__ = [
-    "Line", "Panel", "Ranks", "circuit_dot", "comparison_groups", "draw_circuit", "draw_frontier",
-    "draw_heads", "draw_matrices", "draw_training", "render_report",
-]  # fmt: skip

@@ -118,9 +118,13 @@ class CircuitModel:
         norms.append(architecture.final_norm)
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
-    def token_text(self, token: int) -> str:
-        """How a token is displayed: as its text or, without a tokenizer, as its number."""
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+    def text_of(self, predicted: Sequence[float]) -> str:
+        """How predicted tokens, or the numbers of a model that outputs these, are displayed."""
+        if self.output is Output.number:
+            return " ".join(f"{number:.4g}" for number in predicted)
+        if self.tokenizer is None:
+            return " ".join(map(str, predicted))
+        return self.tokenizer.decode(list(predicted))
 
     @property
     def device(self) -> torch.device:

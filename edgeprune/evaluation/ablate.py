@@ -297,7 +297,7 @@ def ablation_tables(result: NodeAblation, title: str) -> list[Table]:
          "–" if c.p_random is None else _p(c.p_random)]
         for c in result.comparisons()
     ]  # fmt: skip
-    columns = ["", "", "difference", "95 %\ninterval", "McNemar's p\n(right only here / there)",
+    columns = ["", "", "difference", "95 %\ninterval", "McNemar's p\n(right only\nhere / there)",
                "p, as a\nrandom set"]  # fmt: skip
     return [shown, Table(columns, rows, "ablated, minus ...")]
 

@@ -126,21 +126,24 @@ def _check(circuits: Collection[Circuit]) -> None:
 
 def kinds_of_heads(
     labels: Mapping[str, Sequence[str]], circuits: Mapping[str, Circuit]
-) -> dict[str, dict[str, int]]:
-    """Per kind of head, how many the `model`, each circuit, and `all` circuits at once have.
+) -> dict[str, dict[str, Any]]:
+    """Per kind of head, how many the `model`, each of `circuits`, and `all` of them at once have.
 
     `labels` are the kinds of each head, such as {"a5.h1": ["induction"]}.
     """
     nodes = {name: set(circuit.nodes) for name, circuit in circuits.items()}
-    nodes["all"] = reduce(and_, nodes.values())
+    shared = reduce(and_, nodes.values())
     heads_of: dict[str, set[str]] = {}
     for head, kinds in labels.items():
         for kind in kinds:
             heads_of.setdefault(kind, set()).add(head)
     return {
-        kind: {"model": len(heads), **{name: len(heads & some) for name, some in nodes.items()}}
+        kind: {
+            "model": len(heads), "all": len(heads & shared),
+            "circuits": {name: len(heads & some) for name, some in nodes.items()},
+        }
         for kind, heads in heads_of.items()
-    }
+    }  # fmt: skip
 
 
 def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -171,10 +174,8 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
         tables.append(_table(columns, rows, f"agreement with {result['reference']}"))
     if "kinds_of_heads" in result:
         found = result["kinds_of_heads"]
-        names = list(result["circuits"])
-        columns = "|".join(["", "in the\nmodel", *names, "in all"])
-        rows = [[kind, n["model"], *(n[name] for name in names), n["all"]]
-                for kind, n in found.items()]  # fmt: skip
+        columns = "|".join(["", "in the\nmodel", *result["circuits"], "in all"])
+        rows = [[kind, n["model"], *n["circuits"].values(), n["all"]] for kind, n in found.items()]
         tables.append(_table(columns, rows, "kinds of heads (edgeprune heads)"))
     return tables
 

@@ -38,6 +38,12 @@ def without(circuit: Circuit, edges: Iterable[int]) -> Circuit:
     return Circuit(graph, circuit.edge_set - {graph.edges[edge] for edge in edges})
 
 
+def without_nodes(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
+    """The circuit without what these nodes write."""
+    kept = (edge for edge in circuit.edge_set if edge[0] not in nodes)
+    return Circuit(circuit.graph, frozenset(kept))
+
+
 def flips(before: ExampleMetrics, after: ExampleMetrics) -> list[Tensor]:
     """Per example, [predicted], whether a cut changes the prediction."""
     both = zip(before.predicted, after.predicted, strict=True)

@@ -125,16 +125,9 @@ def _worst_example(
         text=[pair.text for batch in batches for pair in batch.pairs][worst],
         kl=circuit.kl[worst].clamp(min=0).item(),
         error=circuit.error[worst].item(),
-        full_prediction=_decode(model, full.predicted[worst]),
-        circuit_prediction=_decode(model, circuit.predicted[worst]),
+        full_prediction=model.text_of(full.predicted[worst].tolist()),
+        circuit_prediction=model.text_of(circuit.predicted[worst].tolist()),
     )
-
-
-def _decode(model: CircuitModel, predicted: Tensor) -> str:
-    """The predicted tokens as text; numbers as they are."""
-    if model.output is Output.number:
-        return " ".join(f"{number:.4g}" for number in predicted.tolist())
-    return "" if model.tokenizer is None else model.tokenizer.decode(predicted.tolist())
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:

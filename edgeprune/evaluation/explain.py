@@ -9,7 +9,7 @@ of the circuit are cut from the full model. When each edge rose is read from a r
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from edgeprune.engine.ablation import Ablation
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError
 from edgeprune.evaluation.bench import Bench
-from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips, without
+from edgeprune.evaluation.cuts import Cut, cuts_of, flips, num_flips, without, without_nodes
 from edgeprune.evaluation.pushes import Pushes, Verification
 from edgeprune.evaluation.statistics import Difference, paired_bootstrap
 from edgeprune.files import json_values
@@ -203,23 +203,7 @@ def explain(
     Raises CircuitError if no edge lies on a path from the input to the output, and ValueError as
     `evaluate` does.
     """
-    bench = Bench(model, pairs, ablation, batch_size, listener)
-    return explain_on(
-        bench, circuit, scores=scores, snapshots=snapshots, max_edges=max_edges, seed=seed
-    )
-
-
-def explain_on(
-    bench: Bench,
-    circuit: Circuit,
-    *,
-    scores: EdgeScores | None = None,
-    snapshots: Snapshots | None = None,
-    max_edges: int | None = None,
-    seed: int = 0,
-) -> Explanation:
-    """`explain` on a bench's model, prompts and ablation."""
-    graph = bench.graph
+    graph = model.graph
     Circuit.check(circuit, graph)
     ranking = list(range(graph.num_edges)) if scores is None else scores.ranking().tolist()
     cuts = cuts_to_explain(circuit, ranking, max_edges)
@@ -228,29 +212,22 @@ def explain_on(
             f"none of the circuit's {len(circuit):,} edges lies on a path from the input to the "
             "output, so there is nothing to explain; choose a larger circuit"
         )
-    leaving: dict[str, list[int]] = defaultdict(list)  # per writer, all its edges
-    for edge, (writer, _) in enumerate(graph.edges):
-        leaving[writer].append(edge)
-    kept = {*map(graph.edge_index, circuit.edge_set)}
-    outside = [edge for edge in range(graph.num_edges) if edge not in kept]
+    bench = Bench(model, pairs, ablation, batch_size, listener)
+    outside = [index for index, edge in enumerate(graph.edges) if edge not in circuit.edge_set]
     controls = random.Random(seed).sample(outside, min(NUM_CONTROLS, len(outside)))
     (own,) = bench.measure([circuit])
     in_circuit = bench.measure(without(circuit, cut.edges) for cut in cuts)
     in_full = bench.measure(
-        without(bench.whole, leaving[cut.name] if cut.kind == "node" else cut.edges) for cut in cuts
-    )
+        without_nodes(bench.whole, [cut.name]) if cut.kind == "node"
+        else without(bench.whole, cut.edges) for cut in cuts
+    )  # fmt: skip
     of_controls = bench.measure(without(bench.whole, [edge]) for edge in controls)
     rank_of = {} if scores is None else {edge: rank for rank, edge in enumerate(ranking, 1)}
-    ranks_of: dict[int, list[int]] = {}  # at each snapshot
-    steps: tuple[int, ...] = ()
-    if snapshots is not None and len(snapshots.steps):
-        steps = tuple(snapshots.steps.tolist())
-        edges = [cut.edges[0] for cut in cuts if cut.kind == "edge"]
-        ranks_of = dict(zip(edges, snapshots.ranks(edges).T.tolist(), strict=True))
+    steps, ranks_of = _rises(snapshots, [cut.edges[0] for cut in cuts if cut.kind == "edge"])
     parts = []
     for cut, a, b in zip(cuts, in_circuit, in_full, strict=True):
         edge = cut.edges[0] if cut.kind == "edge" else None
-        ranks = tuple(ranks_of.get(edge, ()))
+        ranks = ranks_of.get(edge, ())
         parts.append(Explained(
             cut.kind, cut.name, edge, _effect(bench, own, a), _effect(bench, bench.full, b),
             rank_of.get(edge), ranks, _since(steps, ranks, len(circuit)),
@@ -280,6 +257,16 @@ def num_circuits(circuit: Circuit, max_edges: int | None = None) -> int:
     return 1 + 2 * len(cuts) + NUM_CONTROLS
 
 
+def _rises(
+    snapshots: Snapshots | None, edges: Sequence[int]
+) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+    """The steps of the snapshots, if there are any, and the ranks of each edge at them."""
+    if snapshots is None or not len(snapshots.steps):
+        return (), {}
+    ranks = map(tuple, snapshots.ranks(edges).T.tolist())
+    return tuple(snapshots.steps.tolist()), dict(zip(edges, ranks, strict=True))
+
+
 def _since(steps: Sequence[int], ranks: Sequence[int], size: int) -> int | None:
     """The step from which on all ranks are within a size; None if the last one is not."""
     since = None
@@ -303,7 +290,7 @@ def _effect(bench: Bench, before: ExampleMetrics, after: ExampleMetrics) -> Effe
     for index, flags in enumerate(changed):
         for place in flags.nonzero()[:, 0].tolist():
             old, new = (each.predicted[index][place].item() for each in (before, after))
-            changes[" → ".join(_text(bench.model, token) for token in (old, new))] += 1
+            changes[" → ".join(bench.model.text_of([token]) for token in (old, new))] += 1
             kinds[_kind(bench, index, place, new)] += 1
     total = sum(kinds.values())
     worst = rises.argsort(descending=True)[:NUM_PROMPTS].tolist()
@@ -329,16 +316,8 @@ def _kind(bench: Bench, index: int, place: int, token: float) -> str:
     return "corrupted" if is_token and token in pair.corrupted_ids else "other"
 
 
-def _text(model: CircuitModel, token: float) -> str:
-    """A predicted token, or a number, for display."""
-    return f"{token:.3g}" if model.output is Output.number else model.token_text(token)
-
-
 def _example(
     bench: Bench, index: int, rise: float, before: ExampleMetrics, after: ExampleMetrics
 ) -> Example:
-    texts = [
-        " ".join(_text(bench.model, token) for token in each.predicted[index].tolist())
-        for each in (before, after)
-    ]
+    texts = (bench.model.text_of(each.predicted[index].tolist()) for each in (before, after))
     return Example(bench.pairs[index].text, rise, *texts)

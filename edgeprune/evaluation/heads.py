@@ -444,7 +444,7 @@ def circuit_tables(labels: Mapping[str, Sequence[str]], circuit: Circuit) -> lis
     circuit = circuit.without_dangling()
     kind_of = {head: kinds[0] for head, kinds in labels.items()}
     counts = kinds_of_heads(labels, {"circuit": circuit})
-    rows = [[kind, str(n["model"]), str(n["circuit"])] for kind, n in counts.items()]
+    rows = [[kind, str(n["model"]), str(n["circuits"]["circuit"])] for kind, n in counts.items()]
     between: Counter[tuple[str, str]] = Counter()
     for writer, reader in circuit.edges:
         port = reader.rpartition(".")[2]

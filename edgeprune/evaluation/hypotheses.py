@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgeprune.circuit import Circuit
 from edgeprune.evaluation.bench import SAME, Bench
+from edgeprune.evaluation.cuts import without_nodes
 from edgeprune.evaluation.finding import Finding, brief
 from edgeprune.evaluation.random_circuits import RandomPaths
 from edgeprune.evaluation.statistics import (
@@ -183,9 +184,11 @@ def independence(bench: Bench, circuit: Circuit) -> Finding:
     the answer itself.
     """
     without, empty = bench.outputs([bench.whole - circuit, bench.whole - bench.whole])
-    added = (without - empty)[:MAX_HSIC]  # [example, feature]
+    rows = random.Random(0).sample(range(len(bench)), min(MAX_HSIC, len(bench)))
+    rows.sort()  # those of the bench lie in the order of their lengths
+    added = (without - empty)[rows]  # [example, feature]
     added = torch.where(added.abs() <= SAME, 0.0, added)
-    answers = bench.answers()[:MAX_HSIC]
+    answers = bench.answers()[rows]
     same = (answers[:, None] - answers).abs() <= SAME_NUMBER  # [example, example, token]
     same = same.double().mean(-1)
     apart = same[~torch.eye(len(same), dtype=torch.bool)]
@@ -292,7 +295,7 @@ def completeness(
 
     def differences(sets: Sequence[Sequence[str]]) -> list[Tensor]:
         """[example] for each set of nodes, F(C without K) - F(M without K) as a share."""
-        both = [_without(c, nodes) for nodes in sets for c in (circuit, bench.whole)]
+        both = [without_nodes(c, nodes) for nodes in sets for c in (circuit, bench.whole)]
         scores = list(map(bench.score, bench.measure(both)))
         return [(c - m) / gap for c, m in zip(scores[::2], scores[1::2], strict=True)]
 
@@ -343,9 +346,3 @@ def _greedy_set(
         best = max(range(len(tries)), key=lambda i: tried[i][rows].mean().abs())
         chosen.append(tries[best])
     return chosen, tried[best]
-
-
-def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
-    """The circuit without what these nodes write."""
-    kept = (edge for edge in circuit.edge_set if edge[0] not in nodes)
-    return Circuit(circuit.graph, frozenset(kept))

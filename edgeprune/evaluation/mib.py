@@ -140,11 +140,12 @@ def mib_areas(
     scores: EdgeScores,
     pairs: Sequence[Pair],
     *,
-    ablation: Ablation | str = "interchange",
     batch_size: int = 64,
     listener: Callable[[int], object] | None = None,
 ) -> Areas:
-    """Measure the areas of one ranking; arguments and errors as for `measure_curve`.
+    """Measure the areas of one ranking, under interchange ablation.
+
+    Arguments and errors as for `measure_curve`.
 
     Raises DataError if a prompt has no distractor, or if the full model's mean logit difference
     equals the empty circuit's.
@@ -152,7 +153,7 @@ def mib_areas(
     model.check_prompts(pairs)
     if not all(pair.distractor_ids for pair in pairs):
         raise DataError('MIB\'s areas need a "distractor" on every line of the prompts')
-    ablation = Ablation.of(model, ablation, pairs, batch_size)
+    ablation = Ablation(model, "interchange", pairs)
     circuits = mib_circuits(scores)
     measured = measure_circuits(
         model, [Circuit(model.graph, frozenset()), *circuits],

@@ -20,7 +20,7 @@ from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
 from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips, without
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example
-from edgeprune.prompts import Batch, Pair, iterate_batches
+from edgeprune.prompts import Batch, Pair, draw_pairs, iterate_batches
 from edgeprune.scores import EdgeScores
 from edgeprune.training.snapshots import Snapshots
 
@@ -194,23 +194,22 @@ def measured_data(
         pairs = [pair for pair in pairs if len(pair.clean_ids) <= known]
     model.check_prompts(pairs)
     ranking = scores.ranking().to(model.device)
-    chosen = _gates(model, [model.graph.edge_index(edge) for edge in circuit.edge_set])
-    cut_pairs = pairs[:NUM_CUT_PROMPTS]
+    cut_pairs = draw_pairs(pairs, NUM_CUT_PROMPTS)
     cuts = cuts_of(circuit, ranking.tolist())[: _max_cuts(model, cut_pairs, num_cuts)]
     sizes = _sizes(model.graph, curve, len(circuit), max_edges)
     if not model.architecture.may_pad:
         batch_size = 1
-    ranked = list(iterate_batches([*dict.fromkeys(pairs)][:MAX_RANKED], batch_size))
-    # batches, answers of the empty circuit and at each size, attention, and for the cuts the empty
-    # circuit, the whole one and one per cut
-    total, done = len(ranked) + (1 + len(sizes)) + 1 + (2 + len(cuts)), 0.0
+    # To select prompts the empty circuit and the chosen one; answers of the empty circuit and at
+    # each size; attention; and for the cuts the empty circuit, the chosen one and one per cut.
+    total, done = 2 + (1 + len(sizes)) + 1 + (2 + len(cuts)), 0.0
 
     def step(number: float = 1) -> None:
         nonlocal done
         done += number
         listener(round(done), total)
 
-    selected = _select(model, chosen, ranked, ablation, num_prompts, step)
+    some = draw_pairs([*dict.fromkeys(pairs)], MAX_RANKED)
+    selected = _select(Bench(model, some, ablation, batch_size, step), circuit, num_prompts)
     prompts = [_prompt(model, pair, kind) for pair, kind in selected]
     shown = [pair for pair, _ in selected]
     batches = list(iterate_batches(shown, batch_size))
@@ -234,17 +233,10 @@ def measured_data(
 # --------------------------------------------------------------------------------------- prompts
 
 
-def _select(
-    model: CircuitModel, gates: Tensor, batches: Sequence[Batch], ablation: Ablation,
-    num_prompts: int, step: Callable[[], None],
-) -> list[tuple[Pair, str]]:  # fmt: skip
+def _select(bench: Bench, circuit: Circuit, num_prompts: int) -> list[tuple[Pair, str]]:
     """Prompts near the median distance of the circuit, and those with the largest."""
-    pairs, distances = [pair for batch in batches for pair in batch.pairs], []
-    for batch in batches:
-        reference, values, batch = _reference(model, batch, ablation)
-        outputs = model.run_circuit(batch, gates, values)
-        distances += distance_by_example(batch, reference, outputs, model.output).tolist()
-        step()
+    (own,) = bench.measure([circuit])
+    pairs, distances = bench.pairs, bench.distance(own).tolist()
     order = sorted(range(len(pairs)), key=distances.__getitem__)
     num_worst = min(num_prompts, len(pairs)) // 2
     worst, others = order[len(order) - num_worst :][::-1], order[: len(order) - num_worst]
@@ -302,7 +294,8 @@ def _answers(
         for pair, top in zip(batch.pairs, _top(model, batch, reference, reference), strict=True):
             found[pair] = {"full": top, "circuits": []}
     for size in (0, *sizes):
-        gates = _gates(model, ranking[:size])
+        gates = torch.zeros(model.graph.num_edges, device=model.device)
+        gates[ranking[:size]] = 1
         for reference, values, batch in references:
             outputs = model.run_circuit(batch, gates, values)
             distances = distance_by_example(batch, reference, outputs, model.output).tolist()
@@ -325,7 +318,7 @@ def _top(
     The full model's answer, the best of `reference`, follows them if it is not among them.
     """
     if model.output is Output.number:
-        rows = [[[f"{number:.4g}", _rounded(number)]] for number in outputs[:, 0].tolist()]
+        rows = [[[model.text_of([number]), _rounded(number)]] for number in outputs[:, 0].tolist()]
     else:
         is_logits = model.output is Output.logits
         shares = outputs.float().softmax(-1) if is_logits else outputs.float()
@@ -335,7 +328,7 @@ def _top(
         rows = []
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
             best = dict(zip(row_ids, row_values, strict=True))  # each token once
-            rows.append([[model.token_text(i)[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
+            rows.append([[model.text_of([i])[:MAX_TEXT], _rounded(v, 3)] for i, v in best.items()])
     remaining = iter(rows)
     return [[next(remaining) for _ in pair.target_ids][:MAX_PREDICTED] for pair in batch.pairs]
 
@@ -410,14 +403,6 @@ def _measure_cuts(bench: Bench, circuit: Circuit, cuts: Sequence[Cut]) -> dict[s
 
 
 # --------------------------------------------------------------------------------------- helpers
-
-
-def _gates(model: CircuitModel, edges: Tensor | Sequence[int]) -> Tensor:
-    """Gates of 1 for edges given by number, and of 0 for the others."""
-    gates = torch.zeros(model.graph.num_edges, device=model.device)
-    if len(edges):
-        gates[edges] = 1
-    return gates
 
 
 def _rounded(value: float, digits: int = 4) -> float | None:

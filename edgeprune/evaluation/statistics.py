@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,31 +15,23 @@ PERMUTATIONS = 499
 """Number of permutations of a test: the smallest p value is 1 / 500."""
 
 
-def bootstrap_interval(
-    statistic: Callable[[Tensor], Tensor],
-    count: int,
-    *,
-    level: float = 0.95,
-    num_samples: int = RESAMPLES,
-) -> tuple[float, float]:
-    """Percentile interval of a statistic over resampled examples (Efron 1979).
+def bootstrap_interval(statistic: Callable[[Tensor], Tensor], count: int) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over resampled examples (Efron 1979).
 
     Args:
         statistic: maps indices of examples, [resample, count], to values, [resample].
         count: number of examples.
-        level: probability that the interval covers the true value if there are many examples.
-        num_samples: number of bootstrap samples.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(count, (num_samples, count), generator=generator)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    rows = torch.randint(count, (RESAMPLES, count), generator=generator)
+    tails = torch.tensor([LEVEL / 2, 1 - LEVEL / 2], dtype=torch.float64)
     low, high = statistic(rows).double().quantile(tails).tolist()
     return low, high
 
 
-def mean_interval(values: Tensor, **options: Any) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean of [example], with its options."""
-    return bootstrap_interval(lambda rows: values[rows].mean(-1), len(values), **options)
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean of [example]."""
+    return bootstrap_interval(lambda rows: values[rows].mean(-1), len(values))
 
 
 class Difference(NamedTuple):
@@ -55,10 +47,10 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(a: Tensor, b: Tensor, **options: Any) -> Difference:
-    """The mean of a - b over prompts, [prompt] each, and its interval; options as above."""
+def paired_bootstrap(a: Tensor, b: Tensor) -> Difference:
+    """The mean of a - b over prompts, [prompt] each, and its interval."""
     difference = a.double() - b.double()
-    return Difference(difference.mean().item(), *mean_interval(difference, **options))
+    return Difference(difference.mean().item(), *mean_interval(difference))
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:

@@ -85,6 +85,7 @@ class Answer:
     """An answer that was attributed: a token predicted after a prompt.
 
     Attributes:
+        prompt: index of the prompt among those given.
         pair: the prompt, with this one token to predict.
         tokens, corrupted: texts of the clean and of the corrupted prompt's tokens.
         text, distractor: texts of the right and of the wrong answers, separated by slashes.
@@ -94,6 +95,7 @@ class Answer:
         through: the attributions, by "full model" and, if one was given, "circuit".
     """
 
+    prompt: int
     pair: Pair
     tokens: tuple[str, ...]
     corrupted: tuple[str, ...]
@@ -190,12 +192,13 @@ class TokenAttributions:
             "error": {model: self.error(model) for model in self.models()},
             "answers": [
                 {
+                    "prompt": answer.prompt, "step": answer.step,
                     "tokens": answer.tokens, "corrupted": answer.corrupted,
                     "token_ids": answer.pair.clean_ids, "corrupted_ids": answer.pair.corrupted_ids,
                     "answer": answer.text, "answer_ids": answer.pair.answer_ids,
                     "distractor": answer.distractor,
                     "distractor_ids": answer.pair.distractor_ids,
-                    "step": answer.step, "labels": {str(i): x for i, x in answer.labels.items()},
+                    "labels": {str(i): x for i, x in answer.labels.items()},
                     "through": {name: record(one) for name, one in answer.through.items()},
                 }
                 for answer in self.answers
@@ -241,7 +244,7 @@ def attribute_tokens(
     target = _checked(model, pairs, target)
     ablation = Ablation.of(model, ablation, pairs, batch_size)
     chosen = [
-        (pair, step, one) for pair in pairs
+        (prompt, step, one) for prompt, pair in enumerate(pairs)
         for step, one in _single_answers(pair) if target != "contrast" or step == pair.contrast
     ]  # fmt: skip
     if not chosen:
@@ -265,16 +268,16 @@ def attribute_tokens(
     model.release()
 
     def texts(ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(map(model.token_text, ids))
+        return tuple(model.text_of([token]) for token in ids)
 
     result = TokenAttributions(target, ablation.kind, model.graph.writers, tuple(
         Answer(
-            one, texts(one.clean_ids), texts(one.corrupted_ids),
+            prompt, one, texts(one.clean_ids), texts(one.corrupted_ids),
             "/".join(texts(one.answer_ids)), "/".join(texts(one.distractor_ids)), step,
-            _labels(one, (marks or {}).get(pair)),
+            _labels(one, (marks or {}).get(pairs[prompt])),
             {name: attributions[i] for name, attributions in found.items()},
         )
-        for i, (pair, step, one) in enumerate(chosen)
+        for i, (prompt, step, one) in enumerate(chosen)
     ))  # fmt: skip
     for name in found:
         if result.error(name) > TOLERANCE:

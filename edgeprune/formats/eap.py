@@ -32,6 +32,7 @@ are read back exactly, unless another program has changed the flags or the score
 import io
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,6 @@ def _translate(
     return torch.where(high >= -low, high, low)
 
 
-def _is_close(scores: Tensor, others: Tensor) -> Tensor:
-    """[edge], whether scores are equal up to the rounding of a file."""
-    return torch.isclose(scores, others, rtol=1e-6, atol=1e-30)
-
-
 def load_tensors(data: bytes) -> Any:
     """The content of a .pt file; code in it is not run."""
     try:
@@ -142,7 +138,7 @@ def read(
 
     Raises ValueError with a message, or whatever error damaged content leads to.
     """
-    config, own = content["cfg"], content.get(OWN_KEY)
+    config, own = content["cfg"], content.get(OWN_KEY, {}) if graph == own_graph else {}
     if config.get("parallel_attn_mlp"):
         raise ValueError("parallel_attn_mlp is set; such models are not supported")
     theirs = CircuitGraph(config["n_layers"], config["n_heads"], config["n_heads"], (INPUT,))
@@ -152,9 +148,19 @@ def read(
     in_graph, their_scores = parse(content, theirs)
     if not ((in_graph == 0) | (in_graph == 1)).all():
         raise ValueError("in_graph has values other than true and false")
-    pairs = _pairs(graph)
-    kept, notes = _kept(in_graph.int(), pairs, graph, own if graph == own_graph else None)
-    scores = None
+    pairs, notes, exact, scores = _pairs(graph), [], None, None
+    if "kept" in own:  # older files have something else
+        numbers = torch.as_tensor(own["kept"], dtype=torch.int64)
+        exact = torch.zeros(graph.num_edges, dtype=torch.float64).index_fill_(0, numbers, 1)
+    kept, changed = _recover(in_graph.double(), exact, graph, pairs, 1, lambda kept: 1)
+    if changed:
+        notes.append(f"{changed:,} edges of the file {INEXACT}")
+    if kept is not exact and (flowing := graph.embedding_writers[1:]):
+        count = sum(writer in flowing for writer, _ in graph.edges)
+        notes.append(
+            f"all {count:,} edges from {', '.join(flowing)} are kept, since EAP-IG and MIB let it "
+            f"always flow; {EXACT} reads the file exactly"
+        )
     if their_scores is not None and not their_scores.isfinite().all():
         index = int(their_scores.isfinite().logical_not().nonzero()[0])
         notes.append(
@@ -162,49 +168,44 @@ def read(
             f"{their_scores[index].item()}"
         )
     elif their_scores is not None:
-        ours, paired = pairs
-        values = _translate(their_scores, paired, ours, graph, unpaired=0)
-        again = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
-        changed = int((~_is_close(again, their_scores)).sum())
-        exact = own.get("scores", []) if graph == own_graph else []
-        exact = torch.as_tensor(exact, dtype=torch.float64)
-        if len(exact) == graph.num_edges:
-            written = _translate(exact, ours, paired, theirs, unpaired=exact.abs().max())
-            if _is_close(their_scores, written).all():  # unchanged
-                values, changed = exact, 0
+        exact = torch.as_tensor(own.get("scores", []), dtype=torch.float64)
+        exact = exact if len(exact) == graph.num_edges else None
+        values, changed = _recover(their_scores, exact, graph, pairs, 0, _largest)
         if changed:
             notes.append(f"{changed:,} scores of the file {INEXACT}")
         scores = EdgeScores(graph, values, True, {"method": "file", "file": name})
     if not in_graph.any():
         notes.append("no edge is in the graph; scores may choose some: num_edges= or sparsity=")
-    circuit = Circuit.from_mask(graph, kept.tolist())
+    circuit = Circuit.from_mask(graph, kept.bool().tolist())
     d_model = config.get("d_model") or None
     return CircuitFile(circuit, {}, tuple(notes), scores, d_model, is_eap=True)
 
 
-def _kept(
-    in_graph: Tensor, pairs: tuple[Tensor, Tensor], graph: CircuitGraph, own: dict[str, Any] | None
-) -> tuple[Tensor, list[str]]:
-    """[edge] of ours, 1 where kept, given the format's flags; and notes of what is not exact.
+def _recover(
+    found: Tensor, exact: Tensor | None, graph: CircuitGraph, pairs: tuple[Tensor, Tensor],
+    unread: float, unwritten: Callable[[Tensor], float],
+) -> tuple[Tensor, int]:  # fmt: skip
+    """[edge] of ours from the format's numbers, and how many of these would be written otherwise.
 
-    `own` is the content of our own key, if it is of this graph.
+    Args:
+        exact: the numbers below our own key, taken if the format's are still those of them.
+        unread: the number of our edges that the format does not have.
+        unwritten: from our numbers, the one of the format's edges that we do not have.
     """
-    theirs, (ours, paired) = their_graph(graph), pairs
-    if own is not None and "kept" in own:  # older files have something else
-        numbers = torch.as_tensor(own["kept"], dtype=torch.int64)
-        exact = in_graph.new_zeros(graph.num_edges).index_fill_(0, numbers, 1)
-        if torch.equal(_translate(exact, ours, paired, theirs, unpaired=1), in_graph):  # unchanged
-            return exact, []
-    kept, notes = _translate(in_graph, paired, ours, graph, unpaired=1), []
-    if changed := int((_translate(kept, ours, paired, theirs, unpaired=1) != in_graph).sum()):
-        notes.append(f"{changed:,} edges of the file {INEXACT}")
-    if flowing := graph.embedding_writers[1:]:
-        count = sum(writer in flowing for writer, _ in graph.edges)
-        notes.append(
-            f"all {count:,} edges from {', '.join(flowing)} are kept, since EAP-IG and MIB let it "
-            f"always flow; {EXACT} reads the file exactly"
-        )
-    return kept, notes
+    ours, paired = pairs
+
+    def num_changed(values: Tensor) -> int:
+        written = _translate(values, ours, paired, their_graph(graph), unwritten(values))
+        return int((~torch.isclose(written, found, rtol=1e-6, atol=1e-30)).sum())  # as in files
+
+    if exact is not None and not num_changed(exact):
+        return exact, 0
+    values = _translate(found, paired, ours, graph, unread)
+    return values, num_changed(values)
+
+
+def _largest(scores: Tensor) -> float:
+    return scores.abs().max().item()
 
 
 def _parse_json(content: dict[str, Any], theirs: CircuitGraph) -> tuple[Tensor, Tensor | None]:
@@ -248,7 +249,7 @@ def write(
     kept = torch.tensor(circuit.mask(), dtype=torch.float64)
     values = kept if scores is None else scores.magnitudes()
     in_graph = _translate(kept, ours, paired, theirs, unpaired=1).bool()
-    their_scores = _translate(values, ours, paired, theirs, unpaired=values.abs().max())
+    their_scores = _translate(values, ours, paired, theirs, unpaired=_largest(values))
     config = {"n_layers": graph.num_layers, "n_heads": graph.num_heads, "parallel_attn_mlp": False}
     own = {"graph": graph.to_dict(), "kept": kept.nonzero().flatten(), "scores": values}
     content = {"cfg": config | {"d_model": d_model or 0}, OWN_KEY: own}

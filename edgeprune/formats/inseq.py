@@ -9,6 +9,7 @@ prediction does not see. Tested with version 0.7.1.
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ def inseq_json(data: Mapping[str, Any], model: str) -> dict[str, Any]:
         data: the result of `TokenAttributions.to_dict`.
         model: the model's name.
     """
-    prompts: list[list[Mapping[str, Any]]] = []  # the answers of each
-    for answer in data["answers"]:
-        is_next = prompts and answer["step"] == prompts[-1][-1]["step"] + 1
-        previous = prompts[-1][-1]["token_ids"] if is_next else None
-        if is_next and answer["token_ids"][:-1] == previous:
-            prompts[-1].append(answer)
-        else:
-            prompts.append([answer])
+
+    def prompt_and_start(numbered: tuple[int, Mapping[str, Any]]) -> tuple[int, int]:
+        """The same for the answers to a prompt's tokens in a row."""
+        number, answer = numbered
+        return answer["prompt"], answer["step"] - number
+
+    rows = groupby(enumerate(data["answers"]), prompt_and_start)
+    prompts = [[answer for _, answer in row] for _, row in rows]
     models = list(data["error"])
     inputs = ["".join(answers[0]["tokens"]) for answers in prompts]
     texts = ["".join([*answers[-1]["tokens"], answers[-1]["answer"]]) for answers in prompts]

@@ -127,6 +127,13 @@ def iterate_batches(dataset: Sequence[Pair], batch_size: int) -> Iterator[Batch]
         yield collate(pairs[start : start + batch_size])
 
 
+def draw_pairs(pairs: Sequence[Pair], count: int, seed: int = 0) -> list[Pair]:
+    """That many of the pairs, drawn at random; all of them, in order, if there are fewer."""
+    if len(pairs) <= count:
+        return list(pairs)
+    return random.Random(seed).sample(list(pairs), count)
+
+
 def training_pairs(dataset: Sequence[Pair], batch_size: int, seed: int, step: int) -> list[Pair]:
     """Choose the pairs of one optimisation step, from (seed, step) alone, so that runs can resume.
 

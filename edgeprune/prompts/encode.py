@@ -33,11 +33,14 @@ class PairDataset(list[Pair]):
     Attributes:
         name: file and split, for display.
         has_splits: whether every line of the file names its split.
+        records: the lines of the file by their clean prompts, which are the pairs' texts.
     """
 
-    def __init__(self, pairs: Iterable[Pair], name: str, has_splits: bool = True) -> None:
+    def __init__(
+        self, pairs: Iterable[Pair], name: str, has_splits: bool, records: Mapping[str, dict]
+    ) -> None:
         super().__init__(pairs)
-        self.name, self.has_splits = name, has_splits
+        self.name, self.has_splits, self.records = name, has_splits, records
 
 
 def load_dataset(
@@ -64,7 +67,9 @@ def load_dataset(
     if not chosen:
         raise DataError(f"{path} has no line of split {split!r}; it has {', '.join(sorted(found))}")
     name = f"{Path(path).name} [{'without splits' if found == {None} else split}]"
-    return PairDataset(encode_records(chosen, tokenizer, max_length), name, None not in found)
+    pairs = encode_records(chosen, tokenizer, max_length)
+    by_text = {record["clean"]: record for record in chosen if "clean" in record}
+    return PairDataset(pairs, name, None not in found, by_text)
 
 
 def encode_records(

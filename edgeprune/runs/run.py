@@ -39,7 +39,7 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CheckpointError, ConfigError
 from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.report import RunRecord
-from edgeprune.files import file_digest, put_in_place, write_json, write_text
+from edgeprune.files import file_digest, put_in_place, read_if_intact, write_json, write_text
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import METHODS
@@ -177,12 +177,8 @@ class Run:
 
     def curve(self) -> Curve | None:
         """Metrics of circuits of many sizes on validation prompts; None if not measured yet."""
-        path = self.path / layout.CURVE
-        try:
-            return Curve.from_dict(json.loads(path.read_bytes())) if path.exists() else None
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            log.warning(f"{path} is damaged and left out ({error})")
-            return None
+        again = "measurements are made again where they are needed"
+        return read_if_intact(self.path / layout.CURVE, Curve.from_dict, again)
 
     def is_unfinished(self, origin: Mapping[str, Any]) -> bool:
         """Whether scores of this origin are not those of the run's last step."""
@@ -190,15 +186,9 @@ class Run:
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """The measurements of the run's circuit, by split."""
-        found = {}
-        for split in SPLITS:
-            path = self.path / layout.evaluation(split)
-            try:
-                if path.exists():
-                    found[split] = dict(json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                log.warning(f"{path} is damaged and left out ({error}); evaluate again")
-        return found
+        paths = {split: self.path / layout.evaluation(split) for split in SPLITS}
+        found = {s: read_if_intact(path, dict, "evaluate again") for s, path in paths.items()}
+        return {split: record for split, record in found.items() if record is not None}
 
     def record(self, name: str) -> RunRecord:
         """What a report needs to know; evaluations of other circuits or prompts are left out.

@@ -1,21 +1,19 @@
 """Which run, model, data and ablation a circuit that the user names belongs to."""
 
-import json
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.circuit import Circuit
-from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict
+from edgeprune.config import AblationConfig, ModelConfig, TaskConfig, from_dict, to_dict
+from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CircuitError, ConfigError
+from edgeprune.files import read_if_intact
 from edgeprune.formats import CircuitFile, read_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.runs import layout
 from edgeprune.runs.run import Run, is_run
-
-log = logging.getLogger("edgeprune")
 
 EXAMPLES = {
     "model": "model=embedded, or model.path=... with a folder or a hub name",
@@ -64,6 +62,19 @@ class Source:
         """The given settings, or those with which the circuit was found, or interchange."""
         return given or from_dict(AblationConfig, self.origin.get("ablation") or {})
 
+    def is_of(
+        self, model: CircuitModel, data_digest: str, ablation: AblationConfig | None = None
+    ) -> bool:
+        """Whether a model, the file of prompts of this SHA-256 and an ablation, if any, are its."""
+        is_own_ablation = ablation is None or to_dict(ablation) == self.origin.get("ablation")
+        digests = model.fingerprint(), data_digest
+        return is_own_ablation and digests == (self.digest("model"), self.digest("data"))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it is a chosen circuit, of a run or in a folder of its own."""
+        return self.path.name in layout.CHOSEN
+
     @property
     def title(self) -> str | None:
         """Task and model for people, such as 'ioi in embedded'; None where unknown."""
@@ -106,11 +117,8 @@ def find(given: str | Path) -> Source:
 def head_labels(folder: Path) -> dict[str, list[str]]:
     """The kinds of heads, by head, that `edgeprune heads` found; empty if it wrote nothing."""
     path = folder / layout.HEADS
-    try:
-        return dict(json.loads(path.read_bytes())["labels"]) if path.exists() else {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning(f"{path} is damaged and left out ({error}); run edgeprune heads again")
-        return {}
+    found = read_if_intact(path, lambda record: dict(record["labels"]), "run edgeprune heads again")
+    return found or {}
 
 
 def load_circuit(path: Path | str, graph: CircuitGraph | None = None) -> Circuit:

@@ -18,17 +18,16 @@ log = logging.getLogger("edgeprune")
 
 
 @contextmanager
-def progress(
-    total: int, unit: str, *, enabled: bool = True
-) -> Iterator[Callable[[int, object], None]]:
+def progress(total: int, unit: str, *, enabled: bool = True) -> Iterator[Callable[..., None]]:
     """Show the progress of `total` units of work, such as steps.
 
-    Yields a function to call with the number of units done and something to show next to it.
+    Yields a function to call with the number of units done and, optionally, something to show next
+    to it.
     """
     start, quarters = time.perf_counter(), set()
 
-    def log_quarters(done: int, status: object) -> None:
-        if 4 * done // total not in quarters:
+    def log_quarters(done: int, status: object = "") -> None:
+        if done and 4 * done // total not in quarters:
             quarters.add(4 * done // total)
             log.info(f"{unit} {done}/{total}  {status}  {time.perf_counter() - start:.0f} s")
 
@@ -37,21 +36,25 @@ def progress(
         return
     with Progress(console=Console(stderr=True), disable=not enabled) as bar:
         task = bar.add_task(unit, total=total)
-        yield lambda done, status: bar.update(
+        yield lambda done, status="": bar.update(
             task, completed=done, description=f"{unit} {done}/{total}  {status}"
         )
 
 
 @contextmanager
 def counting(total: int, unit: str) -> Iterator[Callable[[float], None]]:
-    """Show the progress of about `total` units; yields a function that adds to their number."""
-    done = 0.0
+    """Show the progress of about `total` units, and how long they will take.
+
+    Yields a function that adds to their number.
+    """
+    start, done = time.perf_counter(), 0.0
     with progress(total, unit) as show:
 
         def add(number: float) -> None:
             nonlocal done
             done = min(done + number, total)
-            show(int(done), "")
+            seconds = (time.perf_counter() - start) / max(done, 1) * (total - done)
+            show(int(done), f"about {duration(seconds)} left" if done < total else "")
 
         yield add
 
