@@ -373,7 +373,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(tmp_path, capsys, monke
     ],
 )
 def test_processes_share_the_batches_and_the_model(tmp_path, method, settings):
-    small = [*SMALL, "batch_size=7", f"method={method}", "model.device=cpu", "launcher.timeout=1"]
+    small = [
+        *SMALL, f"method={method}", "batch_size=7", "num_edges=9", "model.device=cpu",
+        "launcher.timeout=1",
+    ]  # fmt: skip
     if method == "exact":
         edges = [["tok_embeds", "a1.h0.v"], ["tok_embeds", "m0"], ["m0", "resid_post"]]
         (tmp_path / "edges.json").write_text(json.dumps(edges))
