@@ -69,7 +69,7 @@ def explain_circuit(model) -> list[torch.Tensor]:
 def edge_scores(model, world: World) -> dict[str, torch.Tensor]:
     """Scores by every attribution, of batches that the processes share; the last has one pair."""
     pairs, scores = random_pairs(2) + random_pairs(2, length=5, seed=1, predicted=2), {}
-    few = [reader[0] in "mr" for _, reader in model.graph.edges]  # cutting edges is slow
+    few = [reader in ("m1", "resid_post") for _, reader in model.graph.edges]  # cutting is slow
     for method, make in ATTRIBUTIONS.items():
         attribution = make(
             model=model, pairs=pairs, ablation=Ablation(model, "interchange", pairs),
