@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import call, random_gpt2, random_pairs, run_cli
 from safetensors.torch import load_file
-from test_distributed import start
+from test_distributed import finish, start
 from test_llama import FAMILIES, random_llama
 from test_micro_model import CIRCUIT, induction_pairs, micro_model
 from test_tracr import ABLATIONS, load_edges, read_pairs, true_edges
@@ -364,14 +364,29 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(tmp_path, capsys, monke
 
 
 @pytest.mark.slow
-def test_processes_share_the_batches(tmp_path):
-    small = (*SMALL, "batch_size=7", "model.device=cpu", "launcher.timeout=1")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("eap_ig", ()),
+        ("eap_ig", ("launcher.shard=true", "launcher.offload=true")),
+        ("exact", ("launcher.shard=true",)),
+    ],
+)
+def test_processes_share_the_batches_and_the_model(tmp_path, method, settings):
+    small = [
+        *SMALL, f"method={method}", "batch_size=7", "num_edges=9", "model.device=cpu",
+        "launcher.timeout=1",
+    ]  # fmt: skip
+    if method == "exact":
+        edges = [["tok_embeds", "a1.h0.v"], ["tok_embeds", "m0"], ["m0", "resid_post"]]
+        (tmp_path / "edges.json").write_text(json.dumps(edges))
+        small.append(f"circuit={tmp_path / 'edges.json'}")
     alone = run_cli("attribute", *small, f"run_dir={tmp_path / 'one'}")
     assert alone.returncode == 0, alone.stderr
-    processes = start(2, "-m", "edgeprune", "attribute", *small, f"run_dir={tmp_path / 'two'}")
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    one, two = (Run.open(tmp_path / name).scores() for name in ("one", "two"))
-    torch.testing.assert_close(one.values, two.values, atol=1e-6, rtol=1e-4)
+    command = ("-m", "edgeprune", "attribute", *small, *settings, f"run_dir={tmp_path / 'two'}")
+    assert [code for code, *_ in finish(start(2, *command))] == [0, 0]
+    one, two = (Run.open(tmp_path / name).scores().values for name in ("one", "two"))
+    assert (one - two).abs().max() < 1e-5 * one.abs().max()
 
 
 def test_what_does_not_apply_is_refused(model, tmp_path, capsys, monkeypatch):

@@ -659,7 +659,7 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
           "trainer.target_node_sparsity=1.5"], ["1.5"]),
         (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0.1"],
          ["launcher.shard=true", "cleanup="]),
-        (["prune", "experiment=ioi", "launcher.shard=true", "cleanup=0"],
+        (["attribute", "experiment=ioi", "launcher.shard=true", "cleanup=0"],
          ["launcher.shard=true", "cleanup="]),
         (["prune", "experiment=ioi", "task.train=0"], ["task.train=0"]),
         (["prune", "experiment=ioi", "run_dir="], ["run_dir"]),

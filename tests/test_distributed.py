@@ -96,7 +96,7 @@ def test_the_command_tokens_with_a_sharded_model_finds_what_one_process_finds(
 
 
 def test_heads_of_a_sharded_model():
-    """Read, changed, scored and ablated as those of the whole model; and tokens are attributed."""
+    """Read, changed, scored, ablated as those of the whole model; edges and tokens attributed."""
     worker = Path(__file__).with_name("heads_worker.py")
     assert [(code, error) for code, _, error in finish(start(2, worker))] == [(0, ""), (0, "")]
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import call, random_gpt2, random_pairs
 from test_eap_ig import GPT2, models, pairs  # noqa: F401  (fixtures)
 
+from edgeprune.api.mib import submission_name
 from edgeprune.circuit import Circuit
 from edgeprune.errors import DataError
 from edgeprune.evaluation.evaluate import evaluate
@@ -122,6 +123,19 @@ def test_rankings_are_compared_with_the_true_edges_of_compiled_programs(
     (run / "mib-test.json").unlink()
     assert call(capsys, monkeypatch, "mib", run, f"truth={edges}")[0] == 0
     assert json.loads((run / "mib-test.json").read_text())["by |score|"] == record
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "wanted"),
+    [
+        ("arc_easy", "google/gemma-2-2b", "arc-easy_gemma2"),
+        ("arc-easy", "models/Llama-3.1-8B", "arc-easy_llama3"),
+        ("copycolors_mcqa", "Qwen/Qwen2.5-0.5B", "mcqa_qwen2.5"),
+        ("copycolors-mcqa", "gpt2", "mcqa_gpt2"),
+    ],
+)
+def test_submissions_are_named_as_the_leaderboard_reads_them(dataset, model, wanted):
+    assert submission_name(dataset, model) == wanted
 
 
 def test_the_command_measures_a_graph_file_and_writes_a_submission(tmp_path, capsys, monkeypatch):

@@ -119,7 +119,9 @@ def _score(
     with ExitStack() as stack:
         if run is not None:
             run.begin(model, world)
-        seconds = attribution.expected_seconds() if progress else None
+        seconds = None
+        if progress or world.count > 1:  # all processes, which share a sharded model
+            seconds = attribution.expected_seconds()
         if seconds is not None and seconds > LONG:
             log.info(
                 f"{config.method} runs the model once per edge and batch: at most about "
@@ -151,11 +153,6 @@ def _attribution(
     batch_size = config.batch_size
     if model.output is not Output.logits:
         batch_size = len(pairs)  # values are compared by the variance of all prompts
-        if world.count > 1:
-            raise ConfigError(
-                f"{world.count} processes cannot share the prompts of {model.name}, whose outputs "
-                "are compared by their variance; start one process"
-            )
     attribution = ATTRIBUTIONS[config.method](
         model=model, pairs=pairs, ablation=ablation, objective=objective, world=world,
         method=config.method, batch_size=batch_size, integration_steps=config.steps,
@@ -168,9 +165,15 @@ def _plan(
     config: AttributeConfig, meta: CircuitModel, pairs: Sequence[Pair], world: World
 ) -> MemoryPlan:
     """The memory of a step of a batch: at most that of a training step."""
+    if meta.output is not Output.logits and world.count > 1:
+        raise ConfigError(
+            f"{world.count} processes cannot share the prompts of {meta.name}, whose outputs are "
+            "compared by their variance; start one process"
+        )
     at_a_time = math.ceil(min(config.batch_size, len(pairs)) / world.count)
     plan = plan_memory(
-        meta, pairs, at_a_time, bits=config.model.bits,
+        meta, pairs, at_a_time, shares=world.count if config.launcher.shard else 1,
+        offload=config.launcher.offload, bits=config.model.bits,
         corrupted_kept=config.ablation.kind == "interchange",
         repeated=config.method in ("exact", "acdc"),
     )  # fmt: skip

@@ -37,9 +37,9 @@ CIRCUITS = "circuits"
 """The folder of another submission, with a circuit per share below 1."""
 NAMES = {
     "Qwen2.5-0.5B": "qwen2.5", "gemma-2-2b": "gemma2", "Llama-3.1-8B": "llama3",
-    "copycolors_mcqa": "mcqa",
+    "copycolors-mcqa": "mcqa",
 }  # fmt: skip
-"""What the leaderboard calls models and datasets, where it is not their own name."""
+"""What the leaderboard calls models and datasets, where it is not their own name with hyphens."""
 
 
 class Benchmarked(NamedTuple):
@@ -96,9 +96,19 @@ def benchmark(config: MibConfig) -> Benchmarked:
         write_json(path, {"data": pairs.name, "graph_edges": model.graph.num_edges, **records})
         outputs.append(path)
     if output is not None:
-        names = (NAMES.get(name, name) for name in (task.title, Path(model_config.path).name))
-        outputs += _submit(scores, model, output, "_".join(n.replace("_", "-") for n in names))
+        outputs += _submit(scores, model, output, submission_name(task.title, model_config.path))
     return Benchmarked(areas, recovered, f"{model_config.title}, {pairs.name}", outputs)
+
+
+def submission_name(dataset: str, model: str) -> str:
+    """The folder of a submission, as the leaderboard reads it: `arc-easy_gemma2`.
+
+    Args:
+        dataset: its name, with hyphens or, as on the Hugging Face Hub, underscores.
+        model: its path or name on the Hub.
+    """
+    names = (name.replace("_", "-") for name in (dataset, Path(model).name))
+    return "_".join(NAMES.get(name, name) for name in names)
 
 
 def _truth(config: MibConfig, source: Source, model: CircuitModel) -> Circuit | None:

@@ -111,7 +111,7 @@ class TestConfig(CircuitConfig):
             if self.repeats[0] == "templates" and self.task is not None:
                 raise ConfigError("repeat=templates measures the run's own prompts; omit task=")
         if self.launcher.shard:
-            raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
+            raise ConfigError("launcher.shard=true is for prune, attribute and tokens; omit it")
         if self.launcher.processes != 1 and self.repeat is None:
             raise ConfigError(
                 f"launcher.processes={self.launcher.processes} needs repeat=: several processes "

@@ -88,6 +88,15 @@ class RunConfig(ChoiceConfig):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
+        given = [name for name, value in self.unsharded.items() if is_given(value)]
+        if self.launcher.shard and given:
+            raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
+
+    @property
+    def unsharded(self) -> dict[str, Any]:
+        """The settings, by name, that need the whole model in one process."""
+        model = {"model.fused=": self.model.fused, "model.bits=": self.model.bits}
+        return {"cleanup=": self.cleanup, **model}
 
     @property
     def choice(self) -> tuple[str, float | None]:
@@ -126,13 +135,11 @@ class PruneConfig(RunConfig):
                 "the published method aims at one sparsity: give sparsity=, num_edges= or "
                 "trainer.target_sparsity="
             )
-        one_process = {
-            "cleanup=": self.cleanup, "trainer.cuda_graph=": self.trainer.cuda_graph,
-            "model.fused=": self.model.fused, "model.bits=": self.model.bits,
-        }  # fmt: skip
-        given = [name for name, value in one_process.items() if is_given(value)]
-        if self.launcher.shard and given:
-            raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
+
+    @property
+    def unsharded(self) -> dict[str, Any]:
+        """See `RunConfig`."""
+        return {**super().unsharded, "trainer.cuda_graph=": self.trainer.cuda_graph}
 
     @property
     def default_choice(self) -> tuple[str, float | None]:
@@ -193,8 +200,6 @@ class AttributeConfig(RunConfig):
             )
         if self.circuit is not None:
             self.check_cuts()
-        if self.launcher.shard:
-            raise ConfigError("launcher.shard=true is for prune and tokens; omit it")
 
     def check_cuts(self) -> None:
         """Raise ConfigError unless the method cuts edges, as `circuit` requires."""

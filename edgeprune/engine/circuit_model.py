@@ -91,8 +91,10 @@ class CircuitModel:
         output: what the model's outputs are.
         max_length: maximum number of tokens of a prompt.
         d_model: width of the residual stream.
-        begin_layer: called by the circuit pass with a layer's module and the layer's first input.
-        end_layer: called with a layer's module and the layer's last output.
+        begin_layer: called by our passes before a layer, with its module and a tensor whose
+            gradient is known once the whole layer has been differentiated.
+        end_layer: called after a layer, with its module and a tensor whose gradient is known
+            before any of the layer is differentiated.
         workspace: the memory of the outboxes, reused from step to step.
         digest: the fingerprint, once it is known.
     """

@@ -93,12 +93,15 @@ class OpenPass:
         stream.requires_grad_(torch.is_grad_enabled())  # so that the first readers get gradients
         inputs = arch.attention_inputs(stream)
         for layer, block in enumerate(arch.blocks):
+            # The stream has a gradient even where a fixed output cuts the layer's own off.
+            self.model.begin_layer(block.layer, stream)
             values = block.attend(self._read(stream, 2 * layer), inputs)
             if layer == last:  # from here on, only the predicted tokens matter
                 values, stream = values[at], stream[at]  # [predicted, ...]
             stream = stream + block.sum_heads(output(values))
             x = self._read(stream, 2 * layer + 1)[0]
             stream = stream + output(block.mlp(block.mlp_norm(x)))
+            self.model.end_layer(block.layer, stream)
         x = self._read(stream, 2 * last + 2)[0]  # [predicted, d_model]
         if not self._clean:
             self._clean = [value.detach() for value in outputs]
@@ -140,7 +143,9 @@ class OpenPass:
         for layer, block in enumerate(model.architecture.blocks):
             nodes = (2 * layer + 1, 2 * layer + 2)
             ablated = self._ablated(nodes[0])
+            model.begin_layer(block.layer, clean[nodes[0]])
             heads = block.head_delta(clean[nodes[0]], ablated, centred=model.is_centred)
+            model.end_layer(block.layer, heads)
             mlp = model.centre(_minus(clean[nodes[1]], self._ablated(nodes[1])))
             if written < num_below:
                 below[written : written + len(heads)] = heads

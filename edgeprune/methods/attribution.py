@@ -91,10 +91,15 @@ class Attribution:
         """How long all steps may take, for methods that are slow."""
         return None
 
-    def my_part(self, index: int) -> Batch | None:
-        """This process's part of a batch, if it has one."""
-        part = self.world.part(self.batches[index])
-        return collate(part).to(self.model.device) if part else None
+    def my_part(self, index: int) -> tuple[Batch, int]:
+        """This process's part of a batch, and the number of its pairs.
+
+        A process without a part runs a pair of another's, which counts 0: all processes must run
+        the model equally often, since they gather a sharded model's weights together.
+        """
+        pairs = self.batches[index]
+        part = self.world.part(pairs)
+        return collate(part or pairs[:1]).to(self.model.device), len(part)
 
     def ablation_values(self, batch: Batch) -> Activations | None:
         """The ablation values of a batch, without a pass over its clean prompts."""
@@ -108,12 +113,8 @@ class _Gradients(Attribution):
     """Adds, batch by batch, the gradient with respect to all gates."""
 
     def step(self, index: int, scores: Tensor) -> float | None:
-        total = torch.zeros((), device=self.model.device)
-        gradient = torch.zeros(self.model.graph.num_edges, device=self.model.device)
-        size, batch = len(self.batches[index]), self.my_part(index)
-        if batch is not None:
-            share = len(batch.pairs) / size
-            total, gradient = (share * part for part in self.differentiate(batch))
+        size, (batch, count) = len(self.batches[index]), self.my_part(index)
+        total, gradient = (count / size * part for part in self.differentiate(batch))
         self.world.sum([total, gradient])
         gradient = gradient.cpu().double()
         if not gradient.isfinite().all():

@@ -50,9 +50,7 @@ class _Cutting(Attribution):
 
     def expected_seconds(self) -> float:
         """At most: the seconds of a pass over the first batch, for every edge and batch."""
-        part, graph = self.my_part(0), self.model.graph
-        if part is None:
-            return 0.0
+        (part, _), graph = self.my_part(0), self.model.graph
         self.measure(part, [self._kept])  # libraries load what they need
         start = time.perf_counter()
         self.measure(part, [self._kept])
@@ -73,17 +71,18 @@ class Exact(_Cutting):
 
     def step(self, index: int, scores: Tensor) -> None:
         site_index, batch_index = divmod(index, len(self.batches))
-        site, size = self.model.graph.sites[site_index], len(self.batches[batch_index])
+        site = self.model.graph.sites[site_index]
         edges = [site.offset + i for i in self._kept[site.place].nonzero()[:, 0].tolist()]
-        rises, batch = torch.zeros(len(edges), device=self.model.device), self.my_part(batch_index)
-        if batch is not None and edges:
-            circuits = [self._kept, *(_without(self._kept, [edge]) for edge in edges)]
-            measured = self.measure(batch, circuits)
-            rises = len(batch.pairs) / size * (measured[1:] - measured[0])
+        if not edges:
+            return
+        batch, count = self.my_part(batch_index)
+        circuits = [self._kept, *(_without(self._kept, [edge]) for edge in edges)]
+        measured = self.measure(batch, circuits)
+        rises = count / len(self.pairs) * (measured[1:] - measured[0])
         self.world.sum([rises])
         if not rises.isfinite().all():
             raise FloatingPointError("the objective is not finite")
-        scores[edges] += size / len(self.pairs) * rises.cpu().double()
+        scores[edges] += rises.cpu().double()
 
 
 class ACDC(_Cutting):
@@ -139,9 +138,8 @@ class ACDC(_Cutting):
         """`measure` on all prompts, [circuit], the same on all processes."""
         total = torch.zeros(len(circuits), device=self.model.device)
         for index in range(len(self.batches)):
-            batch = self.my_part(index)
-            if batch is not None:
-                total += len(batch.pairs) / len(self.pairs) * self.measure(batch, circuits)
+            batch, count = self.my_part(index)
+            total += count / len(self.pairs) * self.measure(batch, circuits)
         self.world.sum([total])
         if not total.isfinite().all():
             raise FloatingPointError("the objective is not finite")

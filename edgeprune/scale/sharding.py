@@ -1,7 +1,7 @@
 """Sharding: splits the layers' weights over processes and gathers them while a layer runs (FSDP2).
 
 PyTorch gathers a layer's weights around the layer's own `forward`, which the full model calls. The
-circuit pass calls the parts of a layer instead, so hooks on the model gather and free the weights
+engine's passes call the parts of a layer instead, so hooks on the model gather and free the weights
 at the beginning and end of each layer, forward and backward. When blocks are recomputed in the
 backward pass, these hooks run again; a layer that is being differentiated then stays gathered.
 """
@@ -93,16 +93,19 @@ _IN_BACKWARD: WeakSet[FSDPModule] = WeakSet()
 
 
 def _begin_layer(layer: FSDPModule, x: Tensor) -> None:
-    """Gather the layer's weights; free them when the gradient of its first input is known."""
+    """Gather the layer's weights; free them when the gradient of x is known."""
     layer.unshard()
     if x.requires_grad:
         x.register_hook(lambda gradient: _end_backward(layer))
 
 
 def _end_layer(layer: FSDPModule, output: Tensor) -> None:
-    """Free the layer's weights; gather them when the gradient of its last output is known."""
+    """Free the layer's weights; gather them when the gradient of the output is known.
+
+    The output may be the next layer's x; then the next layer's weights are freed first.
+    """
     if output.requires_grad:
-        output.register_hook(lambda gradient: _begin_backward(layer))
+        output.grad_fn.register_prehook(lambda gradients: _begin_backward(layer))
     if layer not in _IN_BACKWARD:
         layer.reshard()
 

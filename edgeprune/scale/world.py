@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, ProcessError, RankZeroFailed
-from edgeprune.scale.sharding import shard_model
+from edgeprune.scale.sharding import is_sharded, shard_model
 
 T = TypeVar("T")
 
@@ -158,13 +158,19 @@ class World:
         """Call a function that waits for other processes."""
         try:
             return function()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ProcessError):
             raise
         except RuntimeError as error:
             raise ProcessError(
                 f"another process of the run died or stopped responding: {_first_line(error)}. "
                 "Continue with the same command and resume=auto"
             ) from None
+
+    def run(self, model: CircuitModel, function: Callable[[], T]) -> T:
+        """Call a function that runs the model, which waits for other processes if it is sharded."""
+        if is_sharded(model.architecture.blocks[0].layer):
+            return self.collective(function)
+        return function()
 
 
 def _first_line(error: Exception) -> str:

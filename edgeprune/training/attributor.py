@@ -1,6 +1,7 @@
 """The attributor, which takes the place of the trainer for methods that do not learn."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class Attributor:
     def train_step(self) -> StepMetrics:
         """Do one step; raises TrainingError and changes nothing if a result is not finite."""
         try:
-            value = self.attribution.step(self.step, self.values)
+            do_step = partial(self.attribution.step, self.step, self.values)
+            value = self.world.run(self.attribution.model, do_step)
         except FloatingPointError as error:
             raise TrainingError(f"step {self.step + 1}: {error}; use model.dtype=float32") from None
         self.step += 1

@@ -23,7 +23,6 @@ from edgeprune.methods.method import Method
 from edgeprune.metrics import OBJECTIVES, Objective, Output, mean_unexplained_variance
 from edgeprune.prompts import Batch, Pair, collate, training_pairs
 from edgeprune.scale.launch import on_stop_signals
-from edgeprune.scale.sharding import is_sharded
 from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.checkpoint import Checkpoint
@@ -138,8 +137,7 @@ class Trainer:
         The processes divide the batch; all get the same result. `gates` is [edge], in [0, 1].
         """
         mine = partial(self._differentiate_part, pairs, gates.detach())
-        gathers_weights = is_sharded(self.model.architecture.blocks[0].layer)
-        objective, grad_gates = self.world.collective(mine) if gathers_weights else mine()
+        objective, grad_gates = self.world.run(self.model, mine)
         self.world.sum([objective, grad_gates])  # in place
         return objective, grad_gates
 
