@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import ConfigError, ProcessError, RankZeroFailed
-from edgeprune.scale.sharding import is_sharded, shard_model
 
 T = TypeVar("T")
 
@@ -79,6 +78,8 @@ class World:
         """
         if self.count == 1:
             raise ConfigError("launcher.shard=true needs several processes, but there is only one")
+        from edgeprune.scale.sharding import shard_model  # importing FSDP takes .4 seconds
+
         whole = self.on_rank_zero(load)
         mesh = init_device_mesh("cpu" if self.device == "cpu" else "cuda", (self.count,))
 
@@ -168,9 +169,12 @@ class World:
 
     def run(self, model: CircuitModel, function: Callable[[], T]) -> T:
         """Call a function that runs the model, which waits for other processes if it is sharded."""
-        if is_sharded(model.architecture.blocks[0].layer):
-            return self.collective(function)
-        return function()
+        if self.count == 1:
+            return function()
+        from edgeprune.scale.sharding import is_sharded
+
+        is_waiting = is_sharded(model.architecture.blocks[0].layer)
+        return self.collective(function) if is_waiting else function()
 
 
 def _first_line(error: Exception) -> str:
