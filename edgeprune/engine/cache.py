@@ -75,4 +75,5 @@ class KeptPasses:
         if self._activations is None:
             return reference, None
         at, length = torch.tensor(rows).to(device, non_blocking=True), batch.clean_ids.shape[1]
-        return reference, self._activations.map(lambda x: x[..., :length, :].index_select(-3, at))
+        # Selected before they are cut: index_select first copies whatever is not contiguous.
+        return reference, self._activations.map(lambda x: x.index_select(-3, at)[..., :length, :])
