@@ -292,14 +292,23 @@ def ablation_tables(result: NodeAblation, title: str) -> list[Table]:
     shown = Table(["", "nodes\nablated", *(LABELS[name] for name in names)], rows, title)
     rows = [
         [LABELS[c.measure], c.other, f"{c.difference.mean:+.3f}",
-         f"{c.difference.low:+.3f} to {c.difference.high:+.3f}",
-         "–" if c.test is None else f"{_p(c.test.p)} ({c.test.only_a} / {c.test.only_b})",
-         "–" if c.p_random is None else _p(c.p_random)]
+         f"{c.difference.low:+.3f} to {c.difference.high:+.3f}", _p_value(c)]
         for c in result.comparisons()
     ]  # fmt: skip
-    columns = ["", "", "difference", "95 %\ninterval", "McNemar's p\n(right only\nhere / there)",
-               "p, as a\nrandom set"]  # fmt: skip
-    return [shown, Table(columns, rows, "ablated, minus ...")]
+    columns = ["", "minus", "difference", "95 % interval", "p"]
+    title = (
+        "the ablated model minus others\n(p: McNemar's test, with the prompts right only here / "
+        "only there; random: the share of sets that do as much harm)"
+    )
+    return [shown, Table(columns, rows, title)]
+
+
+def _p_value(comparison: Comparison) -> str:
+    """The p value of a comparison, if there is a test of it."""
+    if comparison.p_random is not None:
+        return _p(comparison.p_random)
+    test = comparison.test
+    return "–" if test is None else f"{_p(test.p)} ({test.only_a} / {test.only_b})"
 
 
 def in_words(result: NodeAblation) -> str:
