@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from edgeprune.commands.help import setting_names
 from edgeprune.config import COMMANDS, ReportConfig, from_dict
 from edgeprune.errors import ConfigError, Interrupted
 from edgeprune.paths import EMBEDDED_MODEL
-from edgeprune.training.progress import open_tracker
+from edgeprune.training import progress
 
 SMALL = (
     "experiment=ioi", "task.train=16", "task.validation=8", "task.test=8",
@@ -913,6 +913,24 @@ def test_multirun_and_wandb_without_a_key(tmp_path):
         assert list((tmp_path / f"seed-{seed}" / "wandb").glob("offline-run-*"))
 
 
+def test_the_time_left_is_estimated_from_less_than_one_unit(monkeypatch):
+    shown, clock = [], [0.0]
+
+    @contextmanager
+    def record(total, unit):
+        yield lambda done, status: shown.append((done, status))
+
+    monkeypatch.setattr(progress, "progress", record)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    with progress.counting(10, "circuit") as add:
+        add(0)
+        clock[0] = 60.0
+        for number in [0.1] * 100:
+            add(number)
+    assert shown[:2] == [(0, ""), (0, "about 99 minutes left")]  # a tenth takes a minute
+    assert shown[-1][0] == 10
+
+
 @pytest.mark.parametrize(
     ("content", "mode"), [(None, "offline"), ("machine api.wandb.ai password x", None)]
 )
@@ -926,7 +944,7 @@ def test_a_file_of_keys_that_cannot_be_read_is_none(content, mode, tmp_path, mon
     monkeypatch.setenv("NETRC", str(netrc))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    with open_tracker("project", tmp_path, {}):
+    with progress.open_tracker("project", tmp_path, {}):
         pass
     assert [given["mode"] for given in started] == [mode]
 

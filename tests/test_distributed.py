@@ -250,6 +250,21 @@ def test_a_process_that_dies_or_hangs_ends_the_run(
 
 
 @pytest.mark.slow
+def test_a_process_that_dies_while_circuits_of_a_sharded_model_are_measured_ends_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ("task.validation=200", "trainer.steps=5", "launcher.shard=true")
+    processes = start(2, "-m", "edgeprune", "prune", *SMALL, *settings, f"run_dir={run_dir}")
+    wait_for(run_dir / "scores.safetensors", processes)
+    processes[1].kill()
+    ((code, _, error),) = finish(processes[:1], timeout=110)
+    processes[1].wait()
+    assert code == 1
+    assert "Traceback" not in error and "bug" not in error
+    assert "another process of the run died or stopped responding" in error.splitlines()[-1]
+    assert not (run_dir / "curve.json").exists()
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     run_dir = tmp_path / "run"
     processes = start(2, "-m", "edgeprune", "prune", *SMALL, f"run_dir={run_dir}")

@@ -289,6 +289,28 @@ def test_a_damaged_evaluation_is_left_out_of_the_report(a_run, tmp_path, capsys,
         assert (tmp_path / "run" / "report" / "report.html").exists()
 
 
+def test_a_damaged_test_of_several_circuits_is_left_out_of_the_report(
+    a_run, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(a_run, tmp_path / "run")
+    for circuits in ({}, {"a": 3}, {"a": {"edges_sha256": "0"}}):
+        (tmp_path / "test.json").write_text(json.dumps({"cells": [], "circuits": circuits}))
+        code, _, err = call(capsys, monkeypatch, "report", tmp_path)
+        assert code == 0, err
+        assert "test.json is damaged" in err
+
+
+@pytest.mark.parametrize(("part", "key"), [("model", "settings"), ("data", "settings")])
+def test_a_circuit_that_does_not_say_where_it_is_from_asks_for_it(
+    a_run, tmp_path, capsys, monkeypatch, part, key
+):
+    content = json.loads((a_run / "circuit.json").read_text())
+    del content["origin"][part][key]
+    (tmp_path / "circuit.json").write_text(json.dumps(content))
+    code, _, err = call(capsys, monkeypatch, "evaluate", tmp_path)
+    assert code == 2 and f"identifies its {part}" in err, err
+
+
 def test_a_circuit_chosen_otherwise_than_asked_for_is_left_out_of_reports(
     a_run, tmp_path, capsys, monkeypatch, prune
 ):

@@ -325,6 +325,7 @@ def test_the_command_refuses_bad_input(tmp_path, capsys, monkeypatch):
         (["tokens", *few, "steps=0"], "steps=0"),
         (["tokens", *few, "target=contrast"], "distractor"),
         (["tokens", *few, "launcher.shard=true"], "several processes"),
+        (["tokens", *few, "launcher.shard=true", "model.bits=8"], "model.bits="),
         (["tokens", *few, "launcher.processes=2"], "launcher.shard=true"),
         (["tokens", tmp_path / "nothing"], "no such file"),
     ]:

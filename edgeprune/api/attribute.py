@@ -121,7 +121,7 @@ def _score(
             run.begin(model, world)
         seconds = None
         if progress or world.count > 1:  # all processes, which share a sharded model
-            seconds = attribution.expected_seconds()
+            seconds = world.run(model, attribution.expected_seconds)
         if seconds is not None and seconds > LONG:
             log.info(
                 f"{config.method} runs the model once per edge and batch: at most about "

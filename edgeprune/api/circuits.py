@@ -230,7 +230,8 @@ def _of_several(record: Mapping[str, Any]) -> tuple[str, set[str], Specificity] 
         return None
     measured = record["circuits"].values()
     digests = {each["edges_sha256"] for each in measured}
-    return next(each["model"] for each in measured), digests, Specificity.from_dict(record)
+    model, *_ = (each["model"] for each in measured)  # ValueError if there is none
+    return model, digests, Specificity.from_dict(record)
 
 
 def _write_pages(groups: Sequence[Group], folder: Path) -> None:

@@ -106,9 +106,10 @@ def _pushes(
     edges = [part.index for part in explanation.of_kind("edge")] + [*explanation.control_edges]
     _, objective = objective_of(settings.trainer.objective, case.model.output, train)
     ablation = ablation_of(case.model, settings.ablation, train, settings.evaluation_batch_size)
-    with counting(len(pairs) * config.snapshots, "differentiating: pass") as listen:
+    num_snapshots = min(config.snapshots, max(1, len(snapshots.steps) - 1))
+    with counting(len(pairs) * num_snapshots, "differentiating: pass") as listen:
         return measure_pushes(
-            case.model, pairs, edges, snapshots, num_snapshots=config.snapshots,
+            case.model, pairs, edges, snapshots, num_snapshots=num_snapshots,
             method={"seed": settings.seed, "device": case.model.device,
                     **settings.trainer.method_settings(None)},
             objective=objective, ablation=ablation, listener=listen,

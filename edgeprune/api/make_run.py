@@ -147,14 +147,14 @@ def make_run(config: RunConfig, score: Scorer, plan: Planner) -> Finished | None
                 if not world.is_rank_zero:
                     return None
             prompts = kind_of_prompts(split, held_out)
-            pruned = choose_circuit(
-                model, pairs, held_out, config, ablation, scored, prompts=prompts,
+            pruned = world.run(model, partial(
+                choose_circuit, model, pairs, held_out, config, ablation, scored, prompts=prompts,
                 agree=world.any if config.launcher.shard else bool, progress=progress,
-            )  # fmt: skip
-            evaluation = evaluate(
-                model, pruned.circuit, held_out, ablation=ablation,
+            ))  # fmt: skip
+            evaluation = world.run(model, partial(
+                evaluate, model, pruned.circuit, held_out, ablation=ablation,
                 batch_size=config.evaluation_batch_size,
-            )  # fmt: skip
+            ))  # fmt: skip
             if not world.is_rank_zero:
                 return None
             write_json(run.path / layout.CURVE, pruned.curve.to_dict())

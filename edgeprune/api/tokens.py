@@ -42,6 +42,7 @@ def find_tokens(config: TokensConfig) -> AttributedTokens | None:
     ablation = config.ablation or AblationConfig()
     if source is not None:
         ablation = source.ablation(config.ablation)
+    config.launcher.check_shard(model_config)
     if config.output:
         check_output(Path(config.output), is_file=False)
     with World.join(model_config.device, config.launcher.timeout) as world:

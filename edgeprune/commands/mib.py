@@ -13,7 +13,7 @@ def mib(config: MibConfig) -> None:
     print_table(mib_table(done.areas, done.recovered, done.title))
     if done.areas:
         print_result(
-            "Nearly all of these areas lies above 5 % of the edges, where most rankings do well, "
+            "Nearly all of each area lies above 5 % of the edges, where most rankings do well, "
             "and a circuit that overshoots the full model raises CPR; the curve of KL says more "
             "about small circuits."
         )

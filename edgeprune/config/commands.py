@@ -48,14 +48,16 @@ class InspectConfig(PromptsConfig):
     needs_task: ClassVar[bool] = True
 
     run: str = ""
-    """Run directory or circuit file, whose model and task are used; or give model= and task=."""
+    """Run directory or circuit file, whose model, task and, for tokens, circuit and ablation are
+    used; or give model= and task=."""
     seed: int = setting(0, at_least=0)
     """Seed of what is drawn at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.run and (self.model is None or (self.needs_task and self.task is None)):
-            raise ConfigError("give a run directory, or model= and task=")
+            task = "and task=" if self.needs_task else "and, for its prompts, task="
+            raise ConfigError(f"give a run directory, or model= {task}")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Groups of settings: model, task, ablation, trainer, tracker and launcher."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from edgeprune.config.settings import (
     SPLITS,
     WARMUPS,
     Settings,
+    is_given,
     setting,
     to_dict,
 )
@@ -299,3 +301,13 @@ class LauncherConfig(Settings):
         super().__post_init__()
         if self.offload and not self.shard:
             raise ConfigError("launcher.offload=true needs launcher.shard=true")
+
+    def check_shard(self, model: ModelConfig, others: Mapping[str, Any] | None = None) -> None:
+        """Raise ConfigError if shard is set with what needs the whole model in one process.
+
+        `others` are such settings besides the model's, by name.
+        """
+        settings = {**(others or {}), "model.fused=": model.fused, "model.bits=": model.bits}
+        given = [name for name, value in settings.items() if is_given(value)]
+        if self.shard and given:
+            raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")

@@ -21,7 +21,6 @@ from edgeprune.config.settings import (
     SIZES,
     Settings,
     given_size,
-    is_given,
     setting,
 )
 from edgeprune.errors import ConfigError
@@ -88,15 +87,12 @@ class RunConfig(ChoiceConfig):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
-        given = [name for name, value in self.unsharded.items() if is_given(value)]
-        if self.launcher.shard and given:
-            raise ConfigError(f"launcher.shard=true does not work with {given[0]}; leave out one")
+        self.launcher.check_shard(self.model, self.unsharded)
 
     @property
     def unsharded(self) -> dict[str, Any]:
-        """The settings, by name, that need the whole model in one process."""
-        model = {"model.fused=": self.model.fused, "model.bits=": self.model.bits}
-        return {"cleanup=": self.cleanup, **model}
+        """The settings, by name, that need the whole model in one process, besides the model's."""
+        return {"cleanup=": self.cleanup}
 
     @property
     def choice(self) -> tuple[str, float | None]:

@@ -54,8 +54,9 @@ class Source:
         if given is not None:
             return given
         task = self._settings("data", TaskConfig)
-        if self.run is None and Path(self.origin["data"]["path"]).is_file():
-            task.path = self.origin["data"]["path"]  # what a run generated
+        path = self.origin["data"].get("path")
+        if self.run is None and path and Path(path).is_file():
+            task.path = path  # what a run generated
         return task
 
     def ablation(self, given: AblationConfig | None = None) -> AblationConfig:
@@ -83,7 +84,7 @@ class Source:
         return f"{self._settings('data', TaskConfig).title} in {self.model().title}"
 
     def _settings(self, part: str, schema: type) -> Any:
-        if part not in self.origin:
+        if "settings" not in self.origin.get(part, {}):
             raise ConfigError(
                 f"nothing next to {self.path} identifies its {part}; give {EXAMPLES[part]}"
             )

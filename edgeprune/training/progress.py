@@ -53,8 +53,11 @@ def counting(total: int, unit: str) -> Iterator[Callable[[float], None]]:
         def add(number: float) -> None:
             nonlocal done
             done = min(done + number, total)
-            seconds = (time.perf_counter() - start) / max(done, 1) * (total - done)
-            show(int(done), f"about {duration(seconds)} left" if done < total else "")
+            status = ""
+            if 0 < done < total:
+                seconds = (time.perf_counter() - start) / done * (total - done)
+                status = f"about {duration(seconds)} left"
+            show(round(done), status)
 
         yield add
 
