@@ -21,9 +21,10 @@ circuit() { # arguments: name of the run, experiment, settings
 for seed in 0 1 2; do
   circuit "ioi-$seed" ioi "seed=$seed"
 done
-long=(trainer.steps=800 trainer.learning_rate=0.15 task.train=6400 task.validation=50)
-circuit ioi-800 ioi "${long[@]}"
-circuit induction_list-800 induction_list "${long[@]}"
+long=(task.train=6400 task.validation=50)
+circuit ioi-800 ioi "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
+circuit induction_list-800 induction_list "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
+circuit ioi-1600 ioi "${long[@]}" trainer.steps=1600 trainer.learning_rate=0.075 trainer.batch_size=4
 for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
   .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
@@ -32,7 +33,8 @@ done
   "800 steps of 8 pairs=runs/smollm2/induction_list-800"
 .venv/bin/python run_scripts/curves.py data/curves_smollm2.png 150 \
   "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
-  "800 steps of 8 pairs=runs/smollm2/ioi-800" attribution
+  "800 steps of 8 pairs=runs/smollm2/ioi-800" \
+  "1,600 steps of 4 pairs=runs/smollm2/ioi-1600" attribution
 for run in ioi-2 greater_than-0; do
   "$edgeprune" export "runs/smollm2/$run" sparsity=0.98
   "$edgeprune" evaluate "runs/smollm2/$run" head_permuted=3
