@@ -25,6 +25,10 @@ long=(task.train=6400 task.validation=50)
 circuit ioi-800 ioi "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
 circuit induction_list-800 induction_list "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
 circuit ioi-1600 ioi "${long[@]}" trainer.steps=1600 trainer.learning_rate=0.075 trainer.batch_size=4
+circuit gendered_pronoun-800 gendered_pronoun trainer.steps=800 trainer.learning_rate=0.15 \
+  trainer.batch_size=4 task.validation=50
+.venv/bin/python run_scripts/curves.py runs/smollm2/gendered_pronoun-800.png 150 \
+  "800 steps of 4 pairs=runs/smollm2/gendered_pronoun-800"
 for task in greater_than gendered_pronoun induction_list; do
   circuit "$task-0" "$task"
   .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
