@@ -17,6 +17,9 @@ from edgeprune.errors import ConfigError
 
 T = TypeVar("T")
 
+UNFINISHED = ".tmp"
+"""The end of the name of a file that is being written."""
+
 log = logging.getLogger("edgeprune")
 
 
@@ -56,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises OSError if the file cannot be written, or is a folder or a device; it names `path`.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
     try:
         if target.exists() and not target.is_file():  # a device would be replaced by a file
             raise OSError(errno.EINVAL, "not a file; give the path of a file")
@@ -71,6 +74,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
         raise OSError(number, reason or str(error), str(path)) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files, at any depth, that processes were writing when they were killed."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -272,10 +272,13 @@ def test_a_linked_run_survives_what_a_killed_one_left(a_run, tmp_path, prune):
     link.symlink_to(tmp_path / "disk" / "run")
     leftover = tmp_path / "disk" / ".run.new"  # of overwrite=true, killed while loading
     leftover.mkdir()
+    half_written = link / "checkpoints" / ".step-00000002.safetensors.1.tmp"  # killed by SIGKILL
+    half_written.touch()
     before = checkpoint(link, 4).read_bytes()
     more = (*SMALL, "trainer.steps=4", f"run_dir={link}")
     assert prune(*more, "resume=auto")[0] == 0
     assert (checkpoint(link, 4).read_bytes(), leftover.exists()) == (before, False)
+    assert not half_written.exists()
     assert prune(*more, "seed=1", "overwrite=true")[0] == 0
     assert link.is_symlink() and checkpoint(link, 4).read_bytes() != before
 

@@ -39,7 +39,14 @@ from edgeprune.engine.circuit_model import CircuitModel
 from edgeprune.errors import CheckpointError, ConfigError
 from edgeprune.evaluation.curve import Curve
 from edgeprune.evaluation.report import RunRecord
-from edgeprune.files import file_digest, put_in_place, read_if_intact, write_json, write_text
+from edgeprune.files import (
+    file_digest,
+    put_in_place,
+    read_if_intact,
+    remove_unfinished,
+    write_json,
+    write_text,
+)
 from edgeprune.formats import CircuitFile, read_circuit, write_circuit
 from edgeprune.graph import CircuitGraph
 from edgeprune.methods import METHODS
@@ -319,6 +326,7 @@ def claim(config: RunConfig, world: World) -> Iterator[Run]:
             _check_claim(place, config)
             if config.resume == "auto":
                 shutil.rmtree(new, ignore_errors=True)  # of a run killed during set-up
+                remove_unfinished(place)
                 return
         elif place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise ConfigError(f"{place} is neither empty nor a run; choose another run_dir=")
