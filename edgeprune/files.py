@@ -40,9 +40,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_if_intact(path: Path, parse: Callable[[Any], T], again: str) -> T | None:
-    """What `parse` makes of a JSON file's content; None if there is no file, or it is damaged.
+    """Read and parse a JSON file; return None if it does not exist or is damaged.
 
-    The warning of a damaged one says with `again` how to get an intact one.
+    A damaged file is warned of; `again` says in the warning how to get an intact one.
     """
     try:
         return parse(json.loads(path.read_bytes())) if path.exists() else None

@@ -228,10 +228,9 @@ def _of_several(record: Mapping[str, Any]) -> tuple[str, set[str], Specificity] 
     """Model, digests of the circuits, and what was found; None for a test of a single circuit."""
     if "cells" not in record:
         return None
-    measured = record["circuits"].values()
+    measured = [*record["circuits"].values()]
     digests = {each["edges_sha256"] for each in measured}
-    model, *_ = (each["model"] for each in measured)  # ValueError if there is none
-    return model, digests, Specificity.from_dict(record)
+    return measured[0]["model"], digests, Specificity.from_dict(record)
 
 
 def _write_pages(groups: Sequence[Group], folder: Path) -> None:

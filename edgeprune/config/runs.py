@@ -87,12 +87,7 @@ class RunConfig(ChoiceConfig):
             raise ConfigError("overwrite=true replaces what resume=auto would continue; give one")
         if self.task.path is None and self.task.train < 1:
             raise ConfigError(f"task.train={self.task.train} must be at least 1")
-        self.launcher.check_shard(self.model, self.unsharded)
-
-    @property
-    def unsharded(self) -> dict[str, Any]:
-        """The settings, by name, that need the whole model in one process, besides the model's."""
-        return {"cleanup=": self.cleanup}
+        self.launcher.check_shard(self.model, {"cleanup=": self.cleanup})
 
     @property
     def choice(self) -> tuple[str, float | None]:
@@ -131,11 +126,8 @@ class PruneConfig(RunConfig):
                 "the published method aims at one sparsity: give sparsity=, num_edges= or "
                 "trainer.target_sparsity="
             )
-
-    @property
-    def unsharded(self) -> dict[str, Any]:
-        """See `RunConfig`."""
-        return {**super().unsharded, "trainer.cuda_graph=": self.trainer.cuda_graph}
+        cuda_graph = {"trainer.cuda_graph=": self.trainer.cuda_graph}
+        self.launcher.check_shard(self.model, cuda_graph)
 
     @property
     def default_choice(self) -> tuple[str, float | None]:
