@@ -38,7 +38,8 @@ class ModelConfig(Settings):
     """float32, bfloat16 or float16."""
     attention: str = "auto"
     """Attention implementation of the transformers library: sdpa, eager, flash_attention_2, ...;
-    auto is sdpa, or eager where the model caps its attention scores."""
+    auto is sdpa, or eager where the model caps its attention scores. In bfloat16 on a CPU eager is
+    5 to 9 % faster, but takes more memory for long prompts."""
     bits: int | None = setting(None, choices=(4, 8))
     """4 or 8: store the weights in that many bits (bitsandbytes; Llama family)."""
     fused: bool = False
