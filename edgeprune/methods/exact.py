@@ -45,8 +45,9 @@ class _Cutting(Attribution):
         return torch.stack([self.objective(batch, reference, out).float() for out in outputs])
 
     def expected_seconds(self) -> float:
-        """An upper bound: per edge and batch, the time of the first batch from the edge's layer on."""
-        (part, _), graph = self.my_part(0), self.model.graph
+        """An upper bound: the time of a pass over the largest batch, for every edge and batch."""
+        num_tokens = [len(pairs) * len(pairs[-1].clean_ids) for pairs in self.batches]  # padded
+        (part, _), graph = self.my_part(num_tokens.index(max(num_tokens))), self.model.graph
         self.measure(part, [self._kept])  # libraries load what they need
         start = time.perf_counter()
         self.measure(part, [self._kept])
