@@ -270,7 +270,7 @@ def _kl_standard_error(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
 
 
 def _two_way_accuracy(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
-    differences = circuit.logit_difference[~circuit.logit_difference.isnan()].double()
+    differences = circuit.logit_difference[~circuit.logit_difference.isnan()]
     return torch.heaviside(differences, differences.new_tensor(0.5)).mean().item()
 
 
