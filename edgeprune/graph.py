@@ -132,8 +132,11 @@ class CircuitGraph:
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in order of its number; the inverse of `edge_index`."""
-        edges_into = self.edges_into.items()
-        return tuple((w, reader) for reader, own in edges_into for w in self.writers[: len(own)])
+        return tuple(
+            (writer, reader)
+            for reader, numbers in self.edges_into.items()
+            for writer in self.writers[: len(numbers)]
+        )
 
     @property
     def num_writers(self) -> int:
@@ -177,21 +180,21 @@ class CircuitGraph:
     def edge_index(self, edge: Edge) -> int:
         """The number of an edge given by name; raises ValueError if there is no such edge."""
         writer, reader = edge
-        column, own = self._writer_index.get(writer), self.edges_into.get(reader, ())
-        if column is None or column >= len(own):
+        column, numbers = self._writer_index.get(writer), self.edges_into.get(reader, ())
+        if column is None or column >= len(numbers):
             raise ValueError(
                 f"there is no edge {writer} -> {reader} in a graph of {self.num_layers} layers of "
                 f"{self.num_heads} heads with writers {', '.join(self.writers[:3])}, ..."
             )
-        return own[column]
+        return numbers[column]
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""
-        return [column for own in self.edges_into.values() for column in range(len(own))]
+        return [column for numbers in self.edges_into.values() for column in range(len(numbers))]
 
     def edge_readers(self) -> list[int]:
         """The reader's index of every edge, in order of the edge's number."""
-        return [row for row, own in enumerate(self.edges_into.values()) for _ in own]
+        return [row for row, numbers in enumerate(self.edges_into.values()) for _ in numbers]
 
     def gate_groups(self) -> list[slice]:
         """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""
