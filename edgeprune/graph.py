@@ -20,7 +20,7 @@ Edge = tuple[str, str]
 """(writer, reader), by name."""
 
 MAX_HEADS = 100_000
-"""Maximum of layers times heads; more is an error in a file, and would fill the memory."""
+"""Maximum number of layers times heads: more is a mistake in a file and would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Site:
     """
 
     name: str
+    layer: int
+    """The site's layer; for `resid_post`, the last one."""
     readers: tuple[str, ...]
     num_writers: int
     """The first `num_writers` writers exist here."""
@@ -108,7 +110,7 @@ class CircuitGraph:
 
         def add(name: str, readers: tuple[str, ...], num_writers: int, groups: tuple[int, ...]):
             offset = sites[-1].place.stop if sites else 0
-            sites.append(Site(name, readers, num_writers, offset, groups))
+            sites.append(Site(name, layer, readers, num_writers, offset, groups))
 
         seen = len(self.embedding_writers)
         for layer in range(self.num_layers):
@@ -130,8 +132,11 @@ class CircuitGraph:
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in order of its number; the inverse of `edge_index`."""
-        places = self._reader_place.items()
-        return tuple((w, reader) for reader, (_, count) in places for w in self.writers[:count])
+        return tuple(
+            (writer, reader)
+            for reader, numbers in self.edges_into.items()
+            for writer in self.writers[: len(numbers)]
+        )
 
     @property
     def num_writers(self) -> int:
@@ -152,19 +157,20 @@ class CircuitGraph:
         """
         if (num_edges is None) == (sparsity is None):
             raise ConfigError(f"give either num_edges or sparsity, got {num_edges} and {sparsity}")
-        size = round((1 - sparsity) * self.num_edges) if num_edges is None else num_edges
-        if not 0 <= size <= self.num_edges:
+        size = (1 - sparsity) * self.num_edges if num_edges is None else num_edges
+        if not 0 <= size <= self.num_edges:  # also if it is NaN
             given = f"sparsity={sparsity}" if num_edges is None else f"num_edges={num_edges}"
             raise ConfigError(f"{given} is out of range: the graph has {self.num_edges:,} edges")
-        return size
+        return round(size)
 
     @cached_property
-    def _reader_place(self) -> dict[str, tuple[int, int]]:
-        """reader -> (index of its first edge, number of its writers)."""
+    def edges_into(self) -> dict[str, range]:
+        """The numbers of the edges into each reader, one per writer that it sees, in order."""
         return {
-            reader: (site.offset + row * site.num_writers, site.num_writers)
+            reader: range(first, first + site.num_writers)
             for site in self.sites
             for row, reader in enumerate(site.readers)
+            for first in [site.offset + row * site.num_writers]
         }
 
     @cached_property
@@ -174,23 +180,21 @@ class CircuitGraph:
     def edge_index(self, edge: Edge) -> int:
         """The number of an edge given by name; raises ValueError if there is no such edge."""
         writer, reader = edge
-        column, place = self._writer_index.get(writer), self._reader_place.get(reader)
-        if column is None or place is None or column >= place[1]:
+        column, numbers = self._writer_index.get(writer), self.edges_into.get(reader, ())
+        if column is None or column >= len(numbers):
             raise ValueError(
                 f"there is no edge {writer} -> {reader} in a graph of {self.num_layers} layers of "
                 f"{self.num_heads} heads with writers {', '.join(self.writers[:3])}, ..."
             )
-        return place[0] + column
+        return numbers[column]
 
     def edge_writers(self) -> list[int]:
         """The writer's index of every edge, in order of the edge's number."""
-        places = self._reader_place.values()
-        return [column for _, num_writers in places for column in range(num_writers)]
+        return [column for numbers in self.edges_into.values() for column in range(len(numbers))]
 
     def edge_readers(self) -> list[int]:
         """The reader's index of every edge, in order of the edge's number."""
-        places = self._reader_place.values()
-        return [row for row, (_, num_writers) in enumerate(places) for _ in range(num_writers)]
+        return [row for row, numbers in enumerate(self.edges_into.values()) for _ in numbers]
 
     def gate_groups(self) -> list[slice]:
         """Edges rounded together for deterministic gates: per layer q, k, v, MLP; then the end."""

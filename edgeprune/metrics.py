@@ -196,26 +196,26 @@ def measure(
         correct = target < 0
     same = (predicted - expected).abs() <= SAME_NUMBER  # for tokens: equal
     correct |= (predicted - target).abs() <= SAME_NUMBER
-    distance = distance_by_example(batch, reference, outputs, output).cpu().double()
+    distance = distance_by_example(batch, reference, outputs, output)
     unknown = torch.full_like(distance, math.nan)
     if output is Output.logits:
         correct |= _belongs_to_another_answer(predicted, batch)
-        kl, error = distance, unknown
-        of_logits = (
-            logit_differences(batch, outputs), _probability_differences(batch, outputs),
-            _log_probabilities(batch, outputs),
-        )  # fmt: skip
-        found = [x.cpu().double() for x in of_logits]
+        log_p = torch.log_softmax(outputs.float(), -1)  # [predicted, vocabulary]
+        found = {
+            "kl": distance,
+            "error": unknown,
+            "logit_difference": logit_differences(batch, outputs),
+            "probability_difference": _probability_differences(batch, log_p),
+            "log_probability": _log_probabilities(batch, log_p),
+        }
     else:
-        kl, error, found = unknown, distance, [unknown] * 3
-    exact_match, correct = (
-        _reduce_by_example(flags.float(), batch, "amin").cpu().double() for flags in (same, correct)
-    )
+        by_logits = ("kl", "logit_difference", "probability_difference", "log_probability")
+        found = {"error": distance, **dict.fromkeys(by_logits, unknown)}
+    for name, flags in ("exact_match", same), ("correct", correct):
+        found[name] = _reduce_by_example(flags.float(), batch, "amin")
     predicted = predicted.cpu().split([len(pair.target_ids) for pair in batch.pairs])
-    return ExampleMetrics(
-        kl=kl, error=error, exact_match=exact_match, correct=correct, predicted=predicted,
-        logit_difference=found[0], probability_difference=found[1], log_probability=found[2],
-    )  # fmt: skip
+    found = {name: x.cpu().double() for name, x in found.items()}
+    return ExampleMetrics(predicted=predicted, **found)
 
 
 def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
@@ -228,17 +228,16 @@ def _belongs_to_another_answer(predicted: Tensor, batch: Batch) -> Tensor:
     return torch.tensor(flags, device=predicted.device)
 
 
-def _log_probabilities(batch: Batch, logits: Tensor) -> Tensor:
+def _log_probabilities(batch: Batch, log_p: Tensor) -> Tensor:
     """[batch], log probability of the tokens to predict in nats, mean over each example's."""
-    log_p = torch.log_softmax(logits.float(), -1)
     log_p = log_p.gather(-1, batch.target_ids.clamp(min=0)[:, None])[:, 0] * batch.shares
     return log_p.new_zeros(len(batch.pairs)).index_add(0, batch.rows, log_p)
 
 
-def _probability_differences(batch: Batch, logits: Tensor) -> Tensor:
+def _probability_differences(batch: Batch, log_p: Tensor) -> Tensor:
     """[batch], probability of the answers minus that of the distractors; NaN without any."""
-    log_p = torch.log_softmax(logits[batch.contrasts].float(), -1)
-    return _minus_distractors(batch, lambda ids: _log_sum_exp(log_p, ids).exp())
+    at_contrast = log_p[batch.contrasts]  # [batch, vocabulary]
+    return _minus_distractors(batch, lambda ids: _log_sum_exp(at_contrast, ids).exp())
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,8 @@ class Metric:
         """The value in this format; "–" for no value."""
         if value is None or math.isnan(value):
             return "–"
-        decimals = 2 - math.floor(math.log10(abs(value))) if abs(value) >= 1e-6 else 0
+        is_scaled = 1e-6 <= abs(value) < math.inf
+        decimals = 2 - math.floor(math.log10(abs(value))) if is_scaled else 0
         return f"{value:{self.format or f'.{min(max(decimals, 0), 6)}f'}}"
 
 
@@ -270,7 +270,7 @@ def _kl_standard_error(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
 
 
 def _two_way_accuracy(circuit: ExampleMetrics, *_: ExampleMetrics) -> float:
-    differences = circuit.logit_difference[~circuit.logit_difference.isnan()].double()
+    differences = circuit.logit_difference[~circuit.logit_difference.isnan()]
     return torch.heaviside(differences, differences.new_tensor(0.5)).mean().item()
 
 

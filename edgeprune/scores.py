@@ -20,8 +20,8 @@ from edgeprune.errors import CircuitError
 from edgeprune.files import write_atomically
 from edgeprune.graph import CircuitGraph
 
-MAX_LOGIT = 8.0
-"""Logistic functions of numbers up to this keep four decimals of them in float32."""
+MAX_LOG_ODDS = 8.0
+"""Up to this number, its sigmoid in float32 determines it to about four decimals."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class EdgeScores:
             raise ValueError(
                 f"got scores of shape {list(values.shape)}, expected [{self.graph.num_edges}]"
             )
-        if values.isnan().any():
-            raise ValueError(f"{int(values.isnan().sum()):,} scores are NaN, expected numbers")
+        if not values.isfinite().all():
+            num_wrong = int((~values.isfinite()).sum())
+            raise ValueError(f"{num_wrong:,} scores are NaN or infinite, expected finite numbers")
 
     def __repr__(self) -> str:
         return f"EdgeScores({self.graph.num_edges:,} edges, {self.origin.get('method', 'unknown')})"
@@ -84,15 +85,11 @@ class EdgeScores:
         into the output or into a node from which an edge has been added (as EAP-IG and MIB do), so
         that what an added edge carries always reaches the output.
         """
-        graph, edge_writers = self.graph, self.graph.edge_writers()
-        importance = self.importance().tolist()
+        graph, importance = self.graph, self.importance().tolist()
         edges_into: dict[str, list[int]] = {}  # per node, the edges that become candidates with it
-        first = 0
-        for site in graph.sites:
-            for reader in site.readers:
-                for node in graph.nodes_fed_by(reader) or ["output"]:
-                    edges_into.setdefault(node, []).extend(range(first, first + site.num_writers))
-                first += site.num_writers
+        for reader, edges in graph.edges_into.items():
+            for node in graph.nodes_fed_by(reader) or ["output"]:
+                edges_into.setdefault(node, []).extend(edges)
         candidates: list[tuple[float, int]] = []
         seen, order = set(), []
 
@@ -106,7 +103,7 @@ class EdgeScores:
         while candidates:
             _, edge = heappop(candidates)
             order.append(edge)
-            reach(graph.writers[edge_writers[edge]])
+            reach(graph.edges[edge][0])
         values = torch.empty(graph.num_edges, dtype=torch.float64)
         values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
         return EdgeScores(graph, values, origin={**self.origin, "order": "greedy"})
@@ -118,12 +115,12 @@ class EdgeScores:
     def magnitudes(self) -> Tensor:
         """[edge], numbers whose magnitude ranks the edges, for formats that rank by magnitude.
 
-        The values themselves where magnitude ranks them; otherwise their logistic function, which
-        is made flatter where it would be 1 for several of the highest values.
+        The values themselves where magnitude ranks them; otherwise their sigmoids, flattened if
+        values exceed `MAX_LOG_ODDS`, because several sigmoids would be 1 in float32.
         """
         if self.by_magnitude:
             return self.values
-        scale = max(1.0, self.values.abs().max().item() / MAX_LOGIT)
+        scale = max(1.0, self.values.abs().max().item() / MAX_LOG_ODDS)
         return torch.sigmoid(self.values / scale)
 
     def save(self, path: Path | str) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from edgeprune.models.load import wrap_model
 from edgeprune.paths import TRACR_MODELS
 from edgeprune.prompts import Pair, collate
 from edgeprune.runs.run import Run
+from edgeprune.scale.world import World
 from edgeprune.scores import EdgeScores
 from edgeprune.training.attributor import Attributor
 
@@ -201,6 +203,29 @@ def test_exact_scores_are_what_cutting_each_edge_does():
         assert found.circuit.edge_set == CIRCUIT
     with pytest.raises(ConfigError, match="circuit="):  # these score all edges
         attribute(model, pairs, method="eap_ig", circuit=whole, progress=False)
+
+
+def test_cutting_each_edge_takes_at_most_the_expected_time(monkeypatch):
+    model, pairs = wrap_model(random_gpt2(n_layer=1)), random_pairs(4, 3) + random_pairs(8, 30)
+    num_tokens, run_circuit = 0, model.run_circuit  # tokens run so far take the place of time
+
+    def run(batch, *arguments, **settings):
+        nonlocal num_tokens
+        num_tokens += batch.clean_ids.numel()
+        return run_circuit(batch, *arguments, **settings)
+
+    monkeypatch.setattr(model, "run_circuit", run)
+    monkeypatch.setattr(exact, "time", SimpleNamespace(perf_counter=lambda: num_tokens))
+    attribution = exact.Exact(
+        model=model, pairs=pairs, ablation=Ablation(model, "interchange", pairs),
+        objective=mean_kl, world=World(), method="exact", batch_size=4, integration_steps=1,
+        threshold=0.01, circuit=Circuit(model.graph, frozenset(model.graph.edges)),
+    )  # fmt: skip
+    expected = attribution.expected_seconds()
+    num_tokens, scores = 0, torch.zeros(model.graph.num_edges, dtype=torch.float64)
+    for index in range(attribution.num_steps):
+        attribution.step(index, scores)
+    assert num_tokens <= expected <= 2 * num_tokens
 
 
 def acdc_by_hand(model, pairs, threshold: float) -> set:

@@ -114,4 +114,4 @@ def test_table_and_description_tell_what_was_measured():
     text = describe(result, true)
     for part in (f"5 of {model.graph.num_edges}", "100.0%", "2 of 4 heads", "0 of 2 MLPs"):
         assert part in text
-    assert describe(result, Circuit(model.graph, frozenset()))
+    assert describe(result, Circuit(model.graph, frozenset())).endswith("0 of 2 MLPs.")

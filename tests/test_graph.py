@@ -1,6 +1,7 @@
 """The graph's edges and their numbering, and the checks of its counts and sizes."""
 
 import itertools
+import math
 
 import pytest
 
@@ -40,6 +41,8 @@ def test_edges_are_those_whose_writer_comes_first(graph):
     assert len(graph.edges) == graph.num_edges == len(set(graph.edges))
     assert [graph.edge_index(edge) for edge in graph.edges] == list(range(graph.num_edges))
     assert [graph.writers[w] for w in graph.edge_writers()] == [w for w, _ in graph.edges]
+    assert [graph.readers[r] for r in graph.edge_readers()] == [r for _, r in graph.edges]
+    assert [i for own in graph.edges_into.values() for i in own] == list(range(graph.num_edges))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,9 @@ def test_a_size_is_given_in_exactly_one_way():
     graph = CircuitGraph(2, 2, 2, GPT2)  # 61 edges
     assert graph.resolve_size(num_edges=61) == graph.resolve_size(sparsity=0.0) == 61
     assert graph.resolve_size(sparsity=0.9) == 6
-    for wrong in ((None, None), (3, 0.5), (62, None), (-1, None), (None, 1.1), (None, -0.1)):
+    wrong_sizes = ((None, None), (3, 0.5), (62, None), (-1, None))
+    wrong_sparsities = ((None, 1.1), (None, -0.1), (None, math.nan))
+    for wrong in (*wrong_sizes, *wrong_sparsities):
         with pytest.raises(ConfigError):
             graph.resolve_size(*wrong)
 

@@ -180,7 +180,7 @@ def test_objectives_have_the_gradient_of_their_values(name):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.107, "0.107"), (12.34, "12.3"), (1234.5, "1234"), (-0.5, "-0.500"), (1e-9, "0"),
-     (3e-6, "0.000003"), (0.0, "0"), (math.nan, "–"), (None, "–")],
+     (3e-6, "0.000003"), (0.0, "0"), (math.inf, "inf"), (math.nan, "–"), (None, "–")],
 )  # fmt: skip
 def test_a_metric_without_a_fixed_format_shows_three_digits(value, text):
     assert METRICS["kl"].text(value) == text

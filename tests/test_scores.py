@@ -1,5 +1,7 @@
 """EdgeScores: the circuits cut from them, and their files."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,8 +70,9 @@ def test_a_file_holds_values_graph_and_origin(tmp_path):
 def test_bad_scores_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\[3\]"):
         EdgeScores(GRAPH, torch.zeros(3))
-    with pytest.raises(ValueError, match="NaN"):
-        scores({0: float("nan")})
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="1 scores are"):
+            scores({0: wrong})
     path = tmp_path / "scores.safetensors"
     with pytest.raises(CircuitError):
         EdgeScores.load(path)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import edgeprune
@@ -121,15 +120,13 @@ def choose(
 def cut(scores: EdgeScores, **size: float | None) -> Circuit:
     """`scores.circuit`; warns if edges are left out whose score is that of the last one kept."""
     circuit = scores.circuit(**size)
-    importance, kept = scores.importance(), torch.tensor(circuit.mask())
-    if len(circuit):
-        lowest = importance[kept].min()
-        tied = importance == lowest
-        if (tied & ~kept).any():
-            log.warning(
-                f"{int(tied.sum()):,} edges have the same score, {lowest:g}; those of them among "
-                f"the {len(circuit):,} kept are the first in the graph's order"
-            )
+    ranked, num_kept = scores.importance()[scores.ranking()], len(circuit)
+    if 0 < num_kept < len(ranked) and ranked[num_kept - 1] == ranked[num_kept]:
+        num_tied = int((ranked == ranked[num_kept]).sum())
+        log.warning(
+            f"{num_tied:,} edges have the same score, {ranked[num_kept]:g}; those of them among "
+            f"the {num_kept:,} kept are the first in the graph's order"
+        )
     return circuit
 
 

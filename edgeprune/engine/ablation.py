@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,16 +118,17 @@ def _mean_activations(
         length = batch.clean_ids.shape[1]
         is_token = torch.arange(length, device=model.device) < batch.lengths[:, None]
         counts[:length] += is_token.sum(0).cpu()
-
-        def total(x: Tensor, is_token: Tensor = is_token, length: int = length) -> Tensor:
-            """Sum over the examples, on the CPU because Apple's GPUs have no float64."""
-            summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True).cpu().double()
-            return nn.functional.pad(summed, (0, 0, 0, width - length))  # [..., 1, width, d]
-
-        sums = activations.map(total)
+        sums = activations.map(partial(_sum_examples, is_token, width))
         totals = sums if totals is None else totals.map(torch.add, sums)
     if not per_position:
         totals = totals.map(lambda x: x.sum(-2, keepdim=True))
         counts = counts.sum(0, keepdim=True)
     like = next(model.architecture.body.parameters())
     return totals.map(lambda x: (x / counts.clamp(min=1)[:, None]).to(like.dtype).to(like.device))
+
+
+def _sum_examples(is_token: Tensor, width: int, x: Tensor) -> Tensor:
+    """Sum [..., batch, pos, d] over the examples without padding -> [..., 1, width, d]."""
+    summed = (x.float() * is_token[..., None]).sum(-3, keepdim=True)
+    summed = summed.cpu().double()  # Apple's GPUs have no float64
+    return nn.functional.pad(summed, (0, 0, 0, width - summed.shape[-2]))

@@ -30,7 +30,7 @@ class Block:
 
     layer: nn.Module  # the loaded module of the whole block
     attention: nn.Module  # the loaded module that computes the heads' values
-    attention_copies: Sequence[nn.Module] = ()  # that `attend` may use in its place
+    attention_copies: Sequence[nn.Module] = ()  # copies that `attend` may run instead
     d_head: int
     attention_norm: nn.Module  # the norm of the queries', keys' and values' inputs
     attention_output: nn.Module  # the output projection of the heads

@@ -268,8 +268,8 @@ class CircuitModel:
             ablation_values: what an edge with gate 0 carries; None: zeros.
             recompute: whether the backward pass recomputes the blocks. Then only the outboxes,
                 their gradients and the blocks of one look-ahead take memory.
-            start: the layer to start from, where the last `run_circuit` had the same arguments but
-                for gates into this layer and above; without gradients.
+            start: the layer to start from, without gradients. The last `run_circuit` must have had
+                the same arguments, except for gates into this layer and later ones.
             embeddings: take the place of the clean prompts', [embedding, batch, pos, d_model].
             written: receives the deltas of all writers, in order, one tensor per embedding layer,
                 layer's heads and MLP: [writer, batch, pos, d_model], and of the last layer
@@ -330,7 +330,7 @@ class CircuitModel:
         changed = (before != gates).nonzero()
         edge = int(changed[0]) if len(changed) else self.graph.num_edges
         site = bisect_right(self.graph.sites, edge, key=lambda site: site.offset) - 1
-        return min(site // 2, self.graph.num_layers - 1)
+        return self.graph.sites[site].layer
 
 
 class _CircuitPass:
@@ -348,8 +348,8 @@ class _CircuitPass:
         gates: Tensor,
         ablation_values: Activations | None,
         keep_inputs: bool,
-        embeddings: Tensor | None = None,
-        written: list[Tensor] | None = None,
+        embeddings: Tensor | None,
+        written: list[Tensor] | None,
     ) -> None:
         arch, graph = model.architecture, model.graph
         self.model, self.batch, self.ablation_values = model, batch, ablation_values

@@ -39,8 +39,8 @@ Change = float | Tensor | Callable[[Tensor], Tensor] | Prompt
 """A number or a tensor that takes an activation's place, a function of it, or another prompt, whose
 activation takes its place. Integer tensors and lists are token ids."""
 
-Point = tuple[str, int]
-"""(kind of activation, layer); heads and embeddings share a point."""
+Place = tuple[str, int]
+"""(kind of activation, layer); a layer's heads share a place."""
 
 _NAME = re.compile(r"a(\d+)\.h(\d+)(?:\.(q|k|v|pattern))?|([am])(\d+)\.resid|m(\d+)")
 ATTENTION = ("q", "k", "v", "pattern")
@@ -57,7 +57,7 @@ class Intervention:
         self.changes = dict(changes)
         self._wanted: tuple[str, ...] = ()
         self._read: dict[str, Tensor] = {}
-        self._points: dict[Point, dict[str, int]] = {}  # what is touched: name -> head
+        self._touched: dict[Place, dict[str, int]] = {}  # name -> head
         self._touch_only(())
         self._batch_size = 0  # of the current pass
         self._stream = self._values = torch.empty(0)  # of the current layer: its input, the heads'
@@ -140,7 +140,7 @@ class Intervention:
     def _leave_embedding(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if name == self.architecture.embeddings[0]:
             self._batch_size = len(output)
-        if (name, 0) not in self._points:
+        if (name, 0) not in self._touched:
             return output
         return self._touch((name, 0), output.expand(self._batch_size, -1, -1))
 
@@ -154,7 +154,7 @@ class Intervention:
     def _leave_heads(
         self, layer: int, block: Block, module: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        heads = self._points.get(("head", layer), {})
+        heads = self._touched.get(("head", layer), {})
         if heads:
             values = block.scale(self._values).unflatten(-1, (self.graph.num_heads, -1))
             weight, bias = block.output_weight(values.dtype), block.attention_output.bias
@@ -162,7 +162,7 @@ class Intervention:
                 old = values[..., head, :] @ weight[head]  # [batch, pos, d_model]
                 old = old if bias is None else old + bias / self.graph.num_heads
                 output = output + (self._touch_one(name, old) - old)
-        if ("m.resid", layer) in self._points:
+        if ("m.resid", layer) in self._touched:
             old = self._stream + output
             output = output + (self._touch(("m.resid", layer), old) - old)
         return output
@@ -178,20 +178,20 @@ class Intervention:
 
     def _probe(self, layer: int, part: str, x: Tensor) -> Tensor:
         """Read and change one part of attention, [batch, head, ...]."""
-        if (part, layer) not in self._points:
+        if (part, layer) not in self._touched:
             return x
         if part in ("k", "v"):  # query heads may have readers of their own
             x = x.repeat_interleave(self.graph.num_kv_heads // x.shape[1], 1)
         parts = list(x.unbind(1))
-        for name, head in self._points[part, layer].items():
+        for name, head in self._touched[part, layer].items():
             parts[head] = self._touch_one(name, parts[head])
         return torch.stack(parts, 1)
 
     # --------------------------------------------------------------------------- values and names
 
-    def _touch(self, point: Point, x: Tensor) -> Tensor:
-        """Read and change the activation at a point that has only one."""
-        for name in self._points.get(point, ()):
+    def _touch(self, place: Place, x: Tensor) -> Tensor:
+        """Read and change the activation at a place that has only one."""
+        for name in self._touched.get(place, ()):
             x = self._touch_one(name, x)
         return x
 
@@ -230,16 +230,16 @@ class Intervention:
 
     def _touch_only(self, names: Sequence[str]) -> None:
         """From now on, touch what is changed and read these names."""
-        self._wanted, self._read, self._points = names, {}, defaultdict(dict)
+        self._wanted, self._read, self._touched = names, {}, defaultdict(dict)
         for name in (*self.changes, *names):
-            point, head = self._place(name)
-            self._points[point][name] = head
+            place, head = self._place(name)
+            self._touched[place][name] = head
 
     def _is_attention(self, names: Iterable[str]) -> bool:
         return any(self._place(name)[0][0] in ATTENTION for name in names)
 
-    def _place(self, name: str) -> tuple[Point, int]:
-        """The point of an activation, and its head; raises ConfigError for an unknown name."""
+    def _place(self, name: str) -> tuple[Place, int]:
+        """The place of an activation, and its head; raises ConfigError for an unknown name."""
         if name in self.architecture.embeddings:
             return (name, 0), 0
         if name == "resid_post":

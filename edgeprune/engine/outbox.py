@@ -76,7 +76,7 @@ class Outboxes:
         workspace: holds the buffers. Only its latest `Outboxes` may be used.
         num_writers: number of writers of the whole model.
         gates: the gates of the edges of `sites`, [edge] in [0, 1], in the graph's order; 1 = clean.
-        sites: number of readers and writers of each site: of readers that read the same writers.
+        sites: per site, the number of its readers and the number of writers that they read.
         like: [batch, pos, d_model], has the shape, dtype and device of a delta.
         keep_inputs: whether all readers' inputs must last until the backward pass.
 

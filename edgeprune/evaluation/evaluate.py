@@ -163,5 +163,6 @@ def describe(evaluation: Evaluation, circuit: Circuit) -> str:
         f"on {evaluation.empty.exact_match:.1%}. The full model is right on "
         f"{evaluation.full.accuracy:.1%}. Of the edges {len(connected):,} lie on paths from the "
         f"input to the output, through {kinds.count('a')} of {graph.num_layers * graph.num_heads} "
-        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs; most edges meet at {busiest}."
+        f"heads and {kinds.count('m')} of {graph.num_layers} MLPs"
+        f"{f'; most edges meet at {busiest}' if busiest else ''}."
     )

@@ -129,11 +129,8 @@ def circuit_data(circuit: Circuit) -> dict[str, Any]:
 
 def _pairs(graph: CircuitGraph, edges: Sequence[int]) -> list[list[int]]:
     """[indices of the writers, indices of the readers] of edges that are given by number."""
-    starts = torch.tensor([
-        site.offset + row * site.num_writers
-        for site in graph.sites for row in range(len(site.readers))
-    ])  # fmt: skip
     numbers = torch.tensor(edges, dtype=torch.long)
+    starts = torch.tensor([into.start for into in graph.edges_into.values()])
     readers = torch.searchsorted(starts, numbers, right=True) - 1
     return [(numbers - starts[readers]).tolist(), readers.tolist()]
 

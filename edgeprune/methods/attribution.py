@@ -11,7 +11,7 @@ own and enter it in `ATTRIBUTIONS`.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -132,29 +132,24 @@ class AtPoints(_Gradients):
 
     def differentiate(self, batch: Batch) -> Gradient:
         points = POINTS[self.method](1 + 2 * self.model.graph.num_layers, self.integration_steps)
-        values = self.ablation_values(batch)
-        open_pass = OpenPass(self.model, batch, values)
-        with self._rules():
+        open_pass = OpenPass(self.model, batch, self.ablation_values(batch))
+        rules = backward_rules(self.model, self.method) if self.method in RULES else nullcontext()
+        with rules:
             return open_pass.differentiate(self.objective, points)
-
-    def _rules(self) -> AbstractContextManager[None]:
-        """The method's backward rules; none if it takes the gradient."""
-        return backward_rules(self.model, self.method) if self.method in RULES else nullcontext()
 
 
 class AlongGates(_Gradients):
     """The gradient is taken with all gates at (k + 1/2) / steps, for k = 0, ..., steps - 1."""
 
     def differentiate(self, batch: Batch) -> Gradient:
-        needs_corrupted = self.ablation.needs_corrupted
-        reference, corrupted = self.model.run_pair(batch, corrupted=needs_corrupted)
+        reference, corrupted = self.model.run_pair(batch, corrupted=self.ablation.needs_corrupted)
         values, steps = self.ablation.values(batch, corrupted), self.integration_steps
+        options = {"objective": self.objective, "share": 1 / steps}
         total, gradient = 0.0, 0.0
         for k in range(steps):
             gates = torch.full((self.model.graph.num_edges,), (k + 0.5) / steps)
             gates = gates.to(self.model.device).requires_grad_()
             inputs = StepInputs(batch, reference, values, gates)
-            share = {"objective": self.objective, "share": 1 / steps}
-            value, added = differentiate(self.model, inputs, **share)
+            value, added = differentiate(self.model, inputs, **options)
             total, gradient = total + value, gradient + added
         return total, gradient

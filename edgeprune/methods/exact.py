@@ -7,12 +7,12 @@ rises when the edge is cut.
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from edgeprune.engine.cache import KeptPasses
-from edgeprune.graph import Site
 from edgeprune.methods.attribution import Attribution
 from edgeprune.prompts import Batch
 
@@ -35,10 +35,6 @@ class _Cutting(Attribution):
             self.model, self.pairs, self.batch_size, corrupted=self.ablation.needs_corrupted
         )
 
-    def layer_of(self, site: Site) -> int:
-        """The first layer that an edge into a site changes."""
-        return min(self.model.graph.sites.index(site) // 2, self.model.graph.num_layers - 1)
-
     @torch.no_grad()
     def measure(self, batch: Batch, circuits: Sequence[Tensor]) -> Tensor:
         """The objective of circuits, [circuit]. A circuit is [edge], whether an edge is kept."""
@@ -49,14 +45,15 @@ class _Cutting(Attribution):
         return torch.stack([self.objective(batch, reference, out).float() for out in outputs])
 
     def expected_seconds(self) -> float:
-        """At most: the seconds of a pass over the first batch, for every edge and batch."""
-        (part, _), graph = self.my_part(0), self.model.graph
+        """An upper bound: the time of a pass over the largest batch, for every edge and batch."""
+        num_tokens = [len(pairs) * len(pairs[-1].clean_ids) for pairs in self.batches]  # padded
+        (part, _), graph = self.my_part(num_tokens.index(max(num_tokens))), self.model.graph
         self.measure(part, [self._kept])  # libraries load what they need
         start = time.perf_counter()
         self.measure(part, [self._kept])
         seconds = time.perf_counter() - start
         shares = (
-            int(self._kept[site.place].sum()) * (1 - self.layer_of(site) / graph.num_layers)
+            int(self._kept[site.place].sum()) * (1 - site.layer / graph.num_layers)
             for site in graph.sites
         )
         return seconds * sum(shares) * len(self.batches)
@@ -90,8 +87,8 @@ class ACDC(_Cutting):
 
     Conmy et al. 2023 (arXiv:2304.14997). An edge stays cut if the rise is below `threshold`. Its
     score is the rise at its turn, so the circuit has the edges whose score is at least the
-    threshold. Each step decides the edges into one reader, the latest writer first; those into a
-    reader that reaches the output no more score 0, without being tried.
+    threshold. Each step decides the edges into one reader, the latest writer first. If no kept edge
+    leaves a node that the reader feeds, its edges score 0 without being tried.
     """
 
     @property
@@ -101,13 +98,13 @@ class ACDC(_Cutting):
     def step(self, index: int, scores: Tensor) -> float | None:
         graph = self.model.graph
         reader = graph.readers[-1 - index]
-        site = next(site for site in graph.sites if reader in site.readers)
-        first = site.offset + site.readers.index(reader) * site.num_writers
-        kept = self._kept.clone()
-        kept[first + site.num_writers :] &= scores[first + site.num_writers :] >= self.threshold
-        if not self._reaches_output(reader, kept, first + site.num_writers):
+        edges = graph.edges_into[reader]
+        kept, later = self._kept.clone(), slice(edges.stop, None)
+        kept[later] &= scores[later] >= self.threshold
+        sending = {writer for writer, _ in compress(graph.edges[later], kept[later].tolist())}
+        if reader != "resid_post" and sending.isdisjoint(graph.nodes_fed_by(reader)):
             return None
-        remaining = [e for e in range(first + site.num_writers - 1, first - 1, -1) if kept[e]]
+        remaining = [edge for edge in reversed(edges) if kept[edge]]
         value = None
         while remaining:
             # Cut the next edges one after another, as if none had to stay.
@@ -121,18 +118,6 @@ class ACDC(_Cutting):
             scores[decided] = torch.tensor(rises[: count + 1], dtype=torch.float64)
             remaining = remaining[len(decided) :]
         return value
-
-    def _reaches_output(self, reader: str, kept: Tensor, decided: int) -> bool:
-        """Whether a kept edge leaves a node that the reader feeds; edges from `decided` on count.
-
-        Those into readers that do not reach the output have been cut.
-        """
-        graph = self.model.graph
-        if reader == "resid_post":
-            return True
-        fed = {graph.writers.index(node) for node in graph.nodes_fed_by(reader)}
-        writers = graph.edge_writers()
-        return any(writers[edge] in fed for edge in decided + kept[decided:].nonzero()[:, 0])
 
     def _measure_all(self, circuits: Sequence[Tensor]) -> Tensor:
         """`measure` on all prompts, [circuit], the same on all processes."""

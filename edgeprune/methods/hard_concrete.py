@@ -8,7 +8,6 @@ and clamped, so that exact zeros and ones have positive probability.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,14 +23,12 @@ DETERMINISTIC_SCALE = 0.8  # steepness of deterministic gates, as published
 SEARCH_TOLERANCE = 1e-5  # width at which the search for a threshold stops, as published
 
 
-@lru_cache(maxsize=1)
 def uniform_noise(
     seed: int, step: int, counts: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, ...]:
     """The noise of one training step: one tensor in [EPSILON, 1 - EPSILON] per count.
 
     It depends on seed and step alone, not on the device, the number of processes or earlier draws.
-    The tensors are cached: do not change them.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     low, high = EPSILON, 1 - EPSILON

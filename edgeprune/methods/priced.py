@@ -20,8 +20,8 @@ class Priced(HardConcrete):
     edge_price: float
 
     def gates(self, step: int) -> Tensor:
-        count, device = self.graph.num_edges, self.log_alpha.device
-        (noise,) = hard_concrete.uniform_noise(self.seed, step, (count,), device)
+        counts = (self.graph.num_edges,)
+        (noise,) = hard_concrete.uniform_noise(self.seed, step, counts, self.device)
         self._sampled = hard_concrete.sample(self.log_alpha, noise)
         return self._sampled.detach()
 
