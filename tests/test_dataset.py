@@ -345,6 +345,14 @@ def test_a_file_of_another_format_is_named_and_the_command_given_converts_it(
     assert found == RECORDS[: len(found)] and found
 
 
+@pytest.mark.parametrize("missing", ["clean", "corrupted"])
+def test_a_missing_prompt_is_refused_with_the_fields_that_there_are(missing, tokenizer, tmp_path):
+    other = {"clean": "corrupted", "corrupted": "clean"}[missing]
+    data = write_jsonl(tmp_path / "a.jsonl", {other: SPEC[other], "counterfactual": "2 + 1"})
+    with pytest.raises(DataError, match=f"{missing}' is missing.*'{other}', 'counterfactual'$"):
+        load_dataset(data, tokenizer, "train")
+
+
 def test_a_field_that_is_null_is_missing(tokenizer, tmp_path):
     """As pandas writes files of lines that differ in their fields."""
     text = {"clean": SPEC["clean"], "corrupted": SPEC["corrupted"]}

@@ -120,13 +120,24 @@ class CircuitModel:
         norms.append(architecture.final_norm)
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
+    def __repr__(self) -> str:
+        graph = self.graph
+        return (
+            f"CircuitModel({self.name}: {graph.num_layers} layers, {graph.num_heads} heads each, "
+            f"{graph.num_edges:,} edges)"
+        )
+
     def text_of(self, predicted: Sequence[float]) -> str:
-        """How predicted tokens, or the numbers of a model that outputs these, are displayed."""
+        """How predicted tokens, or the numbers of a model that outputs these, are displayed.
+
+        Tokens are separated by |, because each is predicted after the right ones before it, so that
+        together they need not be a text that the model would write.
+        """
         if self.output is Output.number:
             return " ".join(f"{number:.4g}" for number in predicted)
         if self.tokenizer is None:
             return " ".join(map(str, predicted))
-        return self.tokenizer.decode(list(predicted))
+        return "|".join(self.tokenizer.decode([token]) for token in predicted)
 
     @property
     def device(self) -> torch.device:
