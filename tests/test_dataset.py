@@ -28,6 +28,7 @@ from edgeprune.prompts import (
     iterate_batches,
     load_dataset,
     read_records,
+    token_text,
     training_pairs,
 )
 from edgeprune.runs.data import first_split
@@ -343,6 +344,14 @@ def test_a_file_of_another_format_is_named_and_the_command_given_converts_it(
     for record in found:
         del record["_where"]
     assert found == RECORDS[: len(found)] and found
+
+
+def test_the_texts_of_tokens_make_up_the_text_of_the_prompt():
+    for tokenizer, before in (
+        (sentencepiece_tokenizer(["▁ c"], "metaspace"), " "), (byte_tokenizer([("Ġ", "c")]), ""),
+    ):  # fmt: skip
+        ids = tokenizer("a cab: a  2", add_special_tokens=False).input_ids
+        assert "".join(token_text(tokenizer, token) for token in ids) == f"{before}a cab: a  2"
 
 
 @pytest.mark.parametrize("missing", ["clean", "corrupted"])

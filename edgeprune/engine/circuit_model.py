@@ -40,7 +40,7 @@ from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.errors import DataError
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.prompts import Batch, Pair
+from edgeprune.prompts import Batch, Pair, token_text
 
 MAX_LOOKAHEAD = 8
 """Maximum layers whose readers are mixed together (`Outboxes.read`); with more, recomputing blocks
@@ -137,7 +137,9 @@ class CircuitModel:
             return " ".join(f"{number:.4g}" for number in predicted)
         if self.tokenizer is None:
             return " ".join(map(str, predicted))
-        return "|".join(self.tokenizer.decode([token]) for token in predicted)
+        if self.output is not Output.logits:
+            return self.tokenizer.decode(list(predicted))
+        return "|".join(token_text(self.tokenizer, int(token)) for token in predicted)
 
     @property
     def device(self) -> torch.device:

@@ -133,6 +133,16 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     return (_encode_ids if "clean_ids" in record else _encode_text)(tokenizer, record)
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of a token within a prompt.
+
+    Llama's tokenizers drop a space at the beginning of what they decode, so the token is decoded
+    once and twice in a row, and the difference is its text.
+    """
+    once, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    return twice[len(once) :]
+
+
 def marked_tokens(
     tokenizer: Any, record: dict, pair: Pair, ends: Mapping[str, int]
 ) -> dict[str, int]:
