@@ -208,7 +208,7 @@ def test_a_run_leaves_everything_needed(finished):
 
 def test_prune_prints_little_where_there_is_no_terminal(printed):
     _, done = printed
-    assert len(done.stderr.splitlines()) <= 12
+    assert len(done.stderr.splitlines()) <= 16
     assert len(done.stdout.splitlines()) <= 30  # a table with a row per size, and a few sentences
 
 
