@@ -8,10 +8,11 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from traceback import print_exception, walk_tb
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin
 
 from edgeprune.commands import help
 from edgeprune.config import (
@@ -120,7 +121,8 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
     """Hydra overrides from the arguments: paths get their name, `custom` is chosen for own files.
 
     `export RUN sparsity=0.9` -> `export run='RUN' sparsity=0.9`; several paths become a list.
-    `prune model.path=~/X` -> `prune model=custom model.path=/home/me/X`. Raises ConfigError for an
+    `prune model.path=~/X` -> `prune model=custom model.path=/home/me/X`.
+    `draw RUN formats=png` -> `draw circuit='RUN' formats=[png]`. Raises ConfigError for an
     unknown setting, which Hydra would accept after a +, or the wrong number of paths.
     """
     arguments = [  # Hydra's grammar has no ~ in values
@@ -130,9 +132,12 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
     known, name = help.setting_names(command), help.POSITIONAL.get(command)
     keys = {argument: re.split("[=@]", argument.lstrip("+~"))[0] for argument in arguments}
     bare = {a for a in arguments if "=" not in a and a[:1] not in ("~", "+")}
+    lists = {field.name for field in fields(COMMANDS[command]) if get_origin(field.type) is list}
     paths = [a for a in arguments if a in bare or (keys[a] not in known and os.path.exists(a))]
     others = [argument for argument in arguments if argument not in paths]
     for argument in others:
+        if not keys[argument]:
+            raise ConfigError(f"got {argument!r}; write name=value, without spaces around =")
         if keys[argument] not in known and not re.match("hydra[./=]", argument.lstrip("+~")):
             hint = f"{did_you_mean(keys[argument], known)} (see edgeprune {command} --help)"
             raise ConfigError(f"unknown setting {keys[argument]!r}{hint}")
@@ -150,7 +155,12 @@ def _complete(command: str, arguments: list[str], *, needs_path: bool = True) ->
         f"{group}={CUSTOM}" for group in ("model", "task")
         if f"{group}.path" in keys.values() and not {group, "experiment"} & set(keys.values())
     ]  # fmt: skip
-    return custom + others
+    return custom + [_in_brackets(a) if keys.get(a) in lists else a for a in others]
+
+
+def _in_brackets(argument: str) -> str:
+    """The override of a list, whose brackets may be left out: `nodes=m1,m2` -> `nodes=[m1,m2]`."""
+    return re.sub(r"=([^\[$].*)", r"=[\1]", argument, count=1, flags=re.DOTALL)
 
 
 def _quote(text: str, mark: str = "'") -> str:

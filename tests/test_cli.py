@@ -159,9 +159,10 @@ def test_ablating_a_run_s_heads_and_circuit(copied, command, refused, tmp_path):
             nodes[:] = found["ablated"]["nodes"]
         assert found["low_scoring"] is None
     assert len(circuit) + len(rest) == 4 * 17
-    command("ablate", copied, "nodes=[a0.h1,m2]", *few)
+    command("ablate", copied, "nodes=a0.h1,m2", *few)
     assert json.loads(output.read_text())["ablated"]["nodes"] == ["a0.h1", "m2"]
     assert "KIND:N" in refused("ablate", copied, "heads=induction")
+    assert "nodes=" in refused("ablate", copied, "heads=a0.h1")
     known = tmp_path / "heads"
     command("heads", copied, "prompts=4", "random_prompts=2", "length=5", f"output={known}")
     scores = f"scores={known / 'heads.json'}"
@@ -207,7 +208,7 @@ def test_a_run_leaves_everything_needed(finished):
 
 def test_prune_prints_little_where_there_is_no_terminal(printed):
     _, done = printed
-    assert len(done.stderr.splitlines()) <= 12
+    assert len(done.stderr.splitlines()) <= 16
     assert len(done.stdout.splitlines()) <= 30  # a table with a row per size, and a few sentences
 
 
@@ -366,6 +367,11 @@ def test_prompts_that_are_not_held_out_are_marked(tmp_path, command):
     command(*prune, f"task.path={data}", f"run_dir={tmp_path / 'held'}")
     evaluation = json.loads((tmp_path / "held/evaluation-validation.json").read_text())
     assert evaluation["training_prompts"] is False
+    data = write_jsonl(tmp_path / "train.jsonl", *[GOOD | {"split": s} for s in ("train", "test")])
+    _, err = command(*prune, f"task.path={data}", f"run_dir={tmp_path / 'train'}")
+    assert "'validation'" in err
+    evaluation = json.loads((tmp_path / "train/evaluation-train.json").read_text())
+    assert evaluation["training_prompts"] is True
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
@@ -666,6 +672,8 @@ def test_help_imports_nothing_heavy_and_may_be_cut_short():
         (["prune", "task=custom", "sparsity=0.9"], ["task.path"]),
         (["prune", "model=tracr", "task=tracr", "sparsity=0.5"], ["model.name=reverse"]),
         (["prepare", "task.validation=-2"], ["task.validation=-2"]),
+        (["prune", "num_edges", "=", "3"], ["spaces"]),
+        (["prune", "trainer=paper", "sparsity=0.9", "start=x"], ["start=", "trainer=every_size"]),
         (["prune", "--verbose"], ["--verbose"]),
         (["report", "runs", "--trainer.steps=3"], ["--trainer.steps=3"]),
         (["prune", "--cfg", "jobs"], ["'jobs'"]),

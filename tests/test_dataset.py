@@ -28,6 +28,7 @@ from edgeprune.prompts import (
     iterate_batches,
     load_dataset,
     read_records,
+    token_text,
     training_pairs,
 )
 from edgeprune.runs.data import first_split
@@ -343,6 +344,22 @@ def test_a_file_of_another_format_is_named_and_the_command_given_converts_it(
     for record in found:
         del record["_where"]
     assert found == RECORDS[: len(found)] and found
+
+
+def test_the_texts_of_tokens_make_up_the_text_of_the_prompt():
+    for tokenizer, before in (
+        (sentencepiece_tokenizer(["▁ c"], "metaspace"), " "), (byte_tokenizer([("Ġ", "c")]), ""),
+    ):  # fmt: skip
+        ids = tokenizer("a cab: a  2", add_special_tokens=False).input_ids
+        assert "".join(token_text(tokenizer, token) for token in ids) == f"{before}a cab: a  2"
+
+
+@pytest.mark.parametrize("missing", ["clean", "corrupted"])
+def test_a_missing_prompt_is_refused_with_the_fields_that_there_are(missing, tokenizer, tmp_path):
+    other = {"clean": "corrupted", "corrupted": "clean"}[missing]
+    data = write_jsonl(tmp_path / "a.jsonl", {other: SPEC[other], "counterfactual": "2 + 1"})
+    with pytest.raises(DataError, match=f"{missing}' is missing.*'{other}', 'counterfactual'$"):
+        load_dataset(data, tokenizer, "train")
 
 
 def test_a_field_that_is_null_is_missing(tokenizer, tmp_path):

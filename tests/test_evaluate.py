@@ -58,7 +58,7 @@ def test_prompts_without_distractors_do_not_count_for_metrics_that_need_them(mod
 
 
 def test_the_worst_example_has_the_largest_kl_and_the_text_of_all_predicted_tokens(model):
-    model.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    model.tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
     some = Circuit.random(model.graph, 200, seed=0)
     pairs = [replace(p, text=str(i)) for i, p in enumerate(random_pairs(12, predicted=3))]
     alone = [evaluate(model, some, [pair]) for pair in pairs]
@@ -68,7 +68,7 @@ def test_the_worst_example_has_the_largest_kl_and_the_text_of_all_predicted_toke
     assert found.kl == pytest.approx(worst.kl, rel=1e-4)
     for result in alone:
         texts = result.worst.full_prediction, result.worst.circuit_prediction
-        assert [len(text.split()) for text in texts] == [3, 3]
+        assert [len(text.split("|")) for text in texts] == [3, 3]
         assert (texts[0] == texts[1]) == (result.circuit.exact_match == 1)
 
 

@@ -183,9 +183,11 @@ def _load(
     _check_memory(config, plan(meta, pairs, world), world)
     world.check_same("the data", file_digest(path))
     several = f", {world.count} processes" if world.count > 1 else ""
+    is_held_out = kind_of_prompts(split, held_out) != "training"
+    others = f" and {len(held_out):,} {split}" if is_held_out else ""
     log.info(
-        f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training and "
-        f"{len(held_out):,} {split} prompts, {config.method_name}{several}"
+        f"{config.title}: {meta.graph.num_edges:,} edges, {len(pairs):,} training{others} prompts, "
+        f"{config.method_name}{several}"
     )
     model = load_in(world, config.model, config.launcher)
     if not config.launcher.shard:  # shards have no fingerprint

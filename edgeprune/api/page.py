@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,8 +258,7 @@ def _measure(
     ablation: Ablation, curve: Curve | None, batch_size: int, options: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """`measured_data` with a progress bar."""
-    is_shown = sys.stderr.isatty()
-    with progress_bar(100, "measuring for the page: percent", enabled=is_shown) as show:
+    with progress_bar(100, "measuring for the page: percent") as show:
         return page_data.measured_data(
             model, scores, circuit, pairs, ablation=ablation, curve=curve, batch_size=batch_size,
             listener=lambda done, total: show(100 * done // total), **options,

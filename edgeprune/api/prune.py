@@ -118,8 +118,7 @@ def learn(
     if start is not None:
         if start.graph != model.graph:
             raise ConfigError(f"start= has scores of {start.graph}, expected {model.graph}")
-        if settings.method != "every_size":
-            raise ConfigError(f"start= is for trainer=every_size, not for {settings.method}")
+        settings.check_start()
         options["ranking"] = start.ranking()
     method = METHODS[settings.method](model.graph, seed=config.seed, device=model.device, **options)
     trainer = Trainer(model, pairs, method, settings, config.seed, ablation, world)

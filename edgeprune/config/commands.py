@@ -263,7 +263,10 @@ class AblateConfig(InspectConfig):
                 f"got {' and '.join(given) or 'no nodes'}; give one of heads=, nodes= and circuit="
             )
         if self.heads is not None and not re.fullmatch(r"[\w-]+:[1-9]\d*", self.heads):
-            raise ConfigError(f"heads={self.heads} must be KIND:N, such as induction:16")
+            raise ConfigError(
+                f"heads={self.heads} must be KIND:N, such as induction:16; "
+                "nodes= takes heads by name"
+            )
 
 
 @dataclass

@@ -164,6 +164,11 @@ class TrainerConfig(Settings):
                 f"trainer.method={self.method} needs other settings; give trainer=NAME"
             )
 
+    def check_start(self) -> None:
+        """Raises ConfigError if learning cannot start from the ranking of other scores."""
+        if self.method != "every_size":
+            raise ConfigError("start= needs trainer=every_size or trainer=short")
+
     def repeats(self, num_pairs: int) -> bool:
         """Whether training uses any pair more than once, given their number."""
         return self.steps * self.batch_size > num_pairs

@@ -120,6 +120,8 @@ class PruneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start is not None:
+            self.trainer.check_start()
         sizes = (self.sparsity, self.num_edges, getattr(self.trainer, "target_sparsity", 1.0))
         if sizes == (None, None, None):
             raise ConfigError(

@@ -40,7 +40,7 @@ from edgeprune.engine.outbox import Outboxes, Workspace, mix, split_by_site
 from edgeprune.errors import DataError
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import Output
-from edgeprune.prompts import Batch, Pair
+from edgeprune.prompts import Batch, Pair, token_text
 
 MAX_LOOKAHEAD = 8
 """Maximum layers whose readers are mixed together (`Outboxes.read`); with more, recomputing blocks
@@ -120,13 +120,26 @@ class CircuitModel:
         norms.append(architecture.final_norm)
         self.is_centred = all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
+    def __repr__(self) -> str:
+        graph = self.graph
+        return (
+            f"CircuitModel({self.name}: {graph.num_layers} layers, {graph.num_heads} heads each, "
+            f"{graph.num_edges:,} edges)"
+        )
+
     def text_of(self, predicted: Sequence[float]) -> str:
-        """How predicted tokens, or the numbers of a model that outputs these, are displayed."""
+        """How predicted tokens, or the numbers of a model that outputs these, are displayed.
+
+        Tokens are separated by |, because each is predicted after the right ones before it, so that
+        together they need not be a text that the model would write.
+        """
         if self.output is Output.number:
             return " ".join(f"{number:.4g}" for number in predicted)
         if self.tokenizer is None:
             return " ".join(map(str, predicted))
-        return self.tokenizer.decode(list(predicted))
+        if self.output is not Output.logits:
+            return self.tokenizer.decode(list(predicted))
+        return "|".join(token_text(self.tokenizer, int(token)) for token in predicted)
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,7 @@ from edgeprune.prompts import Batch, Pair, iterate_batches
 class WorstExample:
     """The example on which the circuit is least faithful: largest `kl`, or `error` of values.
 
-    Predictions are the text of all predicted tokens.
+    Predictions are the text of all predicted tokens, which are separated by |.
     """
 
     text: str

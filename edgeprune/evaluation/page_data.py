@@ -20,7 +20,7 @@ from edgeprune.evaluation.curve import SMALLEST_SHARE, Curve, log_sizes
 from edgeprune.evaluation.cuts import Cut, cuts_of, num_flips, without
 from edgeprune.graph import CircuitGraph
 from edgeprune.metrics import METRICS, ExampleMetrics, Output, distance_by_example
-from edgeprune.prompts import Batch, Pair, draw_pairs, iterate_batches
+from edgeprune.prompts import Batch, Pair, draw_pairs, iterate_batches, token_text
 from edgeprune.scores import EdgeScores
 from edgeprune.training.snapshots import Snapshots
 
@@ -263,8 +263,9 @@ def _token_texts(model: CircuitModel, ids: Sequence[int]) -> list[str]:
     tokenizer = model.tokenizer
     if tokenizer is None:
         return [str(token) for token in ids]
-    decode = getattr(tokenizer, "decode_inputs", tokenizer.decode)
-    return [decode([token])[:MAX_TEXT] for token in ids]
+    if model.output is not Output.logits:
+        return [tokenizer.decode_inputs([token])[:MAX_TEXT] for token in ids]
+    return [token_text(tokenizer, token)[:MAX_TEXT] for token in ids]
 
 
 def _sizes(graph: CircuitGraph, curve: Curve | None, chosen: int, max_edges: int) -> list[int]:

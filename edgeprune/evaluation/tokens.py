@@ -436,7 +436,7 @@ def _labels(pair: Pair, marks: Mapping[str, int] | None) -> dict[int, str]:
     """Short names by position: of marked tokens, of others that differ, and of the last token."""
     both = enumerate(zip(pair.clean_ids, pair.corrupted_ids, strict=True))
     changed = [position for position, (clean, corrupted) in both if clean != corrupted]
-    labels = {position: f"changed {n}" for n, position in enumerate(changed, 1)}
+    labels = {position: f"changed token {n}" for n, position in enumerate(changed, 1)}
     length = len(pair.clean_ids)
     labels |= {at: name for name, at in (marks or {}).items() if at < length}
     return {length - 1: "end", **labels}

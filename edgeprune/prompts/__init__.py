@@ -14,5 +14,6 @@ from edgeprune.prompts.encode import (
     encode_records,
     load_dataset,
     marked_tokens,
+    token_text,
 )
 from edgeprune.prompts.schema import SPLITS, read_records

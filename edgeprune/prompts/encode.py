@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class PairDataset(list[Pair]):
     ) -> None:
         super().__init__(pairs)
         self.name, self.has_splits, self.records = name, has_splits, records
+
+    def __repr__(self) -> str:
+        return f"PairDataset({self.name}: {len(self):,} pairs)"
 
 
 def load_dataset(
@@ -108,8 +111,14 @@ def keep_usable(records: Iterable[dict], make: Callable[[dict], Any]) -> list:
         raise NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
     if skipped:
         total = len(made) + len(skipped)
-        log.warning(f"skipped {len(skipped)} of {total} examples, for instance {skipped[0]}")
+        _warn_once(f"skipped {len(skipped)} of {total} examples, for instance {skipped[0]}")
     return made
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Warn, but not again where a command reads the same prompts several times."""
+    log.warning(message)
 
 
 def encode_pair(tokenizer: Any, record: dict) -> Pair:
@@ -122,6 +131,16 @@ def encode_pair(tokenizer: Any, record: dict) -> Pair:
     """
     check_fields(record)
     return (_encode_ids if "clean_ids" in record else _encode_text)(tokenizer, record)
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of a token within a prompt.
+
+    Llama's tokenizers drop a space at the beginning of what they decode, so the token is decoded
+    once and twice in a row, and the difference is its text.
+    """
+    once, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    return twice[len(once) :]
 
 
 def marked_tokens(

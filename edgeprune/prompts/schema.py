@@ -160,7 +160,10 @@ def _misspelt(name: str) -> str | None:
 
 def split_prompt(record: dict, field: str) -> tuple[str, str]:
     """Split '1 + 2 = <predict>3</predict>' into the prompt '1 + 2 = ' and the prediction '3'."""
-    text = record.get(field)
+    if field not in record:
+        names = ", ".join(repr(name) for name in record if name != "_where")
+        raise DataError(f"field {field!r} is missing; the line has {names}")
+    text = record[field]
     prompt, _, rest = (text if isinstance(text, str) else "").partition(OPEN)
     prediction, close, tail = rest.partition(CLOSE)
     is_nested = CLOSE in prompt or OPEN in prediction

@@ -81,6 +81,11 @@ def held_out_pairs(
     split = first_split(path, "validation")
     pairs = load_pairs(path, task, model, split)
     warn_if_none_held_out(pairs)
+    if split == "train":
+        log.warning(
+            f"{path} has no line of split 'validation', so circuits are measured on their training "
+            "prompts, on which they look better than they are"
+        )
     if split != "train" and train.has_splits:
         held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in pairs)
         seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in train)

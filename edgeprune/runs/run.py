@@ -76,6 +76,9 @@ class Run:
     def __init__(self, path: Path, config: RunConfig, *, is_new: bool = False) -> None:
         self.path, self.config, self.is_new = path, config, is_new
 
+    def __repr__(self) -> str:
+        return f"Run({self.path}: {self.config.label})"
+
     @classmethod
     def open(cls, path: Path | str) -> Run:
         """Open an existing run; raises ConfigError if the directory is not a run, or damaged."""
