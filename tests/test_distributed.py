@@ -24,6 +24,8 @@ SMALL = (
     "trainer.steps=20", "trainer.checkpoint_every=5", "launcher.timeout=1",
     "trainer.batch_size=5", "num_edges=60",
 )  # fmt: skip
+PATIENCE = 500
+"""Seconds to wait for processes; by default, they wait 30 minutes for each other."""
 FIRST, LAST = (f"checkpoints/step-{step:08d}.safetensors" for step in (5, 20))
 JOBS = [
     {"batch_size": 8},
@@ -70,10 +72,10 @@ def start(count: int, *command: object, **environment: str) -> list[subprocess.P
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each process."""
     try:
-        texts = [process.communicate(timeout=timeout) for process in processes]
+        texts = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -213,10 +215,13 @@ def test_launched_processes_fail_without_a_traceback(tmp_path):
 
 
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 120
+    """Wait until the processes have written a file; if they do not, they are killed."""
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            pytest.fail(f"{path} was not written: {finish(processes)}")
         time.sleep(0.01)
 
 
@@ -237,7 +242,7 @@ def test_a_process_that_dies_or_hangs_ends_the_run(
     processes = start(2, "-m", "edgeprune", *command)
     wait_for(run_dir / FIRST, processes)
     processes[victim].send_signal(number)
-    ((code, _, error),) = finish([processes[1 - victim]], timeout=110)
+    ((code, _, error),) = finish([processes[1 - victim]])
     processes[victim].kill()
     assert code == 1
     assert "Traceback" not in error
@@ -256,7 +261,7 @@ def test_a_process_that_dies_while_circuits_of_a_sharded_model_are_measured_ends
     processes = start(2, "-m", "edgeprune", "prune", *SMALL, *settings, f"run_dir={run_dir}")
     wait_for(run_dir / "scores.safetensors", processes)
     processes[1].kill()
-    ((code, _, error),) = finish(processes[:1], timeout=110)
+    ((code, _, error),) = finish(processes[:1])
     processes[1].wait()
     assert code == 1
     assert "Traceback" not in error and "(this is a bug" not in error
