@@ -418,7 +418,7 @@ def test_what_does_not_apply_is_refused(model, tmp_path, capsys, monkeypatch):
     assert set(ATTRIBUTIONS) == set(NAMES)
     pairs = random_pairs(2)
     for wrong, word in (
-        ({"method": "eap"}, "logit_difference"),
+        ({"method": "eap", "metric": "kl"}, "no gradient"),
         ({"method": "eapig"}, "eap_ig_activations"),
         ({"method": "acdc", "threshold": 0.0}, "threshold"),
         ({"steps": 0}, "steps"),
@@ -427,7 +427,7 @@ def test_what_does_not_apply_is_refused(model, tmp_path, capsys, monkeypatch):
             attribute(model, pairs, **wrong)
     without = [Pair(p.clean_ids, p.corrupted_ids, p.target_ids) for p in pairs]
     with pytest.raises(ConfigError, match="metric=logit_difference needs"):
-        attribute(model, without, method="eap", metric="logit_difference")
+        attribute(model, without, method="eap")  # whose metric this is
     run = f"run_dir={tmp_path / 'run'}"
     code, _, err = call(capsys, monkeypatch, "attribute", *SMALL, "trainer.steps=3", run)
     assert (code, "trainer.steps" in err) == (2, True)

@@ -142,7 +142,7 @@ def test_the_command_measures_a_graph_file_and_writes_a_submission(tmp_path, cap
     submission = tmp_path / "submission"
     run = tmp_path / "run"
     small = ("task.train=16", "task.validation=8", "task.test=8", f"run_dir={run}")
-    settings = ("experiment=ioi", "method=eap", "metric=logit_difference", *small)
+    settings = ("experiment=ioi", "method=eap", *small)
     assert call(capsys, monkeypatch, "attribute", *settings)[0] == 0
     code, out, err = call(capsys, monkeypatch, "mib", run, f"output={submission}")
     assert code == 0, err

@@ -41,7 +41,7 @@ def attribute(
     validation: Sequence[Pair] | None = None,
     *,
     method: str = "eap_ig",
-    metric: str = "kl",
+    metric: str | None = None,
     steps: int = 5,
     batch_size: int = 16,
     threshold: float = 0.01,
@@ -59,7 +59,8 @@ def attribute(
     Args:
         method: `eap`, `eap_ig`, `eap_ig_activations`, `clean_corrupted`, `relp`, `gim`, `gates`,
             `exact` or `acdc`, see `methods/`.
-        metric: what edges are scored by: `kl` from the full model, or `logit_difference`.
+        metric: what edges are scored by: `kl` from the full model, or `logit_difference`; None:
+            `logit_difference` for `eap`, `relp` and `gim`, else `kl`.
         steps: number of points over which a method integrates.
         batch_size: pairs run at a time.
         threshold: for `acdc`, by how much the metric must get worse for an edge to stay.

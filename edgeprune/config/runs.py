@@ -166,9 +166,11 @@ class AttributeConfig(RunConfig):
     relevance patching; gim, corrected for attention that moves elsewhere. By cutting edges, which
     runs the model once per edge: exact, one edge at a time; acdc, from the output backwards, so
     that what does not matter stays cut."""
-    metric: str = setting("kl", choices=("kl", "logit_difference"))
+    metric: str | None = setting(None, choices=("kl", "logit_difference"))
     """What edges are scored by: kl, the KL divergence from the full model (or where outputs are
-    values, the unexplained variance); logit_difference, between answers and distractors."""
+    values, the unexplained variance); logit_difference, between answers and distractors. null:
+    logit_difference for eap, relp and gim, since the KL has no gradient at the clean prompts; kl
+    for the others."""
     steps: int = setting(5, at_least=1)
     """Number of points over which eap_ig, eap_ig_activations and gates integrate."""
     threshold: float = setting(0.01, above=0)
@@ -182,11 +184,13 @@ class AttributeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         self.trainer = None
+        if self.metric is None:
+            self.metric = "logit_difference" if self.method in AT_CLEAN else "kl"
         super().__post_init__()
         if self.method in AT_CLEAN and self.metric == "kl":
             raise ConfigError(
                 f"method={self.method} with metric=kl scores all edges 0, since the KL has no "
-                "gradient at the clean prompts; give metric=logit_difference or method=eap_ig"
+                "gradient at the clean prompts; leave out metric=, or give method=eap_ig"
             )
         if self.circuit is not None:
             self.check_cuts()
