@@ -41,7 +41,7 @@ EXAMPLES = {
               "experiment=ioi seed=0,1,2 --multirun",
               "experiment=ioi trainer.steps=300,600 run_dir='runs/${trainer.steps}' --multirun",
               "experiment=tracr/reverse ablation=interchange"),
-    "attribute": ("experiment=ioi", "experiment=ioi method=eap metric=logit_difference",
+    "attribute": ("experiment=ioi", "experiment=ioi method=eap",
                   "task.path=my.jsonl model.path=gpt2 sparsity=0.98",
                   "experiment=ioi method=acdc threshold=0.01 task.train=32",
                   "experiment=ioi method=exact circuit=RUN",
@@ -107,11 +107,16 @@ def command_help(command: str, arguments: Sequence[str] = ()) -> str:
     given = [a.removeprefix("trainer=") for a in arguments if a.startswith("trainer=")]
     trainer = given[-1] if given and given[-1] in choices_of("trainer") else "every_size"
     config = COMMANDS[command]
-    lines = [f"usage: {usage(command)}", "", _summary(config), "", "Settings:"]
+    lines = [f"usage: {usage(command)}", "", inspect.getdoc(config), "", "Settings:"]
     settings = _described(config, "", trainer)
-    path = f"{POSITIONAL.get(command)}="
-    settings.sort(key=lambda row: not row[0].startswith(path))  # the path comes first
-    for name, text in settings:
+    parts = {name.split(".")[0] for name, _ in settings if "." in name.split("=")[0]}
+
+    def place(row: tuple[str, str]) -> int:
+        """The path comes first, then the command's other settings, then those of its parts."""
+        name = row[0].split("=")[0].split(".")[0]
+        return 0 if name == POSITIONAL.get(command) else 2 if name in parts else 1
+
+    for name, text in sorted(settings, key=place):
         lines += [f"  {name}", textwrap.indent(text, "      ")]
     groups = [g for g in GROUPS if g in setting_names(command) and (CONF / g).is_dir()]
     if groups:

@@ -55,9 +55,7 @@ class ChoiceConfig(SizeConfig):
     clean-up comes later and may add to it."""
     min_exact_match: float | None = setting(None, above=0, at_most=1)
     """Choose the smallest circuit that gives the full model's answer on at least this fraction of
-    the validation prompts. Without any of these four settings: the smallest circuit whose KL is at
-    most 5 % of the empty circuit's; with trainer=paper or tracr one as sparse as the gates; for
-    export, as the run asked for."""
+    the validation prompts."""
     cleanup: float | None = setting(None, at_least=0)
     """At the end, remove edges as long as all removals together move the circuit, on the training
     prompts, no farther from the full model than this: KL in nats above its own, or an absolute
@@ -108,7 +106,12 @@ class RunConfig(ChoiceConfig):
 
 @dataclass
 class PruneConfig(RunConfig):
-    """Rank the edges of a model by how much a task needs them, and choose a circuit."""
+    """Rank the edges of a model by how much a task needs them, and choose a circuit.
+
+    Without sparsity=, num_edges=, max_kl= or min_exact_match=, it is the smallest circuit whose KL
+    is at most 5 % of the empty circuit's; with trainer=paper or tracr, one as sparse as the gates.
+    `edgeprune export` chooses another one at any time.
+    """
 
     trainer: TrainerConfig = setting(TrainerConfig)
     tracker: TrackerConfig = setting(TrackerConfig)
@@ -156,7 +159,11 @@ class PruneConfig(RunConfig):
 
 @dataclass
 class AttributeConfig(RunConfig):
-    """Score the edges of a model without learning (EAP, EAP-IG, ACDC), and choose a circuit."""
+    """Score the edges of a model without learning (EAP, EAP-IG, ACDC), and choose a circuit.
+
+    Without sparsity=, num_edges=, max_kl= or min_exact_match=, it is the smallest circuit whose KL
+    is at most 5 % of the empty circuit's; with method=acdc, the circuit of its threshold.
+    """
 
     method: str = setting("eap_ig", choices=ATTRIBUTIONS)
     """By the gradient of the metric: eap, at the clean prompts (attribution patching); eap_ig,
@@ -223,7 +230,11 @@ class AttributeConfig(RunConfig):
 
 @dataclass
 class ExportConfig(ChoiceConfig):
-    """Choose a circuit from a run's scores and write it as edges.json or as an EAP-IG graph."""
+    """Choose a circuit from a run's scores and write it as edges.json or as an EAP-IG graph.
+
+    Without sparsity=, num_edges=, max_kl= or min_exact_match=, the circuit is chosen as the run
+    asked for. Without output=, it becomes the run's circuit.
+    """
 
     run: str = ""
     """Run directory; or a circuit file, to convert it, or to cut another size from its scores."""

@@ -54,7 +54,7 @@ class StepMetrics:
     def __str__(self) -> str:
         """The objective and the first two of the method's numbers, for a progress bar."""
         shown = [
-            f"{name} {x:,.0f}" if abs(x) >= 100 else f"{name} {x:.4g}"
+            f"{name} {x:,.0f}" if abs(x) >= 10 else f"{name} {x:.4g}"
             for name, x in self.values.items() if x is not None
         ][:2]  # fmt: skip
         value = [] if self.value is None else [f"{self.objective} {self.value:.3f}"]
