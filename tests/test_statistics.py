@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edgeprune.evaluation.statistics import (
+    LEVEL,
     benjamini_hochberg,
     binomial_tail,
     bootstrap_interval,
@@ -34,8 +35,18 @@ def test_sign_test_by_hand():
     assert sign_test(1, 10) == sign_test(9, 10)
     assert sign_test(5, 10) == 1
     assert sign_test(0, 0) == sign_test(0, 0, 0.1) == 1
-    assert sign_test(3, 3, 0.1) == pytest.approx(0.6**3)
-    assert sign_test(0, 3, 0.1) == pytest.approx(0.6**3)
+    assert sign_test(3, 3, 0.1) == pytest.approx(0.6**3 + 0.4**3)  # three wins, or three losses
+    assert sign_test(0, 3, 0.1) == pytest.approx(0.6**3 + 0.4**3)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_sign_test_has_its_level_for_any_number_of_prompts(margin):
+    chance = 0.5 + margin  # the farthest from one half that the hypothesis allows
+    for trials in range(1, 60):
+        rejected = [wins for wins in range(trials + 1) if sign_test(wins, trials, margin) <= LEVEL]
+        size = sum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k)
+                   for k in rejected)  # fmt: skip
+        assert size <= LEVEL
 
 
 def test_bootstrap_interval_of_a_constant_and_of_few_values():
