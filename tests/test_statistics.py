@@ -11,6 +11,7 @@ from edgeprune.evaluation.statistics import (
     benjamini_hochberg,
     binomial_tail,
     bootstrap_interval,
+    cluster_interval,
     gaussian_kernel,
     hsic_test,
     mean_interval,
@@ -53,6 +54,19 @@ def test_bootstrap_interval_of_a_constant_and_of_few_values():
     assert mean_interval(torch.full((10,), 3.0)) == (3, 3)
     # The mean of two resampled values is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4.
     assert mean_interval(torch.tensor([0.0, 1.0])) == (0, 1)
+
+
+def test_cluster_interval_resamples_whole_clusters():
+    # The first twice, both, or the second twice: means 1, 3/4 or 0.
+    assert cluster_interval(torch.tensor([1.0, 1, 0, 1]), ["a", "a", "b", "a"]) == (0, 1)
+
+    def is_clear(seed: int) -> bool:  # of 20 clusters that differ from each other by chance
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(20, 1, generator=generator).expand(20, 10).flatten()
+        low, high = cluster_interval(values, [str(i // 10) for i in range(200)])
+        return low > 0 or high < 0
+
+    assert sum(map(is_clear, range(200))) / 200 <= 0.1
 
 
 def test_bootstrap_intervals_cover_the_truth():

@@ -34,6 +34,19 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
     return bootstrap_interval(lambda rows: values[rows].mean(-1), len(values))
 
 
+def cluster_interval(values: Tensor, clusters: Sequence[str]) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean of [example], with whole clusters of examples resampled.
+
+    For statements about clusters, whose examples are not independent of each other. `clusters` has
+    the name of each example's cluster.
+    """
+    numbers = {name: number for number, name in enumerate(sorted({*clusters}))}
+    index = torch.tensor([numbers[name] for name in clusters])
+    sums = values.new_zeros(len(numbers)).index_add(0, index, values)  # [cluster]
+    counts = index.bincount()
+    return bootstrap_interval(lambda rows: sums[rows].sum(-1) / counts[rows].sum(-1), len(sums))
+
+
 class Difference(NamedTuple):
     """A mean difference between two models over prompts, and its bootstrap interval."""
 
