@@ -152,17 +152,20 @@ class Circuit:
         changes nothing, and a node whose inputs are all corrupted writes its corrupted value. Under
         zero and mean ablation such a node still writes something.
         """
+        edges_into: dict[str, list[Edge]] = {reader: [] for reader in self.graph.readers}
+        for edge in self.edge_set:
+            edges_into[edge[1]].append(edge)
         # Embeddings that are not writers always flow, into every node.
-        alive, fed = set(self.graph.embedding_writers or self.graph.writers), []
-        for writer, reader in self.edges:  # in the order of the forward pass
-            if writer in alive:
+        alive = set(self.graph.embedding_writers or self.graph.writers)
+        for reader, edges in edges_into.items():  # in the order of the forward pass
+            edges[:] = [edge for edge in edges if edge[0] in alive]
+            if edges:
                 alive.update(self.graph.nodes_fed_by(reader))
-                fed.append((writer, reader))
         useful, kept = set(), set()
-        for writer, reader in reversed(fed):
+        for reader, edges in reversed(edges_into.items()):
             if reader == "resid_post" or useful.intersection(self.graph.nodes_fed_by(reader)):
-                useful.add(writer)
-                kept.add((writer, reader))
+                useful.update(writer for writer, _ in edges)
+                kept.update(edges)
         return Circuit(self.graph, frozenset(kept))
 
     def __and__(self, other: Circuit) -> Circuit:

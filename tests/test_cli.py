@@ -479,8 +479,9 @@ def test_a_size_that_is_asked_for_is_kept_exactly(copied, tmp_path, given, size,
     few = (*SMALL, "num_edges=null", "trainer.steps=2")
     command("prune", *few, given, f"run_dir={tmp_path / 'chosen'}")
     assert choice_of(tmp_path / "chosen")[0] == size
-    command("export", copied, given)
+    _, err = command("export", copied, given)
     assert choice_of(copied)[0] == size
+    assert ("a path from the input" in err) == (size == 0)
 
 
 def test_a_threshold_needs_gates(finished, tmp_path, refused):

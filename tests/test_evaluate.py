@@ -115,3 +115,5 @@ def test_table_and_description_tell_what_was_measured():
     for part in (f"5 of {model.graph.num_edges}", "100.0%", "2 of 4 heads", "0 of 2 MLPs"):
         assert part in text
     assert describe(result, Circuit(model.graph, frozenset())).endswith("0 of 2 MLPs.")
+    permuted = evaluate(model, true, pairs, head_permuted=3)
+    assert f"{permuted.head_permuted.exact_match:.1%}" in describe(permuted, true)

@@ -282,7 +282,8 @@ def test_the_verification_says_whether_its_claim_holds():
         return Verification(100, 10, tuple(found))
 
     fell = verified(*[(10, 40, 10)] * 6)
-    assert fell.holds and fell.falls == pytest.approx((4.0, 1.0)) and fell.p == 2 / 2**6
+    assert fell.holds and fell.falls == pytest.approx((4.0, 1.0))
+    assert fell.p == pytest.approx(2 / 2**6)
     assert f"{fell.p:.3f}" in fell.in_words()
     same = verified(*[(10, 40, 20), (10, 20, 40)] * 3, (10, 20, 20))
     assert not same.holds and same.wins == (3, 6) and same.p == 1

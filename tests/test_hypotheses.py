@@ -303,18 +303,20 @@ def test_stability_compares_pairs_at_the_circuits_size(bench, true):
 
 def test_circuits_are_compared_on_prompts_of_other_templates(bench, true):
     broken = without(true, ("a0.h1", "a1.h0.k"))
-    half = {*bench.pairs[::2]}
-    same = other_templates(bench, [true, true], [half, {*bench.pairs} - half])
+    half = {pair: "ab"[index % 2] for index, pair in enumerate(bench.pairs)}
+    same = other_templates(bench, [true, true], [{"a"}, {"b"}], half)
     assert same.holds and same.interval == (0, 0)
-    worse = other_templates(bench, [broken, true], [{*bench.pairs}, set()])
+    worse = other_templates(bench, [broken, true], [set(), {"a", "b"}], half)
     of_broken, of_true = map(bench.distance, bench.measure([broken, true]))
     assert not worse.holds
     assert worse.details["distance"] == pytest.approx(of_broken.mean().item())
     assert worse.details["distance_known"] == pytest.approx(of_true.mean().item())
-    new = {*bench.pairs[1::4]}  # to both circuits, so there is nothing to compare
-    assert other_templates(bench, [true, true], [half | new, {*bench.pairs} - half]).holds
+    means = [(of_broken - of_true)[start::2].mean().item() for start in (0, 1)]
+    assert worse.interval == pytest.approx(sorted(means))  # each template twice, at the extremes
+    new = half | dict.fromkeys(bench.pairs[1::4], "c")  # to both, so there is nothing to compare
+    assert other_templates(bench, [true, true], [{"a"}, {"b"}], new).holds
     with pytest.raises(DataError, match="templates"):
-        other_templates(bench, [true, true], [new, new])
+        other_templates(bench, [true, true], [{"a", "b"}, {"a", "b"}], new)
 
 
 # ------------------------------------------------------------------------------- words, commands

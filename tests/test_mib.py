@@ -166,3 +166,16 @@ def test_the_command_measures_a_graph_file_and_writes_a_submission(tmp_path, cap
     assert {path.name for path in (submission / "importances").iterdir()} == {
         "ioi_embedded", "data_embedded",
     }  # fmt: skip
+    # learned scores, of which the larger is the stronger, have one ranking, which is measured once
+    scores, measured = EdgeScores.load(run / "scores.safetensors"), []
+    EdgeScores(scores.graph, scores.values).save(run / "scores.safetensors")
+
+    def counting(*args, **settings):
+        measured.append(args)
+        return mib_areas(*args, **settings)
+
+    monkeypatch.setattr("edgeprune.api.mib.mib_areas", counting)
+    assert call(capsys, monkeypatch, "mib", run)[0] == 0
+    record = json.loads((run / "mib-test.json").read_text())
+    assert record["by score"] == record["by |score|"]
+    assert len(measured) == 1

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from edgeprune.evaluation.statistics import (
+    LEVEL,
     benjamini_hochberg,
     binomial_tail,
     bootstrap_interval,
+    cluster_interval,
     gaussian_kernel,
     hsic_test,
     mean_interval,
@@ -34,14 +36,37 @@ def test_sign_test_by_hand():
     assert sign_test(1, 10) == sign_test(9, 10)
     assert sign_test(5, 10) == 1
     assert sign_test(0, 0) == sign_test(0, 0, 0.1) == 1
-    assert sign_test(3, 3, 0.1) == pytest.approx(0.6**3)
-    assert sign_test(0, 3, 0.1) == pytest.approx(0.6**3)
+    assert sign_test(3, 3, 0.1) == pytest.approx(0.6**3 + 0.4**3)  # three wins, or three losses
+    assert sign_test(0, 3, 0.1) == pytest.approx(0.6**3 + 0.4**3)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_sign_test_has_its_level_for_any_number_of_prompts(margin):
+    chance = 0.5 + margin  # the farthest from one half that the hypothesis allows
+    for trials in range(1, 60):
+        rejected = [wins for wins in range(trials + 1) if sign_test(wins, trials, margin) <= LEVEL]
+        size = sum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k)
+                   for k in rejected)  # fmt: skip
+        assert size <= LEVEL
 
 
 def test_bootstrap_interval_of_a_constant_and_of_few_values():
     assert mean_interval(torch.full((10,), 3.0)) == (3, 3)
     # The mean of two resampled values is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4.
     assert mean_interval(torch.tensor([0.0, 1.0])) == (0, 1)
+
+
+def test_cluster_interval_resamples_whole_clusters():
+    # The first twice, both, or the second twice: means 1, 3/4 or 0.
+    assert cluster_interval(torch.tensor([1.0, 1, 0, 1]), ["a", "a", "b", "a"]) == (0, 1)
+
+    def is_clear(seed: int) -> bool:  # of 20 clusters that differ from each other by chance
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(20, 1, generator=generator).expand(20, 10).flatten()
+        low, high = cluster_interval(values, [str(i // 10) for i in range(200)])
+        return low > 0 or high < 0
+
+    assert sum(map(is_clear, range(200))) / 200 <= 0.1
 
 
 def test_bootstrap_intervals_cover_the_truth():

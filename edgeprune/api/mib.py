@@ -85,10 +85,13 @@ def benchmark(config: MibConfig) -> Benchmarked:
             recovered[name] = recovery(ranked, truth)
             records[name] |= recovered[name].to_dict()
         if truth is None or model.output is Output.logits:  # others have no logit differences
-            with progress(len(pairs), f"{name}: prompt") as show:
-                areas[name] = mib_areas(
-                    model, ranked, pairs, batch_size=config.batch_size, listener=show
-                )
+            if areas and bool((ranked.values >= 0).all()):  # both rankings are the same
+                areas[name] = areas["by |score|"]
+            else:
+                with progress(len(pairs), f"{name}: prompt") as show:
+                    areas[name] = mib_areas(
+                        model, ranked, pairs, batch_size=config.batch_size, listener=show
+                    )
             records[name] |= areas[name].to_dict()
     outputs = []
     if source.run is not None and source.is_chosen and source.is_of(model, digest):

@@ -25,13 +25,14 @@ class Repeated(NamedTuple):
 
     Attributes:
         what: what differed, such as "bootstrap samples".
-        unseen: of each, those of the prompts to be measured whose templates it did not learn from;
-            None if it learned from all templates.
+        halves: the templates from which each learned; None if all learned from all templates.
+        templates: the template of each prompt to be measured; None if all learned from all.
     """
 
     scores: list[EdgeScores]
     what: str
-    unseen: list[Set[Pair]] | None
+    halves: list[Set[str]] | None
+    templates: dict[Pair, str] | None
 
 
 def repeat(
@@ -49,18 +50,17 @@ def repeat(
     """
     path, train = run.data_path, pairs_of_run(run, model)
     names = [f"{kind}-{index}" for index in range(number)]
-    seeds, samples, unseen = [run.config.seed] * number, [train] * number, None
+    seeds, samples = [run.config.seed] * number, [train] * number
+    halves = templates = None
     if kind == "seeds":
         seeds = [run.config.seed + index + 1 for index in range(number)]
     elif kind == "bootstrap":
         drawn = (random.Random(f"bootstrap/{index}") for index in range(number))
         samples = [rng.choices(train, k=len(train)) for rng in drawn]
     else:
-        known, measured = _templates(path, train), _templates(path, pairs)
-        halves = _halves(sorted({*known}), number)
-        samples = [[p for p, t in zip(train, known, strict=True) if t in half] for half in halves]
-        unseen = [{p for p, t in zip(pairs, measured, strict=True) if t not in half}
-                  for half in halves]  # fmt: skip
+        known, templates = _templates(path, train), _templates(path, pairs)
+        halves = _halves(sorted({*known.values()}), number)
+        samples = [[pair for pair in train if known[pair] in half] for half in halves]
     mine = range(world.rank, number, world.count)
     for count, index in enumerate(mine, 1):
         start = time.perf_counter()
@@ -74,19 +74,19 @@ def repeat(
         log.warning("all repetitions begin with the scores of start=, which makes them more alike")
     what = {"bootstrap": "bootstrap samples", "templates": "halves of the templates"}
     found = [learned(run, name) for name in names] if world.is_rank_zero else []
-    return Repeated(found, what.get(kind, kind), unseen)
+    return Repeated(found, what.get(kind, kind), halves, templates)
 
 
-def _templates(path: Path, pairs: Sequence[Pair]) -> list[str]:
+def _templates(path: Path, pairs: Sequence[Pair]) -> dict[Pair, str]:
     """The template of each pair of a file, as text."""
     known = {record.get("clean"): record.get("template") for record in read_records(path)}
-    found = [known.get(pair.text) for pair in pairs]
-    if None in found or len({*map(json.dumps, found)}) < 2:
+    found = {pair: json.dumps(known.get(pair.text)) for pair in pairs}
+    if "null" in found.values() or len({*found.values()}) < 2:
         raise ConfigError(
             f"repeat=templates:N needs prompts of two or more templates, but {path} has none or "
             'one; give each line a field such as "template": 3'
         )
-    return [json.dumps(template) for template in found]
+    return found
 
 
 def _halves(templates: Sequence[str], number: int) -> list[Set[str]]:

@@ -116,9 +116,9 @@ def _measure(
 def _stability(bench: Bench, circuit: Circuit, repeated: Repeated) -> list[Finding]:
     """How alike the circuits are that were learned again, and how they do on new templates."""
     findings = [stability(bench, circuit, repeated.scores, repeated.what)]
-    if repeated.unseen is not None:
+    if repeated.templates is not None:
         circuits = [scores.circuit(num_edges=len(circuit)) for scores in repeated.scores]
-        findings.append(other_templates(bench, circuits, repeated.unseen))
+        findings.append(other_templates(bench, circuits, repeated.halves, repeated.templates))
     return findings
 
 

@@ -38,10 +38,10 @@ def without(circuit: Circuit, edges: Iterable[int]) -> Circuit:
     return Circuit(graph, circuit.edge_set - {graph.edges[edge] for edge in edges})
 
 
-def without_nodes(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
+def without_nodes(circuit: Circuit, nodes: Iterable[str]) -> Circuit:
     """The circuit without what these nodes write."""
-    kept = (edge for edge in circuit.edge_set if edge[0] not in nodes)
-    return Circuit(circuit.graph, frozenset(kept))
+    cut = {*nodes}
+    return Circuit(circuit.graph, frozenset(e for e in circuit.edge_set if e[0] not in cut))
 
 
 def flips(before: ExampleMetrics, after: ExampleMetrics) -> list[Tensor]:

@@ -157,10 +157,14 @@ def describe(evaluation: Evaluation, circuit: Circuit) -> str:
     for _, reader in connected.edges:
         edges_at.update(connected.nodes_fed_by(reader))
     busiest = ", ".join(f"{node} ({count})" for node, count in edges_at.most_common(5))
+    permuted = evaluation.head_permuted
+    controls = ""
+    if permuted is not None:
+        controls = f", head-permuted circuits on {permuted.exact_match:.1%} on average"
     return (
         f"The circuit has {len(circuit):,} of {graph.num_edges:,} edges and gives the full model's "
         f"answer on {evaluation.circuit.exact_match:.1%} of the prompts; the empty circuit does so "
-        f"on {evaluation.empty.exact_match:.1%}. The full model is right on "
+        f"on {evaluation.empty.exact_match:.1%}{controls}. The full model is right on "
         f"{evaluation.full.accuracy:.1%}. Of the edges {len(connected):,} lie on paths from the "
         f"input to the output, through {kinds.count('a')} of {graph.num_layers * graph.num_heads} "
         f"heads and {kinds.count('m')} of {graph.num_layers} MLPs"

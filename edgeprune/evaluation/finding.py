@@ -18,7 +18,8 @@ class Finding:
         holds: whether the circuit passes; None if the test has no pass mark, does not apply, or
             cannot be decided with so few random circuits.
         words: one or two sentences, with what would count against the circuit.
-        interval: 95 % bootstrap interval, over prompts, of what was measured.
+        interval: 95 % bootstrap interval of what was measured, over prompts (over templates for
+            "other templates").
         p: p value.
         details: more numbers, as JSON values.
     """

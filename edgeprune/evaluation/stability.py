@@ -1,7 +1,7 @@
 """Stability: how similar are circuits that are learned again?"""
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,7 @@ from edgeprune.evaluation.bench import Bench
 from edgeprune.evaluation.compare import consensus, overlap, times_kept
 from edgeprune.evaluation.finding import Finding, brief
 from edgeprune.evaluation.sceptic import curve_sizes
-from edgeprune.evaluation.statistics import mean_interval
+from edgeprune.evaluation.statistics import cluster_interval, mean_interval
 from edgeprune.evaluation.table import Table
 from edgeprune.prompts import Pair
 from edgeprune.scores import EdgeScores
@@ -77,24 +77,27 @@ def stability(bench: Bench, circuit: Circuit, repeated: Sequence[EdgeScores], wh
 
 
 def other_templates(
-    bench: Bench, circuits: Sequence[Circuit], unseen: Sequence[Set[Pair]]
-) -> Finding:
+    bench: Bench, circuits: Sequence[Circuit], learned: Sequence[Set[str]],
+    templates: Mapping[Pair, str],
+) -> Finding:  # fmt: skip
     """Compare circuits on prompts of templates that they were learned from and of other templates.
 
     For each prompt, the mean distance of the circuits that have not seen its template is compared
     with that of the circuits that have. A 95 % bootstrap interval of the difference that lies above
-    0 counts against the circuits.
+    0 counts against the circuits. Templates are resampled, because the prompts of one are alike.
 
     Args:
-        unseen: for each circuit, the prompts whose templates it was not learned from. Prompts that
-            are new to all circuits or to none are left out.
+        learned: for each circuit, the templates that it was learned from. Prompts whose template is
+            new to all circuits or to none are left out.
+        templates: the template of each prompt.
 
     Raises DataError if no prompt is left.
     """
     measured = bench.measure(circuits)
     distances = torch.stack([bench.distance(each) for each in measured])  # [circuit, example]
     matches = torch.stack([each.exact_match for each in measured])
-    new = torch.tensor([[pair in pairs for pair in bench.pairs] for pairs in unseen]).double()
+    own = [templates[pair] for pair in bench.pairs]
+    new = torch.tensor([[name not in known for name in own] for known in learned]).double()
     is_compared = (new.sum(0) > 0) & (new.sum(0) < len(new))  # [example]
     if not is_compared.any():
         raise DataError(
@@ -108,7 +111,8 @@ def other_templates(
         return [(weights * values).sum(0) / weights.sum(0) for weights in (new, 1 - new)]
 
     on_new, on_known = means(distances)
-    low, high = mean_interval(on_new - on_known)
+    compared = [name for name, flag in zip(own, is_compared.tolist(), strict=True) if flag]
+    low, high = cluster_interval(on_new - on_known, compared)
     name, of_new, of_known = bench.distance_name, on_new.mean().item(), on_known.mean().item()
     match, match_known = (each.mean().item() for each in means(matches))
     return Finding(
@@ -116,8 +120,9 @@ def other_templates(
         low <= 0,
         f"On prompts of templates that they were not learned from, the {name} of these circuits is "
         f"{brief(of_new)} and exact match {match:.0%}; on those of their own templates "
-        f"{brief(of_known)} and {match_known:.0%}. The difference of the {name} is between "
-        f"{brief(low)} and {brief(high)}; above 0 throughout would count against them.",
+        f"{brief(of_known)} and {match_known:.0%}. Over {len({*compared})} templates, the "
+        f"difference of the {name} is between {brief(low)} and {brief(high)}; above 0 throughout "
+        "would count against them.",
         (low, high),
         details={"distance": of_new, "distance_known": of_known, "exact_match": match,
                  "exact_match_known": match_known},

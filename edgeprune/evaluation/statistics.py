@@ -34,6 +34,19 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
     return bootstrap_interval(lambda rows: values[rows].mean(-1), len(values))
 
 
+def cluster_interval(values: Tensor, clusters: Sequence[str]) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean of [example], with whole clusters of examples resampled.
+
+    For statements about clusters, whose examples are not independent of each other. `clusters` has
+    the name of each example's cluster.
+    """
+    numbers = {name: number for number, name in enumerate(sorted({*clusters}))}
+    index = torch.tensor([numbers[name] for name in clusters])
+    sums = values.new_zeros(len(numbers)).index_add(0, index, values)  # [cluster]
+    counts = index.bincount()
+    return bootstrap_interval(lambda rows: sums[rows].sum(-1) / counts[rows].sum(-1), len(sums))
+
+
 class Difference(NamedTuple):
     """A mean difference between two models over prompts, and its bootstrap interval."""
 
@@ -67,15 +80,11 @@ def _binomial(k: int, n: int, p: float) -> float:
 def sign_test(wins: int, trials: int, margin: float = 0.0) -> float:
     """P value of the hypothesis that a win's probability is within `margin` of one half.
 
-    It is the binomial tail of the observed wins (or losses, if these are more) at probability
-    1/2 + margin; without a margin, twice the tail, because both sides count, and at most 1. Leave
-    ties out of `trials`. The p value of no trials is 1.
+    The probability that wins or losses are at least as many as the more frequent of them, if a win
+    has probability 1/2 + margin; exact. Leave ties out of `trials`. The p value of no trials is 1.
     """
-    best = max(wins, trials - wins)  # by symmetry
-    if margin:
-        return binomial_tail(best, trials, 0.5 + margin)
-    at_least = sum(math.comb(trials, k) for k in range(best, trials + 1))
-    return min(1.0, 2 * at_least / 2**trials)
+    most = max(wins, trials - wins)
+    return min(1.0, sum(binomial_tail(most, trials, 0.5 + m) for m in (margin, -margin)))
 
 
 class McNemar(NamedTuple):

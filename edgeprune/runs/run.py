@@ -180,7 +180,15 @@ class Run:
         return read_circuit(self.circuit_path, self.graph)
 
     def write_circuit(self, circuit: Circuit, origin: Mapping[str, Any]) -> None:
-        """Write the chosen circuit in both forms; `origin` says how it was chosen."""
+        """Write the chosen circuit in both forms; `origin` says how it was chosen.
+
+        Warns if none of its edges lies on a path from the input to the output.
+        """
+        if not len(circuit.without_dangling()):
+            log.warning(
+                f"the circuit now in {self.path} has {len(circuit):,} edges, none of which lies on "
+                "a path from the input to the output; choose a larger one with `edgeprune export`"
+            )
         write_circuit(circuit, self.path / layout.EDGES)
         origin = {**self.origin, **origin}
         write_circuit(circuit, self.path / layout.CIRCUIT, "circuit", origin=origin)
