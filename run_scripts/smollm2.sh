@@ -18,27 +18,36 @@ circuit() { # arguments: name of the run, experiment, settings
   "$edgeprune" prune "experiment=smollm2/$2" "${model[@]}" "run_dir=$run" resume=auto "${@:3}"
 }
 
+curves() { # arguments: picture, legend=runs, ...
+  .venv/bin/python run_scripts/curves.py "$1" 150 "${@:2}"
+}
+three() { # arguments: name of runs without their seeds; prints their paths, separated by commas
+  echo "runs/smollm2/$1-0,runs/smollm2/$1-1,runs/smollm2/$1-2"
+}
+
+long=(task.train=6400 task.validation=50)
 for seed in 0 1 2; do
   circuit "ioi-$seed" ioi "seed=$seed"
+  circuit "ioi-1600-$seed" ioi "seed=$seed" "${long[@]}" trainer.steps=1600 \
+    trainer.learning_rate=0.075 trainer.batch_size=4
+  circuit "greater_than-$seed" greater_than "seed=$seed"
+  circuit "gendered_pronoun-800-$seed" gendered_pronoun "seed=$seed" task.validation=50 \
+    trainer.steps=800 trainer.learning_rate=0.15 trainer.batch_size=4
 done
-long=(task.train=6400 task.validation=50)
 circuit ioi-800 ioi "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
 circuit induction_list-800 induction_list "${long[@]}" trainer.steps=800 trainer.learning_rate=0.15
-circuit ioi-1600 ioi "${long[@]}" trainer.steps=1600 trainer.learning_rate=0.075 trainer.batch_size=4
-circuit gendered_pronoun-800 gendered_pronoun trainer.steps=800 trainer.learning_rate=0.15 \
-  trainer.batch_size=4 task.validation=50
-.venv/bin/python run_scripts/curves.py runs/smollm2/gendered_pronoun-800.png 150 \
-  "800 steps of 4 pairs=runs/smollm2/gendered_pronoun-800"
-for task in greater_than gendered_pronoun induction_list; do
-  circuit "$task-0" "$task"
-  .venv/bin/python run_scripts/curves.py "runs/smollm2/$task.png" 150 "one seed=runs/smollm2/$task-0"
+circuit gendered_pronoun-0 gendered_pronoun
+circuit induction_list-0 induction_list
+circuit ioi-200 ioi seed=2 task.train=200 task.validation=50
+for name in greater_than gendered_pronoun-800; do
+  curves "runs/smollm2/$name.png" "three seeds=$(three "$name")"
 done
-.venv/bin/python run_scripts/curves.py runs/smollm2/induction_list-800.png 150 \
-  "800 steps of 8 pairs=runs/smollm2/induction_list-800"
-.venv/bin/python run_scripts/curves.py data/curves_smollm2.png 150 \
-  "400 steps of 8 pairs, three seeds=runs/smollm2/ioi-0,runs/smollm2/ioi-1,runs/smollm2/ioi-2" \
-  "800 steps of 8 pairs=runs/smollm2/ioi-800" \
-  "1,600 steps of 4 pairs=runs/smollm2/ioi-1600" attribution
+for name in gendered_pronoun-0 induction_list-0 induction_list-800 ioi-200; do
+  curves "runs/smollm2/$name.png" "$name=runs/smollm2/$name"
+done
+curves data/curves_smollm2.png "400 steps of 8 pairs, three seeds=$(three ioi)" \
+  "1,600 steps of 4 pairs, three seeds=$(three ioi-1600)" \
+  "800 steps of 8 pairs=runs/smollm2/ioi-800" attribution
 for run in ioi-2 greater_than-0; do
   "$edgeprune" export "runs/smollm2/$run" sparsity=0.98
   "$edgeprune" evaluate "runs/smollm2/$run" head_permuted=3

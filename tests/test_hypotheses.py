@@ -128,6 +128,17 @@ def test_necessity_does_not_apply_if_every_path_goes_through_the_circuit(bench):
     assert found.holds is None and found.p is None
 
 
+def test_necessity_names_the_single_edge_that_does_most_damage(bench, true):
+    scores = EdgeScores(bench.graph, torch.tensor(true.mask()).double())
+    found = necessity(bench, with_superfluous(true), NUM_RANDOM, scores=scores)
+    measured = {(writer, reader): x for writer, reader, x in found.details["edges"]}
+    assert {*true.edges} <= {*measured}
+    alone = bench.measure([without(bench.whole, edge) for edge in measured])
+    damage = [bench.distance(each).mean().item() for each in alone]
+    assert [*measured.values()] == pytest.approx(damage)
+    assert " → ".join(max(measured, key=measured.get)) in found.words
+
+
 def test_independence_does_not_apply_to_a_single_prompt(bench, true):
     assert independence(Bench(bench.model, bench.pairs[:1]), true).holds is None
 

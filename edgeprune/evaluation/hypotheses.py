@@ -9,6 +9,7 @@ returns a `Finding`; its docstring says where the test differs from the paper's.
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 
 import torch
@@ -31,9 +32,12 @@ from edgeprune.evaluation.statistics import (
     sign_test,
 )
 from edgeprune.metrics import SAME_NUMBER, ExampleMetrics
+from edgeprune.scores import EdgeScores
 
 MAX_AS_GOOD = 0.1
 """Largest probability with which a random circuit may do as well (1 - q* of Shi et al.)."""
+NUM_STRONGEST = 20
+"""Number of the circuit's strongest edges that are cut out of the full model one at a time."""
 MARGIN = 0.1
 """How far from one half the share of prompts may be for equivalence (epsilon of Shi et al.)."""
 MAX_EDGES = 200
@@ -79,35 +83,54 @@ def sufficiency(
     )  # fmt: skip
 
 
-def necessity(bench: Bench, circuit: Circuit, num_random: int = 100, seed: int = 0) -> Finding:
+def necessity(
+    bench: Bench, circuit: Circuit, num_random: int = 100, seed: int = 0,
+    scores: EdgeScores | None = None,
+) -> Finding:  # fmt: skip
     """Compare the damage to the full model of cutting the circuit and of cutting random paths.
 
     Partial necessity of Shi et al.: the random paths avoid the circuit's edges and have as many, or
     fewer if there are not enough. The hypothesis is that cutting them does at least as much damage
     with probability .1 or more. It does not apply if every path goes through the circuit.
+
+    A single edge, such as the one from the embedding into the first MLP, may do all of the damage.
+    So the strongest edges by `scores` are also cut one at a time, and the worst is named.
     """
     paths = RandomPaths(bench.graph, excluded=circuit.edge_set)
     circuits = [paths.circuit(len(circuit), seed + index) for index in range(num_random)]
     if circuit.edge_set and not any(circuits):
         reason = "every path from the input to the output goes through the circuit's edges"
         return Finding.inapplicable("partial necessity", reason)
-    without, *others = bench.measure(bench.whole - each for each in (circuit, *circuits))
+    ranked = [] if scores is None else (bench.graph.edges[e] for e in scores.ranking().tolist())
+    strongest = [*islice((edge for edge in ranked if edge in circuit.edge_set), NUM_STRONGEST)]
+    single = [Circuit.from_edges(bench.graph, [edge]) for edge in strongest]
+    cut = (circuit, *circuits, *single)
+    without, *others = bench.measure(bench.whole - each for each in cut)
     damage, name = bench.distance(without), bench.distance_name
     distances = [bench.distance(each).mean().item() for each in others]
+    distances, of_single = distances[:num_random], distances[num_random:]
     mine, mean, worst = damage.mean().item(), sum(distances) / num_random, max(distances)
     as_bad = sum(distance >= mine - SAME for distance in distances)
     p = _p_value(as_bad, num_random)
     sizes = [len(each) for each in circuits]
     few = "" if min(sizes) == len(circuit) else f" (only {min(sizes):,} or more could be drawn)"
+    alone = ""
+    if strongest:
+        most, edge = max(zip(of_single, strongest, strict=True))
+        alone = (
+            f" Of its {len(strongest)} strongest edges {' → '.join(edge)} does most damage alone: "
+            f"without it the {name} is {brief(most)}."
+        )
     return Finding(
         "partial necessity", f"{name} {brief(mine)} without it",
         f"without random edges {brief(mean)}, at most {brief(worst)}",
         _rejected(p, num_random),
         f"Without the circuit's edges the full model's {name} is {brief(mine)}; without as many "
         f"random connected edges{few} it is {brief(mean)}, and at least as large in {as_bad} of "
-        f"{num_random} cases ({_against(num_random)}).",
+        f"{num_random} cases ({_against(num_random)}).{alone}",
         mean_interval(damage), p,
         {"random": distances, "sizes": sizes, "as_bad": as_bad,
+         "edges": [[*edge, x] for edge, x in zip(strongest, of_single, strict=True)],
          "exact_match": without.exact_match.mean().item(),
          "recovered": bench.recovered(without)},
     )  # fmt: skip

@@ -16,6 +16,7 @@ from edgeprune.evaluation.hypotheses import (
     GREEDY_TRIES,
     MAX_EDGES,
     NUM_NODE_SETS,
+    NUM_STRONGEST,
     completeness,
     equivalence,
     independence,
@@ -177,7 +178,7 @@ def all_findings(
     """Every test that needs only this circuit.
 
     Args:
-        scores: rank the edges, for the curve; None: no curve.
+        scores: rank the edges, for the curve and to cut the strongest edges; None: neither.
         num_random: number of random circuits, and of random edges.
         reference: prompts over which mean ablation averages; None: those of the bench.
         labels: kinds of heads, by head, for the test of completeness.
@@ -188,7 +189,7 @@ def all_findings(
         findings.append(curve(bench, scores))
     findings += [
         sufficiency(bench, circuit, own, num_random, seed),
-        necessity(bench, circuit, num_random, seed),
+        necessity(bench, circuit, num_random, seed, scores),
         equivalence(bench, own),
         independence(bench, circuit),
         minimality(bench, circuit, own, num_random, seed),
@@ -221,6 +222,7 @@ def num_circuits(circuit: Circuit, num_random: int, *, has_scores: bool) -> int:
     nodes = len(circuit.nodes)
     steps = min(GREEDY_STEPS, max(1, nodes // 2))
     return (
-        1 + NUM_SIZES * has_scores + 4 * num_random + 3 + min(len(circuit), MAX_EDGES)
+        1 + (NUM_SIZES + NUM_STRONGEST) * has_scores + 4 * num_random + 3
+        + min(len(circuit), MAX_EDGES)
         + 2 * (NUM_NODE_SETS + steps * min(GREEDY_TRIES, nodes)) + 2 * len(ABLATIONS) + 2
     )  # fmt: skip
