@@ -63,7 +63,7 @@ class Lagrangian(HardConcrete):
         the corrupted value c by g n (x - c), so the two gates multiply.
         """
         counts = tuple(map(len, self._log_alpha.values()))
-        noise = hard_concrete.uniform_noise(self.seed, step, counts, self.device)
+        noise = hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)
         pairs = zip(self._log_alpha.items(), noise, strict=True)
         self._sampled = {kind: hard_concrete.sample(x, u) for (kind, x), u in pairs}
         self._product = self._sampled["edge"]

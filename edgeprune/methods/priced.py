@@ -21,7 +21,7 @@ class Priced(HardConcrete):
 
     def gates(self, step: int) -> Tensor:
         counts = (self.graph.num_edges,)
-        (noise,) = hard_concrete.uniform_noise(self.seed, step, counts, self.device)
+        (noise,) = hard_concrete.uniform_noise(self.seed, step, counts, self.log_alpha.device)
         self._sampled = hard_concrete.sample(self.log_alpha, noise)
         return self._sampled.detach()
 

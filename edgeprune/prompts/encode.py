@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,8 @@ def keep_usable(records: Iterable[dict], make: Callable[[dict], Any]) -> list:
         raise NoneUsableError(f"none of the {len(skipped)} examples can be used. {skipped[0]}")
     if skipped:
         total = len(made) + len(skipped)
-        _warn_once(f"skipped {len(skipped)} of {total} examples, for instance {skipped[0]}")
+        log.warning(f"skipped {len(skipped)} of {total} examples, for instance {skipped[0]}")
     return made
-
-
-@cache
-def _warn_once(message: str) -> None:
-    """Warn, but not again where a command reads the same prompts several times."""
-    log.warning(message)
 
 
 def encode_pair(tokenizer: Any, record: dict) -> Pair:
