@@ -86,7 +86,7 @@ def held_out_pairs(
             f"{path} has no line of split 'validation', so circuits are measured on their training "
             "prompts, on which they look better than they are"
         )
-    if split != "train" and train.has_splits:
+    elif train.has_splits:
         held_out = Counter((pair.clean_ids, pair.corrupted_ids) for pair in pairs)
         seen = sum(held_out.pop((pair.clean_ids, pair.corrupted_ids), 0) for pair in train)
         if seen:
